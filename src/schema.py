@@ -1,0 +1,189 @@
+"""Every setting of a YAML: its name, type, range and default.
+
+A key that is not here is not a setting. `src/config.py` holds a YAML and command line against these classes.
+"""
+
+import re
+from typing import Any, Literal, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Field(gt=0)
+TIME = re.compile(r'^([0-9][0-9_]*(?:\.[0-9]+)?)(ep|ba|sp|tok|dur)$')
+TimeString = Field(pattern=TIME.pattern)
+
+
+class Section(BaseModel):
+    """A part of the YAML: unknown keys are mistakes, types are not converted."""
+
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True, protected_namespaces=())
+
+
+class TokenizerConfig(Section):
+    name: Literal['hftokenizer'] = 'hftokenizer'
+    tokenizer_name: str  # a hub name or a folder
+    max_seq_len: int = Positive
+
+
+class MosaicGPTConfig(Section):
+    """`model:` with `name: mosaic_gpt`."""
+
+    name: Literal['mosaic_gpt'] = 'mosaic_gpt'
+    device: Literal['cpu', 'meta'] = 'cpu'  # meta: no memory until the weights are drawn, shard by shard
+    d_model: int = Positive
+    n_heads: int = Positive
+    n_layers: int = Positive
+    mlp_ratio: int = Field(default=4, gt=0)
+    max_seq_len: int = Positive
+    vocab_size: int = Positive
+    init_std: float = Field(default=0.02, gt=0)
+    init_seed: int = Field(default=17, ge=0)
+    mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
+    attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
+    attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    loss_chunk_tokens: int = Field(default=1024, gt=0)  # tokens whose logits exist at one time
+
+
+class HFCausalLMConfig(Section):
+    """`model:` with `name: hf_causal_lm`."""
+
+    name: Literal['hf_causal_lm']
+    pretrained_model_name_or_path: Optional[str] = None  # a hub name or a folder; null: config_overrides alone
+    pretrained: bool = False  # load its weights, or only its shape
+    config_overrides: dict[str, Any] = {}
+    init_seed: int = Field(default=17, ge=0)
+    trust_remote_code: bool = False
+
+
+ModelConfig = Union[MosaicGPTConfig, HFCausalLMConfig]
+
+
+class DatasetConfig(Section):
+    """`dataset:` of a loader. From `shuffle` on, the keys are StreamingDataset's own."""
+
+    remote: Optional[str] = None  # null or equal to `local`: nothing is copied
+    local: str
+    split: str
+    tokenizer_name: str
+    max_seq_len: int = Positive
+    group_method: Literal['truncate', 'concat'] = 'truncate'
+    shuffle: bool = False
+    shuffle_algo: Literal['py1e', 'py1br', 'py1b', 'py1s', 'py2s', 'naive'] = 'py1e'
+    shuffle_seed: int = Field(default=9176, ge=0)
+    shuffle_block_size: Optional[int] = Field(default=None, gt=0)
+    predownload: Optional[int] = Field(default=None, gt=0)
+    cache_limit: Union[int, str, None] = None
+    num_canonical_nodes: Optional[int] = Field(default=None, gt=0)
+    download_retry: int = Field(default=2, ge=0)
+    download_timeout: float = Field(default=60.0, gt=0)
+    validate_hash: Optional[str] = None
+    keep_zip: bool = False
+    epoch_size: Union[int, str, None] = None
+    sampling_method: Literal['balanced', 'fixed'] = 'balanced'
+    sampling_granularity: int = Field(default=1, gt=0)
+    partition_algo: Literal['relaxed', 'orig'] = 'relaxed'
+    batching_method: Literal['random', 'stratified', 'per_stream', 'device_per_stream'] = 'random'
+
+
+class LoaderConfig(Section):
+    """`train_loader:` and `eval_loader:`. From `drop_last` on, the keys are DataLoader's own."""
+
+    name: Literal['c4'] = 'c4'
+    dataset: DatasetConfig
+    eval_samples: int = Field(default=-1, ge=-1)  # eval_loader only; -1: the whole split
+    drop_last: bool = False
+    num_workers: int = Field(default=0, ge=0)
+    pin_memory: bool = False
+    prefetch_factor: Optional[int] = Field(default=None, gt=0)
+    persistent_workers: bool = False
+    timeout: float = Field(default=0, ge=0)
+
+
+class OptimizerConfig(Section):
+    name: Literal['decoupled_adamw', 'adamw'] = 'decoupled_adamw'
+    lr: float = Positive
+    betas: list[float] = [0.9, 0.95]
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class SchedulerConfig(Section):
+    name: Literal['cosine_with_warmup', 'constant_with_warmup', 'linear_decay_with_warmup'] = 'cosine_with_warmup'
+    t_warmup: str = TimeString
+    alpha_f: float = Field(default=0.1, ge=0, le=1)
+    t_max: str = Field(default='1dur', pattern=TIME.pattern)
+
+
+class FSDPConfig(Section):
+    """`fsdp_config:`: Composer's keys; its own class would take any key in silence."""
+
+    sharding_strategy: Literal['FULL_SHARD', 'SHARD_GRAD_OP', 'NO_SHARD', 'HYBRID_SHARD'] = 'FULL_SHARD'
+    mixed_precision: Literal['DEFAULT', 'PURE', 'FULL'] = 'DEFAULT'
+    activation_checkpointing: bool = False
+    activation_checkpointing_reentrant: bool = False
+    activation_cpu_offload: bool = False
+    backward_prefetch: Literal['BACKWARD_PRE', 'BACKWARD_POST', 'NONE'] = 'BACKWARD_PRE'
+    backward_prefetch_limit: int = Field(default=1, gt=0)
+    cpu_offload: bool = False
+    data_parallel_shard_degree: int = -1
+    data_parallel_replicate_degree: Optional[int] = Field(default=None, gt=0)
+    forward_prefetch: bool = False
+    forward_prefetch_limit: int = Field(default=1, gt=0)
+    keep_low_precision_grads: bool = False
+    limit_all_gathers: bool = True
+    load_monolith_rank0_only: bool = False
+    sharded_ckpt_prefix_dir: str = 'ep{epoch}-ba{batch}'
+    state_dict_type: Literal['full', 'sharded'] = 'full'
+    sync_module_states: bool = False
+    use_orig_params: bool = True
+    verbose: bool = False
+
+
+class Config(Section):
+    """The whole YAML."""
+
+    # Where the data lies. Other sections refer to these by ${...}.
+    data_remote: Optional[str] = None
+    data_local: str
+    tokenizer_name: str
+    max_seq_len: int = Positive
+    run_name: Optional[str] = None  # null: $COMPOSER_RUN_NAME, else a random name
+    seed: int = Field(default=17, ge=0)
+
+    model: ModelConfig = Field(discriminator='name')
+    tokenizer: TokenizerConfig
+    train_loader: LoaderConfig
+    eval_loader: Optional[LoaderConfig] = None
+    eval_samples: int = Field(default=16384, ge=-1)
+    allow_same_split: bool = False  # train and eval on one split, as when profiling with val alone
+
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    algorithms: dict[str, Optional[dict[str, Any]]] = {}
+
+    max_duration: str = TimeString
+    eval_interval: str = Field(default='1ep', pattern=TIME.pattern)
+    eval_first: bool = False  # also evaluate the model as it was initialised
+    global_train_batch_size: int = Positive  # the maths
+    device_train_microbatch_size: Union[int, Literal['auto']]  # the execution
+    device_eval_batch_size: int = Positive
+    precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8'] = 'auto'
+    fsdp_config: Optional[FSDPConfig] = None
+    compile_config: Optional[dict[str, Any]] = None  # keywords of torch.compile; {} for its defaults
+    dist_timeout: float = Field(default=600.0, gt=0)  # seconds
+
+    progress_bar: bool = True
+    log_to_console: bool = True
+    console_log_interval: str = Field(default='1ba', pattern=r'^[0-9]+(ep|ba)$')
+    log_traces: bool = False
+    callbacks: dict[str, Optional[dict[str, Any]]] = {}
+    loggers: dict[str, Optional[dict[str, Any]]] = {}
+
+    save_folder: Optional[str] = None
+    save_interval: str = Field(default='1000ba', pattern=TIME.pattern)
+    save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
+    load_path: Optional[str] = None
+    load_weights_only: bool = False
+    autoresume: bool = False
