@@ -1,0 +1,155 @@
+"""What every causal language model of the kit shares: targets, loss and metrics.
+
+A model that Composer trains is a `ComposerCausalLM`: an `nn.Module` that returns the loss, in a thin wrapper. The
+wrapped module computes the loss itself, so that the logits of a whole microbatch never exist.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from composer.metrics import LanguageCrossEntropy, LanguagePerplexity
+from composer.models import ComposerModel
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from src.flops import train_flops_per_token
+
+IGNORE = -100  # the label of a position that is not trained on
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross entropy of `hidden @ weight.T`, a chunk of rows at a time.
+
+    The gradient of a mean is linear in the gradient that arrives, so both gradients are computed here, while a
+    chunk's logits exist, and only scaled in the backward pass: no logits are kept and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype,
+                with_grad: bool) -> Tensor:
+        w = weight.to(dtype)
+        n_targets = (targets != IGNORE).sum().clamp(min=1)
+        loss = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if with_grad else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            h, target = hidden[rows].to(dtype), targets[rows]
+            trained = target != IGNORE
+            index = target.where(trained, 0)[:, None]  # (chunk, 1)
+            logits = (h @ w.T).float()  # (chunk, vocab)
+            log_z = logits.logsumexp(-1)
+            loss += ((log_z - logits.gather(1, index)[:, 0]) * trained).sum()
+            if d_hidden is not None and d_weight is not None:
+                # d loss / d logits = (softmax - one_hot) / n_targets, in place
+                d_logits = logits.sub_(log_z[:, None]).exp_()
+                d_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=d_logits.dtype))
+                d_logits = d_logits.mul_((trained / n_targets)[:, None]).to(dtype)
+                d_hidden[rows] = d_logits @ w
+                if dtype == torch.float32:
+                    d_weight.addmm_(d_logits.T, h)
+                else:
+                    d_weight += d_logits.T @ h
+            del logits
+        if with_grad:
+            ctx.save_for_backward(d_hidden, d_weight)
+            ctx.weight_dtype = weight.dtype
+        return loss / n_targets
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Optional[Tensor], ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return d_hidden * scale, (d_weight * scale).to(ctx.weight_dtype), None, None, None, None
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 1024) -> Tensor:
+    """Mean cross entropy of a linear head, equal to `F.cross_entropy(hidden @ weight.T, targets)`.
+
+    At most `chunk_tokens` rows of logits exist at one time, instead of batch * seq.
+
+    Args:
+        hidden: What the head reads, (batch, seq, d_model).
+        weight: The head, (vocab, d_model).
+        targets: Token ids, (batch, seq); -100 where there is nothing to predict.
+        chunk_tokens: Rows of logits at one time.
+
+    Returns:
+        The mean over the targets in nats, fp32; 0, with a gradient of 0, where there is none.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        loss = _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
+                                          chunk_tokens, dtype, torch.is_grad_enabled())
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def padding_to_the_right(key_padding_mask: Tensor) -> Tensor:
+    """The order of positions that moves each row's padding behind its tokens, which keep their order.
+
+    Args:
+        key_padding_mask: (batch, seq), true or 1 at tokens.
+
+    Returns:
+        Indices for `gather` along the sequence, (batch, seq); `.argsort(1)` of them is the way back.
+    """
+    return key_padding_mask.bool().int().argsort(dim=1, descending=True, stable=True)
+
+
+def next_token_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Inputs and what each position has to predict, padding moved to the right end.
+
+    Args:
+        batch: `input_ids` and `labels` (not shifted, -100 at padding), (batch, seq); optionally `attention_mask`.
+    """
+    input_ids, labels = batch['input_ids'], batch['labels']
+    if 'attention_mask' in batch:
+        order = padding_to_the_right(batch['attention_mask'])
+        input_ids, labels = input_ids.gather(1, order), labels.gather(1, order)
+    targets = labels.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    return input_ids, targets
+
+
+class ComposerCausalLM(ComposerModel):
+    """A causal language model for Composer's Trainer.
+
+    Args:
+        model: Called as `model(input_ids, targets=targets)`, returns the mean loss over the targets.
+        n_layers: Number of blocks, for the FLOPs.
+        d_model: Width, for the FLOPs.
+    """
+
+    def __init__(self, model: nn.Module, n_layers: int, d_model: int):
+        super().__init__()
+        self.model = model
+        self.n_params = sum(p.numel() for p in model.parameters())  # parameters() counts tied ones once
+        self.n_layers, self.d_model = n_layers, d_model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean loss in nats over the batch's targets, and how many there are."""
+        input_ids, targets = next_token_targets(batch)
+        return {'loss': self.model(input_ids, targets=targets), 'n_targets': (targets != IGNORE).sum()}
+
+    def eval_forward(self, batch: Mapping[str, Tensor], outputs: Optional[dict[str, Tensor]] = None) -> dict[str, Tensor]:
+        return self.forward(batch) if outputs is None else outputs
+
+    def loss(self, outputs: dict[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        return outputs['loss']
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        return {'LanguageCrossEntropy': LanguageCrossEntropy(), 'Perplexity': LanguagePerplexity()}
+
+    def update_metric(self, batch: Mapping[str, Tensor], outputs: dict[str, Tensor], metric: Metric) -> None:
+        """Adds to both metrics' sums from the loss that is already there: their own update would want all logits."""
+        assert isinstance(metric, LanguageCrossEntropy)
+        metric.sum_loss += outputs['loss'].detach() * outputs['n_targets']
+        metric.total_items += outputs['n_targets']
+
+    def flops_per_batch(self, batch: Mapping[str, Tensor]) -> float:
+        """FLOPs of one forward and backward pass; Composer's SpeedMonitor makes MFU of it."""
+        rows, seq_len = batch['input_ids'].shape
+        return rows * seq_len * train_flops_per_token(self.n_params, self.n_layers, self.d_model, seq_len)

@@ -1,0 +1,121 @@
+"""Any Hugging Face causal language model for Composer's Trainer: `model:` with `name: hf_causal_lm`."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from composer.utils import dist
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from src.causal_lm import ComposerCausalLM, chunked_cross_entropy
+from src.config import parse
+from src.errors import UserError
+from src.schema import HFCausalLMConfig
+
+log = logging.getLogger(__name__)
+
+# Logits of these are exactly `base_model(...) @ head.T`, so the loss can be computed in chunks. Others may scale or
+# cap their logits: they get the plain way.
+PLAIN_HEADS = ('gpt2', 'gpt_neo', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'opt')
+
+
+class HFCausalLM(nn.Module):
+    """A Hugging Face model that returns logits, or with targets the loss.
+
+    The two ways go through one `forward`, so that FSDP, which gathers parameters around it, sees both.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int = 1024):
+        super().__init__()
+        self.hf = model
+        self.chunk_tokens = chunk_tokens
+        # The blocks: the longest list of modules in the model.
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        blocks = max(lists, key=len) if lists else []
+        self.block_types = tuple({type(block) for block in blocks})
+
+    def forward(self, input_ids: Tensor, targets: Optional[Tensor] = None) -> Tensor:
+        """Args as in `MosaicGPT.forward`; padding stands on the right, so no mask is needed."""
+        head = self.hf.get_output_embeddings()
+        if targets is not None and self.hf.config.model_type in PLAIN_HEADS and getattr(head, 'bias', None) is None:
+            hidden = self.hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return chunked_cross_entropy(hidden, head.weight, targets, self.chunk_tokens)  # pyright: ignore
+        logits = self.hf(input_ids=input_ids, use_cache=False).logits  # (batch, seq, vocab)
+        if targets is None:
+            return logits
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction='sum')
+        return total / (targets != -100).sum().clamp(min=1)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        return isinstance(module, self.block_types)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        return isinstance(module, self.block_types)
+
+
+def build_hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
+    """The Hugging Face config: the named model's with `config_overrides`, or `config_overrides` alone.
+
+    Raises:
+        UserError: No such model, no such key, or the hub is out of reach.
+    """
+    name, overrides = cfg.pretrained_model_name_or_path, dict(cfg.config_overrides)
+    try:
+        if name is None:
+            base = AutoConfig.for_model(overrides.pop('model_type'))
+        else:
+            with dist.run_local_rank_zero_first():  # the others find it in the cache
+                base = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f'model.pretrained_model_name_or_path: {name!r}: {_first_line(e)}\n'
+                        '  Give a folder, a model of the hub (which must be reachable, or the model in its cache), or leave it '
+                        'out and set model.config_overrides.model_type, as in gpt2') from None
+    unknown = [key for key in overrides if not hasattr(base, key)]
+    if unknown:
+        raise UserError(f'model.config_overrides: {", ".join(unknown)}: no such key in the config of {base.model_type}; '
+                        f'known: {", ".join(sorted(base.to_diff_dict() | base.attribute_map | base.to_dict()))}')
+    for key, value in overrides.items():
+        setattr(base, key, value)
+    return base
+
+
+def _first_line(e: Exception) -> str:
+    text = str(e).strip().splitlines()
+    return text[0] if text else type(e).__name__
+
+
+class ComposerHFCausalLM(ComposerCausalLM):
+    """Wraps GPT-2, GPT-Neo, GPT-NeoX, Llama and others like them.
+
+    Args:
+        cfg: `HFCausalLMConfig`, or a mapping with its keys. `pretrained: false` draws new weights from `init_seed`.
+
+    Raises:
+        UserError: The model cannot be found or built.
+    """
+
+    def __init__(self, cfg: Union[HFCausalLMConfig, Mapping[str, Any]]):
+        cfg = parse(HFCausalLMConfig, cfg)
+        config = build_hf_config(cfg)
+        name = cfg.pretrained_model_name_or_path
+        if cfg.pretrained and name is None:
+            raise UserError('model.pretrained: true needs model.pretrained_model_name_or_path')
+        try:
+            if cfg.pretrained:
+                with dist.run_local_rank_zero_first():
+                    model = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=cfg.trust_remote_code)
+            else:
+                with torch.random.fork_rng():
+                    torch.manual_seed(cfg.init_seed)
+                    model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(f'model: {name or config.model_type!r} cannot be built as a causal language model: '
+                            f'{_first_line(e)}') from None
+        if config.tie_word_embeddings:
+            assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        log.info('attention: Hugging Face %s', config._attn_implementation)
+        super().__init__(HFCausalLM(model), n_layers=config.num_hidden_layers, d_model=config.hidden_size)
+        self.vocab_size = int(config.vocab_size)
