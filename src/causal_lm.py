@@ -38,20 +38,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             h, target = hidden[rows].to(dtype), targets[rows]
             trained = target != IGNORE
             index = target.where(trained, 0)[:, None]  # (chunk, 1)
-            logits = (h @ w.T).float()  # (chunk, vocab)
-            log_z = logits.logsumexp(-1)
-            loss += ((log_z - logits.gather(1, index)[:, 0]) * trained).sum()
+            logits = (h @ w.T).float()  # (chunk, vocab); everything below is in place
+            top = logits.amax(-1, keepdim=True)
+            shifted = logits.gather(1, index) - top
+            exps = logits.sub_(top).exp_()
+            z = exps.sum(-1, keepdim=True)
+            loss += ((z.log() - shifted)[:, 0] * trained).sum()
             if d_hidden is not None and d_weight is not None:
-                # d loss / d logits = (softmax - one_hot) / n_targets, in place
-                d_logits = logits.sub_(log_z[:, None]).exp_()
-                d_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=d_logits.dtype))
-                d_logits = d_logits.mul_((trained / n_targets)[:, None]).to(dtype)
+                # d loss / d logits = (softmax - one_hot) / n_targets
+                share = trained[:, None] / n_targets
+                d_logits = exps.mul_(share / z).scatter_add_(1, index, -share).to(dtype)
                 d_hidden[rows] = d_logits @ w
                 if dtype == torch.float32:
                     d_weight.addmm_(d_logits.T, h)
                 else:
                     d_weight += d_logits.T @ h
-            del logits
         if with_grad:
             ctx.save_for_backward(d_hidden, d_weight)
             ctx.weight_dtype = weight.dtype

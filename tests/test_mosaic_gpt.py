@@ -80,7 +80,7 @@ def test_logits_and_gradients_equal_hugging_face_gpt2(attn_impl, mlp_act, paddin
     (ours * direction).sum().backward()
     (theirs * direction).sum().backward()
     twin = dict(hf.named_parameters())
-    pairs = [('transformer.wte.weight', 'transformer.wte.weight', False), ('transformer.wpe.weight', 'transformer.wpe.weight', False)]
+    pairs = [(name, name, False) for name in ('transformer.wte.weight', 'transformer.wpe.weight')]
     for n in range(TINY['n_layers']):
         pairs += [(f'transformer.blocks.{n}.causal_attn.Wqkv.weight', f'transformer.h.{n}.attn.c_attn.weight', True),
                   (f'transformer.blocks.{n}.causal_attn.Wqkv.bias', f'transformer.h.{n}.attn.c_attn.bias', False),
@@ -202,8 +202,8 @@ def test_sharded_meta_initialisation_gives_the_same_weights_on_any_ranks(ranks, 
     script = tmp_path / 'sharded.py'
     script.write_text(SHARDED)
     env = os.environ | {'PYTHONPATH': os.getcwd(), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', str(script)],
-                         capture_output=True, text=True, env=env, timeout=240)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count('equal on rank') == ranks
 

@@ -1,0 +1,105 @@
+"""Optimizer, scheduler, algorithms, callbacks and loggers by their names in the YAML."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Optional
+
+import composer.optim
+import torch
+from composer import algorithms, callbacks, loggers
+from composer.core import Precision
+from composer.optim import ComposerScheduler
+from composer.utils import MissingConditionalImportError
+
+from src.callbacks import UnigramBaseline
+from src.errors import UserError
+from src.schema import OptimizerConfig, SchedulerConfig
+
+ALGORITHMS = {
+    'gradient_clipping': algorithms.GradientClipping,
+    'ema': algorithms.EMA,
+    'low_precision_layernorm': algorithms.LowPrecisionLayerNorm,
+    'swa': algorithms.SWA,
+}
+CALLBACKS = {
+    'speed_monitor': callbacks.SpeedMonitor,
+    'lr_monitor': callbacks.LRMonitor,
+    'memory_monitor': callbacks.MemoryMonitor,
+    'runtime_estimator': callbacks.RuntimeEstimator,
+    'optimizer_monitor': callbacks.OptimizerMonitor,
+    'system_metrics_monitor': callbacks.SystemMetricsMonitor,
+    'nan_monitor': callbacks.NaNMonitor,
+    'early_stopper': callbacks.EarlyStopper,
+    'memory_snapshot': callbacks.MemorySnapshot,
+    'unigram_baseline': UnigramBaseline,
+}
+LOGGERS = {
+    'wandb': loggers.WandBLogger,
+    'tensorboard': loggers.TensorboardLogger,
+    'cometml': loggers.CometMLLogger,
+    'mlflow': loggers.MLFlowLogger,
+    'neptune': loggers.NeptuneLogger,
+    'file': loggers.FileLogger,
+}
+REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGERS}
+PACKAGES = {'wandb': 'wandb', 'tensorboard': 'tensorboard', 'cometml': 'comet_ml', 'mlflow': 'mlflow', 'neptune': 'neptune'}
+
+
+class DecoupledAdamW(composer.optim.DecoupledAdamW):
+    """AdamW whose weight decay does not scale with the peak learning rate (Loshchilov & Hutter 2019), fused.
+
+    Composer's class of the same name loops over parameters. torch's fused step is the same update: it decays by
+    `lr * weight_decay`, so it is given `weight_decay / initial_lr`. One name on every device, because Composer keys
+    optimizer state and log entries by it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
+        decays = [group['weight_decay'] for group in self.param_groups]
+        for group in self.param_groups:
+            group['weight_decay'] /= group['initial_lr']
+            group['fused'] = all(p.is_floating_point() and p.device.type in ('cpu', 'cuda') for p in group['params'])
+        try:
+            return torch.optim.AdamW.step(self, closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group['weight_decay'] = decay
+
+
+def build_optimizer(cfg: OptimizerConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """`decoupled_adamw` (weight decay as a factor of its own) or `adamw` (times the learning rate)."""
+    settings: dict[str, Any] = {'lr': cfg.lr, 'betas': tuple(cfg.betas), 'eps': cfg.eps, 'weight_decay': cfg.weight_decay}
+    return DecoupledAdamW(params, **settings) if cfg.name == 'decoupled_adamw' else torch.optim.AdamW(params, **settings)
+
+
+def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
+    """Linear warm-up to the peak, then cosine or linear decay to `alpha_f` of it, or none."""
+    if cfg.name == 'cosine_with_warmup':
+        return composer.optim.CosineAnnealingWithWarmupScheduler(cfg.t_warmup, t_max=cfg.t_max, alpha_f=cfg.alpha_f)
+    if cfg.name == 'linear_decay_with_warmup':
+        return composer.optim.LinearWithWarmupScheduler(cfg.t_warmup, t_max=cfg.t_max, alpha_f=cfg.alpha_f)
+    return composer.optim.ConstantWithWarmupScheduler(cfg.t_warmup, t_max=cfg.t_max)
+
+
+def build_all(section: str, chosen: Mapping[str, Optional[dict[str, Any]]]) -> list[Any]:
+    """The entries of `algorithms`, `callbacks` or `loggers`, in order.
+
+    Raises:
+        UserError: A package is not installed, or a value is refused by the class.
+    """
+    built = []
+    for name, kwargs in chosen.items():
+        try:
+            built.append(REGISTRIES[section][name](**(kwargs or {})))
+        except (ImportError, MissingConditionalImportError):
+            raise UserError(f'{section}.{name}: its package is not installed; pip install {PACKAGES.get(name, name)}, '
+                            f'or remove {name} from {section}') from None
+        except (ValueError, TypeError) as e:
+            raise UserError(f'{section}.{name}: {kwargs}: {e}') from None
+    return built
+
+
+def resolve_precision(name: str, has_gpu: bool) -> Precision:
+    """`auto` is amp_bf16 on a GPU and fp32 on a CPU."""
+    if name == 'auto':
+        name = 'amp_bf16' if has_gpu else 'fp32'
+    return Precision(name)
