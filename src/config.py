@@ -249,7 +249,11 @@ def _unit_errors(c: Config) -> list[str]:
     out = []
     duration, warmup = TIME.match(c.max_duration), TIME.match(c.scheduler.t_warmup)
     assert duration and warmup
-    if warmup[2] not in ('dur', duration[2]):
+    epochs_have_a_length = c.train_loader.dataset.group_method != 'concat'
+    if duration[2] == 'ep' and not epochs_have_a_length:
+        out.append(f"max_duration: {c.max_duration!r}: with group_method 'concat' an epoch has no length to schedule by; "
+                   'give batches (ba) or tokens (tok)')
+    elif warmup[2] not in ('dur', duration[2]) and {warmup[2], duration[2]} != {'ba', 'ep'}:
         out.append(f'scheduler.t_warmup: {c.scheduler.t_warmup!r} and max_duration {c.max_duration!r} must have one unit; '
                    f'give t_warmup in {duration[2]}, or as a fraction such as 0.02dur')
     for key in ('max_duration', 'save_interval'):

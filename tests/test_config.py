@@ -1,0 +1,164 @@
+"""Every mistake in a config ends in one message that names the setting, the value and what is allowed."""
+
+import dataclasses
+
+import pytest
+from composer.utils.parallelism import FSDPConfig as ComposerFSDPConfig
+from omegaconf import OmegaConf
+
+from src import builders, config
+from src.batch_size import device_batch_size, grad_accum, microbatch_size
+from src.errors import UserError
+from src.schema import FSDPConfig
+
+QUICKSTART = 'yamls/quickstart.yaml'
+
+
+def check(*overrides: str, world_size: int = 1, has_gpu: bool = False, yaml: str = QUICKSTART):
+    return config.check(config.load([yaml, *overrides]), builders.REGISTRIES, world_size, has_gpu)
+
+
+BAD = [
+    # override, parts of the message
+    (['max_duraton=10ba'], ['max_duraton', "did you mean 'max_duration'"]),
+    (['model.n_layerz=3'], ['model.n_layerz', "did you mean 'n_layers'"]),
+    (['train_loader.dataset.shufle=true'], ['train_loader.dataset.shufle', "did you mean 'shuffle'"]),
+    (['train_loader.dataset.predownlod=3'], ['train_loader.dataset.predownlod', "did you mean 'predownload'"]),
+    (['optimizer.learning_rate=1'], ['optimizer.learning_rate', 'known: betas, eps, lr']),
+    (['optimizer.lr=fast'], ["optimizer.lr: 'fast' must be a number"]),
+    (['optimizer.lr=-1'], ['optimizer.lr: -1 must be greater than 0']),
+    (['optimizer.name=adam'], ["optimizer.name: 'adam' is not one of 'decoupled_adamw' or 'adamw'"]),
+    (['optimizer.betas=[0.9]'], ['optimizer.betas: [0.9] must be two numbers']),
+    (['scheduler.name=cosine'], ["scheduler.name: 'cosine' is not one of 'cosine_with_warmup'"]),
+    (['scheduler.t_warmup=100'], ['scheduler.t_warmup: 100 must be text']),
+    (['scheduler.t_warmup=100 batches'], ["'100 batches' is not a time", '100ba']),
+    (['max_duration=1_000_000tok'], ["scheduler.t_warmup: '20ba' and max_duration '1_000_000tok' must have one unit"]),
+    (['max_duration=1ep', 'scheduler.t_warmup=0.1dur'], ["max_duration: '1ep'", 'concat', 'ba']),
+    (['max_duration=0ba'], ["max_duration: '0ba' must be greater than 0"]),
+    (['max_duration=1dur'], ["max_duration: '1dur' is a fraction of itself"]),
+    (['model.n_heads=5'], ['model.n_heads: 5 does not divide model.d_model 128', '1, 2, 4, 8']),
+    (['model.max_seq_len=64'], ['train_loader.dataset.max_seq_len: 128 is above model.max_seq_len 64',
+                                'eval_loader.dataset.max_seq_len: 128 is above']),
+    (['model.name=gpt5'], ["model.name: 'gpt5' is not one of 'mosaic_gpt', 'hf_causal_lm'"]),
+    (['model.attn_impl=triton'], ["model.attn_impl: 'triton' is not one of 'torch', 'sdpa', 'flash' or 'auto'"]),
+    (['model.attn_impl=flash'], ["model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto"]),
+    (['precision=amp_bf16'], ["precision: 'amp_bf16' needs a GPU; on a CPU set auto or fp32"]),
+    (['precision=bf16'], ["precision: 'bf16' is not one of"]),
+    (['device_train_microbatch_size=auto'], ["device_train_microbatch_size: 'auto' needs a GPU"]),
+    (['device_train_microbatch_size=0'], ['device_train_microbatch_size: 0 must be greater than 0']),
+    (['global_train_batch_size=24.5'], ['global_train_batch_size: 24.5 must be a whole number']),
+    (['fsdp_config.sharding_stratgy=FULL_SHARD'], ['fsdp_config.sharding_stratgy', "did you mean 'sharding_strategy'"]),
+    (['fsdp_config.sharding_strategy=FULL'], ["fsdp_config.sharding_strategy: 'FULL' is not one of 'FULL_SHARD'"]),
+    (['fsdp_config.min_params=1e8'], ['fsdp_config.min_params: no such key']),
+    (['train_loader.dataset.cache_limit=1gb'], ["train_loader.dataset.cache_limit: '1gb' with no remote would delete the only copy"]),
+    (['train_loader.dataset.split=val'], ["eval_loader.dataset.split: 'val' is also what train_loader reads", 'allow_same_split=true']),
+    (['eval_loader.dataset.group_method=concat'], ["eval_loader.dataset.group_method: 'concat'", 'truncate', 'packed tokens']),
+    (['train_loader.dataset.group_method=pack'], ["'pack' is not one of 'truncate' or 'concat'"]),
+    (['train_loader.prefetch_factor=2'], ['train_loader.prefetch_factor: 2 needs worker processes', 'num_workers']),
+    (['train_loader.eval_samples=5'], ['train_loader.eval_samples: 5 bounds an evaluation']),
+    (['callbacks.speed_monitr={}'], ['callbacks.speed_monitr: no such name', "did you mean 'speed_monitor'"]),
+    (['callbacks.speed_monitor.window=3'], ['callbacks.speed_monitor.window: no such key', "did you mean 'window_size'"]),
+    (['loggers.wnadb={}'], ['loggers.wnadb', "did you mean 'wandb'"]),
+    (['algorithms.gradient_clipping.threshold=1'], ['algorithms.gradient_clipping.threshold', "did you mean 'clipping_threshold'"]),
+    (['algorithms.dropout=3'], ['algorithms.dropout: no such name']),
+    (['autoresume=true'], ['autoresume: true needs save_folder and run_name']),
+    (['load_weights_only=true'], ['load_weights_only: true does nothing without load_path']),
+    (['model=null'], ['model']),
+    (['tokenizer.tokenizer_name=5'], ['tokenizer.tokenizer_name: 5 must be text']),
+    (['data_local=${nowhere}'], ['nowhere']),
+]
+
+
+@pytest.mark.parametrize('overrides,parts', BAD, ids=[o[0][:60] for o, _ in BAD])
+def test_a_bad_value_is_named_with_what_is_allowed(overrides, parts):
+    with pytest.raises(UserError) as e:
+        check(*overrides)
+    for part in parts:
+        assert part in str(e.value)
+    assert 'pydantic' not in str(e.value) and 'Traceback' not in str(e.value)
+
+
+def test_the_quick_start_itself_has_no_mistake():
+    assert check().model.d_model == 128
+    assert check('data_remote=/elsewhere').eval_loader.dataset.local == '/elsewhere'  # reaches every place
+    assert check(has_gpu=True, world_size=8).global_train_batch_size % 8 == 0
+
+
+def test_all_mistakes_are_reported_at_once():
+    with pytest.raises(UserError) as e:
+        check('max_duraton=1ba', 'optimizer.lr=fast', 'callbacks.lr_monitr={}', 'model.mlp_act=relu')
+    assert '4 mistakes' in str(e.value)
+    for part in ('max_duraton', 'optimizer.lr', 'lr_monitr', "'relu' is not one of"):
+        assert part in str(e.value)
+
+
+def test_all_impossible_combinations_are_reported_at_once():
+    with pytest.raises(UserError) as e:
+        check('model.n_heads=3', 'precision=amp_fp16', 'global_train_batch_size=10', world_size=4)
+    assert '3 mistakes' in str(e.value) and '4 devices' in str(e.value)
+
+
+def test_a_global_batch_that_does_not_divide_lists_the_nearest():
+    with pytest.raises(UserError, match=r'global_train_batch_size: 256 does not divide by 48 devices; nearest that do: 240, 288 '
+                                        r'\(or run on 32, 64 devices\)'):
+        device_batch_size(256, 48)
+    with pytest.raises(UserError, match='nearest that do: 16'):
+        device_batch_size(3, 16)
+    assert [device_batch_size(256, n) for n in (1, 8, 256)] == [256, 32, 1]
+
+
+@pytest.mark.parametrize('device_batch,requested,micro,accum', [(32, 16, 16, 2), (32, 5, 5, 7), (8, 16, 8, 1), (1, 1, 1, 1)])
+def test_microbatches(device_batch, requested, micro, accum):
+    assert microbatch_size(device_batch, requested) == micro
+    assert grad_accum(device_batch, micro) == accum
+    assert (accum - 1) * micro < device_batch <= accum * micro
+
+
+def test_missing_keys_are_named(tmp_path):
+    (tmp_path / 'a.yaml').write_text('data_local: x\n')
+    with pytest.raises(UserError) as e:
+        check(yaml=str(tmp_path / 'a.yaml'))
+    for key in ('tokenizer_name', 'max_seq_len', 'model', 'optimizer', 'device_train_microbatch_size'):
+        assert f'{key}: missing' in str(e.value)
+
+
+@pytest.mark.parametrize('argv,message', [
+    ([], 'the first argument must be a YAML file'),
+    (['max_duration=1ba'], 'the first argument must be a YAML file'),
+    (['yamls/quickstart.yml'], "no such file. Did you mean yamls/quickstart.yaml?"),
+    ([QUICKSTART, 'max_duration'], "override 'max_duration' is not of the form key=value"),
+    ([QUICKSTART, '--max_duration=3'], 'is not of the form key=value'),
+    ([QUICKSTART, 'optimizer.betas=[0.9'], 'cannot be read'),
+])
+def test_a_bad_command_line_is_named(argv, message):
+    with pytest.raises(UserError) as e:
+        config.load(argv)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize('text', ['a: [1, 2', 'a: b: c', '- 1\n- 2', '\t- x'])
+def test_a_broken_yaml_is_named(tmp_path, text):
+    path = tmp_path / 'broken.yaml'
+    path.write_text(text)
+    with pytest.raises(UserError, match='broken.yaml'):
+        config.load([str(path)])
+
+
+def test_fsdp_keys_are_composers():
+    theirs = {f.name for f in dataclasses.fields(ComposerFSDPConfig)}
+    assert set(FSDPConfig.model_fields) <= theirs
+
+
+def test_secrets_are_masked_everywhere():
+    cfg = {'loggers': {'wandb': {'init_kwargs': {'api_key': 'abc123'}}, 'mlflow': {'tracking_uri': 'https://me:pass@host/x'}},
+           'neptune_api_token': 'abc123', 'list': [{'password': 'abc123'}], 'tokenizer_name': 'gpt2', 'max_seq_len': 5,
+           'data_remote': 's3://AKIA:abc123@bucket/x', 'monkey': 'banana', 'eos_token': 'abc123'}
+    text = str(config.masked(cfg))
+    assert 'abc123' not in text and 'pass@' not in text
+    assert "'tokenizer_name': 'gpt2'" in text and "'monkey': 'banana'" in text and "'max_seq_len': 5" in text
+
+
+def test_interpolations_reach_nested_sections():
+    cfg = OmegaConf.merge(config.load([QUICKSTART]), {'max_seq_len': 64})
+    c = config.check(cfg, builders.REGISTRIES, 1, False)
+    assert c.train_loader.dataset.max_seq_len == c.tokenizer.max_seq_len == 64
