@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> Trainer:
                         microbatch, device_batch, world_size, device_batch)
         microbatch = microbatch_size(device_batch, microbatch)
     precision = builders.resolve_precision(c.precision, has_gpu)
-    check_save_folder(c)
+    check_checkpoints(c)
 
     # Processes and seeds
     dist.initialize_dist(get_device(None), timeout=c.dist_timeout)
@@ -130,8 +130,10 @@ def log_to_stderr() -> None:
         log.propagate = False
 
 
-def check_save_folder(c: Config) -> None:
-    """Refuses to start a new run among the checkpoints of another: Composer would find out after the first evaluation."""
+def check_checkpoints(c: Config) -> None:
+    """Refuses to load from nothing, and to start a new run among the checkpoints of another."""
+    if c.load_path and '://' not in c.load_path and not Path(c.load_path.replace('{rank}', '0')).exists():
+        raise UserError(f'load_path: {c.load_path}: no such file')
     if c.save_folder is None or '://' in c.save_folder or c.autoresume or c.load_path:
         return
     run_name = c.run_name or os.environ.get('COMPOSER_RUN_NAME') or os.environ.get('RUN_NAME') or ''

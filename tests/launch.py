@@ -1,0 +1,65 @@
+"""Runs `main.py` as a user does, through the Composer launcher, and reads what it logged."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(sys.executable).parent
+
+
+def clean_env(**extra: str) -> dict[str, str]:
+    """The environment without another launcher's variables, one thread a rank, no GPU, no hub."""
+    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'NODE_RANK',
+                                                           'MASTER_ADDR', 'MASTER_PORT', 'COMPOSER_RUN_NAME', 'RUN_NAME')}
+    return env | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline',
+                  'PATH': f'{SCRIPTS}{os.pathsep}{env["PATH"]}'} | extra
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def composer(yaml: str, *overrides: str, ranks: int = 1, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+    """`composer -n RANKS main.py YAML overrides...` in the repository's root."""
+    command = [str(SCRIPTS / 'composer'), '-n', str(ranks), '--master_port', str(free_port()), 'main.py', yaml, *overrides]
+    return subprocess.run(command, cwd=ROOT, env=clean_env(**env), capture_output=True, text=True, timeout=timeout)
+
+
+def tiny(mds_root: Path, *overrides: str) -> list[str]:
+    """Overrides that make the quick start a run of seconds on the tests' own data."""
+    return [f'data_remote={mds_root}', 'max_seq_len=32', 'model.d_model=16', 'model.n_heads=2', 'model.n_layers=2',
+            'model.vocab_size=512', 'train_loader.dataset.group_method=truncate', 'train_loader.dataset.num_canonical_nodes=1',
+            'global_train_batch_size=12', 'device_train_microbatch_size=12', 'device_eval_batch_size=8', 'eval_samples=31',
+            'max_duration=20ba', 'eval_interval=10ba', 'scheduler.t_warmup=5ba', 'save_folder=null', 'console_log_interval=1ba',
+            *overrides]
+
+
+def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
+    """Every scalar in the TensorBoard files below a folder: name to step to value."""
+    scalars: dict[str, dict[int, float]] = {}
+    for path in sorted({p.parent for p in folder.rglob('events.out.tfevents*')}):
+        events = EventAccumulator(str(path), size_guidance={'scalars': 0})
+        events.Reload()
+        for tag in events.Tags()['scalars']:
+            scalars.setdefault(tag, {}).update({e.step: e.value for e in events.Scalars(tag)})
+    return scalars
+
+
+def console(text: str) -> dict[str, dict[int, str]]:
+    """Every training value on the console: name to batch to printed value."""
+    values: dict[str, dict[int, str]] = {}
+    batch = 0
+    for line in text.splitlines():
+        if match := re.match(r'\[batch=(\d+)/\d+\]', line):
+            batch = int(match[1])
+        elif match := re.match(r'\s+Train (\S+): (\S+)$', line):
+            values.setdefault(match[1], {})[batch] = match[2]
+    return values

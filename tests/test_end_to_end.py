@@ -1,0 +1,215 @@
+"""Whole runs through the Composer launcher: ranks, logs, checkpoints and the user's mistakes."""
+
+import math
+import re
+import shutil
+
+import pytest
+from launch import composer, console, tensorboard, tiny
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
+
+import main
+
+QUICKSTART = 'yamls/quickstart.yaml'
+
+
+def in_process(*argv: str) -> int:
+    """What `python main.py ARGV` does, here: no process to start, no import to wait for."""
+    return main.cli([QUICKSTART, *argv])
+
+
+@pytest.fixture(scope='module')
+def losses(mds_root, tmp_path_factory):
+    """Runs the tiny model on one rank and returns TensorBoard's scalars; each set of arguments once."""
+    done = {}
+
+    def run(*overrides: str):
+        if overrides not in done:
+            folder = tmp_path_factory.mktemp('tb')
+            assert in_process(*tiny(mds_root, 'log_to_console=false', f'loggers.tensorboard.log_dir={folder}', *overrides)) == 0
+            done[overrides] = tensorboard(folder)
+        return done[overrides]
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def logged(mds_root, tmp_path_factory):
+    """A run on two ranks with every log: console text, TensorBoard's scalars, W&B's history and config.
+
+    The microbatch of 12 is more than the 6 samples that each rank has.
+    """
+    folder = tmp_path_factory.mktemp('logged')
+    result = composer(QUICKSTART, *tiny(mds_root, f'loggers.tensorboard.log_dir={folder}/tb', 'loggers.wandb.project=kit',
+                                        'log_traces=true', f'save_folder={folder}/ck/{{run_name}}',
+                                        f'loggers.file.filename={folder}/log.txt'),
+                      ranks=2, WANDB_DIR=str(folder), WANDB_API_KEY='SECRET' * 7, COMPOSER_RUN_NAME='from-env')
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    history, config_json = {}, ''
+    store = DataStore()
+    store.open_for_scan(str(next(folder.rglob('run-*.wandb'))))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField('history'):
+            for item in record.history.item:
+                history.setdefault('.'.join(item.nested_key) or item.key, {})[record.history.step.num] = item.value_json
+        for message in (record.run.config, record.config):
+            config_json += ' '.join(f'{".".join(u.nested_key) or u.key}={u.value_json}' for u in message.update)
+    return result, tensorboard(folder / 'tb'), history, config_json, folder
+
+
+def same_run(got, want) -> None:
+    for tag in ('loss/train/total', 'metrics/train/LanguageCrossEntropy'):
+        assert len(want[tag]) == 20 and list(want[tag].values())[0] > list(want[tag].values())[-1] + 0.1, 'the model learns'
+        assert got[tag] == pytest.approx(want[tag], rel=1e-4)
+    for tag in ('metrics/eval/LanguageCrossEntropy', 'baseline/unigram_entropy'):
+        # 31 samples: streaming alone would repeat one on two ranks, and the entropy of the targets would be another
+        assert got[tag] == pytest.approx(want[tag], rel=1e-6 if 'entropy' in tag else 1e-4)
+    assert got['time/token'] == want['time/token']
+
+
+def test_two_ranks_give_the_losses_of_one(losses, logged):
+    same_run(logged[1], losses())
+    assert set(logged[1]['trainer/grad_accum'].values()) == {1}
+
+
+def test_two_ranks_with_an_uneven_last_microbatch_give_the_losses_of_one(losses, mds_root, tmp_path):
+    result = composer(QUICKSTART, *tiny(mds_root, 'device_train_microbatch_size=4', 'log_to_console=false',
+                                        f'loggers.tensorboard.log_dir={tmp_path}'), ranks=2)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    got = tensorboard(tmp_path)
+    same_run(got, losses())
+    assert set(got['trainer/grad_accum'].values()) == {2}  # 6 = 4 + 2
+
+
+@pytest.mark.parametrize('micro', [5, 11])
+def test_microbatches_on_one_rank_do_not_change_the_losses(losses, micro):
+    same_run(losses(f'device_train_microbatch_size={micro}'), losses())
+
+
+def test_padding_makes_microbatches_uneven_in_tokens(losses):
+    """The equality above would not hold for a mean of means: rows differ in how many targets they have."""
+    tokens = list(losses()['time/token'].values())
+    steps = {int(b - a) for a, b in zip(tokens, tokens[1:])}
+    assert len(steps) > 3 and min(steps) < 12 * 31 - 20
+
+
+def test_another_seed_is_another_run(losses):
+    assert losses('seed=18')['loss/train/total'] != pytest.approx(losses()['loss/train/total'], rel=1e-3)
+
+
+def test_meta_and_cpu_initialisation_give_one_run(losses):
+    assert losses('model.device=meta')['loss/train/total'] == losses()['loss/train/total']
+
+
+def test_console_shows_what_the_document_shows(logged):
+    text = logged[0].stdout + logged[0].stderr
+    values = console(text)
+    for key in ('time/batch', 'time/token', 'lr-DecoupledAdamW/group0', 'loss/train/total', 'metrics/train/LanguageCrossEntropy',
+                'metrics/train/Perplexity', 'trainer/grad_accum', 'trainer/global_step', 'trainer/device_train_microbatch_size'):
+        assert sorted(values[key]) == list(range(1, 21)), key
+    assert min(values['throughput/tokens_per_sec']) <= 10
+    assert values['trainer/global_step'] == {n: str(n) for n in range(1, 21)}
+    assert text.count('[batch=7/20]') == 1, 'once, on rank 0'
+    assert '[trace]: algorithm_traces/GradientClipping' in text
+    for n, value in values['metrics/train/Perplexity'].items():
+        assert float(value) == pytest.approx(math.exp(float(values['metrics/train/LanguageCrossEntropy'][n])), rel=1e-3)
+
+
+def test_the_run_ends_with_one_summary(logged):
+    text = logged[0].stdout + logged[0].stderr
+    for part in (r'20 batches, [\d,]+ tokens trained on', r'train loss +\d\.\d{4}', r'eval loss +\d\.\d{4} +perplexity',
+                 r'unigram +\d\.\d{4}', r'throughput +[\d,]+ tokens/s',
+                 rf'checkpoint +{re.escape(str(logged[4]))}/ck/from-env/ep0-ba20-rank0.pt',
+                 'next: '):
+        assert len(re.findall(part, text)) == 1, part
+    assert 'attention: sdpa' in text and len(re.findall(r'model: mosaic_gpt, [\d,]+ parameters', text)) == 1
+
+
+def test_tensorboard_and_wandb_hold_the_values_of_the_console(logged):
+    result, scalars, history, _, _ = logged
+    values = console(result.stdout + result.stderr)
+    for key in ('loss/train/total', 'metrics/train/LanguageCrossEntropy', 'metrics/train/Perplexity', 'lr-DecoupledAdamW/group0',
+                'trainer/grad_accum', 'trainer/global_step'):
+        printed = {n: float(v) for n, v in values[key].items()}
+        board = sorted(scalars[key].items())
+        stored = sorted((step, float(v)) for step, v in history[key].items())
+        assert len(board) == len(stored) == len(printed) == 20, key
+        for (_, a), (_, b), (_, c) in zip(board, stored, sorted(printed.items())):
+            assert a == pytest.approx(b, rel=1e-5) and b == pytest.approx(c, abs=6e-5), key
+    for key in ('metrics/eval/LanguageCrossEntropy', 'baseline/unigram_entropy'):
+        assert sorted(map(float, history[key].values())) == pytest.approx(sorted(scalars[key].values()), rel=1e-5), key
+
+
+def test_wandb_gets_the_resolved_config_and_no_log_a_secret(logged):
+    result, _, _, config_json, folder = logged
+    assert '"d_model": 16' in config_json.replace('":', '": ').replace(':  ', ': ') or 'd_model=16' in config_json
+    assert '${' not in config_json.replace('${run_name}', '')
+    everything = result.stdout + result.stderr + config_json + (folder / 'log.txt').read_text()
+    assert 'SECRETSECRET' not in everything
+
+
+def test_a_run_goes_on_from_its_checkpoint(mds_root, tmp_path, capfd):
+    short = ['save_interval=4ba', 'scheduler.t_warmup=1ba', 'run_name=one']
+    assert in_process(*tiny(mds_root, *short, f'save_folder={tmp_path}', 'max_duration=4ba')) == 0
+    assert in_process(*tiny(mds_root, *short, f'save_folder={tmp_path}', 'max_duration=6ba')) == 1
+    assert f'error: save_folder: {tmp_path} already holds checkpoints' in (text := capfd.readouterr().err)
+    assert 'autoresume=true' in text
+    assert in_process(*tiny(mds_root, *short, f'load_path={tmp_path}/ep0-ba4-rank0.pt', 'max_duration=6ba')) == 0
+    assert sorted(console(capfd.readouterr().err)['loss/train/total']) == [5, 6]
+
+
+def one_error(text: str, *parts: str) -> None:
+    assert text.count('error:') == 1, text[-3000:]
+    assert 'Traceback' not in text, text[-3000:]
+    for part in parts:
+        assert part in text, text[-3000:]
+
+
+def test_mistakes_are_reported_once_on_two_ranks():
+    result = composer(QUICKSTART, 'max_duraton=1ba', 'optimizer.lr=fast', ranks=2)
+    assert result.returncode == 1
+    one_error(result.stdout + result.stderr, '2 mistakes', "did you mean 'max_duration'", "optimizer.lr: 'fast' must be a number")
+
+
+def bad_data(mds_root, tmp_path, kind):
+    """Overrides of a run whose data is wrong in one way, and what the message has to say."""
+    root = tmp_path / 'copy'
+    shutil.copytree(mds_root, root)
+    if kind == 'no data':
+        return [f'data_remote={tmp_path}/none', f'tokenizer_name={root}/tokenizer'], ['none', 'python convert_c4.py']
+    if kind == 'no split':
+        shutil.rmtree(root / 'val')
+        return [f'data_remote={root}'], ['val', 'python convert_c4.py']
+    if kind == 'no index':
+        (root / 'train' / 'index.json').unlink()
+        return [f'data_remote={root}'], ['index.json', 'python convert_c4.py']
+    if kind == 'no tokenizer':
+        shutil.rmtree(root / 'tokenizer')
+        return [f'data_remote={root}'], [f"no folder '{root}/tokenizer'", 'python convert_c4.py --source sample']
+    if kind == 'no hub':
+        return [f'data_remote={root}', 'tokenizer_name=gpt2'], ["tokenizer_name: 'gpt2'", 'hub']
+    if kind == 'small vocabulary':
+        return [f'data_remote={root}', 'model.vocab_size=400'], ['model.vocab_size: 400 is too small', 'model.vocab_size=']
+    assert kind == 'no checkpoint'
+    return [f'data_remote={root}', f'load_path={tmp_path}/none.pt'], [f'load_path: {tmp_path}/none.pt']
+
+
+@pytest.mark.parametrize('kind', ['no data', 'no split', 'no index', 'no tokenizer', 'no hub', 'small vocabulary',
+                                  'no checkpoint'])
+def test_data_that_is_not_there_ends_in_one_message(mds_root, tmp_path, kind, capfd):
+    overrides, parts = bad_data(mds_root, tmp_path, kind)
+    assert in_process(*tiny(mds_root, *overrides)) == 1
+    one_error(capfd.readouterr().err, *parts)
+
+
+def test_a_microbatch_above_the_device_batch_is_reduced_with_a_warning(logged):
+    text = logged[0].stdout + logged[0].stderr
+    assert text.count('device_train_microbatch_size: 12 is more than the 6 samples that each of 2 devices has; using 6') == 1
+    assert console(text)['trainer/device_train_microbatch_size'][1] == '6'
+
+
+def test_run_name_falls_back_to_the_environment(logged):
+    assert (logged[4] / 'ck' / 'from-env' / 'ep0-ba20-rank0.pt').exists()
