@@ -69,17 +69,19 @@ def main(cfg: DictConfig) -> Trainer:
     tokenizer = TOKENIZER_REGISTRY[c.tokenizer.name](c.tokenizer.tokenizer_name, c.tokenizer.max_seq_len)
     model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     check_vocab(tokenizer, model.vocab_size)
+    check_seq_len(c, model)
     parallelism = {'fsdp': c.fsdp_config.model_dump()} if c.fsdp_config and has_gpu else None
     if parallelism is None and isinstance(model.model, MosaicGPT) and model.model.cfg.device == 'meta':
         model.model.materialize('cpu')
 
     # Data
-    train_loader = DataSpec(build_c4_dataloader(c.train_loader, device_batch), get_num_tokens_in_batch=get_num_tokens_in_batch)
+    count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
+    train_loader = DataSpec(build_c4_dataloader(c.train_loader, device_batch), get_num_tokens_in_batch=count)
     evaluators = []
     if c.eval_loader:
         eval_loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
         evaluators.append(Evaluator(label='eval', eval_interval=c.eval_interval,
-                                    dataloader=DataSpec(eval_loader, get_num_tokens_in_batch=get_num_tokens_in_batch)))
+                                    dataloader=DataSpec(eval_loader, get_num_tokens_in_batch=count)))
 
     # Everything else
     trainer = Trainer(
@@ -145,6 +147,14 @@ def check_checkpoints(c: Config) -> None:
                         'to start afresh set another run_name or save_folder, or move them away')
 
 
+def check_seq_len(c: Config, model: ComposerCausalLM) -> None:
+    """Refuses sequences that the model has no positions for; a Hugging Face model's limit is known once it is built."""
+    for name, loader in (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)):
+        if loader and model.max_seq_len and loader.dataset.max_seq_len > model.max_seq_len:
+            raise UserError(f'{name}.dataset.max_seq_len: {loader.dataset.max_seq_len} is above the {model.max_seq_len} '
+                            'positions of the model; set a smaller max_seq_len, or more positions in model.config_overrides')
+
+
 def plan(c: Config, model: ComposerCausalLM, device_batch: int, microbatch: Any, precision: str) -> str:
     """Every quantity that follows from the config, printed once before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
@@ -196,6 +206,8 @@ def cli(argv: list[str]) -> int:
             time.sleep(10)
         print(f'error: {e}' if rank == 0 else f'error on rank {rank}: {e}', file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

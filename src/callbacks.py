@@ -40,9 +40,9 @@ class UnigramBaseline(Callback):
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         if self.entropy is None:
             _, targets = next_token_targets(state.batch)
-            counts = torch.bincount(targets[targets != IGNORE].cpu())
-            longest = max(len(counts), len(self._counts))
-            self._counts = sum(torch.nn.functional.pad(c, (0, longest - len(c))) for c in (self._counts, counts))
+            counts = torch.bincount(targets[targets != IGNORE].cpu(), minlength=len(self._counts))
+            counts[:len(self._counts)] += self._counts
+            self._counts = counts
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if self.entropy is None:

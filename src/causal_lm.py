@@ -122,11 +122,14 @@ class ComposerCausalLM(ComposerModel):
         model: Called as `model(input_ids, targets=targets)`, returns the mean loss over the targets.
         n_layers: Number of blocks, for the FLOPs.
         d_model: Width, for the FLOPs.
+        vocab_size: Token ids that it has embeddings for.
+        max_seq_len: The longest sequence that it takes; None: any.
     """
 
-    def __init__(self, model: nn.Module, n_layers: int, d_model: int):
+    def __init__(self, model: nn.Module, n_layers: int, d_model: int, vocab_size: int, max_seq_len: Optional[int]):
         super().__init__()
         self.model = model
+        self.vocab_size, self.max_seq_len = vocab_size, max_seq_len
         self.n_params = sum(p.numel() for p in model.parameters())  # parameters() counts tied ones once
         self.n_layers, self.d_model = n_layers, d_model
 

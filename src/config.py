@@ -208,6 +208,9 @@ def _combination_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
                        f'these do: {_divisors(model.d_model)}')
         if model.attn_impl == 'flash' and not has_gpu:
             out.append("model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto (or sdpa)")
+        elif model.attn_impl == 'flash' and c.precision == 'fp32':
+            out.append("model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'; set model.attn_impl=auto, "
+                       'or precision=amp_bf16')
     elif model.pretrained_model_name_or_path is None and 'model_type' not in model.config_overrides:
         out.append('model.pretrained_model_name_or_path: missing; name a model, or set '
                    'model.config_overrides.model_type, as in gpt2')

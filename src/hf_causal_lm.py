@@ -104,7 +104,7 @@ class ComposerHFCausalLM(ComposerCausalLM):
         if cfg.pretrained and name is None:
             raise UserError('model.pretrained: true needs model.pretrained_model_name_or_path')
         try:
-            if cfg.pretrained:
+            if cfg.pretrained and name:
                 with dist.run_local_rank_zero_first():
                     model = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=cfg.trust_remote_code)
             else:
@@ -114,8 +114,8 @@ class ComposerHFCausalLM(ComposerCausalLM):
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(f'model: {name or config.model_type!r} cannot be built as a causal language model: '
                             f'{_first_line(e)}') from None
-        if config.tie_word_embeddings:
-            assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        head = model.get_output_embeddings()
+        assert head is not None and (not config.tie_word_embeddings or head.weight is model.get_input_embeddings().weight)
         log.info('attention: Hugging Face %s', config._attn_implementation)
-        super().__init__(HFCausalLM(model), n_layers=config.num_hidden_layers, d_model=config.hidden_size)
-        self.vocab_size = int(config.vocab_size)
+        super().__init__(HFCausalLM(model), config.num_hidden_layers, config.hidden_size, vocab_size=config.vocab_size,
+                         max_seq_len=getattr(config, 'max_position_embeddings', None))

@@ -86,7 +86,7 @@ class MosaicGPT(nn.Module):
         # Wrappers (FSDP, compile, activation checkpointing) change the names of parameters, never this one.
         self.module_path: dict[nn.Module, str] = {m: name for name, m in self.named_modules()}
         self.module_path[self.lm_head] = self.module_path[self.transformer['wte']]
-        kernel = self.transformer['blocks'][0].causal_attn.kernel
+        kernel = self.get_submodule('transformer.blocks.0.causal_attn').kernel
         log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
         if cfg.device != 'meta':
             self.init_weights()
@@ -179,5 +179,5 @@ class ComposerMosaicGPT(ComposerCausalLM):
 
     def __init__(self, cfg: Union[MosaicGPTConfig, Mapping[str, Any]]):
         model = MosaicGPT(cfg)
-        super().__init__(model, n_layers=model.cfg.n_layers, d_model=model.cfg.d_model)
-        self.vocab_size = model.cfg.vocab_size
+        c = model.cfg
+        super().__init__(model, c.n_layers, c.d_model, vocab_size=c.vocab_size, max_seq_len=c.max_seq_len)

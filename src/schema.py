@@ -76,7 +76,7 @@ class DatasetConfig(Section):
     predownload: Optional[int] = Field(default=None, gt=0)
     cache_limit: Union[int, str, None] = None
     num_canonical_nodes: Optional[int] = Field(default=None, gt=0)
-    download_retry: int = Field(default=2, ge=0)
+    download_retry: int = Field(default=2, ge=1)
     download_timeout: float = Field(default=60.0, gt=0)
     validate_hash: Optional[str] = None
     keep_zip: bool = False

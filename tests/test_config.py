@@ -95,6 +95,12 @@ def test_all_mistakes_are_reported_at_once():
         assert part in str(e.value)
 
 
+def test_flash_in_fp32_is_refused():
+    with pytest.raises(UserError, match="model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'"):
+        check('model.attn_impl=flash', 'precision=fp32', has_gpu=True)
+    assert check('model.attn_impl=flash', has_gpu=True).model.attn_impl == 'flash'
+
+
 def test_all_impossible_combinations_are_reported_at_once():
     with pytest.raises(UserError) as e:
         check('model.n_heads=3', 'precision=amp_fp16', 'global_train_batch_size=10', world_size=4)

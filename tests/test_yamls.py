@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import main
 from src import builders, config
+from src.errors import UserError
 from src.mosaic_gpt import MosaicGPT
 
 MOSAIC = {
@@ -98,6 +99,13 @@ def test_hf_yaml_has_exactly_its_parameters(name):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.pop('model_type'), **shape, **overrides))
     assert sum(p.numel() for p in model.parameters()) == params
     assert f'{params:,} parameters' in Path(f'yamls/hf_causal_lm/{name}.yaml').read_text()
+
+
+def test_a_hub_model_with_too_few_positions_is_refused(mds_root):
+    cfg = config.load(['yamls/hf_causal_lm/gpt2-small.yaml', f'data_remote={mds_root}', f'tokenizer_name={mds_root}/tokenizer',
+                       *SHRUNK, *SHRUNK_HF['gpt2-small'], 'model.config_overrides.n_positions=16'])
+    with pytest.raises(UserError, match='train_loader.dataset.max_seq_len: 32 is above the 16 positions of the model'):
+        main.main(cfg)
 
 
 @pytest.mark.parametrize('yaml', ALL)

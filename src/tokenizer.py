@@ -1,0 +1,96 @@
+"""Tokenizers: Hugging Face's, from the hub or from a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming.base.distributed import get_local_rank
+from torch import distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from src.errors import UserError
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer that has an EOS and a pad token.
+
+    Args:
+        tokenizer_name: A name on the hub, such as `gpt2`, or a folder, such as `./my-copy-c4/tokenizer`.
+        max_seq_len: Tokens in a sample.
+
+    Attributes:
+        tokenizer: Hugging Face's own object. Where it has no pad token, EOS is the pad token.
+
+    Raises:
+        UserError: No such tokenizer, or the hub cannot be reached, or it has no EOS token to end a document with.
+    """
+
+    def __init__(self, tokenizer_name: str, max_seq_len: int) -> None:
+        self.tokenizer_name = tokenizer_name
+        self.max_seq_len = max_seq_len
+        self.tokenizer = _load(tokenizer_name)
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f'tokenizer_name: {tokenizer_name!r} has no EOS token, which every document ends with; '
+                            'choose a tokenizer of a causal language model, such as gpt2')
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, with those that were added to the vocabulary."""
+        return len(self.tokenizer)
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    """On each node one rank alone downloads; the others then find it in the cache."""
+    several = dist.is_available() and dist.is_initialized()
+    if several and get_local_rank() != 0:
+        dist.barrier()
+    try:
+        # Documents longer than a sample are the loader's to cut: without the length, no warning about them.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, model_max_length=int(1e30))
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise UserError(_why_not(name, e)) from None
+    finally:
+        if several and get_local_rank() == 0:
+            dist.barrier()
+
+
+def _why_not(name: str, error: Exception) -> str:
+    reason = (str(error).splitlines() or [''])[0]
+    if Path(name).is_dir():
+        return f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: {type(error).__name__}: {reason}'
+    if name.startswith(('.', '/', '~')) or name.count('/') > 1:
+        root = Path(name).parent if Path(name).name == 'tokenizer' else './my-copy-c4'
+        return (f'tokenizer_name: no folder {name!r}. Make one with\n'
+                f'  python convert_c4.py --source sample --out_root {root}\n'
+                f'which writes {root}/tokenizer, or name a tokenizer on the hub, such as gpt2')
+    return (f'tokenizer_name: {name!r} is no folder here, and it could not be loaded from the Hugging Face hub: check the name '
+            f'and the network. Without a network, make one with\n'
+            f'  python convert_c4.py --source sample --out_root ./my-copy-c4\n'
+            f'and set tokenizer_name=./my-copy-c4/tokenizer ({type(error).__name__}: {reason})')
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int64]]:
+    """Token ids of each document, closed by EOS; no other special tokens, and no limit to the length."""
+    documents: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)['input_ids']
+    out = [np.full(len(ids) + 1, tokenizer.eos_token_id, np.int64) for ids in documents]
+    for array, ids in zip(out, documents, strict=True):
+        array[:-1] = ids
+    return out
+
+
+def check_vocab(tokenizer: HFTokenizer, model_vocab_size: int) -> None:
+    """Holds a tokenizer's ids against a model's embedding.
+
+    Raises:
+        UserError: The tokenizer has ids that the model has no embedding for.
+    """
+    needed = 1 + max(tokenizer.tokenizer.get_vocab().values())  # ids may have gaps: more than len(tokenizer)
+    if needed > model_vocab_size:
+        raise UserError(f'model.vocab_size: {model_vocab_size} is too small for tokenizer_name {tokenizer.tokenizer_name!r}, '
+                        f'whose ids need {needed}; set model.vocab_size={needed} or more')
+
+
+TOKENIZER_REGISTRY = {'hftokenizer': HFTokenizer}

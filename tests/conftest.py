@@ -1,0 +1,87 @@
+"""What all tests share: a tiny dataset and tokenizer of their own, offline."""
+
+import os
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+os.environ['TQDM_DISABLE'] = '1'
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+EOS = '<|endoftext|>'
+N_DOCUMENTS = {'train': 400, 'val': 90}
+WORDS = """the a of and to in is was that for it with on as by at from river mountain engine letter winter garden number
+    children market science music history light water measure question answer city forest machine story slowly often
+    never perhaps quietly built found carried wrote asked kept opened changed learned grew""".split()  # noqa: SIM905
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='no GPU'))
+
+
+@pytest.fixture(autouse=True)
+def cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests compare numbers of the CPU: what is not marked `gpu` sees none, where there is one too."""
+    if not request.node.get_closest_marker('gpu'):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+
+
+def documents(split: str) -> list[str]:
+    """The fixture's documents: a few words to a few hundred, the same on every call."""
+    rng = random.Random(split)
+    texts = []
+    for i in range(N_DOCUMENTS[split]):
+        sentences = [' '.join(rng.choices(WORDS, k=rng.randint(4, 14))).capitalize() + '.' for _ in range(rng.randint(1, 12))]
+        texts.append(f'Document {i} of {split}. ' + ' '.join(sentences))
+    return texts
+
+
+def write_mds(folder: Path, rows: list[dict[str, str]], columns: dict[str, str], size_limit: int = 1 << 14) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder), columns=columns, size_limit=size_limit, progress_bar=False) as out:
+        for row in rows:
+            out.write(row)
+
+
+@pytest.fixture(scope='session')
+def mds_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with splits `train` and `val` of C4's columns, in several shards each, and `tokenizer`."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp('my-copy-c4')
+    for split in N_DOCUMENTS:
+        rows = [{'text': text, 'timestamp': '2019-04-25T12:57:54Z', 'url': f'https://example.org/{split}/{i}'}
+                for i, text in enumerate(documents(split))]
+        write_mds(root / split, rows, {'text': 'str', 'timestamp': 'str', 'url': 'str'})
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents('train'), vocab_size=512, special_tokens=[EOS], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS).save_pretrained(root / 'tokenizer')
+    return root
+
+
+@pytest.fixture(scope='session')
+def tokenizer_dir(mds_root: Path) -> Path:
+    """A byte-level BPE tokenizer of up to 512 tokens, trained on the split `train`."""
+    return mds_root / 'tokenizer'
+
+
+def orphaned_blocks() -> list[str]:
+    """Streaming's shared-memory blocks that no living process maps: other runs on this machine have blocks of their own."""
+    blocks = {path.name for path in Path('/dev/shm').glob('*') if re.match(r'\d{6}_[a-z_]+$', path.name)}
+    mapped: set[str] = set()
+    for maps in Path('/proc').glob('[0-9]*/maps'):
+        try:
+            mapped |= set(re.findall(r'/dev/shm/(\d{6}_[a-z_]+)$', maps.read_text(errors='replace'), re.MULTILINE))
+        except OSError:
+            continue
+    return sorted(blocks - mapped)
