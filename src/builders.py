@@ -1,6 +1,6 @@
 """Optimizer, scheduler, algorithms, callbacks and loggers by their names in the YAML."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Optional
 
 import composer.optim
@@ -12,7 +12,7 @@ from composer.utils import MissingConditionalImportError
 
 from src.callbacks import UnigramBaseline
 from src.errors import UserError
-from src.schema import OptimizerConfig, SchedulerConfig
+from src.schema import OptimizerConfig, Plugins, SchedulerConfig
 
 ALGORITHMS = {
     'gradient_clipping': algorithms.GradientClipping,
@@ -80,14 +80,16 @@ def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
     return composer.optim.ConstantWithWarmupScheduler(cfg.t_warmup, t_max=cfg.t_max)
 
 
-def build_all(section: str, chosen: Mapping[str, Optional[dict[str, Any]]]) -> list[Any]:
-    """The entries of `algorithms`, `callbacks` or `loggers`, in order.
+def build_all(section: str, chosen: Plugins) -> list[Any]:
+    """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
 
     Raises:
         UserError: A package is not installed, or a value is refused by the class.
     """
     built = []
     for name, kwargs in chosen.items():
+        if kwargs is False:
+            continue
         try:
             built.append(REGISTRIES[section][name](**(kwargs or {})))
         except (ImportError, MissingConditionalImportError):

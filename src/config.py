@@ -228,10 +228,13 @@ def _combination_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
                                ('timeout', loader.timeout)):
                 if value:
                     out.append(f'{name}.{key}: {value!r} needs worker processes; set {name}.num_workers above 0, or remove it')
-    if c.train_loader.eval_samples != -1:
+    if 'eval_samples' in c.train_loader.model_fields_set:
         out.append(f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; '
                    'set it for eval_loader, and train_loader.dataset.epoch_size for training')
     if c.eval_loader is not None:
+        if c.eval_loader.eval_samples != c.eval_samples:
+            out.append(f'eval_samples: {c.eval_samples} is not what eval_loader.eval_samples says, {c.eval_loader.eval_samples}; '
+                       'write eval_samples: ${eval_samples} in eval_loader')
         if c.eval_loader.dataset.group_method == 'concat':
             out.append("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
                        'set truncate, or evaluate on packed tokens')

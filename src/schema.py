@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Field(gt=0)
 TIME = re.compile(r'^([0-9][0-9_]*(?:\.[0-9]+)?)(ep|ba|sp|tok|dur)$')
 TimeString = Field(pattern=TIME.pattern)
+Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its keywords; null: none; false: switched off
 
 
 class Section(BaseModel):
@@ -92,7 +93,7 @@ class LoaderConfig(Section):
 
     name: Literal['c4'] = 'c4'
     dataset: DatasetConfig
-    eval_samples: int = Field(default=-1, ge=-1)  # eval_loader only; -1: the whole split
+    eval_samples: int = Field(default=16384, ge=-1)  # eval_loader only, over all devices; -1: the whole split
     drop_last: bool = False
     num_workers: int = Field(default=0, ge=0)
     pin_memory: bool = False
@@ -161,7 +162,7 @@ class Config(Section):
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
-    algorithms: dict[str, Optional[dict[str, Any]]] = {}
+    algorithms: Plugins = {}
 
     max_duration: str = TimeString
     eval_interval: str = Field(default='1ep', pattern=TIME.pattern)
@@ -178,8 +179,8 @@ class Config(Section):
     log_to_console: bool = True
     console_log_interval: str = Field(default='1ba', pattern=r'^[0-9]+(ep|ba)$')
     log_traces: bool = False
-    callbacks: dict[str, Optional[dict[str, Any]]] = {}
-    loggers: dict[str, Optional[dict[str, Any]]] = {}
+    callbacks: Plugins = {}
+    loggers: Plugins = {}
 
     save_folder: Optional[str] = None
     save_interval: str = Field(default='1000ba', pattern=TIME.pattern)

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
 
@@ -35,22 +33,12 @@ def composer(yaml: str, *overrides: str, ranks: int = 1, timeout: float = 300, *
 
 def tiny(mds_root: Path, *overrides: str) -> list[str]:
     """Overrides that make the quick start a run of seconds on the tests' own data."""
-    return [f'data_remote={mds_root}', 'max_seq_len=32', 'model.d_model=16', 'model.n_heads=2', 'model.n_layers=2',
+    quiet = [] if any(o.startswith('loggers.tensorboard') for o in overrides) else ['loggers.tensorboard=false']
+    return [f'data_remote={mds_root}', *quiet, 'max_seq_len=32', 'model.d_model=16', 'model.n_heads=2', 'model.n_layers=2',
             'model.vocab_size=512', 'train_loader.dataset.group_method=truncate', 'train_loader.dataset.num_canonical_nodes=1',
             'global_train_batch_size=12', 'device_train_microbatch_size=12', 'device_eval_batch_size=8', 'eval_samples=31',
             'max_duration=20ba', 'eval_interval=10ba', 'scheduler.t_warmup=5ba', 'save_folder=null', 'console_log_interval=1ba',
             *overrides]
-
-
-def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
-    """Every scalar in the TensorBoard files below a folder: name to step to value."""
-    scalars: dict[str, dict[int, float]] = {}
-    for path in sorted({p.parent for p in folder.rglob('events.out.tfevents*')}):
-        events = EventAccumulator(str(path), size_guidance={'scalars': 0})
-        events.Reload()
-        for tag in events.Tags()['scalars']:
-            scalars.setdefault(tag, {}).update({e.step: e.value for e in events.Scalars(tag)})
-    return scalars
 
 
 def console(text: str) -> dict[str, dict[int, str]]:

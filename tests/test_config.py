@@ -58,6 +58,7 @@ BAD = [
     (['train_loader.dataset.group_method=pack'], ["'pack' is not one of 'truncate' or 'concat'"]),
     (['train_loader.prefetch_factor=2'], ['train_loader.prefetch_factor: 2 needs worker processes', 'num_workers']),
     (['train_loader.eval_samples=5'], ['train_loader.eval_samples: 5 bounds an evaluation']),
+    (['eval_loader.eval_samples=7'], ['eval_samples: 256 is not what eval_loader.eval_samples says, 7']),
     (['callbacks.speed_monitr={}'], ['callbacks.speed_monitr: no such name', "did you mean 'speed_monitor'"]),
     (['callbacks.speed_monitor.window=3'], ['callbacks.speed_monitor.window: no such key', "did you mean 'window_size'"]),
     (['loggers.wnadb={}'], ['loggers.wnadb', "did you mean 'wandb'"]),

@@ -5,11 +5,12 @@ import re
 import shutil
 
 import pytest
-from launch import composer, console, tensorboard, tiny
+from launch import composer, console, tiny
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
 import main
+from src.plot_loss import read_scalars
 
 QUICKSTART = 'yamls/quickstart.yaml'
 
@@ -28,7 +29,7 @@ def losses(mds_root, tmp_path_factory):
         if overrides not in done:
             folder = tmp_path_factory.mktemp('tb')
             assert in_process(*tiny(mds_root, 'log_to_console=false', f'loggers.tensorboard.log_dir={folder}', *overrides)) == 0
-            done[overrides] = tensorboard(folder)
+            done[overrides] = read_scalars(folder)
         return done[overrides]
 
     return run
@@ -57,7 +58,7 @@ def logged(mds_root, tmp_path_factory):
                 history.setdefault('.'.join(item.nested_key) or item.key, {})[record.history.step.num] = item.value_json
         for message in (record.run.config, record.config):
             config_json += ' '.join(f'{".".join(u.nested_key) or u.key}={u.value_json}' for u in message.update)
-    return result, tensorboard(folder / 'tb'), history, config_json, folder
+    return result, read_scalars(folder / 'tb'), history, config_json, folder
 
 
 def same_run(got, want) -> None:
@@ -79,7 +80,7 @@ def test_two_ranks_with_an_uneven_last_microbatch_give_the_losses_of_one(losses,
     result = composer(QUICKSTART, *tiny(mds_root, 'device_train_microbatch_size=4', 'log_to_console=false',
                                         f'loggers.tensorboard.log_dir={tmp_path}'), ranks=2)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    got = tensorboard(tmp_path)
+    got = read_scalars(tmp_path)
     same_run(got, losses())
     assert set(got['trainer/grad_accum'].values()) == {2}  # 6 = 4 + 2
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from launch import tensorboard, tiny
+from launch import tiny
 
 import main
 from src.attention import choose_attention, torch_attention
+from src.plot_loss import read_scalars
 
 pytestmark = pytest.mark.gpu
 
@@ -39,5 +40,5 @@ FSDP = ['fsdp_config.sharding_strategy=FULL_SHARD', 'model.device=meta']
 def test_the_quick_start_trains_on_a_gpu(mds_root, tmp_path, fsdp):
     argv = tiny(mds_root, f'loggers.tensorboard.log_dir={tmp_path}', 'log_to_console=false', 'model.attn_impl=flash', *fsdp)
     assert main.cli(['yamls/quickstart.yaml', *argv]) == 0
-    losses = list(tensorboard(tmp_path)['loss/train/total'].values())
+    losses = list(read_scalars(tmp_path)['loss/train/total'].values())
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.1
