@@ -26,7 +26,6 @@ from src.causal_lm import ComposerCausalLM
 from src.data_c4 import build_c4_dataloader, get_num_tokens_in_batch
 from src.errors import UserError
 from src.model_registry import COMPOSER_MODEL_REGISTRY
-from src.mosaic_gpt import MosaicGPT
 from src.schema import Config
 from src.tokenizer import TOKENIZER_REGISTRY, check_vocab
 
@@ -71,7 +70,7 @@ def main(cfg: DictConfig) -> Trainer:
     check_vocab(tokenizer, model.vocab_size)
     check_seq_len(c, model)
     parallelism = {'fsdp': c.fsdp_config.model_dump()} if c.fsdp_config and has_gpu else None
-    if parallelism is None and isinstance(model.model, MosaicGPT) and model.model.cfg.device == 'meta':
+    if parallelism is None and any(p.is_meta for p in model.parameters()):
         model.model.materialize('cpu')
 
     # Data

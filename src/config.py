@@ -19,6 +19,7 @@ from yaml import YAMLError
 from src.batch_size import device_batch_size
 from src.errors import UserError
 from src.schema import (
+    MODEL_CONFIGS,
     TIME,
     Config,
     DatasetConfig,
@@ -147,10 +148,9 @@ def _nearest(word: str, known: list[str]) -> str:
 
 def _fields_at(schema: type[BaseModel], loc: tuple) -> list[str]:
     """The keys that the schema has at a location that pydantic reports."""
-    classes = {'mosaic_gpt': MosaicGPTConfig, 'hf_causal_lm': HFCausalLMConfig, 'model': MosaicGPTConfig,
-               'dataset': DatasetConfig, 'train_loader': LoaderConfig, 'eval_loader': LoaderConfig,
-               'optimizer': OptimizerConfig, 'scheduler': SchedulerConfig, 'tokenizer': TokenizerConfig,
-               'fsdp_config': FSDPConfig}
+    classes = {**MODEL_CONFIGS, 'model': MosaicGPTConfig, 'dataset': DatasetConfig, 'train_loader': LoaderConfig,
+               'eval_loader': LoaderConfig, 'optimizer': OptimizerConfig, 'scheduler': SchedulerConfig,
+               'tokenizer': TokenizerConfig, 'fsdp_config': FSDPConfig}
     found = next((classes[part] for part in reversed(loc) if part in classes), schema)
     return list(found.model_fields)
 
@@ -164,7 +164,7 @@ def _explain(err: Any, schema: type[BaseModel]) -> str:
     """One of pydantic's errors in the kit's words."""
     loc = err['loc']
     # A union adds the tag or type that it tried to the location: it is no key of the YAML.
-    tags = {'mosaic_gpt', 'hf_causal_lm', 'int', 'str'}
+    tags = {*MODEL_CONFIGS, 'int', 'str'}
     key = '.'.join(str(p) for p in loc if p not in tags and not str(p).startswith(('literal[', 'constrained-')))
     value, kind, ctx = err['input'], err['type'], err.get('ctx', {})
     if kind == 'extra_forbidden':
@@ -175,7 +175,7 @@ def _explain(err: Any, schema: type[BaseModel]) -> str:
         return f'{key}: {value!r} is not one of {ctx["expected"]}'
     if kind.startswith('union_tag'):
         name = value.get('name') if isinstance(value, dict) else value
-        return f"{key}.name: {name!r} is not one of 'mosaic_gpt', 'hf_causal_lm'"
+        return f'{key}.name: {name!r} is not one of {", ".join(map(repr, MODEL_CONFIGS))}'
     if kind == 'string_pattern_mismatch':
         return f'{key}: {value!r} is not a time: a number with a unit, as in 100ba (batches), 1ep (epochs), 2000000tok or 1dur'
     if kind in _TYPES:
@@ -200,55 +200,64 @@ def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, A
 
 def _combination_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
     """Settings that are valid alone and impossible together, or on this machine."""
-    out: list[str] = []
-    model = c.model
-    if isinstance(model, MosaicGPTConfig):
+    out = _model_errors(c, has_gpu)
+    for name, loader in (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)):
+        if loader is not None:
+            out += _loader_errors(c, name, loader)
+    return out + _split_errors(c) + _unit_errors(c) + _machine_errors(c, world_size, has_gpu)
+
+
+def _model_errors(c: Config, has_gpu: bool) -> list[str]:
+    out, model = [], c.model
+    if isinstance(model, HFCausalLMConfig):
+        if model.pretrained_model_name_or_path is None and 'model_type' not in model.config_overrides:
+            out.append('model.pretrained_model_name_or_path: missing; name a model, or set '
+                       'model.config_overrides.model_type, as in gpt2')
+    elif isinstance(model, MosaicGPTConfig):
         if model.d_model % model.n_heads:
-            out.append(f'model.n_heads: {model.n_heads} does not divide model.d_model {model.d_model}; '
-                       f'these do: {_divisors(model.d_model)}')
+            divisors = ', '.join(str(i) for i in range(1, min(model.d_model, 128) + 1) if model.d_model % i == 0)
+            out.append(f'model.n_heads: {model.n_heads} does not divide model.d_model {model.d_model}; these do: {divisors}')
         if model.attn_impl == 'flash' and not has_gpu:
             out.append("model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto (or sdpa)")
         elif model.attn_impl == 'flash' and c.precision == 'fp32':
             out.append("model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'; set model.attn_impl=auto, "
                        'or precision=amp_bf16')
-    elif model.pretrained_model_name_or_path is None and 'model_type' not in model.config_overrides:
-        out.append('model.pretrained_model_name_or_path: missing; name a model, or set '
-                   'model.config_overrides.model_type, as in gpt2')
-    loaders = {'train_loader': c.train_loader} | ({'eval_loader': c.eval_loader} if c.eval_loader else {})
-    for name, loader in loaders.items():
-        data = loader.dataset
-        if isinstance(model, MosaicGPTConfig) and data.max_seq_len > model.max_seq_len:
-            out.append(f'{name}.dataset.max_seq_len: {data.max_seq_len} is above model.max_seq_len {model.max_seq_len}; '
-                       'set max_seq_len, which both refer to')
-        if data.cache_limit is not None and data.remote in (None, data.local):
-            out.append(f'{name}.dataset.cache_limit: {data.cache_limit!r} with no remote would delete the only copy of the data; '
-                       'remove cache_limit, or set data_remote to where the data lies')
-        if loader.num_workers == 0:
-            for key, value in (('prefetch_factor', loader.prefetch_factor), ('persistent_workers', loader.persistent_workers),
-                               ('timeout', loader.timeout)):
-                if value:
-                    out.append(f'{name}.{key}: {value!r} needs worker processes; set {name}.num_workers above 0, or remove it')
-    if 'eval_samples' in c.train_loader.model_fields_set:
-        out.append(f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; '
-                   'set it for eval_loader, and train_loader.dataset.epoch_size for training')
-    if c.eval_loader is not None:
-        if c.eval_loader.eval_samples != c.eval_samples:
-            out.append(f'eval_samples: {c.eval_samples} is not what eval_loader.eval_samples says, {c.eval_loader.eval_samples}; '
-                       'write eval_samples: ${eval_samples} in eval_loader')
-        if c.eval_loader.dataset.group_method == 'concat':
-            out.append("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
-                       'set truncate, or evaluate on packed tokens')
-        train, evals = c.train_loader.dataset, c.eval_loader.dataset
-        if (train.remote or train.local, train.split) == (evals.remote or evals.local, evals.split) and not c.allow_same_split:
-            out.append(f'eval_loader.dataset.split: {evals.split!r} is also what train_loader reads, so the evaluation would be '
-                       'of the training data; change one, or set allow_same_split=true if that is what you want')
-    out += _unit_errors(c)
-    out += _machine_errors(c, world_size, has_gpu)
     return out
 
 
-def _divisors(n: int) -> str:
-    return ', '.join(str(i) for i in range(1, min(n, 128) + 1) if n % i == 0)
+def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
+    out, data = [], loader.dataset
+    if isinstance(c.model, MosaicGPTConfig) and data.max_seq_len > c.model.max_seq_len:
+        out.append(f'{name}.dataset.max_seq_len: {data.max_seq_len} is above model.max_seq_len {c.model.max_seq_len}; '
+                   'set max_seq_len, which both refer to')
+    if data.cache_limit is not None and data.remote in (None, data.local):
+        out.append(f'{name}.dataset.cache_limit: {data.cache_limit!r} with no remote would delete the only copy of the data; '
+                   'remove cache_limit, or set data_remote to where the data lies')
+    if loader.num_workers == 0:
+        for key in ('prefetch_factor', 'persistent_workers', 'timeout'):
+            if value := getattr(loader, key):
+                out.append(f'{name}.{key}: {value!r} needs worker processes; set {name}.num_workers above 0, or remove it')
+    return out
+
+
+def _split_errors(c: Config) -> list[str]:
+    out = []
+    if 'eval_samples' in c.train_loader.model_fields_set:
+        out.append(f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; '
+                   'set it for eval_loader, and train_loader.dataset.epoch_size for training')
+    if c.eval_loader is None:
+        return out
+    if c.eval_loader.eval_samples != c.eval_samples:
+        out.append(f'eval_samples: {c.eval_samples} is not what eval_loader.eval_samples says, {c.eval_loader.eval_samples}; '
+                   'write eval_samples: ${eval_samples} in eval_loader')
+    train, evals = c.train_loader.dataset, c.eval_loader.dataset
+    if evals.group_method == 'concat':
+        out.append("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
+                   'set truncate, or evaluate on packed tokens')
+    if (train.remote or train.local, train.split) == (evals.remote or evals.local, evals.split) and not c.allow_same_split:
+        out.append(f'eval_loader.dataset.split: {evals.split!r} is also what train_loader reads, so the evaluation would be '
+                   'of the training data; change one, or set allow_same_split=true if that is what you want')
+    return out
 
 
 def _unit_errors(c: Config) -> list[str]:

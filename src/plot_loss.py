@@ -46,6 +46,7 @@ def draw(runs: list[str], out: str, dark: bool = False) -> None:
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
     plt.style.use('dark_background' if dark else 'default')
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     for i, run in enumerate(runs):
@@ -57,10 +58,11 @@ def draw(runs: list[str], out: str, dark: bool = False) -> None:
         last = max(tokens)
         per_step = tokens[last] / max(last, 1)
         evals = sorted(scalars.get(EVAL, {}).items())
-        axes.plot([s * per_step for s, _ in evals], [v for _, v in evals], 'o-', color=f'C{i}', ms=4, lw=1.5, label='evaluation')
+        axes.plot([s * per_step for s, _ in evals], [v for _, v in evals], 'o', color=f'C{i}', ms=6, mec='white', label='evaluation')
         if UNIGRAM in scalars:
             axes.axhline(next(iter(scalars[UNIGRAM].values())), color=f'C{i}', ls='--', lw=1, label='unigram entropy')
     axes.set(xlabel='tokens', ylabel='loss (nats per token)')
+    axes.xaxis.set_major_formatter(EngFormatter(sep=''))
     axes.legend(frameon=False)
     axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(out, dpi=150)

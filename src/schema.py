@@ -4,7 +4,7 @@ A key that is not here is not a setting. `src/config.py` holds a YAML and comman
 """
 
 import re
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -59,6 +59,7 @@ class HFCausalLMConfig(Section):
 
 
 ModelConfig = Union[MosaicGPTConfig, HFCausalLMConfig]
+MODEL_CONFIGS: dict[str, type[Section]] = {get_args(cls.model_fields['name'].annotation)[0]: cls for cls in get_args(ModelConfig)}
 
 
 class DatasetConfig(Section):
@@ -127,7 +128,7 @@ class FSDPConfig(Section):
     activation_cpu_offload: bool = False
     backward_prefetch: Literal['BACKWARD_PRE', 'BACKWARD_POST', 'NONE'] = 'BACKWARD_PRE'
     backward_prefetch_limit: int = Field(default=1, gt=0)
-    cpu_offload: bool = False
+    cpu_offload: Literal[False] = False  # Composer refuses true
     data_parallel_shard_degree: int = -1
     data_parallel_replicate_degree: Optional[int] = Field(default=None, gt=0)
     forward_prefetch: bool = False

@@ -32,7 +32,7 @@ BAD = [
     (['scheduler.name=cosine'], ["scheduler.name: 'cosine' is not one of 'cosine_with_warmup'"]),
     (['scheduler.t_warmup=100'], ['scheduler.t_warmup: 100 must be text']),
     (['scheduler.t_warmup=100 batches'], ["'100 batches' is not a time", '100ba']),
-    (['max_duration=1_000_000tok'], ["scheduler.t_warmup: '20ba' and max_duration '1_000_000tok' must have one unit"]),
+    (['max_duration=1_000_000tok'], ["scheduler.t_warmup: '50ba' and max_duration '1_000_000tok' must have one unit"]),
     (['max_duration=1ep', 'scheduler.t_warmup=0.1dur'], ["max_duration: '1ep'", 'concat', 'ba']),
     (['max_duration=0ba'], ["max_duration: '0ba' must be greater than 0"]),
     (['max_duration=1dur'], ["max_duration: '1dur' is a fraction of itself"]),

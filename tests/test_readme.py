@@ -1,0 +1,339 @@
+"""The documentation: every command is run here or accounted for, links lead somewhere, and tables agree with the code."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
+from torch import Tensor, nn
+
+import convert_c4
+import main
+from src import builders, config
+from src.attention import torch_attention
+from src.data_c4 import parse_args
+from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
+from src.schema import FSDPConfig
+
+DOCS = {name: (ROOT / name).read_text() for name in ('README.md', 'src/README.md')}
+QUICKSTART = 'yamls/quickstart.yaml'
+SHORT = ('max_duration=4ba', 'eval_interval=4ba', 'scheduler.t_warmup=1ba')
+
+
+def blocks(language: str, text: str) -> list[str]:
+    """The fenced code blocks of a language, also those inside a list."""
+    found = re.findall(rf'^( *)```{language}\n(.*?)^ *```$', text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for _, block in found]
+
+
+def commands() -> list[str]:
+    """Every command of every `bash` block."""
+    lines = [line for text in DOCS.values() for block in blocks('bash', text) for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.strip() and not line.startswith('#')))
+
+
+# How each command is checked. `test_...`: run by that test, here or in the file named, in a small form. Other words say what
+# it needs beyond a test; what can be checked of it without that is checked by `test_its_arguments_are_valid`.
+BY_ARG, BY_ENV = 'test_two_nodes_by_arguments', 'test_two_nodes_by_environment_variables'
+CHECKED = {
+    'python3 -m venv .venv && source .venv/bin/activate': 'network: .ci/run does it',
+    'pip install -r requirements.txt && python convert_c4.py --source sample --out_root ./my-copy-c4 '
+    '&& composer main.py yamls/quickstart.yaml':
+        'network: pip. The rest: test_quickstart.py::test_the_quick_start_learns_the_sample',
+    'python src/plot_loss.py runs/* --out loss.png': 'test_plot_loss.py::test_the_picture_is_drawn_in_both_themes',
+    'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
+    'pip install flash-attn==2.8.3 --no-build-isolation': 'GPU: test_flash_attn_command_is_that_of_the_requirements',
+    'python convert_c4.py --out_root ./my-copy-c4 --splits val':
+        'test_convert_c4.py::test_hub_gives_the_same_documents_as_the_folder',
+    'python convert_c4.py --out_root ./my-copy-c4 --splits train':
+        'test_convert_c4.py::test_hub_gives_the_same_documents_as_the_folder',
+    'python convert_c4.py --source /data/c4/en --out_root ./my-copy-c4 --splits train val':
+        'test_convert_c4.py::test_folder_is_converted_in_order',
+    'python convert_c4.py --source sample --out_root ./my-copy-c4':
+        'test_convert_c4.py::test_sample_has_enough_prose_and_no_paragraph_twice',
+    'composer main.py yamls/mosaic_gpt/125m.yaml train_loader.dataset.split=val allow_same_split=true':
+        'GPU: test_training_on_val_alone',
+    'python src/data_c4.py ./my-copy-c4 ./my-copy-c4': 'test_loader_in_place',
+    'python src/data_c4.py ./my-copy-c4 /tmp/cache-c4': 'test_loader_copies_shards',
+    'python src/data_c4.py s3://my-bucket/my-copy-c4 /tmp/cache-c4': 'test_loader_from_s3',
+    'composer main.py yamls/mosaic_gpt/125m.yaml data_remote=s3://my-bucket/my-copy-c4 data_local=/tmp/cache-c4':
+        'GPU: test_loader_from_s3 reads such data',
+    'composer main.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
+    'composer --world_size 16 --node_rank 0 --master_addr 10.0.0.1 --master_port 7501 main.py yamls/mosaic_gpt/125m.yaml': BY_ARG,
+    'composer --world_size 16 --node_rank 1 --master_addr 10.0.0.1 --master_port 7501 main.py yamls/mosaic_gpt/125m.yaml': BY_ARG,
+    'export WORLD_SIZE=16 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=7501': BY_ENV,
+    'export WORLD_SIZE=16 NODE_RANK=1 MASTER_ADDR=10.0.0.1 MASTER_PORT=7501': BY_ENV,
+    'composer main.py yamls/quickstart.yaml run_name=first autoresume=true': 'test_autoresume_starts_then_goes_on',
+    'composer main.py yamls/mosaic_gpt/125m.yaml loggers.tensorboard.log_dir=./runs':
+        'GPU: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
+    'tensorboard --logdir ./runs': 'a server: '
+        'test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console reads its files',
+    'composer main.py yamls/mosaic_gpt/125m.yaml loggers.wandb.project=my-project':
+        'GPU: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
+    'composer main.py yamls/hf_causal_lm/gpt2-small.yaml': 'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
+    'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=./my-gpt2 model.pretrained=true '
+    'max_seq_len=1024':
+        'GPU: test_causal_lm.py::test_hf_pretrained_weights_load_from_a_folder',
+    'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=null '
+    'model.config_overrides.model_type=gpt2 tokenizer_name=./my-copy-c4/tokenizer':
+        'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
+    'composer main.py yamls/quickstart.yaml model.name=parallel_gpt': 'test_worked_example',
+}
+
+
+def test_every_command_is_accounted_for():
+    assert sorted(commands()) == sorted(CHECKED)
+    for how in CHECKED.values():
+        for file, name in re.findall(r'(?:(test_\w+\.py)::)?(test_\w+)(?!\w*\.py)', how):
+            assert f'def {name}(' in (ROOT / 'tests' / (file or 'test_readme.py')).read_text(), how
+        assert how.startswith('test_') or re.match(r'network: |GPU: |a server: ', how)
+
+
+@pytest.mark.parametrize('command', [part for command in commands() for part in command.split(' && ')])
+def test_its_arguments_are_valid(command: str):
+    """Every program, file and key that a command names is there."""
+    program, *argv = shlex.split(command)
+    if argv[:1] == ['convert_c4.py']:
+        convert_c4.parse_args(argv[1:])
+    elif argv[:1] == ['src/data_c4.py']:
+        parse_args(argv[1:])
+    elif argv[:1] == ['src/plot_loss.py']:
+        assert argv[1:] == ['runs/*', '--out', 'loss.png']
+    elif program == 'composer':
+        start = argv.index('main.py')
+        launcher, (_, file, *overrides) = argv[:start], argv[start:]
+        assert launcher[::2] == ['--world_size', '--node_rank', '--master_addr', '--master_port'][:len(launcher) // 2]
+        if 'model.name=parallel_gpt' not in overrides:  # that name is the worked example's
+            config.check(config.load([str(ROOT / file), *overrides]), builders.REGISTRIES, world_size=16 if launcher else 8,
+                         has_gpu=True)
+    elif program == 'pip':
+        assert argv[0] == 'install' and (argv[1] != '-r' or (ROOT / argv[2]).is_file())
+    else:
+        assert program in ('python3', 'source', 'export', 'pytest', 'tensorboard')
+
+
+def test_flash_attn_command_is_that_of_the_requirements():
+    assert '#   pip install flash-attn==2.8.3 --no-build-isolation\n' in (ROOT / 'requirements.txt').read_text()
+
+
+def test_training_on_val_alone(mds_root, tmp_path):
+    val_alone = ['train_loader.dataset.split=val', 'allow_same_split=true', f'loggers.tensorboard.log_dir={tmp_path}']
+    assert main.cli([str(ROOT / QUICKSTART), *tiny(mds_root, *SHORT, 'log_to_console=false', *val_alone)]) == 0
+
+
+# ---------------------------------------------------------------- the loader
+
+
+def smoke_test(*argv: str, **env: str) -> str:
+    done = subprocess.run([sys.executable, 'src/data_c4.py', *argv], cwd=ROOT, env=clean_env(**env), capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '90 documents in 3 shards' in done.stdout and done.stdout.count('input_ids (8, 2048)') == 5
+    assert re.search(r'^90 documents, [\d,]+ tokens in .*documents/s, .*tokens/s$', done.stdout, re.MULTILINE)
+    return done.stdout
+
+
+def shards(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
+
+
+def test_loader_in_place(mds_root):
+    before = shards(mds_root)
+    assert str(mds_root / 'tokenizer') in smoke_test(str(mds_root), str(mds_root))
+    assert shards(mds_root) == before
+
+
+def test_loader_copies_shards(mds_root, tmp_path):
+    smoke_test(str(mds_root), str(tmp_path / 'cache-c4'))
+    assert shards(tmp_path / 'cache-c4' / 'val') == shards(mds_root / 'val')
+
+
+def test_loader_from_s3(mds_root, tmp_path, monkeypatch):
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'none')
+    monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'none')
+    server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+    server.start()
+    try:
+        url = 'http://{}:{}'.format(*server.get_host_and_port())
+        s3 = boto3.client('s3', endpoint_url=url, region_name='us-east-1')
+        s3.create_bucket(Bucket='my-bucket')
+        for name in shards(mds_root / 'val'):
+            s3.upload_file(str(mds_root / 'val' / name), 'my-bucket', f'my-copy-c4/val/{name}')
+        smoke_test('s3://my-bucket/my-copy-c4', str(tmp_path / 'cache-c4'), '--tokenizer', str(mds_root / 'tokenizer'),
+                   S3_ENDPOINT_URL=url, AWS_DEFAULT_REGION='us-east-1')
+    finally:
+        server.stop()
+    assert shards(tmp_path / 'cache-c4' / 'val') == shards(mds_root / 'val')
+
+
+# ---------------------------------------------------------------- training
+
+
+# Two nodes do not share /dev/shm: each gets one of its own, in a mount namespace.
+NODE = ['unshare', '--mount', '--map-root-user', 'sh', '-c', 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', 'sh']
+
+
+def two_nodes(mds_root: Path, tmp_path: Path, arguments: list[list[str]], environments: list[dict[str, str]]) -> list[str]:
+    """Runs two nodes of one process at the same time and returns what each printed."""
+    if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
+        pytest.skip('needs the right to make a mount namespace: two nodes have a /dev/shm each')
+    argv = ['main.py', QUICKSTART, *tiny(mds_root, *SHORT, f'loggers.tensorboard.log_dir={tmp_path}')]
+    nodes = [subprocess.Popen([*NODE, str(SCRIPTS / 'composer'), '-n', '1', *args, *argv], cwd=ROOT, env=clean_env(**env),
+                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+             for args, env in zip(arguments, environments, strict=True)]
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], '\n'.join(outputs)
+    assert '2 devices x 1 microbatches of 6' in outputs[0]
+    assert sorted(console(outputs[0])['loss/train/total']) == [1, 2, 3, 4]
+    assert 'eval loss' in outputs[0] and not console(outputs[1])
+    return outputs
+
+
+def test_two_nodes_by_arguments(mds_root, tmp_path):
+    address = ['--master_addr', '127.0.0.1', '--master_port', str(free_port())]
+    two_nodes(mds_root, tmp_path, [['--world_size', '2', '--node_rank', rank, *address] for rank in '01'], [{}, {}])
+
+
+def test_two_nodes_by_environment_variables(mds_root, tmp_path):
+    port = str(free_port())
+    two_nodes(mds_root, tmp_path, [[], []],
+              [dict(WORLD_SIZE='2', NODE_RANK=rank, MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for rank in '01'])
+
+
+def test_autoresume_starts_then_goes_on(mds_root, tmp_path, capfd):
+    argv = tiny(mds_root, 'scheduler.t_warmup=1ba', 'run_name=first', 'autoresume=true', f'save_folder={tmp_path}/{{run_name}}',
+                'save_interval=4ba', f'loggers.tensorboard.log_dir={tmp_path}/tb')
+    assert main.cli([str(ROOT / QUICKSTART), *argv, 'max_duration=4ba']) == 0
+    assert sorted(console(capfd.readouterr().err)['loss/train/total']) == [1, 2, 3, 4]
+    assert main.cli([str(ROOT / QUICKSTART), *argv, 'max_duration=6ba']) == 0
+    assert sorted(console(capfd.readouterr().err)['loss/train/total']) == [5, 6]
+
+
+# ---------------------------------------------------------------- the guide's code
+
+
+def test_worked_example(mds_root, tmp_path):
+    """The three edits, in a copy of the kit, make a model that trains."""
+    schema, model, registry = blocks('python', DOCS['src/README.md'])[:3]
+    shutil.copy(ROOT / 'main.py', tmp_path)
+    for folder in ('src', 'yamls'):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns('__pycache__'))
+    old = (ROOT / 'src/schema.py').read_text()
+    assert len(re.findall('^ModelConfig = .*$', old, re.MULTILINE)) == 1
+    (tmp_path / 'src/schema.py').write_text(re.sub('^ModelConfig = .*\n', lambda _: schema, old, flags=re.MULTILINE))
+    (tmp_path / 'src/parallel_gpt.py').write_text(model)
+    (tmp_path / 'src/model_registry.py').write_text(registry)
+    done = subprocess.run([str(SCRIPTS / 'composer'), 'main.py', QUICKSTART, 'model.name=parallel_gpt', *tiny(mds_root)],
+                          cwd=tmp_path, env=clean_env(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout + done.stderr
+    # embeddings; 2 blocks of LayerNorm, Wqkv, out_proj, mlp_up, mlp_down; last LayerNorm
+    n_params = (512 + 32) * 16 + 2 * (32 + 17 * 48 + 17 * 16 + 17 * 64 + 65 * 16) + 32
+    assert f'model: parallel_gpt, {n_params:,} parameters' in text
+    losses = [float(v) for v in console(text)['loss/train/total'].values()]
+    assert len(losses) == 20 and losses[0] == pytest.approx(6.24, abs=0.1) and losses[-1] < losses[0] - 0.1  # ln 512
+
+
+def test_the_guides_attention_is_causal_and_windowed():
+    namespace = {'torch': torch, 'F': F, 'Tensor': Tensor}
+    exec(next(b for b in blocks('python', DOCS['src/README.md']) if 'def windowed_attention' in b), namespace)
+    attention = namespace['windowed_attention']
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 300, 2, 8) for _ in range(3))
+    assert torch.allclose(attention(q, k, v, 0.0, 300), torch_attention(q, k, v), atol=1e-5)
+    out = attention(q, k, v)
+    for end in (256, 300):  # the last 256 positions and no other
+        alone = torch_attention(q[:, end - 256:end], k[:, end - 256:end], v[:, end - 256:end])
+        assert torch.allclose(out[:, end - 1], alone[:, -1], atol=1e-5)
+    assert not torch.allclose(out, torch_attention(q, k, v), atol=1e-3)
+
+
+def test_the_guides_wrapping_wraps_every_mlp_too():
+    namespace = {'nn': nn, 'GPTBlock': GPTBlock, 'GPTMLP': GPTMLP}
+    exec(next(b for b in blocks('python', DOCS['src/README.md']) if b.startswith('def fsdp_wrap_fn')), namespace)
+    model = MosaicGPT({'d_model': 16, 'n_heads': 2, 'n_layers': 3, 'max_seq_len': 8, 'vocab_size': 32, 'attn_impl': 'sdpa'})
+    assert sum(namespace['fsdp_wrap_fn'](model, m) for m in model.modules()) == 6
+    assert sum(model.fsdp_wrap_fn(m) for m in model.modules()) == 3
+
+
+# ---------------------------------------------------------------- what the text says
+
+
+@pytest.mark.parametrize('doc', list(DOCS))
+def test_links_lead_to_files(doc: str):
+    links = re.findall(r'\]\(([^)\s]+)\)', DOCS[doc])
+    assert len(links) > 5
+    for link in links:
+        if not link.startswith('https://'):
+            assert '#' not in link, f'{link}: no line numbers'
+            assert ((ROOT / doc).parent / link).is_file(), link
+
+
+def table(doc: str, head: str) -> list[list[str]]:
+    """The rows of the first table whose header line is `head`."""
+    lines = DOCS[doc].split(head + '\n', 1)[1].splitlines()[1:]
+    rows = lines[:next((i for i, line in enumerate(lines) if not line.startswith('|')), len(lines))]
+    return [[cell.strip() for cell in row.strip('|').split('|')] for row in rows]
+
+
+def test_the_box_holds_every_program_and_module():
+    named = {re.sub(r'\[(.*)\]\(\1\)', r'\1', file) for file, _ in table('README.md', '| file | job |')}
+    there = {str(p.relative_to(ROOT)) for p in [*ROOT.glob('*.py'), *ROOT.glob('src/*.py')]}
+    assert named == there | {QUICKSTART, 'src/README.md'}
+
+
+def test_every_run_is_in_the_table():
+    rows = {re.findall(r'\((.*)\)', row[0])[0]: row[1:] for row in
+            table('README.md', '| config | parameters | tokens | global batch | peak learning rate |')}
+    files = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('yamls/*/*.yaml'))
+    assert sorted(rows) == files
+    for file in files:
+        text = (ROOT / file).read_text()
+        params, tokens = re.findall(r'# ([\d,]+) parameters, ([\d.]+B) tokens', text)[0]
+        settings = yaml.safe_load(text)
+        assert rows[file][:3] == [params, tokens, str(settings['global_train_batch_size'])]
+        assert float(rows[file][3]) == float(settings['optimizer']['lr'])
+
+
+def test_every_key_of_fsdp_config_is_in_the_guide():
+    rows = {key.strip('`'): default.strip('`') for key, default, _ in table('src/README.md', '| key | default | meaning |')}
+    words = {True: 'true', False: 'false', None: 'null'}
+    assert rows == {key: words.get(field.default, str(field.default)) if not isinstance(field.default, int)
+                    or isinstance(field.default, bool) else str(field.default) for key, field in FSDPConfig.model_fields.items()}
+
+
+def test_mixed_precision_is_what_the_guide_says():
+    from composer.distributed.mosaic_parallelism import get_mixed_precision
+
+    rows = {name.strip('`'): cells for name, *cells in
+            table('src/README.md', '| | gathered parameters and buffers | reduction of gradients |')}
+    kinds = {torch.bfloat16: 'low', torch.float32: 'float32', None: 'float32'}  # None: as they are, which is float32
+    for name, (compute, reduction) in rows.items():
+        _, param, reduce, buffer = get_mixed_precision('amp_bf16', name)
+        assert kinds[param] == kinds[buffer] == compute.split(': ')[-1] and kinds[reduce] == reduction.split(':')[0], name
+    assert set(rows) == {'DEFAULT', 'PURE', 'FULL'}
+
+
+def test_messages_in_the_troubleshooting_table_are_the_codes():
+    """What a user searches the table for is what the code prints."""
+    code = ''.join(p.read_text() for p in [*ROOT.glob('*.py'), *ROOT.glob('src/*.py')])
+    for part in ('cannot reach allenai/c4', 'could not be loaded from the Hugging Face hub', 'does not divide by',
+                 "'flash' needs a GPU", 'needs a GPU; on a CPU set auto or fp32', 'is also what train_loader reads',
+                 'already holds checkpoints', 'is too small for tokenizer_name', 'Reused local directory',
+                 'is where another dataset that is still open copies its'):
+        assert part in code, part
+    shown = ' '.join(symptom for symptom, *_ in table('README.md', '| symptom | cause | what to do |'))
+    for part in ('cannot reach allenai/c4', 'could not be loaded from the Hugging Face hub', 'does not divide by',
+                 'already holds checkpoints'):
+        assert part in shown, part
