@@ -58,7 +58,8 @@ def draw(runs: list[str], out: str, dark: bool = False) -> None:
         last = max(tokens)
         per_step = tokens[last] / max(last, 1)
         evals = sorted(scalars.get(EVAL, {}).items())
-        axes.plot([s * per_step for s, _ in evals], [v for _, v in evals], 'o', color=f'C{i}', ms=6, mec='white', label='evaluation')
+        axes.plot([s * per_step for s, _ in evals], [v for _, v in evals], 'o', color=f'C{i}', ms=6, mec='white',
+                  label='evaluation')
         if UNIGRAM in scalars:
             axes.axhline(next(iter(scalars[UNIGRAM].values())), color=f'C{i}', ls='--', lw=1, label='unigram entropy')
     axes.set(xlabel='tokens', ylabel='loss (nats per token)')
