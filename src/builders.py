@@ -96,7 +96,7 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
             raise UserError(f'{section}.{name}: its package is not installed; pip install {PACKAGES.get(name, name)}, '
                             f'or remove {name} from {section}') from None
         except (ValueError, TypeError) as e:
-            raise UserError(f'{section}.{name}: {kwargs}: {e}') from None
+            raise UserError(f'{section}.{name}: {e}') from None
     return built
 
 

@@ -9,10 +9,22 @@ from composer.utils import dist
 
 from src.batch_size import grad_accum
 from src.causal_lm import IGNORE, next_token_targets
+from src.errors import UserError
 
 
 class StepCounters(Callback):
-    """Logs `trainer/grad_accum` (microbatches per step) and `trainer/global_step` with every batch."""
+    """Logs `trainer/grad_accum` (microbatches per step) and `trainer/global_step` with every batch.
+
+    Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever.
+    """
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self._batches_before = int(state.timestamp.batch)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) == self._batches_before:
+            raise UserError('train_loader: an epoch holds not one full batch for each device and worker; use more data, a '
+                            'smaller global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false')
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert state.device_train_microbatch_size is not None

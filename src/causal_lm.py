@@ -45,8 +45,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             z = exps.sum(-1, keepdim=True)
             loss += ((z.log() - shifted)[:, 0] * trained).sum()
             if d_hidden is not None and d_weight is not None:
-                # d loss / d logits = (softmax - one_hot) / n_targets
-                share = trained[:, None] / n_targets
+                # d loss / d logits = (softmax - one_hot) / n_targets; the division comes last, fp16 would round it to 0
+                share = trained[:, None].float()
                 d_logits = exps.mul_(share / z).scatter_add_(1, index, -share).to(dtype)
                 d_hidden[rows] = d_logits @ w
                 if dtype == torch.float32:
@@ -54,14 +54,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     d_weight += d_logits.T @ h
         if with_grad:
-            ctx.save_for_backward(d_hidden, d_weight)
+            ctx.save_for_backward(d_hidden, d_weight, n_targets)
             ctx.weight_dtype = weight.dtype
         return loss / n_targets
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Optional[Tensor], ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        scale = grad_outputs[0]
+        d_hidden, d_weight, n_targets = ctx.saved_tensors
+        scale = grad_outputs[0] / n_targets
         return d_hidden * scale, (d_weight * scale).to(ctx.weight_dtype), None, None, None, None
 
 

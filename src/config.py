@@ -4,27 +4,27 @@
 mistake at once, before anything is built.
 """
 
+import copy
 import difflib
 import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
 from yaml import YAMLError
 
-from src.batch_size import device_batch_size
+from src.checks import combination_errors
 from src.errors import UserError
 from src.schema import (
     MODEL_CONFIGS,
-    TIME,
     Config,
     DatasetConfig,
     FSDPConfig,
-    HFCausalLMConfig,
     LoaderConfig,
     MosaicGPTConfig,
     OptimizerConfig,
@@ -51,17 +51,24 @@ def load(argv: list[str]) -> DictConfig:
     path = Path(argv[0])
     if not path.is_file():
         near = difflib.get_close_matches(argv[0], [str(p) for p in path.parent.glob('*.yaml')], n=1)
-        raise UserError(f'{argv[0]}: no such file.' + (f' Did you mean {near[0]}?' if near else ''))
-    for arg in argv[1:]:
-        if '=' not in arg or arg.startswith(('-', '=')):
-            raise UserError(f'override {arg!r} is not of the form key=value, as in max_duration=100ba or optimizer.lr=3e-4')
+        what = 'a folder, not a YAML file.' if path.is_dir() else 'no such file.'
+        raise UserError(f'{argv[0]}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
     try:
-        base = OmegaConf.load(path)
-        if not isinstance(base, DictConfig):
-            raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(base).__name__}')
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(argv[1:]))
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as e:
-        raise UserError(f'{argv[0]}: cannot be read as YAML with overrides {argv[1:]}: {e}') from None
+        merged = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as e:
+        raise UserError(f'{argv[0]}: cannot be read as YAML: {e}') from None
+    if not isinstance(merged, DictConfig):
+        raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(merged).__name__}')
+    for arg in argv[1:]:
+        key = arg.split('=')[0]  # a value may be a secret: messages name the key alone
+        if '=' not in arg or arg.startswith(('-', '=')):
+            raise UserError(f'override {key!r} is not of the form key=value, as in max_duration=100ba or optimizer.lr=3e-4')
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([arg]))
+        except (YAMLError, OmegaConfBaseException) as e:
+            raise UserError(f'override {key}=...: its value cannot be read as YAML: {str(e).splitlines()[0]}') from None
+        except TypeError:
+            raise UserError(f'override {key}=...: is a section with keys of its own, not a list') from None
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -122,18 +129,36 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
     try:
         config = Config.model_validate(raw)
     except ValidationError as e:
-        errors += [_explain(err, Config) for err in e.errors()]
+        problems = [err for err in e.errors() if not (err['loc'][0] in registries and len(err['loc']) > 1)]
+        errors += list(dict.fromkeys(_explain(err, Config) for err in problems))
+        config = _without(raw, [err['loc'] for err in e.errors()])
     for section, classes in registries.items():
         chosen = raw.get(section) or {}
         if isinstance(chosen, dict):
             for name, kwargs in chosen.items():
-                errors += _plugin_errors(section, str(name), kwargs or {}, classes)
+                errors += _plugin_errors(section, str(name), kwargs, classes)
     if config is not None:
-        errors += _combination_errors(config, world_size, has_gpu)
+        errors += combination_errors(config, world_size, has_gpu)
     if errors:
         raise _report(errors)
     assert config is not None
     return config
+
+
+def _without(raw: dict[str, Any], bad: list[tuple]) -> Optional[Config]:
+    """The config without the keys at `bad`, so that the others can still be held against each other; None if it needs them."""
+    rest = copy.deepcopy(raw)
+    for loc in bad:
+        keys = [part for part in loc if part not in MODEL_CONFIGS]
+        parent: Any = rest
+        while len(keys) > 1 and isinstance(parent, dict) and isinstance(parent.get(keys[0]), dict):
+            parent = parent[keys.pop(0)]
+        if isinstance(parent, dict):
+            parent.pop(keys[0], None)
+    try:
+        return Config.model_validate(rest)
+    except ValidationError:
+        return None
 
 
 def _report(errors: list[str]) -> UserError:
@@ -157,7 +182,7 @@ def _fields_at(schema: type[BaseModel], loc: tuple) -> list[str]:
 
 _TYPES = {'int_type': 'a whole number', 'float_type': 'a number', 'bool_type': 'true or false', 'string_type': 'text',
           'model_type': 'a section with keys of its own', 'dict_type': 'a section with keys of its own',
-          'list_type': 'a list'}
+          'list_type': 'a list', 'model_attributes_type': 'a section with keys of its own'}
 
 
 def _explain(err: Any, schema: type[BaseModel]) -> str:
@@ -166,7 +191,7 @@ def _explain(err: Any, schema: type[BaseModel]) -> str:
     # A union adds the tag or type that it tried to the location: it is no key of the YAML.
     tags = {*MODEL_CONFIGS, 'int', 'str'}
     key = '.'.join(str(p) for p in loc if p not in tags and not str(p).startswith(('literal[', 'constrained-')))
-    value, kind, ctx = err['input'], err['type'], err.get('ctx', {})
+    value, kind, ctx = masked(err['input'], key.split('.')[-1]), err['type'], err.get('ctx', {})
     if kind == 'extra_forbidden':
         return f'{key}: no such key; {_nearest(str(loc[-1]), _fields_at(schema, loc[:-1]))}'
     if kind == 'missing':
@@ -176,131 +201,54 @@ def _explain(err: Any, schema: type[BaseModel]) -> str:
     if kind.startswith('union_tag'):
         name = value.get('name') if isinstance(value, dict) else value
         return f'{key}.name: {name!r} is not one of {", ".join(map(repr, MODEL_CONFIGS))}'
+    if kind == 'string_pattern_mismatch' and key == 'console_log_interval':
+        return f'{key}: {value!r} must be a number of batches or epochs above 0, as in 10ba or 1ep'
     if kind == 'string_pattern_mismatch':
-        return f'{key}: {value!r} is not a time: a number with a unit, as in 100ba (batches), 1ep (epochs), 2000000tok or 1dur'
+        return (f'{key}: {value!r} is not a time: a whole number with a unit, as in 100ba (batches), 1ep (epochs), 5000sp '
+                '(samples), 2000000tok (tokens), or a fraction of the duration, as in 0.1dur')
     if kind in _TYPES:
         return f'{key}: {value!r} must be {_TYPES[kind]}'
-    bounds = {'greater_than': 'gt', 'greater_than_equal': 'ge', 'less_than': 'lt', 'less_than_equal': 'le'}
+    bounds = {'greater_than': ('gt', 'greater than'), 'greater_than_equal': ('ge', 'at least'), 'less_than': ('lt', 'less than'),
+              'less_than_equal': ('le', 'at most')}
     if kind in bounds:
-        return f'{key}: {value!r} must be {kind.replace("_", " ")} {ctx[bounds[kind]]}'
+        return f'{key}: {value!r} must be {bounds[kind][1]} {ctx[bounds[kind][0]]:g}'
     return f'{key}: {value!r}: {err["msg"]}'
 
 
 def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, Any]) -> list[str]:
-    """Mistakes in one entry of `callbacks`, `loggers` or `algorithms`."""
+    """Mistakes in one entry of `callbacks`, `loggers` or `algorithms`: its name, keywords, and their types."""
     if name not in classes:
         return [f'{section}.{name}: no such name; {_nearest(name, list(classes))}']
-    if not isinstance(kwargs, dict):
-        return [f'{section}.{name}: {kwargs!r} must be a section with keys of its own, or {{}}']
+    if kwargs is False:
+        return []
+    if not isinstance(kwargs, dict) and kwargs is not None:
+        return [f'{section}.{name}: must be a section with keys of its own, {{}} for none, or false to switch it off']
+    kwargs = kwargs or {}
     parameters = inspect.signature(classes[name]).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return []
-    return [f'{section}.{name}.{key}: no such key; {_nearest(key, list(parameters))}' for key in kwargs if key not in parameters]
-
-
-def _combination_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
-    """Settings that are valid alone and impossible together, or on this machine."""
-    out = _model_errors(c, has_gpu)
-    for name, loader in (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)):
-        if loader is not None:
-            out += _loader_errors(c, name, loader)
-    return out + _split_errors(c) + _unit_errors(c) + _machine_errors(c, world_size, has_gpu)
-
-
-def _model_errors(c: Config, has_gpu: bool) -> list[str]:
-    out, model = [], c.model
-    if isinstance(model, HFCausalLMConfig):
-        if model.pretrained_model_name_or_path is None and 'model_type' not in model.config_overrides:
-            out.append('model.pretrained_model_name_or_path: missing; name a model, or set '
-                       'model.config_overrides.model_type, as in gpt2')
-    elif isinstance(model, MosaicGPTConfig):
-        if model.d_model % model.n_heads:
-            divisors = ', '.join(str(i) for i in range(1, min(model.d_model, 128) + 1) if model.d_model % i == 0)
-            out.append(f'model.n_heads: {model.n_heads} does not divide model.d_model {model.d_model}; these do: {divisors}')
-        if model.attn_impl == 'flash' and not has_gpu:
-            out.append("model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto (or sdpa)")
-        elif model.attn_impl == 'flash' and c.precision == 'fp32':
-            out.append("model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'; set model.attn_impl=auto, "
-                       'or precision=amp_bf16')
-    return out
-
-
-def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
-    out, data = [], loader.dataset
-    if isinstance(c.model, MosaicGPTConfig) and data.max_seq_len > c.model.max_seq_len:
-        out.append(f'{name}.dataset.max_seq_len: {data.max_seq_len} is above model.max_seq_len {c.model.max_seq_len}; '
-                   'set max_seq_len, which both refer to')
-    if data.cache_limit is not None and data.remote in (None, data.local):
-        out.append(f'{name}.dataset.cache_limit: {data.cache_limit!r} with no remote would delete the only copy of the data; '
-                   'remove cache_limit, or set data_remote to where the data lies')
-    if loader.num_workers == 0:
-        for key in ('prefetch_factor', 'persistent_workers', 'timeout'):
-            if value := getattr(loader, key):
-                out.append(f'{name}.{key}: {value!r} needs worker processes; set {name}.num_workers above 0, or remove it')
-    return out
-
-
-def _split_errors(c: Config) -> list[str]:
-    out = []
-    if 'eval_samples' in c.train_loader.model_fields_set:
-        out.append(f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; '
-                   'set it for eval_loader, and train_loader.dataset.epoch_size for training')
-    if c.eval_loader is None:
-        return out
-    if c.eval_loader.eval_samples != c.eval_samples:
-        out.append(f'eval_samples: {c.eval_samples} is not what eval_loader.eval_samples says, {c.eval_loader.eval_samples}; '
-                   'write eval_samples: ${eval_samples} in eval_loader')
-    train, evals = c.train_loader.dataset, c.eval_loader.dataset
-    if evals.group_method == 'concat':
-        out.append("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
-                   'set truncate, or evaluate on packed tokens')
-    if (train.remote or train.local, train.split) == (evals.remote or evals.local, evals.split) and not c.allow_same_split:
-        out.append(f'eval_loader.dataset.split: {evals.split!r} is also what train_loader reads, so the evaluation would be '
-                   'of the training data; change one, or set allow_same_split=true if that is what you want')
-    return out
-
-
-def _unit_errors(c: Config) -> list[str]:
-    out = []
-    duration, warmup = TIME.match(c.max_duration), TIME.match(c.scheduler.t_warmup)
-    assert duration and warmup
-    epochs_have_a_length = c.train_loader.dataset.group_method != 'concat'
-    if duration[2] == 'ep' and not epochs_have_a_length:
-        out.append(f"max_duration: {c.max_duration!r}: with group_method 'concat' an epoch has no length to schedule by; "
-                   'give batches (ba) or tokens (tok)')
-    elif warmup[2] not in ('dur', duration[2]) and {warmup[2], duration[2]} != {'ba', 'ep'}:
-        out.append(f'scheduler.t_warmup: {c.scheduler.t_warmup!r} and max_duration {c.max_duration!r} must have one unit; '
-                   f'give t_warmup in {duration[2]}, or as a fraction such as 0.02dur')
-    for key in ('max_duration', 'save_interval'):
-        amount = TIME.match(getattr(c, key))
-        if amount and not float(amount[1]):
-            out.append(f'{key}: {getattr(c, key)!r} must be greater than 0')
-    if duration[2] == 'dur':
-        out.append(f'max_duration: {c.max_duration!r} is a fraction of itself; use ba, tok, sp or ep')
-    if len(c.optimizer.betas) != 2 or not all(0 <= b < 1 for b in c.optimizer.betas):
-        out.append(f'optimizer.betas: {c.optimizer.betas} must be two numbers from 0 up to, not including, 1')
-    return out
-
-
-def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
-    out = []
-    micro = c.device_train_microbatch_size
-    if micro == 'auto':
-        if not has_gpu:
-            out.append("device_train_microbatch_size: 'auto' needs a GPU (it searches for what fits); set a number")
-    elif micro <= 0:
-        out.append(f"device_train_microbatch_size: {micro} must be greater than 0, or 'auto' on a GPU")
-    if not has_gpu and c.precision not in ('auto', 'fp32'):
-        out.append(f'precision: {c.precision!r} needs a GPU; on a CPU set auto or fp32')
+    out = [f'{section}.{name}.{key}: no such key; {_nearest(key, list(parameters))}' for key in kwargs if key not in parameters]
+    out += [f'{section}.{name}.{key}: missing; it has no default' for key, p in parameters.items()
+            if p.default is p.empty and key not in kwargs]
     try:
-        device_batch_size(c.global_train_batch_size, world_size)
-    except UserError as e:
-        out.append(str(e))
-    if c.autoresume and (c.save_folder is None or c.run_name is None):
-        out.append('autoresume: true needs save_folder and run_name, so that a later start finds the checkpoints')
-    if c.load_weights_only and c.load_path is None:
-        out.append('load_weights_only: true does nothing without load_path')
+        hints = get_type_hints(classes[name].__init__)
+    except NameError:  # a type that its module imports for type checkers alone
+        hints = {}
+    for key, value in kwargs.items():
+        if key in hints:
+            try:
+                TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True, strict=True)).validate_python(value)
+            except ValidationError as e:
+                wanted = ' or '.join(dict.fromkeys(_TYPES.get(err['type'], err['msg']) for err in e.errors()))
+                out.append(f'{section}.{name}.{key}: {masked(value, key)!r} must be {wanted}')
+            except PydanticSchemaGenerationError:  # a type that only Python can check
+                continue
+        if isinstance(value, (int, float)) and key in ABOVE_ZERO and value <= 0:
+            out.append(f'{section}.{name}.{key}: {value!r} must be greater than 0')
     return out
+
+
+ABOVE_ZERO = {'window_size', 'flush_interval', 'buffer_size', 'clipping_threshold'}  # Composer finds out in mid-run, or never
 
 
 # ---------------------------------------------------------------- printing
@@ -310,12 +258,10 @@ SECRET = re.compile(r'(^|_)(api_?key|key|token|password|passwd|secret|credential
 
 def masked(value: Any, key: str = '') -> Any:
     """A copy for people and loggers: keys, tokens and passwords replaced, also inside URLs."""
+    if SECRET.search(key) and value is not None:
+        return '***'
     if isinstance(value, Mapping):
         return {k: masked(v, str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [masked(v) for v in value]
-    if isinstance(value, str):
-        if SECRET.search(key):
-            return '***'
-        return re.sub(r'(\w+://)[^/@\s]+@', r'\1***@', value)
-    return value
+    return re.sub(r'(\w+://)[^/\s]+@', r'\1***@', value) if isinstance(value, str) else value

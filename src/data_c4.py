@@ -277,16 +277,23 @@ def main(args: argparse.Namespace) -> None:
           f'{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s')
 
 
+def positive(text: str) -> int:
+    """A whole number above 0; argparse makes a message of the ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Smoke test of the loader: five batches, then its speed.')
     parser.add_argument('remote', help='a folder that convert_c4.py made, or a URL such as s3://bucket/my-copy-c4')
     parser.add_argument('local', nargs='?', help='where shards are copied to; default: REMOTE, so that nothing is copied')
     parser.add_argument('--split', default='val')
     parser.add_argument('--tokenizer', help='a hub name or a folder; default: REMOTE/tokenizer if there, else gpt2')
-    parser.add_argument('--max_seq_len', type=int, default=2048)
+    parser.add_argument('--max_seq_len', type=positive, default=2048)
     parser.add_argument('--group_method', choices=['truncate', 'concat'], default='truncate')
-    parser.add_argument('--batch_size', type=int, default=8)
-    parser.add_argument('--num_workers', type=int, default=0)
+    parser.add_argument('--batch_size', type=positive, default=8)
+    parser.add_argument('--num_workers', type=int, choices=range(65), default=0, metavar='N')
     args = parser.parse_args(argv)
     beside = Path(args.remote, 'tokenizer')
     args.tokenizer = args.tokenizer or (str(beside) if beside.is_dir() else 'gpt2')

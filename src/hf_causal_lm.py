@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from src.causal_lm import ComposerCausalLM, chunked_cross_entropy
 from src.config import parse
-from src.errors import UserError
+from src.errors import UserError, first_line
 from src.schema import HFCausalLMConfig
 
 log = logging.getLogger(__name__)
@@ -62,29 +63,31 @@ def build_hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
     Raises:
         UserError: No such model, no such key, or the hub is out of reach.
     """
-    name, overrides = cfg.pretrained_model_name_or_path, dict(cfg.config_overrides)
+    name, overrides, stored = cfg.pretrained_model_name_or_path, dict(cfg.config_overrides), {}
     try:
         if name is None:
             base = AutoConfig.for_model(overrides.pop('model_type'))
         else:
             with dist.run_local_rank_zero_first():  # the others find it in the cache
                 base = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+                stored, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f'model.pretrained_model_name_or_path: {name!r}: {_first_line(e)}\n'
+        raise UserError(f'model.pretrained_model_name_or_path: {name!r}: {first_line(e)}\n'
                         '  Give a folder, a model of the hub (which must be reachable, or the model in its cache), or leave it '
                         'out and set model.config_overrides.model_type, as in gpt2') from None
     unknown = [key for key in overrides if not hasattr(base, key)]
     if unknown:
         raise UserError(f'model.config_overrides: {", ".join(unknown)}: no such key in the config of {base.model_type}; '
-                        f'known: {", ".join(sorted(base.to_diff_dict() | base.attribute_map | base.to_dict()))}')
-    for key, value in overrides.items():
-        setattr(base, key, value)
-    return base
-
-
-def _first_line(e: Exception) -> str:
-    text = str(e).strip().splitlines()
-    return text[0] if text else type(e).__name__
+                        f'known: {", ".join(sorted(base.attribute_map | base.to_dict()))}')
+    try:
+        # Made anew rather than changed: what is derived from other keys, such as a head dimension, is derived again.
+        config = type(base)(**(stored | overrides))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: {first_line(e)}') from None
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        raise UserError(f'model: {name or config.model_type!r} sees the tokens that it has to predict, as encoders do; choose a '
+                        'causal model such as gpt2, or set model.config_overrides.is_decoder=true')
+    return config
 
 
 class ComposerHFCausalLM(ComposerCausalLM):
@@ -111,9 +114,9 @@ class ComposerHFCausalLM(ComposerCausalLM):
                 with torch.random.fork_rng():
                     torch.manual_seed(cfg.init_seed)
                     model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
-        except (OSError, ValueError, RuntimeError) as e:
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
             raise UserError(f'model: {name or config.model_type!r} cannot be built as a causal language model: '
-                            f'{_first_line(e)}') from None
+                            f'{first_line(e)}') from None
         head = model.get_output_embeddings()
         assert head is not None and (not config.tie_word_embeddings or head.weight is model.get_input_embeddings().weight)
         log.info('attention: Hugging Face %s', config._attn_implementation)

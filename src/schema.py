@@ -9,7 +9,8 @@ from typing import Any, Literal, Optional, Union, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Field(gt=0)
-TIME = re.compile(r'^([0-9][0-9_]*(?:\.[0-9]+)?)(ep|ba|sp|tok|dur)$')
+# A whole number of epochs, batches, samples or tokens, or a fraction of the duration
+TIME = re.compile(r'^([0-9]+(?:_[0-9]+)*(?!\.)|[0-9]+\.[0-9]+(?=dur))(ep|ba|sp|tok|dur)$')
 TimeString = Field(pattern=TIME.pattern)
 Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its keywords; null: none; false: switched off
 
@@ -17,13 +18,13 @@ Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its ke
 class Section(BaseModel):
     """A part of the YAML: unknown keys are mistakes, types are not converted."""
 
-    model_config = ConfigDict(extra='forbid', strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True, protected_namespaces=(), regex_engine='python-re')
 
 
 class TokenizerConfig(Section):
     name: Literal['hftokenizer'] = 'hftokenizer'
     tokenizer_name: str  # a hub name or a folder
-    max_seq_len: int = Positive
+    max_seq_len: int = Field(gt=1)
 
 
 class MosaicGPTConfig(Section):
@@ -35,7 +36,7 @@ class MosaicGPTConfig(Section):
     n_heads: int = Positive
     n_layers: int = Positive
     mlp_ratio: int = Field(default=4, gt=0)
-    max_seq_len: int = Positive
+    max_seq_len: int = Field(gt=1)
     vocab_size: int = Positive
     init_std: float = Field(default=0.02, gt=0)
     init_seed: int = Field(default=17, ge=0)
@@ -69,7 +70,7 @@ class DatasetConfig(Section):
     local: str
     split: str
     tokenizer_name: str
-    max_seq_len: int = Positive
+    max_seq_len: int = Field(gt=1)
     group_method: Literal['truncate', 'concat'] = 'truncate'
     shuffle: bool = False
     shuffle_algo: Literal['py1e', 'py1br', 'py1b', 'py1s', 'py2s', 'naive'] = 'py1e'
@@ -129,7 +130,7 @@ class FSDPConfig(Section):
     backward_prefetch: Literal['BACKWARD_PRE', 'BACKWARD_POST', 'NONE'] = 'BACKWARD_PRE'
     backward_prefetch_limit: int = Field(default=1, gt=0)
     cpu_offload: Literal[False] = False  # Composer refuses true
-    data_parallel_shard_degree: int = -1
+    data_parallel_shard_degree: int = Field(default=-1, ge=-1)
     data_parallel_replicate_degree: Optional[int] = Field(default=None, gt=0)
     forward_prefetch: bool = False
     forward_prefetch_limit: int = Field(default=1, gt=0)
@@ -150,9 +151,9 @@ class Config(Section):
     data_remote: Optional[str] = None
     data_local: str
     tokenizer_name: str
-    max_seq_len: int = Positive
+    max_seq_len: int = Field(gt=1)
     run_name: Optional[str] = None  # null: $COMPOSER_RUN_NAME, else a random name
-    seed: int = Field(default=17, ge=0)
+    seed: int = Field(default=17, ge=0, le=2**32 - 1)
 
     model: ModelConfig = Field(discriminator='name')
     tokenizer: TokenizerConfig
@@ -178,7 +179,7 @@ class Config(Section):
 
     progress_bar: bool = True
     log_to_console: bool = True
-    console_log_interval: str = Field(default='1ba', pattern=r'^[0-9]+(ep|ba)$')
+    console_log_interval: str = Field(default='1ba', pattern=r'^[1-9][0-9]*(ep|ba)$')
     log_traces: bool = False
     callbacks: Plugins = {}
     loggers: Plugins = {}

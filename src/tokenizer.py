@@ -90,7 +90,8 @@ def check_vocab(tokenizer: HFTokenizer, model_vocab_size: int) -> None:
     needed = 1 + max(tokenizer.tokenizer.get_vocab().values())  # ids may have gaps: more than len(tokenizer)
     if needed > model_vocab_size:
         raise UserError(f'model.vocab_size: {model_vocab_size} is too small for tokenizer_name {tokenizer.tokenizer_name!r}, '
-                        f'whose ids need {needed}; set model.vocab_size={needed} or more')
+                        f'whose ids need {needed}; set model.vocab_size={needed} or more (of hf_causal_lm: '
+                        f'model.config_overrides.vocab_size={needed})')
 
 
 TOKENIZER_REGISTRY = {'hftokenizer': HFTokenizer}

@@ -85,7 +85,7 @@ def test_a_logger_whose_package_is_missing_says_how_to_install_it(name):
 
 
 def test_a_value_that_the_class_refuses_is_named():
-    with pytest.raises(UserError, match='callbacks.speed_monitor: .*parsecs.*Invalid time_unit'):
+    with pytest.raises(UserError, match='callbacks.speed_monitor: Invalid time_unit: parsecs. Must be one of'):
         builders.build_all('callbacks', {'speed_monitor': {'time_unit': 'parsecs'}})
 
 

@@ -6,6 +6,7 @@ import loss_memory
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.causal_lm import IGNORE, chunked_cross_entropy
 from src.data_c4 import get_num_tokens_in_batch
@@ -57,10 +58,27 @@ def test_chunked_loss_under_bf16_autocast_is_close_and_keeps_dtypes():
         assert a.dtype == torch.float32 and (a - b).norm() < 2e-2 * b.norm()
 
 
-def test_no_gradient_is_computed_in_evaluation():
+def test_no_gradient_is_computed_in_evaluation(monkeypatch):
     hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    made = []
+    like = torch.zeros_like
+    monkeypatch.setattr(torch, 'zeros_like', lambda *a, **k: made.append(1) or like(*a, **k))
     with torch.no_grad():
-        assert not chunked_cross_entropy(hidden, weight, torch.zeros(2, 5, dtype=torch.long)).requires_grad
+        chunked_cross_entropy(hidden, weight, torch.zeros(2, 5, dtype=torch.long))
+    assert not made, 'the gradient of the head was made room for'
+    chunked_cross_entropy(hidden, weight, torch.zeros(2, 5, dtype=torch.long))
+    assert made
+
+
+def test_chunked_loss_under_fp16_autocast_loses_no_small_gradients():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 2048, 16, requires_grad=True), (0.2 * torch.randn(5000, 16)).requires_grad_()
+    targets = torch.randint(0, 5000, (2, 2048))
+    want = torch.autograd.grad(F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten()), (hidden, weight))
+    with torch.autocast('cpu', torch.float16):
+        loss = chunked_cross_entropy(hidden, weight, targets)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want):
+        assert (a - b).norm() < 2e-3 * b.norm()
 
 
 def test_model_gradients_are_those_of_the_loss_on_full_logits():
@@ -136,7 +154,7 @@ HF = {
                     max_position_embeddings=24, vocab_size=97),
     'gpt_neox': dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=24,
                      vocab_size=97, hidden_dropout=0.0, attention_dropout=0.0),
-    'llama': dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=64,
+    'llama': dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64,
                   max_position_embeddings=24, vocab_size=97),
     'phi': dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2, intermediate_size=64,
                 max_position_embeddings=24, vocab_size=97),  # its head has a bias: the plain way
@@ -184,6 +202,33 @@ def test_hf_pretrained_weights_load_from_a_folder(tmp_path):
     assert torch.equal(loaded.model.hf.transformer.wte.weight, want)
     assert not torch.equal(shape_only.model.hf.transformer.wte.weight, want)
     assert loaded.model.hf.lm_head.weight is loaded.model.hf.transformer.wte.weight
+
+
+def test_hf_overrides_are_those_of_the_model_made_with_them(tmp_path):
+    for kind, overrides in (('llama', HF['llama']), ('gpt_neo', HF['gpt_neo'] | {'attention_types': [[['local'], 2]]})):
+        want = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **overrides))
+        want.save_pretrained(tmp_path / kind)
+        new = hf_model(kind, config_overrides={'model_type': kind} | overrides)
+        wider = ComposerHFCausalLM({'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(tmp_path / kind),
+                                    'config_overrides': {'vocab_size': 101}})
+        shapes = {n: p.shape for n, p in want.named_parameters()}
+        assert {n: p.shape for n, p in new.model.hf.named_parameters()} == shapes
+        changed = {n for n, p in wider.model.hf.named_parameters() if p.shape != shapes[n]}
+        assert changed and all('wte' in n or 'embed_tokens' in n or 'lm_head' in n for n in changed)
+        if kind == 'gpt_neo':
+            assert new.model.hf.config.attention_layers == ['local', 'local']
+
+
+def test_hf_encoders_are_refused():
+    shape = dict(model_type='bert', hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    with pytest.raises(UserError, match="'bert' sees the tokens that it has to predict"):
+        ComposerHFCausalLM({'name': 'hf_causal_lm', 'config_overrides': shape})
+
+
+@pytest.mark.parametrize('bad', [{'n_layer': 'x'}, {'activation_function': 'foo'}, {'n_head': 0}, {'n_head': 5}])
+def test_hf_values_that_no_model_can_have_are_named(bad):
+    with pytest.raises(UserError, match='model'):
+        hf_model('gpt2', config_overrides={'model_type': 'gpt2'} | HF['gpt2'] | bad)
 
 
 def test_hf_mistakes_are_named(tmp_path):

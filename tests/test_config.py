@@ -67,7 +67,36 @@ BAD = [
     (['algorithms.dropout=3'], ['algorithms.dropout: no such name']),
     (['autoresume=true'], ['autoresume: true needs save_folder and run_name']),
     (['load_weights_only=true'], ['load_weights_only: true does nothing without load_path']),
-    (['model=null'], ['model']),
+    (['model=null'], ['model: None must be a section with keys of its own']),
+    (['model=[1,2]'], ['override model=...: is a section with keys of its own, not a list']),
+    (['callbacks=[speed_monitor]'], ['override callbacks=...']),
+    (['callbacks.speed_monitor=5'], ['1 mistake', 'callbacks.speed_monitor: must be a section with keys of its own']),
+    (['callbacks.speed_monitor.window_size=x'], ["callbacks.speed_monitor.window_size: 'x' must be a whole number"]),
+    (['callbacks.speed_monitor.window_size=0'], ['callbacks.speed_monitor.window_size: 0 must be greater than 0']),
+    (['callbacks.early_stopper={}'],
+     ['callbacks.early_stopper.monitor: missing', 'callbacks.early_stopper.dataloader_label: missing']),
+    (['loggers.tensorboard.log_dir=5'], ['loggers.tensorboard.log_dir: 5 must be text']),
+    (['loggers.tensorboard.flush_interval=0'], ['loggers.tensorboard.flush_interval: 0 must be greater than 0']),
+    (['loggers.wandb.init_kwargs=5'], ['loggers.wandb.init_kwargs: 5 must be a section']),
+    (['algorithms.gradient_clipping.clipping_threshold=x'],
+     ["algorithms.gradient_clipping.clipping_threshold: 'x' must be a number"]),
+    (['max_duration=4.5ba'], ["max_duration: '4.5ba' is not a time: a whole number with a unit"]),
+    (['max_duration=1__0ba'], ["max_duration: '1__0ba' is not a time"]),
+    (['eval_interval=1.5ba'], ["eval_interval: '1.5ba' is not a time"]),
+    (['scheduler.t_warmup=1ep'], ["scheduler.t_warmup: '1ep' and max_duration '1200ba' must have one unit"]),
+    (['scheduler.t_warmup=1200ba'], ["scheduler.t_warmup: '1200ba' must be shorter than max_duration '1200ba'"]),
+    (['scheduler.t_warmup=1.5dur'], ["scheduler.t_warmup: '1.5dur' must be shorter"]),
+    (['scheduler.t_max=2ba'], ["scheduler.t_max: '2ba' must be at least max_duration '1200ba'"]),
+    (['scheduler.t_max=2tok'], ['must have one unit', 't_max']),
+    (['console_log_interval=0ba'], ["console_log_interval: '0ba' must be a number of batches or epochs above 0"]),
+    (['seed=99999999999'], ['seed: 99999999999 must be at most']),
+    (['eval_samples=0'], ['eval_samples: 0 would evaluate nothing']),
+    (['max_seq_len=1'], ['max_seq_len: 1 must be greater than 1']),
+    (['eval_loader.dataset.remote=./my-copy-c4/', 'eval_loader.dataset.split=train'],
+     ["eval_loader.dataset.split: 'train' is also"]),
+    (['fsdp_config.sharding_strategy=HYBRID_SHARD'], ["'HYBRID_SHARD' needs data_parallel_replicate_degree"]),
+    (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True is not one of False']),
+    (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be at least 1']),
     (['tokenizer.tokenizer_name=5'], ['tokenizer.tokenizer_name: 5 must be text']),
     (['data_local=${nowhere}'], ['nowhere']),
 ]
@@ -100,6 +129,32 @@ def test_flash_in_fp32_is_refused():
     with pytest.raises(UserError, match="model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'"):
         check('model.attn_impl=flash', 'precision=fp32', has_gpu=True)
     assert check('model.attn_impl=flash', has_gpu=True).model.attn_impl == 'flash'
+
+
+def test_a_typo_does_not_hide_impossible_combinations():
+    with pytest.raises(UserError) as e:
+        check('model.n_heads=5', 'precision=amp_bf16', 'max_duraton=1ba')
+    assert '3 mistakes' in str(e.value)
+    for part in ('n_heads: 5 does not divide', "precision: 'amp_bf16' needs a GPU", 'max_duraton: no such key'):
+        assert part in str(e.value)
+
+
+def test_fp8_needs_its_package():
+    with pytest.raises(UserError, match="precision: 'amp_fp8' needs the package transformer-engine"):
+        check('precision=amp_fp8', has_gpu=True)
+
+
+def test_autoresume_takes_the_run_name_of_the_environment(monkeypatch):
+    monkeypatch.setenv('COMPOSER_RUN_NAME', 'from-env')
+    assert check('autoresume=true').autoresume
+
+
+def test_messages_hold_no_secret():
+    for bad in (['loggers.neptune.api_token=TOPSECRET', 'optimizer.betas=[0.9'], ['optimizer.api_key=TOPSECRET'],
+                ['loggers.wandb=TOPSECRET'], ['--password=TOPSECRET']):
+        with pytest.raises(UserError) as e:
+            check(*bad)
+        assert 'TOPSECRET' not in str(e.value), bad
 
 
 def test_all_impossible_combinations_are_reported_at_once():
@@ -136,9 +191,10 @@ def test_missing_keys_are_named(tmp_path):
     ([], 'the first argument must be a YAML file'),
     (['max_duration=1ba'], 'the first argument must be a YAML file'),
     (['yamls/quickstart.yml'], "no such file. Did you mean yamls/quickstart.yaml?"),
+    (['yamls'], 'yamls: a folder, not a YAML file'),
     ([QUICKSTART, 'max_duration'], "override 'max_duration' is not of the form key=value"),
-    ([QUICKSTART, '--max_duration=3'], 'is not of the form key=value'),
-    ([QUICKSTART, 'optimizer.betas=[0.9'], 'cannot be read'),
+    ([QUICKSTART, '--max_duration=3'], "override '--max_duration' is not of the form key=value"),
+    ([QUICKSTART, 'optimizer.betas=[0.9'], 'override optimizer.betas=...: its value cannot be read as YAML'),
 ])
 def test_a_bad_command_line_is_named(argv, message):
     with pytest.raises(UserError) as e:
@@ -162,9 +218,10 @@ def test_fsdp_keys_are_composers():
 def test_secrets_are_masked_everywhere():
     cfg = {'loggers': {'wandb': {'init_kwargs': {'api_key': 'abc123'}}, 'mlflow': {'tracking_uri': 'https://me:pass@host/x'}},
            'neptune_api_token': 'abc123', 'list': [{'password': 'abc123'}], 'tokenizer_name': 'gpt2', 'max_seq_len': 5,
-           'data_remote': 's3://AKIA:abc123@bucket/x', 'monkey': 'banana', 'eos_token': 'abc123'}
+           'data_remote': 's3://AKIA:abc123@bucket/x', 'monkey': 'banana', 'eos_token': 'abc123', 'secret': {'v': 'abc123'},
+           'client_secret': ['abc123'], 'passwd': 9912345, 'url': 'https://me:p@ssabc123@host', 'api_key': None}
     text = str(config.masked(cfg))
-    assert 'abc123' not in text and 'pass@' not in text
+    assert 'abc123' not in text and 'pass@' not in text and '9912345' not in text and "'api_key': None" in text
     assert "'tokenizer_name': 'gpt2'" in text and "'monkey': 'banana'" in text and "'max_seq_len': 5" in text
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import documents, orphaned_blocks, write_mds
+from launch import free_port
 from streaming import StreamingDataLoader
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, DistributedSampler
@@ -261,7 +262,7 @@ print('FOUND', json.dumps([shortest, time.epoch.value, time.batch_in_epoch.value
 
 def test_two_real_ranks(config, val_ids, tmp_path: Path, temp: Path):
     (tmp_path / 'two.py').write_text(TWO_RANKS)
-    done = run(['-m', 'composer.cli.launcher', '-n', '2', '--master_port', '29641', str(tmp_path / 'two.py'),
+    done = run(['-m', 'composer.cli.launcher', '-n', '2', '--master_port', str(free_port()), str(tmp_path / 'two.py'),
                 json.dumps(config(eval_samples=89))], temp)
     assert 'FOUND' in done.stdout, done.stdout + done.stderr
     shortest, epoch, batch_in_epoch, tokens, metric = json.loads(done.stdout.split('FOUND')[1].splitlines()[0])
