@@ -13,6 +13,7 @@ import main
 from src.plot_loss import read_scalars
 
 QUICKSTART = 'yamls/quickstart.yaml'
+SECRET = '5ec2e7' * 6 + 'abcd'
 
 
 def in_process(*argv: str) -> int:
@@ -43,9 +44,9 @@ def logged(mds_root, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp('logged')
     result = composer(QUICKSTART, *tiny(mds_root, f'loggers.tensorboard.log_dir={folder}/tb', 'loggers.wandb.project=kit',
-                                        'log_traces=true', f'save_folder={folder}/ck/{{run_name}}',
+                                        f'loggers.wandb.init_kwargs.settings.api_key={SECRET}', 'log_traces=true', f'save_folder={folder}/ck/{{run_name}}',
                                         f'loggers.file.filename={folder}/log.txt'),
-                      ranks=2, WANDB_DIR=str(folder), WANDB_API_KEY='SECRET' * 7, COMPOSER_RUN_NAME='from-env')
+                      ranks=2, WANDB_DIR=str(folder), COMPOSER_RUN_NAME='from-env')
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     history, config_json = {}, ''
     store = DataStore()
@@ -149,7 +150,8 @@ def test_wandb_gets_the_resolved_config_and_no_log_a_secret(logged):
     assert re.search(r'"d_model": ?16\b', config_json)
     assert '${' not in config_json.replace('${run_name}', '')
     everything = result.stdout + result.stderr + config_json + (folder / 'log.txt').read_text()
-    assert 'SECRETSECRET' not in everything
+    assert SECRET[:20] not in everything
+    assert 'api_key' in everything and '***' in everything, 'the key was there, and masked'
 
 
 def test_a_run_goes_on_from_its_checkpoint(mds_root, tmp_path, capfd, caplog):
