@@ -154,7 +154,7 @@ def check_checkpoints(c: Config) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f'save_folder: {folder} cannot be made or written: {existing} is no folder that may be written')
     whole_name = name or '{run_name}' not in c.save_folder
-    if whole_name and not c.autoresume and any(folder.glob('ep*')):
+    if whole_name and not (c.autoresume or c.load_path) and any(folder.glob('ep*')):
         raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set autoresume=true; '
                         'to start afresh set another run_name or save_folder, or move them away')
 

@@ -44,7 +44,8 @@ def logged(mds_root, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp('logged')
     result = composer(QUICKSTART, *tiny(mds_root, f'loggers.tensorboard.log_dir={folder}/tb', 'loggers.wandb.project=kit',
-                                        f'loggers.wandb.init_kwargs.settings.api_key={SECRET}', 'log_traces=true', f'save_folder={folder}/ck/{{run_name}}',
+                                        f'loggers.wandb.init_kwargs.settings.api_key={SECRET}', 'log_traces=true',
+                                        f'save_folder={folder}/ck/{{run_name}}',
                                         f'loggers.file.filename={folder}/log.txt'),
                       ranks=2, WANDB_DIR=str(folder), COMPOSER_RUN_NAME='from-env')
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -154,7 +155,7 @@ def test_wandb_gets_the_resolved_config_and_no_log_a_secret(logged):
     assert 'api_key' in everything and '***' in everything, 'the key was there, and masked'
 
 
-def test_a_run_goes_on_from_its_checkpoint(mds_root, tmp_path, capfd, caplog):
+def test_a_run_goes_on_from_its_checkpoint(mds_root, tmp_path, capfd, monkeypatch):
     short = ['save_interval=4ba', 'scheduler.t_warmup=1ba', 'run_name=one']
     assert in_process(*tiny(mds_root, *short, f'save_folder={tmp_path}', 'max_duration=4ba')) == 0
     assert in_process(*tiny(mds_root, *short, f'save_folder={tmp_path}', 'max_duration=6ba')) == 1
@@ -162,9 +163,18 @@ def test_a_run_goes_on_from_its_checkpoint(mds_root, tmp_path, capfd, caplog):
     assert 'autoresume=true' in text
     assert in_process(*tiny(mds_root, *short, f'load_path={tmp_path}/ep0-ba4-rank0.pt', 'max_duration=6ba')) == 0
     assert sorted(console(capfd.readouterr().err)['loss/train/total']) == [5, 6]
-    done = [*short, f'save_folder={tmp_path}', 'max_duration=4ba', 'autoresume=true']
-    assert in_process(*tiny(mds_root, *done)) == 0
-    assert 'nothing to do: the checkpoint has already reached max_duration 4ba' in caplog.text
+    more = [*short, f'save_folder={tmp_path}', f'load_path={tmp_path}/ep0-ba4-rank0.pt', 'max_duration=8ba']
+    assert in_process(*tiny(mds_root, *more)) == 0  # goes on in the folder that it came from
+    assert (tmp_path / 'ep0-ba8-rank0.pt').exists()
+    capfd.readouterr()
+    assert in_process(*tiny(mds_root, *more)) == 1  # and would now overwrite what stands there
+    one_error(capfd.readouterr().err, 'save_folder: ', 'ep0-ba8-rank0.pt')
+    done = [*short, f'save_folder={tmp_path}', 'max_duration=8ba', 'autoresume=true']
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(main.log, 'info', lambda text, *values: said.append(text % values))
+        assert in_process(*tiny(mds_root, *done)) == 0
+    assert said[-1].startswith('nothing to do: the checkpoint has already reached max_duration 8ba')
     capfd.readouterr()
     other = [*short, f'load_path={tmp_path}/ep0-ba4-rank0.pt', 'max_duration=6ba', 'model.d_model=32']
     assert in_process(*tiny(mds_root, *other)) == 1
