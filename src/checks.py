@@ -1,7 +1,6 @@
 """Settings that are valid one by one and impossible together, on this machine, or with what lies on the disk."""
 
 import importlib.util
-import math
 import os
 from pathlib import Path
 from typing import Optional
@@ -96,10 +95,9 @@ def _unit_errors(c: Config) -> list[str]:
         out.append(f'scheduler.t_warmup: {c.scheduler.t_warmup!r} and max_duration {c.max_duration!r} must have one unit; '
                    f'give t_warmup (and t_max) in {duration[1]}, or as a fraction such as 0.02dur')
     else:
-        whole = {duration[1]: duration[0], 'dur': 1.0}
-        if warmup[0] >= whole.get(warmup[1], math.inf):
-            out.append(f'scheduler.t_warmup: {c.scheduler.t_warmup!r} must be shorter than max_duration {c.max_duration!r}')
-        if t_max[0] < whole.get(t_max[1], 0.0):
+        if warmup[1] == 'dur' and warmup[0] >= 1:
+            out.append(f'scheduler.t_warmup: {c.scheduler.t_warmup!r} must be shorter than the run, 1dur')
+        if t_max[0] < {duration[1]: duration[0], 'dur': 1.0}.get(t_max[1], 0.0):
             out.append(f'scheduler.t_max: {c.scheduler.t_max!r} must be at least max_duration {c.max_duration!r}, or 1dur')
     for key in ('max_duration', 'eval_interval', 'save_interval'):
         amount = TIME.match(getattr(c, key))

@@ -211,7 +211,8 @@ def _explain(err: Any, schema: type[BaseModel]) -> str:
     bounds = {'greater_than': ('gt', 'greater than'), 'greater_than_equal': ('ge', 'at least'), 'less_than': ('lt', 'less than'),
               'less_than_equal': ('le', 'at most')}
     if kind in bounds:
-        return f'{key}: {value!r} must be {bounds[kind][1]} {ctx[bounds[kind][0]]:g}'
+        bound = ctx[bounds[kind][0]]
+        return f'{key}: {value!r} must be {bounds[kind][1]} {int(bound) if bound == int(bound) else bound}'
     return f'{key}: {value!r}: {err["msg"]}'
 
 

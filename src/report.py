@@ -10,7 +10,7 @@ from composer.utils import dist
 from src.batch_size import grad_accum
 from src.callbacks import UnigramBaseline
 from src.causal_lm import ComposerCausalLM
-from src.schema import Config
+from src.schema import TIME, Config
 
 log = logging.getLogger('src')
 
@@ -34,6 +34,9 @@ def plan(c: Config, model: ComposerCausalLM, device_batch: int, microbatch: Any,
     if c.max_duration.endswith('ba'):
         total = tokens * int(c.max_duration[:-2].replace('_', ''))
         lines.append(f'tokens: {total:,} in all, {total / model.n_params:.1f} per parameter')
+    duration, warmup = TIME.match(c.max_duration), TIME.match(c.scheduler.t_warmup)
+    if duration and warmup and duration[2] == warmup[2] and float(warmup[1]) >= float(duration[1]):
+        lines.append(f'scheduler.t_warmup: {c.scheduler.t_warmup} is not shorter than the run, which ends before the peak rate')
     if c.fsdp_config and not torch.cuda.is_available():
         lines.append('fsdp_config: not used on CPU; several ranks hold one copy each (DDP), with the same maths')
     return '\n'.join(lines)

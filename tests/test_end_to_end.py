@@ -181,6 +181,13 @@ def test_a_run_goes_on_from_its_checkpoint(mds_root, tmp_path, capfd, monkeypatc
     one_error(capfd.readouterr().err, 'load_path:', 'cannot be loaded into this model')
 
 
+def test_a_warm_up_longer_than_the_run_is_said(mds_root, monkeypatch):
+    said = []
+    monkeypatch.setattr(main.log, 'info', lambda text, *values: said.append(text % values))
+    assert in_process(*tiny(mds_root, 'max_duration=2ba', 'log_to_console=false')) == 0
+    assert any('scheduler.t_warmup: 5ba is not shorter than the run' in text for text in said)
+
+
 def test_the_loader_of_the_prebaked_runs_trains_with_workers(mds_root, capfd):
     workers = [f'{loader}.{key}' for loader in ('train_loader', 'eval_loader')
                for key in ('num_workers=2', 'persistent_workers=true', 'prefetch_factor=2')]
