@@ -8,26 +8,16 @@ os.environ['TQDM_DISABLE'] = '1'
 
 import random
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-
-# Killed processes leave temporary files: all that this session starts has a folder of its own, removed at its end.
-SESSION_TMP = tempfile.mkdtemp(prefix='kit-')
-os.environ['TMPDIR'] = tempfile.tempdir = SESSION_TMP
 
 EOS = '<|endoftext|>'
 N_DOCUMENTS = {'train': 400, 'val': 90}
 WORDS = """the a of and to in is was that for it with on as by at from river mountain engine letter winter garden number
     children market science music history light water measure question answer city forest machine story slowly often
     never perhaps quietly built found carried wrote asked kept opened changed learned grew""".split()  # noqa: SIM905
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(SESSION_TMP, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -201,7 +201,8 @@ dist.destroy_process_group()
 def test_sharded_meta_initialisation_gives_the_same_weights_on_any_ranks(ranks, tmp_path):
     script = tmp_path / 'sharded.py'
     script.write_text(SHARDED)
-    env = os.environ | {'PYTHONPATH': os.getcwd(), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    env = os.environ | {'PYTHONPATH': os.getcwd(), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
+                        'TMPDIR': str(tmp_path)}
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', str(script)]
     run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
