@@ -242,7 +242,10 @@ def get_num_tokens_in_batch(batch: dict[str, torch.Tensor]) -> dict[str, Union[i
     Returns:
         `total`, what `max_duration` in tokens counts, and `loss_generating`, what microbatches are weighted by.
     """
-    n = int((batch['labels'][:, 1:] != IGNORED).sum())
+    trained = batch['labels'][:, 1:] != IGNORED
+    if 'attention_mask' in batch:  # after padding on the left, the first token has nothing before it to be predicted from
+        trained &= batch['attention_mask'][:, :-1].bool()
+    n = int(trained.sum())
     # Composer divides by the count over all ranks: 0 / 0 where no rank has a target (a batch of empty documents).
     return {'total': n, 'loss_generating': max(n, 1e-6)}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from src.causal_lm import ComposerCausalLM, chunked_cross_entropy
+from src.causal_lm import IGNORE, ComposerCausalLM, chunked_cross_entropy
 from src.config import parse
 from src.errors import UserError, first_line
 from src.schema import HFCausalLMConfig
@@ -47,8 +47,8 @@ class HFCausalLM(nn.Module):
         logits = self.hf(input_ids=input_ids, use_cache=False).logits  # (batch, seq, vocab)
         if targets is None:
             return logits
-        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction='sum')
-        return total / (targets != -100).sum().clamp(min=1)
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction='sum')
+        return total / (targets != IGNORE).sum().clamp(min=1)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         return isinstance(module, self.block_types)

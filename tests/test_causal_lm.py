@@ -133,6 +133,10 @@ def test_target_count_agrees_with_the_loader():
     labels[1] = IGNORE
     batch = {'input_ids': ids, 'labels': labels}
     assert ComposerMosaicGPT(TINY)(batch)['n_targets'].item() == get_num_tokens_in_batch(batch)['total'] == 6 + 23
+    mask = torch.ones_like(ids)
+    mask[2, :5] = 0  # padding on the left
+    batch = {'input_ids': ids, 'labels': labels.masked_fill(mask == 0, IGNORE), 'attention_mask': mask}
+    assert ComposerMosaicGPT(TINY)(batch)['n_targets'].item() == get_num_tokens_in_batch(batch)['total'] == 6 + 18
 
 
 def test_flops_are_six_n_plus_attention():
