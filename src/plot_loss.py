@@ -32,7 +32,8 @@ def read_scalars(run: str) -> dict[str, dict[int, float]]:
             scalars.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
     if TRAIN not in scalars:
         raise UserError(f'{run}: holds no TensorBoard file with {TRAIN}; train with loggers.tensorboard.log_dir=./runs')
-    return scalars
+    # Composer starts a file at every flush, and their names do not always sort as they were written.
+    return {tag: dict(sorted(values.items())) for tag, values in scalars.items()}
 
 
 def draw(runs: list[str], out: str, dark: bool = False) -> None:
