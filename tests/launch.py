@@ -1,11 +1,15 @@
 """Runs `main.py` as a user does, through the Composer launcher, and reads what it logged."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
@@ -29,6 +33,16 @@ def composer(yaml: str, *overrides: str, ranks: int = 1, timeout: float = 300, *
     """`composer -n RANKS main.py YAML overrides...` in the repository's root."""
     command = [str(SCRIPTS / 'composer'), '-n', str(ranks), '--master_port', str(free_port()), 'main.py', yaml, *overrides]
     return subprocess.run(command, cwd=ROOT, env=clean_env(**env), capture_output=True, text=True, timeout=timeout)
+
+
+def ranks(n: int, runs: dict[str, list[str]], folder: Path, **env: str) -> dict[str, dict[str, Any]]:
+    """Runs of main.py, by name, one after another in N real ranks; returns what `runs.record` tells of each."""
+    file = folder / f'runs-{n}.json'
+    file.write_text(json.dumps(list(runs.items())))
+    command = [str(SCRIPTS / 'composer'), '-n', str(n), '--master_port', str(free_port()), 'tests/runs.py', str(file)]
+    result = subprocess.run(command, cwd=ROOT, env=clean_env(**env), capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    return {name: torch.load(folder / f'{name}.pt', weights_only=True) for name in runs}
 
 
 def tiny(mds_root: Path, *overrides: str) -> list[str]:

@@ -1,0 +1,179 @@
+"""Saves checkpoints that are whole or absent; see `src/checkpoints.py`."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Optional
+
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist, format_name_with_dist
+from composer.utils.checkpoint import save_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+
+from src.checkpoints import FRESH, Manifest, Start, manifests
+from src.errors import UserError, first_line
+from src.folders import RemoteFolder, open_folder
+
+
+class CheckpointWriter(Callback):
+    """Saves every `save_interval` and at the end; keeps the newest `keep`.
+
+    In an object store files are sent in the background, while training goes on, and the manifest follows the last of them.
+
+    Args:
+        save_folder: A folder or a URI; may hold `{run_name}`.
+        save_interval: As in Composer.
+        keep: How many whole checkpoints stay; -1: all.
+        start: Where the run started.
+    """
+
+    def __init__(self, save_folder: str, save_interval: str, keep: int = -1, start: Start = FRESH):
+        self.save_folder, self.keep = save_folder, keep
+        self.due: Callable[[State, Event], bool] = create_interval_scheduler(save_interval)
+        self.last_batch = -1
+        self.newest = start.path if start.own else None  # where the last whole checkpoint lies
+        self.pending: Optional[Future] = None
+        self.sender = ThreadPoolExecutor(1, 'checkpoint')
+
+    def init(self, state: State, logger: Logger) -> None:
+        self.folder = open_folder(format_name_with_dist(self.save_folder, state.run_name))
+        self.local = self.folder.root
+        if isinstance(self.folder, RemoteFolder):
+            # Named by what it is for, so that what a killed run left is found and removed by the next.
+            self.local = Path(tempfile.gettempdir(), f'checkpoints-{sha256(self.folder.root.encode()).hexdigest()[:12]}')
+            if dist.get_local_rank() == 0:
+                shutil.rmtree(self.local, ignore_errors=True)
+        Path(self.local).mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        later: list[Any] = [None]
+        if dist.get_global_rank() == 0:
+            later = [[m.name for m in manifests(self.folder) if m.batch > int(state.timestamp.batch) and m.is_whole(self.folder)]]
+        dist.broadcast_object_list(later)
+        if later[0]:
+            raise UserError(f'save_folder: {self.folder} already holds {", ".join(later[0])}, which this run would write again; '
+                            'set another run_name or save_folder, or autoresume=true to go on from the newest')
+        self.last_batch = int(state.timestamp.batch)
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        """A folder that the nodes do not share would hold what no later run can load."""
+        if isinstance(self.folder, RemoteFolder) or dist.get_world_size() == dist.get_local_world_size():
+            return
+        probe = [f'.probe-{os.getpid()}-{time.time_ns()}']
+        dist.broadcast_object_list(probe)
+        if dist.get_global_rank() == 0:
+            self.folder.write(probe[0], '')
+        dist.barrier()
+        deadline = time.monotonic() + 10  # a network file system may be slow to show it
+        while not (seen := self.folder.size(probe[0]) >= 0) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        blind = sorted({node for node, sees in dist.all_gather_object((dist.get_node_rank(), seen)) if not sees})
+        if dist.get_global_rank() == 0:
+            self.folder.delete(probe)
+        if blind:
+            raise UserError(f'save_folder: {self.folder} on node {", ".join(map(str, blind))} is not the folder of node 0; '
+                            'name one that all nodes share, or an object store such as s3://')
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.pending and self.pending.done():
+            self.pending.result()
+        if self.due(state, Event.BATCH_CHECKPOINT):
+            self.save(state, logger)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.due(state, Event.EPOCH_CHECKPOINT):
+            self.save(state, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.wait()
+
+    def save_and_wait(self, state: State, logger: Logger) -> None:
+        """For a run that is about to stop."""
+        self.save(state, logger)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is whole, on every rank."""
+        if self.pending:
+            self.pending.result()
+        dist.barrier()
+
+    def save(self, state: State, logger: Logger) -> None:
+        """Saves this batch, unless it is saved already. Every rank has to call it.
+
+        Raises:
+            UserError: The disk is full, or cannot be written.
+        """
+        batch = int(state.timestamp.batch)
+        if batch == self.last_batch:
+            return
+        self.wait()
+        self.last_batch = batch
+        name = f'ep{int(state.timestamp.epoch)}-ba{batch}'
+        sharded = state.fsdp_sharded_state_dict_enabled
+        if sharded and dist.get_local_rank() == 0:  # what is left of half a save may have been written by more ranks
+            shutil.rmtree(Path(self.local, name), ignore_errors=True)
+        dist.barrier()
+        try:
+            saved = save_checkpoint(state, os.path.join(self.local, 'ep{epoch}-ba{batch}-rank{rank}.pt'))
+            files = self._files(saved, sharded)
+        except (OSError, RuntimeError, CheckpointException) as e:
+            cause = e.__context__ or e  # torch's writer fails once more as it closes the file
+            if not isinstance(cause, OSError) and 'inline_container' not in str(e) and 'OSError' not in str(e):
+                raise
+            raise UserError(f'save_folder: cannot write {name} to {self.local}: {first_line(cause)}; what was saved '
+                            'before is untouched') from e
+        sizes = {file: size for part in dist.all_gather_object({f: os.path.getsize(Path(self.local, f)) for f in files})
+                 for file, size in part.items()}
+        t = state.timestamp
+        manifest = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token), dist.get_world_size(), sizes)
+        if isinstance(self.folder, RemoteFolder):
+            self.pending = self.sender.submit(self._send, self.folder, files, manifest)
+        elif dist.get_global_rank() == 0:
+            self._finish(manifest)
+        self.newest = self.folder.uri(manifest.path)
+
+    def _files(self, saved: Optional[str], sharded: bool) -> list[str]:
+        """What this rank has just written, relative to the folder, on the disk for good."""
+        if saved is None:
+            return []
+        files = [Path(saved)]
+        if sharded:
+            rank = dist.get_global_rank()
+            files = [*Path(saved).parent.glob(f'__{rank}_*'), *([Path(saved).parent / '.metadata'] if rank == 0 else [])]
+        for file in files:
+            with file.open('rb') as f:
+                os.fsync(f.fileno())
+        return [str(file.relative_to(self.local)) for file in files]
+
+    def _send(self, folder: RemoteFolder, files: list[str], manifest: Manifest) -> None:
+        for file in files:
+            folder.upload(file, Path(self.local, file))
+            Path(self.local, file).unlink()
+        if dist.get_global_rank() == 0:
+            while not manifest.is_whole(folder):  # other ranks are still sending; one that fails takes the run down
+                time.sleep(1)
+            self._finish(manifest)
+
+    def _finish(self, manifest: Manifest) -> None:
+        self.folder.write(f'{manifest.name}.json', json.dumps(asdict(manifest), indent=1))
+        if self.keep >= 0:
+            whole = [m for m in manifests(self.folder) if m.is_whole(self.folder)]
+            for old in whole[self.keep:]:  # the manifest first: half of what it lists is no checkpoint
+                self.folder.delete([f'{old.name}.json'])
+                self.folder.delete(old.files)
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.sender.shutdown(wait=False, cancel_futures=True)
+        if isinstance(self.folder, RemoteFolder) and dist.get_local_rank() == 0:
+            shutil.rmtree(self.local, ignore_errors=True)

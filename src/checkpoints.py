@@ -1,0 +1,279 @@
+"""Checkpoints that are whole or absent, on a disk or in an object store, and which of them a run starts from.
+
+Composer writes the files. Each save ends with a manifest, `ep0-ba400.json` beside `ep0-ba400-rank0.pt` or the folder
+`ep0-ba400`, that lists every file with its size: it is written last, so a checkpoint without one, or with a file of
+another size, is half a save, which no run goes on from and the next save of that step replaces.
+"""
+
+import json
+import logging
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, Optional
+
+import numpy as np
+import torch
+from composer import Trainer
+from composer.core import Time, Timestamp
+from composer.utils import dist, format_name_with_dist, get_file
+from composer.utils.reproducibility import load_rng_state
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.torch_version import TorchVersion
+
+from src.errors import UserError, first_line
+from src.folders import Folder, LocalFolder, open_folder
+
+log = logging.getLogger('src')
+STEP = re.compile(r'ep\d+-ba(\d+)')
+
+
+# ---------------------------------------------------------------- manifests
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole checkpoint consists of."""
+
+    name: str  # ep0-ba400
+    sharded: bool
+    epoch: int
+    batch: int
+    sample: int
+    token: int
+    world_size: int
+    files: dict[str, int]  # relative to the folder: bytes
+
+    @property
+    def path(self) -> str:
+        """What Composer loads: the file of a full checkpoint, the folder of a sharded one."""
+        return self.name if self.sharded else next(iter(self.files))
+
+    def is_whole(self, folder: Folder) -> bool:
+        return all(folder.size(name) == size for name, size in self.files.items())
+
+    def reaches(self, max_duration: str) -> bool:
+        """Whether a run of this length is over."""
+        unit = Time.from_timestring(max_duration)
+        return Timestamp(epoch=self.epoch, batch=self.batch, sample=self.sample, token=self.token).get(unit.unit) >= unit
+
+
+def manifests(folder: Folder) -> list[Manifest]:
+    """All of a folder, whole or not, newest first; what is no manifest of this kit is left out."""
+    found = []
+    for name in folder.names():
+        if re.fullmatch(rf'{STEP.pattern}\.json', name):
+            try:
+                found.append(Manifest(**json.loads(folder.read(name))))
+            except (ValueError, TypeError):  # another program's, or a write that a crash of the machine cut short
+                continue
+    return sorted(found, key=lambda m: m.batch, reverse=True)
+
+
+# ---------------------------------------------------------------- where a run starts
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: the resolved plan."""
+
+    kind: Literal['fresh', 'resume', 'weights']
+    path: Optional[str] = None  # a file or folder, local or a URI
+    sharded: bool = False
+    manifest: Optional[Manifest] = None
+    own: bool = False  # from this run's own save_folder
+
+    @property
+    def weights_of_a_file(self) -> bool:
+        """Loaded by the kit itself: Composer would unpickle all that the file holds."""
+        return self.kind == 'weights' and not self.sharded
+
+    @property
+    def setting(self) -> str:
+        return 'autoresume' if self.own else 'load_path'
+
+    def __str__(self) -> str:
+        if self.kind == 'fresh':
+            return 'fresh'
+        at = f' at batch {self.manifest.batch}, {self.manifest.token:,} tokens' if self.manifest else ''
+        return f'resumed from {self.path}{at}' if self.kind == 'resume' else f'weights only, from {self.path}'
+
+
+FRESH = Start('fresh')
+
+
+def run_folder(save_folder: str, name: Optional[str]) -> Optional[Folder]:
+    """The folder of a run; None where its name is not known yet, so that it cannot be there."""
+    if name is None and '{run_name}' in save_folder:
+        return None
+    return open_folder(format_name_with_dist(save_folder, name or ''))
+
+
+def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool, load_path: Optional[str],
+               weights_only: bool) -> Start:
+    """Decides, on rank 0 for all ranks, what a run starts from.
+
+    Raises:
+        UserError: `load_path` is not there or not whole; `save_folder` holds checkpoints that this run would mix with, or
+            only halves of them; or it cannot be reached.
+    """
+    answer: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            answer = [_find_start(save_folder, name, autoresume, load_path, weights_only)]
+        except UserError as e:
+            answer = [e]
+        except Exception as e:  # each object store has error classes of its own
+            where = load_path if load_path and '://' in load_path else save_folder
+            answer = [UserError(f'{"load_path" if where == load_path else "save_folder"}: {where} cannot be read: '
+                                f'{type(e).__name__}: {first_line(e)}; check the address, the network and the credentials')]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool, load_path: Optional[str],
+                weights_only: bool) -> Start:
+    folder = run_folder(save_folder, name) if save_folder else None
+    there = sorted({match[0] for file in (folder.names() if folder else []) if (match := STEP.match(file))})
+    if folder and autoresume and there:
+        for manifest in manifests(folder):
+            if manifest.is_whole(folder):
+                return Start('resume', folder.uri(manifest.path), manifest.sharded, manifest, own=True)
+        raise UserError(f'autoresume: {folder} holds {", ".join(there)}, and none is whole: each lacks its manifest, or a '
+                        'file that the manifest lists. To load one all the same give its file as load_path, with another '
+                        'run_name; to start afresh move them away')
+    if folder and there and not autoresume and not load_path:
+        raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set autoresume=true; '
+                        'to start afresh set another run_name or save_folder, or move them away')
+    if load_path:
+        return _given(load_path.replace('{rank}', '0').rstrip('/'), 'weights' if weights_only else 'resume', folder)
+    return FRESH
+
+
+def _given(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder]) -> Start:
+    parent, _, name = path.rpartition('/')
+    folder = open_folder(parent or '.')
+    sharded = folder.size(f'{name}/.metadata') >= 0
+    if not sharded and folder.size(name) < 0:
+        raise UserError(f'load_path: {path}: no such file, and no folder of a sharded checkpoint')
+    step = STEP.match(name)
+    manifest = next((m for m in manifests(folder) if step and m.name == step[0]), None)
+    if manifest and not manifest.is_whole(folder):
+        raise UserError(f'load_path: {path} is not whole: its files are not those that {manifest.name}.json lists')
+    where = own and os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)
+    is_own = where == (os.path.realpath(parent or '.') if '://' not in path else parent)
+    return Start(kind, path, sharded, manifest, is_own)
+
+
+# ---------------------------------------------------------------- weights alone
+
+# What Composer's checkpoints hold beside tensors and plain values: the random state, times and a version.
+SAFE = [timedelta, TorchVersion, np.ndarray, np.dtype, type(np.dtype('uint32')),
+        np.array(0).__reduce__()[0]]
+
+
+def read_weights(path: str) -> dict[str, Any]:
+    """The model's state dict out of a full checkpoint, without running what a pickle may hold.
+
+    Args:
+        path: A local file.
+
+    Returns:
+        Tensors on the CPU, mapped from the file.
+
+    Raises:
+        UserError: The file is no checkpoint, or holds objects other than tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['state']['model']
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as e:
+        unsafe = re.search(r'GLOBAL (\S+)', str(e))
+        why = f'it holds {unsafe[1]}, and loading that would run code' if unsafe else f'{type(e).__name__}: {first_line(e)}'
+        raise UserError(f'load_path: {path} cannot be loaded as the weights of a checkpoint: {why}') from None
+
+
+def same_names(own: Collection[str]) -> Callable[[dict[str, Any]], None]:
+    """A check of what a checkpoint holds, for Trainer's `load_ignore_keys`, which sees it before the model does.
+
+    Composer and torch leave a parameter that the checkpoint lacks as it was initialised, and say nothing.
+    """
+    def check(checkpoint: dict[str, Any]) -> None:
+        there = checkpoint['state'].get('model')
+        if there is None:  # a rank that rank 0 will send it to
+            return
+        missing, unknown = set(own) - set(there), set(there) - set(own)
+        if missing or unknown:
+            raise UserError(f'load_path: the checkpoint holds other weights than this model has: {len(missing)} are missing, '
+                            f'{len(unknown)} are not known, such as {min(missing | unknown)}')
+    return check
+
+
+def _load_weights(path: str, model: nn.Module) -> None:
+    """Into a model that may be sharded; every rank has to call it."""
+    with tempfile.TemporaryDirectory() as temp:
+        local = path
+        if '://' in path:
+            local = os.path.join(dist.all_gather_object(temp)[dist.get_global_rank() - dist.get_local_rank()], 'weights')
+            if dist.get_local_rank() == 0:
+                get_file(path, local)
+        dist.barrier()
+        weights = read_weights(local)
+        same_names(get_model_state_dict(model).keys())({'state': {'model': weights}})
+        try:
+            set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=True))
+        except RuntimeError as e:
+            raise UserError(f'load_path: {path} holds other weights than this model has: '
+                            f'{" ".join(str(e).split())[:400]}') from None
+        dist.barrier()
+
+
+# ---------------------------------------------------------------- around the Trainer
+
+
+def check_loadable(start: Start, sharded: bool) -> None:
+    """Before the Trainer is built.
+
+    Args:
+        start: From `find_start`.
+        sharded: Whether this run's checkpoints are sharded; Composer loads the kind that it saves.
+
+    Raises:
+        UserError: The checkpoint is of the other kind.
+    """
+    if start.path is None or start.weights_of_a_file:
+        return
+    if start.sharded and not sharded:
+        raise UserError(f'{start.setting}: {start.path} is a sharded checkpoint; set fsdp_config.state_dict_type=sharded, with '
+                        'sharding_strategy FULL_SHARD or SHARD_GRAD_OP, also on one device')
+    if sharded and not start.sharded:
+        raise UserError(f'{start.setting}: {start.path} is a full checkpoint, and fsdp_config.state_dict_type is sharded; set '
+                        'full to go on from it, or take its weights alone: load_path=FILE load_weights_only=true')
+    if not start.own:
+        log.warning('load_path: %s is not from the save_folder of this run. It is a pickle: loading it runs what code it holds. '
+                    'Load none that you do not trust', start.path)
+
+
+def finish_loading(start: Start, trainer: Trainer) -> None:
+    """What Composer leaves to do once the Trainer has loaded a checkpoint.
+
+    Raises:
+        UserError: The weights are another model's, or there is no state of this optimizer.
+    """
+    if start.weights_of_a_file and start.path:
+        _load_weights(start.path, trainer.state.model)
+    if start.kind == 'resume':
+        optimizer = trainer.state.optimizers[0]
+        if not optimizer.state:
+            raise UserError(f'{start.setting}: {start.path} holds no state of {type(optimizer).__name__}, this run\'s optimizer; '
+                            'set the optimizer that it was saved with, or take its weights alone: load_path=FILE '
+                            'load_weights_only=true')
+        # Composer restores the random state only at the start of an epoch, or where it reads past what was trained on.
+        load_rng_state(trainer._rng_state or [])

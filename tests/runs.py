@@ -1,0 +1,67 @@
+"""Several runs in one set of real ranks: `composer -n 2 tests/runs.py FILE`.
+
+FILE is JSON: a list of [name, arguments of main.py]. Rank 0 writes for each run NAME.pt beside it, with what `record` returns.
+Importing Composer takes seconds in every rank, so one launch does what several would.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from composer import Trainer
+from composer.core import Callback, State
+from composer.loggers import InMemoryLogger, Logger
+from composer.utils import dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+import main
+from src import builders, config, rendezvous
+
+builders.LOGGERS['memory'] = InMemoryLogger
+
+
+class Samples(Callback):
+    """The tokens of every global batch, in an order that does not depend on the ranks."""
+
+    def __init__(self):
+        self.batches: list[list[list[int]]] = []
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        rows = dist.all_gather_object(state.batch['input_ids'].tolist())
+        self.batches.append(sorted(row for part in rows for row in part))
+
+
+builders.CALLBACKS['samples'] = Samples
+
+
+def record(trainer: Trainer) -> dict[str, Any]:
+    """Losses, learning rates, samples and final weights of a run with `loggers.memory` and `callbacks.samples`."""
+    data = next((d.data for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)), {})
+    weights = get_model_state_dict(trainer.state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {'losses': {int(t.batch): float(v) for t, v in data.get('loss/train/total', [])},
+            'lrs': {int(t.batch): float(v) for t, v in data.get('lr-DecoupledAdamW/group0', [])},
+            'batches': next((cb.batches for cb in trainer.state.callbacks if isinstance(cb, Samples)), []),
+            'weights': {k: v.clone() for k, v in weights.items()},
+            'batch': int(trainer.state.timestamp.batch)}
+
+
+def train(*argv: str) -> dict[str, Any]:
+    """One run in this process; arguments as of main.py."""
+    trainer = main.main(config.load([*argv, 'loggers.memory={}', 'callbacks.samples={}', 'log_to_console=false']))
+    result = record(trainer)
+    trainer.close()
+    return result
+
+
+if __name__ == '__main__':
+    path = Path(sys.argv[1])
+    for name, argv in json.loads(path.read_text()):
+        result = train(*argv)
+        if dist.get_global_rank() == 0:
+            torch.save(result, path.with_name(f'{name}.pt'))
+    rendezvous.leave()
