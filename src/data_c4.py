@@ -1,4 +1,4 @@
-"""C4 as MDS shards, streamed from wherever they lie, tokenized on the fly.
+"""C4 as MDS shards, streamed from wherever they lie: text, tokenized on the fly, or packed tokens.
 
 As a program this is the loader's smoke test; it copies nothing when LOCAL is left out:
 
@@ -6,11 +6,14 @@ As a program this is the loader's smoke test; it copies nothing when LOCAL is le
 """
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -22,25 +25,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.distributed import get_world_size
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from src.config import parse
 from src.data_places import check_places, explain, is_copied, is_url
 from src.errors import UserError
+from src.processes import init_loader_worker
+from src.sample_order import whole_batches
 from src.schema import LoaderConfig
 from src.shared_memory import opening_a_dataset, remove_locks_at_exit
 from src.tokenizer import HFTokenizer, encode_documents
 
 IGNORED = -100  # the label that no loss counts
-DOCUMENTS_PER_CALL = 64  # a fast tokenizer is several times faster on a list
+ROWS_PER_CALL = 64  # a fast tokenizer is several times faster on a list
 
 Sample = dict[str, NDArray[np.int64]]
 
 
 class StreamingC4(StreamingDataset):
-    """Documents of C4 as training samples. `labels` are `input_ids`, not shifted: models shift.
+    """C4 as training samples. `labels` are `input_ids`, not shifted: models shift.
 
-    Every document ends with EOS, which is trained on, also where the tokenizer pads with EOS.
+    Every document ends with EOS, which is trained on, also where the tokenizer pads with EOS. The index tells what the
+    samples are made from. Where it has a column `tokens`, each array of integers, of shape (max_seq_len,), is a sample,
+    whatever `group_method` says: keys `input_ids`, `labels`. Else the column `text` holds documents:
 
     - `truncate`: a document is a sample, cut or padded to `max_seq_len`; the EOS of one that fills the sample is cut off.
       Keys `input_ids`, `attention_mask`, `labels`, each int64 of shape (max_seq_len,); labels are -100 at padding.
@@ -49,12 +57,12 @@ class StreamingC4(StreamingDataset):
       beforehand, so there is no length (`len` raises TypeError) and no state to resume an epoch from: Composer then
       trains until the first rank runs out of samples, and resumes by running through the samples it has already seen.
 
-    `dataset[i]` is a document as stored, not tokenized: see `EvalView`.
+    `dataset[i]` is a row as stored: see `EvalView`.
 
     Args:
         tokenizer_name: A name on the hub, or a folder.
         max_seq_len: Tokens in a sample.
-        group_method: `truncate` or `concat`.
+        group_method: `truncate` or `concat`; what happens to `text`.
         remote: Where the shards lie: a folder or a URL. None, or the same as `local`: nothing is copied.
         local: Where shards are copied to as they are needed. None: `remote`, which must then be a folder.
         split: The folder below `remote` and `local`.
@@ -88,64 +96,125 @@ class StreamingC4(StreamingDataset):
                 raise
             raise UserError(explain(e, remote, local, split or '')) from None
         remove_locks_at_exit(self._shm_prefix_int)
-        columns = self.shards[0].column_names  # pyright: ignore[reportAttributeAccessIssue]
-        if 'text' not in columns:
-            raise UserError(f"dataset: {remote or local}/{split or ''} has no column 'text'; its columns are {columns}")
+        self.place = os.path.join(remote or local, split or '')
+        self.column = self._find_column()
+
+    def _find_column(self) -> Literal['text', 'tokens']:
+        shard: Any = self.shards[0]
+        encodings = dict(zip(shard.column_names, shard.column_encodings))
+        if 'tokens' not in encodings:
+            if 'text' not in encodings:
+                raise UserError(f"dataset: {self.place} has no column 'text' (documents) and no column 'tokens' (sequences); "
+                                f'its columns are {shard.column_names}')
+            return 'text'
+        encoding, dtype, shape = (encodings['tokens'] + '::').split(':')[:3]  # as ndarray:uint16:128; the last two may be missing
+        if encoding != 'ndarray' or (dtype and not dtype.startswith(('int', 'uint'))):
+            raise UserError(f"dataset: column 'tokens' of {self.place} is {encodings['tokens']!r}; it must hold arrays of "
+                            "integers, as 'ndarray:uint16' does")
+        if shape:
+            self._check_shape(tuple(map(int, shape.split(','))))
+        elif Path(shard.dirname, shard.split, shard.raw_data.basename).is_file():
+            self._packed(shard[0]['tokens'])
+        return 'tokens'
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 1:
+            raise UserError(f"dataset: column 'tokens' of {self.place} holds arrays of shape {shape}; each must be one sequence, "
+                            f'of shape ({self.max_seq_len},)')
+        if shape[0] != self.max_seq_len:
+            raise UserError(f'dataset.max_seq_len: {self.max_seq_len}, but the sequences in {self.place} have {shape[0]} tokens; '
+                            f'set max_seq_len={shape[0]}, or make the data anew with sequences of {self.max_seq_len}')
+
+    @property
+    def packs_on_the_fly(self) -> bool:
+        """Whether samples are made while documents are read, so that nobody knows how many there are."""
+        return self.column == 'text' and self.group_method == 'concat'
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what the index says of columns and shards: ranks that read the same data have the same."""
+        shards: Any = self.shards
+        says = [[s.column_names, s.column_encodings, s.samples, asdict(s.raw_data)] for s in shards]
+        return hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
-        if self.group_method == 'concat':
+        if self.packs_on_the_fly:
             raise TypeError('StreamingC4 has no length with group_method concat: samples are packed as they are read')
         return super().__len__()
 
-    # Composer looks for these two with `hasattr`. They count samples that were yielded, which in `concat` are not the
-    # documents that streaming counts: with them, Composer would resume in the wrong place.
+    # Composer looks for these two with `hasattr`. They count samples that were yielded, which are not the documents that
+    # streaming counts where samples are packed on the fly: with them, Composer would resume in the wrong place.
     @property
     def state_dict(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._unless_concat(super().state_dict)
+        return self._unless_packing(self._state)
 
     @property
     def load_state_dict(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._unless_concat(super().load_state_dict)
+        return self._unless_packing(self._load_state)
 
-    def _unless_concat(self, method: Callable) -> Callable:
-        if self.group_method == 'concat':
+    def _unless_packing(self, method: Callable) -> Callable:
+        if self.packs_on_the_fly:
             raise AttributeError('StreamingC4 has no state with group_method concat')
         return method
 
+    def _state(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            # After an epoch Composer counts 0 samples of the next one, whereas streaming goes on to it only when it is begun,
+            # and would resume with the epoch that has just ended.
+            state['epoch'] = max(state['epoch'], self.next_epoch)
+        return state
+
+    def _load_state(self, obj: Optional[dict[str, Any]]) -> None:
+        if obj is None:
+            raise UserError('the checkpoint holds no place in these samples: its run packed them on the fly. Go on with '
+                            'that data, or start a new run from its weights with load_weights_only=true')
+        super().load_state_dict(obj)
+        # Streaming takes these from the state for the epoch that it resumes; they must hold in later ones, too.
+        self.num_canonical_nodes, self.shuffle_seed = obj['num_canonical_nodes'], obj['shuffle_seed']
+
     def __iter__(self) -> Iterator[Sample]:
         """One epoch of this rank's, or this worker's, samples."""
-        return self._iter_concat() if self.group_method == 'concat' else self._iter_truncate()
-
-    def _iter_truncate(self) -> Iterator[Sample]:
-        for documents in self._iter_documents():
-            yield from self.truncate(documents)
+        if self.packs_on_the_fly:
+            return self._iter_concat()
+        return (sample for rows in self._iter_rows() for sample in self.samples(rows))
 
     def _iter_concat(self) -> Iterator[Sample]:
         rest = np.empty(0, np.int64)
-        for documents in self._iter_documents():
+        for documents in self._iter_rows():
             tokens = np.concatenate([rest, *self._encode(documents)])
             full = len(tokens) // self.max_seq_len * self.max_seq_len
             for row in tokens[:full].reshape(-1, self.max_seq_len):
                 yield {'input_ids': row, 'labels': row.copy()}
             rest = tokens[full:]
 
-    def _iter_documents(self) -> Iterator[list[dict[str, Any]]]:
-        """Lists of documents as stored, in streaming's order."""
-        documents = super().__iter__()
+    def _iter_rows(self) -> Iterator[list[dict[str, Any]]]:
+        """Lists of rows as stored, in streaming's order."""
+        rows = super().__iter__()
         threads = None
         try:
-            while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
+            while chunk := list(islice(rows, ROWS_PER_CALL)):
                 threads = threads or self._iterator
                 yield chunk
             if self._event.is_set():  # streaming itself would end the epoch as if there were no more samples
-                raise RuntimeError(f'{self.streams[0].remote or self.streams[0].local}: a shard could not be read; see above')
+                raise RuntimeError(f'{self.place}: a shard could not be read; see above')
         finally:
             # Else streaming's download threads run on after an epoch that is cut short, and keep the dataset alive.
             if threads is not None:
                 threads.non_blocking_exit()
 
-    def truncate(self, documents: list[dict[str, Any]]) -> list[Sample]:
-        """One sample for each document as stored."""
+    def samples(self, rows: list[dict[str, Any]]) -> list[Sample]:
+        """One sample for each row as stored: a sequence of tokens, or a document, cut or padded."""
+        return [self._packed(row['tokens']) for row in rows] if self.column == 'tokens' else self._truncated(rows)
+
+    def _packed(self, tokens: NDArray) -> Sample:
+        if tokens.dtype.kind not in 'iu':
+            raise UserError(f"dataset: column 'tokens' of {self.place} holds {tokens.dtype}; it must hold integers")
+        self._check_shape(tokens.shape)
+        ids = tokens.astype(np.int64)
+        return {'input_ids': ids, 'labels': ids.copy()}
+
+    def _truncated(self, documents: list[dict[str, Any]]) -> list[Sample]:
         samples = []
         for ids in self._encode(documents):
             n = min(len(ids), self.max_seq_len)
@@ -170,7 +239,7 @@ class EvalView(Dataset):
     DistributedSampler repeats, so an evaluation over this view counts every sample once, on any number of ranks.
 
     Args:
-        dataset: With `group_method` `truncate`.
+        dataset: One that does not pack on the fly.
         eval_samples: How many; -1: all.
     """
 
@@ -188,7 +257,7 @@ class EvalView(Dataset):
         """What a DataLoader calls for a batch."""
         if not all(0 <= i < self.length for i in indices):
             raise IndexError(f'{indices} are not all in 0 to {self.length - 1}')
-        return self.dataset.truncate([self.dataset[i] for i in indices])
+        return self.dataset.samples([self.dataset[i] for i in indices])
 
 
 _copied_for_training: set[str] = set()
@@ -197,7 +266,8 @@ _copied_for_training: set[str] = set()
 def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, evaluate: bool = False) -> DataLoader:
     """The loader of one `train_loader:` or `eval_loader:` section.
 
-    On several ranks an epoch of training ends when the first rank runs out of samples: Composer sees to that.
+    In training every rank has as many batches in an epoch, all of them full, and no sample is repeated. Where samples are
+    packed on the fly, an epoch ends when the first rank runs out of them: Composer sees to that.
 
     Args:
         cfg: A LoaderConfig, or a mapping that is one.
@@ -205,21 +275,23 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         evaluate: For an evaluation: the first `cfg.eval_samples` samples in order, each once over all ranks.
 
     Raises:
-        UserError: A setting that is wrong, data or a tokenizer that is missing.
+        UserError: A setting that is wrong, data or a tokenizer that is missing, or too little data.
     """
     cfg = parse(LoaderConfig, cfg)
     if cfg.num_workers > 0:  # set before the fork, or each worker prints a warning
         os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     data: dict[str, Any] = cfg.dataset.model_dump() | {'batch_size': device_batch_size}
-    settings: dict[str, Any] = cfg.model_dump(exclude={'name', 'dataset', 'eval_samples'}) | {'batch_size': device_batch_size}
+    settings: dict[str, Any] = cfg.model_dump(exclude={'name', 'dataset', 'eval_samples'}) | {
+        'batch_size': device_batch_size, 'worker_init_fn': init_loader_worker,
+        # Else each epoch draws a number from the generator of dropout, and a resumed run would draw it once more.
+        'generator': torch.Generator().manual_seed(cfg.dataset.shuffle_seed)}
     copied = os.path.realpath(os.path.join(cfg.dataset.local, cfg.dataset.split))
     if not evaluate:
         _copied_for_training.add(copied)
-        return StreamingDataLoader(StreamingC4(**data), **settings)
+        dataset = StreamingC4(**data)
+        _prepare_epochs(dataset, device_batch_size)
+        return StreamingDataLoader(dataset, **settings)
 
-    if cfg.dataset.group_method == 'concat':
-        raise UserError("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
-                        'set truncate, or evaluate on packed tokens')
     for key in ('shuffle', 'epoch_size'):
         if data.pop(key):
             warnings.warn(f'eval_loader.dataset.{key} is ignored: an evaluation reads its samples in order', stacklevel=2)
@@ -227,8 +299,28 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         data['local'] = os.path.join(cfg.dataset.local, 'eval')  # streaming refuses two copies of one split in one place
     from composer.utils.dist import get_sampler  # here: it takes seconds to import, and the smoke test has no need of it
 
-    view = EvalView(StreamingC4(**data), cfg.eval_samples)
+    dataset = StreamingC4(**data)
+    if dataset.packs_on_the_fly:
+        raise UserError("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
+                        'set truncate, or evaluate on packed tokens')
+    view = EvalView(dataset, cfg.eval_samples)
     return DataLoader(view, sampler=get_sampler(view, shuffle=False, drop_last=cfg.drop_last), **settings)
+
+
+def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
+    """Has epochs of training hold whole global batches, where the samples can be counted."""
+    n, nodes = dataset.epoch_size, dataset.num_canonical_nodes
+    if dataset.shuffle and nodes is not None and n < nodes:
+        raise UserError(f'train_loader.dataset.num_canonical_nodes: {nodes} is more than the {n} samples of an epoch from '
+                        f'{dataset.place}; set a smaller number, such as 1')
+    if dataset.packs_on_the_fly:
+        return
+    global_batch_size = device_batch_size * get_world_size()
+    if n < global_batch_size:
+        raise UserError(f'train_loader: an epoch holds not one full batch: {dataset.place} holds {n} samples, fewer than '
+                        f'global_train_batch_size {global_batch_size}; use more data or a smaller global_train_batch_size')
+    dataset.partition_algo = whole_batches.__name__
+    dataset.length = n // global_batch_size * device_batch_size  # of this rank; Composer ends an epoch there
 
 
 def get_num_tokens_in_batch(batch: dict[str, torch.Tensor]) -> dict[str, Union[int, float]]:
@@ -258,8 +350,9 @@ SECONDS = 5.0  # how long the speed is measured, at most
 def main(args: argparse.Namespace) -> None:
     dataset = StreamingC4(args.tokenizer, args.max_seq_len, args.group_method, args.remote, args.local, args.split,
                           batch_size=args.batch_size)
-    print(f'{args.remote} [{args.split}]: {dataset.size:,} documents in {dataset.num_shards} shards; tokenizer {args.tokenizer}')
-    documents = tokens = n_batches = 0
+    rows = 'documents' if dataset.column == 'text' else 'sequences'
+    print(f'{args.remote} [{args.split}]: {dataset.size:,} {rows} in {dataset.num_shards} shards; tokenizer {args.tokenizer}')
+    n_rows = tokens = n_batches = 0
     seconds = 0.0
     batches = iter(DataLoader(dataset, batch_size=args.batch_size, num_workers=args.num_workers))
     while n_batches < 5 or seconds < SECONDS:
@@ -274,10 +367,9 @@ def main(args: argparse.Namespace) -> None:
             print(f'  {dataset.tokenizer.decode(ids[0][trained[0]])[:100]!r}')
         n_batches += 1
         tokens += int(trained.sum())
-        ends = int((ids == dataset.tokenizer.eos_token_id).sum())
-        documents += ends if args.group_method == 'concat' else len(ids)
-    print(f'{documents:,} documents, {tokens:,} tokens in {seconds:.1f} s: '
-          f'{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s')
+        n_rows += int((ids == dataset.tokenizer.eos_token_id).sum()) if dataset.packs_on_the_fly else len(ids)
+    print(f'{n_rows:,} {rows}, {tokens:,} tokens in {seconds:.1f} s: '
+          f'{n_rows / seconds:,.0f} {rows}/s, {tokens / seconds:,.0f} tokens/s')
 
 
 def positive(text: str) -> int:

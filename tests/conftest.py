@@ -8,8 +8,11 @@ os.environ['TQDM_DISABLE'] = '1'
 
 import random
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,7 +47,7 @@ def documents(split: str) -> list[str]:
     return texts
 
 
-def write_mds(folder: Path, rows: list[dict[str, str]], columns: dict[str, str], size_limit: int = 1 << 14) -> None:
+def write_mds(folder: Path, rows: list[dict[str, Any]], columns: dict[str, str], size_limit: int = 1 << 14) -> None:
     from streaming import MDSWriter
 
     with MDSWriter(out=str(folder), columns=columns, size_limit=size_limit, progress_bar=False) as out:
@@ -73,6 +76,24 @@ def mds_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer_dir(mds_root: Path) -> Path:
     """A byte-level BPE tokenizer of up to 512 tokens, trained on the split `train`."""
     return mds_root / 'tokenizer'
+
+
+@pytest.fixture(scope='session')
+def tokens_root(mds_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documents of `mds_root` as packed tokens: splits of sequences of 32, in several shards each, and `tokenizer`.
+
+    `train` has the first 500 sequences, `val` all that are full.
+    """
+    from tokenizers import Tokenizer
+
+    root = tmp_path_factory.mktemp('my-tokens')
+    shutil.copytree(mds_root / 'tokenizer', root / 'tokenizer')
+    tokenizer = Tokenizer.from_file(str(root / 'tokenizer' / 'tokenizer.json'))
+    for split, limit in (('train', 500), ('val', None)):
+        tokens = [token for text in documents(split) for token in [*tokenizer.encode(text).ids, tokenizer.token_to_id(EOS)]]
+        packed = np.array(tokens[:len(tokens) // 32 * 32], np.uint16).reshape(-1, 32)[:limit]
+        write_mds(root / split, [{'tokens': row} for row in packed], {'tokens': 'ndarray:uint16'}, size_limit=1 << 12)
+    return root
 
 
 def orphaned_blocks() -> list[str]:

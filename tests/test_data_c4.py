@@ -1,4 +1,7 @@
-"""The loader: every token of every document, on any number of ranks and workers, and nothing left behind."""
+"""The loader: every token of every document, on any number of ranks and workers, and nothing left behind.
+
+The order of samples, and stops and resumptions: test_sample_order.py.
+"""
 
 import gc
 import json
@@ -49,7 +52,7 @@ def open_c4(mds_root: Path, tokenizer_dir: Path):
 def config(mds_root: Path, tokenizer_dir: Path):
     def build(dataset: Optional[dict] = None, **kwargs: Any) -> dict:
         return {'dataset': {'local': str(mds_root), 'split': 'val', 'tokenizer_name': str(tokenizer_dir), 'max_seq_len': SEQ,
-                            **(dataset or {})}, **kwargs}
+                            'num_canonical_nodes': 1, **(dataset or {})}, **kwargs}
     return build
 
 
@@ -150,12 +153,10 @@ def test_truncate_resumes_where_its_state_says(open_c4, val_ids):
 
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_a_plain_loader_is_as_good_as_streamings(open_c4, config, val_ids, num_workers: int):
-    plain = rows(DataLoader(open_c4(batch_size=8), batch_size=8, num_workers=num_workers))
-    built = build_c4_dataloader(config(num_workers=num_workers), 8)
+    plain = rows(DataLoader(open_c4(batch_size=9), batch_size=9, num_workers=num_workers))
+    built = build_c4_dataloader(config(num_workers=num_workers), 9)
     assert type(built) is StreamingDataLoader
-    assert rows(built) == plain
-    padded = [tuple((ids + [EOS] * SEQ)[:SEQ]) for ids in val_ids]
-    assert Counter(map(tuple, plain)) >= Counter(padded)  # streaming repeats some samples to fill all workers
+    assert rows(built) == plain == [(ids + [EOS] * SEQ)[:SEQ] for ids in val_ids]
 
 
 def test_concat_in_workers_packs_each_document_once(config, val_ids):
@@ -174,6 +175,110 @@ def test_a_second_epoch_after_one_cut_short(config):
     next(iter(loader))
     second, third = rows(loader), rows(loader)
     assert len(second) == 400 and second != third and sorted(second) == sorted(third)
+
+
+# ---------------------------------------------------------------- packed tokens
+
+
+def open_tokens(root: Path, split: str = 'val', max_seq_len: int = 32, **kwargs: Any) -> StreamingC4:
+    return StreamingC4(str(root / 'tokenizer'), max_seq_len, **{'local': str(root), 'split': split, 'batch_size': 8, **kwargs})
+
+
+@pytest.mark.parametrize('group_method', ['truncate', 'concat'])
+def test_tokens_are_the_samples_that_concat_packs(open_c4, tokens_root: Path, group_method: str):
+    packed = list(DataLoader(open_c4(32, group_method='concat', batch_size=8), batch_size=8))
+    dataset = open_tokens(tokens_root, group_method=group_method)
+    assert (dataset.packs_on_the_fly, dataset.num_shards > 3) == (False, True)
+    stored = list(DataLoader(dataset, batch_size=8))
+    assert len(stored) == len(packed) == len(DataLoader(dataset, batch_size=8)) > 20
+    for a, b in zip(stored, packed):
+        assert list(a) == list(b) == ['input_ids', 'labels'] and {value.dtype for value in a.values()} == {torch.int64}
+        assert torch.equal(a['input_ids'], b['input_ids']) and torch.equal(a['labels'], b['labels'])
+
+
+def test_only_text_is_packed_on_the_fly(open_c4):
+    assert [open_c4(group_method=method).packs_on_the_fly for method in ('truncate', 'concat')] == [False, True]
+
+
+def test_tokens_are_not_tokenized(tokens_root: Path, monkeypatch):
+    monkeypatch.setattr('src.data_c4.encode_documents', None)
+    dataset = open_tokens(tokens_root)
+    ids = next(iter(dataset))['input_ids']
+    assert dataset.tokenizer.decode(ids).startswith(documents('val')[0][:60])
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_evaluation_on_tokens(config, tokens_root: Path, num_workers: int):
+    data = {'local': str(tokens_root), 'max_seq_len': 32, 'group_method': 'concat'}
+    loader = build_c4_dataloader(config(data, eval_samples=50, num_workers=num_workers), 8, evaluate=True)
+    assert len(loader) == 7
+    assert rows(loader) == [sample['input_ids'].tolist() for sample in open_tokens(tokens_root)][:50]
+
+
+def token_split(root: Path, rows: list, encoding: str = 'ndarray', column: str = 'tokens') -> Path:
+    write_mds(root / 'val', [{column: row} for row in rows], {column: encoding})
+    return root
+
+
+@pytest.mark.parametrize('encoding', ['ndarray', 'ndarray:int64', 'ndarray:uint32:4', 'ndarray:uint8'])
+def test_any_integers_are_tokens(tokenizer_dir: Path, tmp_path: Path, encoding: str):
+    dtype = (encoding.split(':') + ['int32'])[1]
+    split = token_split(tmp_path, [np.arange(i, i + 4, dtype=dtype) for i in range(3)], encoding)
+    dataset = StreamingC4(str(tokenizer_dir), 4, local=str(split), split='val')
+    assert [sample['labels'].tolist() for sample in dataset] == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+
+
+LENGTH = (r'dataset.max_seq_len: 64, but the sequences in .*/val have 32 tokens; set max_seq_len=32, or make the data anew with '
+          'sequences of 64')
+WRONG = {
+    'length': ([np.zeros(32, np.uint16)], 'ndarray:uint16', LENGTH),
+    'length in the index': ([np.zeros(32, np.uint16)], 'ndarray:uint16:32', LENGTH),
+    'floats': ([np.zeros(SEQ, np.float32)], 'ndarray', 'holds float32; it must hold integers'),
+    'floats in the index': ([np.zeros(SEQ, np.float32)], 'ndarray:float32',
+                            "is 'ndarray:float32'; it must hold arrays of integers"),
+    '2-d': ([np.zeros((2, SEQ), np.uint16)], 'ndarray:uint16',
+            r'arrays of shape \(2, 64\); each must be one sequence, of shape \(64,\)'),
+    '2-d in the index': ([np.zeros((2, SEQ), np.uint16)], 'ndarray:uint16:2,64', r'arrays of shape \(2, 64\)'),
+    'bytes': ([b'1234'], 'bytes', "is 'bytes'; it must hold arrays of integers"),
+}
+
+
+@pytest.mark.parametrize('kind', WRONG)
+@pytest.mark.parametrize('copied', [False, True])
+def test_tokens_that_are_none(tokenizer_dir: Path, tmp_path: Path, kind: str, copied: bool):
+    found, encoding, says = WRONG[kind]
+    split = token_split(tmp_path / 'data', found, encoding)
+    places = {'remote': str(split), 'local': str(tmp_path / 'copy')} if copied else {'local': str(split)}
+    build = lambda: StreamingC4(str(tokenizer_dir), SEQ, split='val', **places)  # noqa: E731
+    if copied and encoding in ('ndarray', 'ndarray:uint16'):
+        dataset = build()  # no shard is here yet
+        with pytest.raises(UserError, match=says):
+            next(iter(dataset))
+    else:
+        with pytest.raises(UserError, match=says):
+            build()
+
+
+def test_a_sequence_of_another_length_among_the_others(tokenizer_dir: Path, tmp_path: Path):
+    split = token_split(tmp_path, [np.zeros(SEQ, np.int32), np.zeros(SEQ - 1, np.int32)])
+    dataset = StreamingC4(str(tokenizer_dir), SEQ, local=str(split), split='val')
+    with pytest.raises(UserError, match='max_seq_len: 64, but the sequences in .* have 63 tokens'):
+        rows(DataLoader(dataset, batch_size=1))
+    with pytest.raises(UserError, match='max_seq_len: 64, but the sequences in .* have 63 tokens'):
+        EvalView(dataset)[1]
+
+
+def test_the_fingerprint_is_the_datas(open_c4, tokens_root: Path, tmp_path: Path):
+    ours = open_tokens(tokens_root).fingerprint
+    assert len(ours) == 16 and int(ours, 16)
+    assert open_tokens(tokens_root, remote=str(tokens_root), local=str(tmp_path), shuffle=True, batch_size=2).fingerprint == ours
+    assert len({ours, open_tokens(tokens_root, 'train').fingerprint, open_c4().fingerprint}) == 3
+    shutil.copytree(tokens_root, tmp_path / 'other')
+    index = tmp_path / 'other' / 'val' / 'index.json'
+    text = json.loads(index.read_text())
+    text['shards'][-1]['raw_data']['hashes'] = {'sha1': '0' * 40}
+    index.write_text(json.dumps(text))
+    assert open_tokens(tmp_path / 'other').fingerprint != ours
 
 
 # ---------------------------------------------------------------- evaluation
@@ -300,7 +405,7 @@ def test_copies_nothing_when_the_places_are_one(open_c4, mds_root: Path, tmp_pat
 def test_one_split_for_training_and_evaluation(config, mds_root: Path, tmp_path: Path, copied: bool):
     cfg = config({'remote': str(mds_root) + '/', 'local': str(tmp_path if copied else mds_root)})
     train, evals = build_c4_dataloader(cfg, 4), build_c4_dataloader(cfg, 4, evaluate=True)
-    assert rows(train)[:90] == rows(evals)
+    assert rows(train) == rows(evals)[:88]
     assert not (mds_root / 'eval').exists()
 
 
@@ -346,6 +451,25 @@ def test_evaluation_is_not_packed(config):
         build_c4_dataloader(config({'group_method': 'concat'}), 4, evaluate=True)
 
 
+@pytest.mark.parametrize(('change', 'batch', 'says'), [
+    ({}, 91, 'train_loader: an epoch holds not one full batch: .*/val holds 90 samples, fewer than global_train_batch_size 91; '
+             'use more data or a smaller global_train_batch_size'),
+    ({'epoch_size': '0.01k'}, 11, 'an epoch holds not one full batch: .*holds 10 samples, fewer than global_train_batch_size 11'),
+    ({'shuffle': True, 'num_canonical_nodes': 91}, 1, 'num_canonical_nodes: 91 is more than the 90 samples of an epoch'),
+])
+def test_too_few_samples(config, change: dict, batch: int, says: str):
+    with pytest.raises(UserError, match=says):
+        build_c4_dataloader(config(change), batch)
+
+
+def test_the_global_batch_counts_all_ranks(config, monkeypatch):
+    monkeypatch.setattr('src.data_c4.get_world_size', lambda: 4)
+    loader = build_c4_dataloader(config(), 11)
+    assert (len(loader), len(loader.dataset)) == (2, 22)  # 90 // 44
+    with pytest.raises(UserError, match='holds 90 samples, fewer than global_train_batch_size 92'):
+        build_c4_dataloader(config(), 23)
+
+
 def test_cache_limit_that_is_too_small(config, mds_root: Path, tmp_path: Path):
     with pytest.raises(UserError, match='dataset.cache_limit: Cache limit .* is too low'):
         build_c4_dataloader(config({'remote': str(mds_root), 'local': str(tmp_path), 'cache_limit': '10kb'}), 4)
@@ -359,7 +483,7 @@ def test_a_local_copy_of_other_data(config, mds_root: Path, tmp_path: Path):
 
 def test_datasets_that_are_no_c4(config, tmp_path: Path):
     write_mds(tmp_path / 'other', [{'body': 'x', 'url': 'y'}], {'body': 'str', 'url': 'str'})
-    with pytest.raises(UserError, match=r"has no column 'text'; its columns are \['body', 'url'\]"):
+    with pytest.raises(UserError, match=r"has no column 'text' .* no column 'tokens' .*; its columns are \['body', 'url'\]"):
         build_c4_dataloader(config({'local': str(tmp_path), 'split': 'other'}), 4)
     for split, index, says in (('empty', '{"version": 2, "shards": []}', 'holds no documents.*--splits empty'),
                                ('broken', '{"ver', 'index.json is empty or corrupted')):
@@ -399,6 +523,14 @@ def test_smoke_test_of_a_folder(mds_root: Path, temp: Path):
     assert repr(documents('val')[32][:40])[1:-1] in out  # the first sample of the fifth batch, decoded
     assert '\n90 documents, ' in out and 'documents/s' in out and 'tokens/s' in out
     assert sorted(mds_root.rglob('*')) == before
+
+
+def test_smoke_test_of_tokens(tokens_root: Path, temp: Path):
+    done = run(['src/data_c4.py', str(tokens_root), '--split', 'train', '--max_seq_len', '32'], temp)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert '500 sequences in 10 shards' in done.stdout and done.stdout.count('input_ids (8, 32), labels (8, 32)\n') == 5
+    assert repr(documents('train')[0][:40])[1:-1] in done.stdout
+    assert '\n500 sequences, 16,000 tokens in ' in done.stdout and 'sequences/s' in done.stdout
 
 
 def test_smoke_test_says_what_is_missing(mds_root: Path, temp: Path):

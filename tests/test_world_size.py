@@ -1,0 +1,101 @@
+"""World size does not matter: the same samples, losses and weights on 1, 2 and 4 ranks, however the model is held."""
+
+from functools import cache
+
+import pytest
+import torch
+from launch import ranks, tiny
+
+FSDP = 'fsdp_config.sharding_strategy'
+# 500 sequences are 20 batches of 24: the last four batches are of a second epoch. With an eps that gradients can be held
+# against, Adam does not hide a wrong factor.
+BASE = ['log_to_console=false', 'eval_loader=null', 'global_train_batch_size=24', 'device_train_microbatch_size=5',
+        'max_duration=24ba', 'optimizer.eps=1e-5', 'optimizer.weight_decay=1e-4', 'callbacks.speed_monitor=false']
+HELD = {
+    'ddp': [],
+    'ddp from meta': ['model.device=meta'],
+    'ddp with workers': ['train_loader.num_workers=2', 'train_loader.persistent_workers=true'],
+    'no shard': [f'{FSDP}=NO_SHARD', 'model.device=meta'],
+    'full shard': [f'{FSDP}=FULL_SHARD'],
+    'full shard from meta': [f'{FSDP}=FULL_SHARD', 'model.device=meta', 'train_loader.num_workers=1'],
+    'shard grad op': [f'{FSDP}=SHARD_GRAD_OP', 'fsdp_config.activation_checkpointing=true', 'model.device=meta'],
+}
+HF = ['yamls/hf_causal_lm/gpt2-small.yaml', 'model.pretrained_model_name_or_path=null', 'model.config_overrides.model_type=gpt2',
+      'model.config_overrides.n_embd=16', 'model.config_overrides.n_head=2', 'model.config_overrides.n_layer=2',
+      'model.config_overrides.vocab_size=512', 'model.config_overrides.n_positions=32', 'train_loader.num_workers=0',
+      'train_loader.prefetch_factor=null', 'train_loader.persistent_workers=false', 'train_loader.pin_memory=false']
+
+
+def argv(root, *overrides: str) -> list[str]:
+    return ['yamls/quickstart.yaml', *tiny(root, *BASE, *overrides)]
+
+
+def hf(root, *overrides: str) -> list[str]:
+    kept = [o for o in tiny(root, *BASE) if not o.startswith(('model.', 'loggers.tensorboard'))]
+    return [*HF, 'tokenizer_name=${data_remote}/tokenizer', *kept, *overrides]
+
+
+@pytest.fixture(scope='module')
+def runs(tokens_root, mds_root, tmp_path_factory):
+    """All runs on a number of ranks, one launch for each number."""
+    folder = tmp_path_factory.mktemp('runs')
+    shared = {'hf': hf(tokens_root, 'fsdp_config=null'), 'hf sharded': hf(tokens_root, f'{FSDP}=FULL_SHARD'),
+              'text': argv(mds_root, 'global_train_batch_size=12', f'{FSDP}=FULL_SHARD')}
+    sharded = argv(tokens_root, f'{FSDP}=FULL_SHARD', 'fsdp_config.state_dict_type=sharded', 'save_interval=10ba', 'run_name=one',
+                   'save_num_checkpoints_to_keep=-1')
+    loads = {'loads': [*sharded, f'load_path={folder}/saves/ep0-ba10']}
+
+    @cache
+    def on(n: int):
+        held = {name: argv(tokens_root, *how) for name, how in HELD.items()}
+        if n == 1:
+            on(2)  # whose shards are loaded
+            return ranks(1, {'one': argv(tokens_root), 'full shard': held['full shard'], **shared, **loads}, folder)
+        if n == 2:
+            return ranks(2, {**held, **shared, 'saves': [*sharded, f'save_folder={folder}/saves']}, folder)
+        on(2)
+        return ranks(n, {**held, **shared, **loads}, folder)
+    return on
+
+
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+
+
+def close(got, want, start: int = 0) -> None:
+    """Losses to 1e-5, and each tensor of the weights to 1e-5 of its norm."""
+    losses = {n: v for n, v in want['losses'].items() if n >= start}
+    assert len(losses) == 24 - start and got['losses'] == pytest.approx(losses, rel=1e-5)
+    for name, weight in want['weights'].items():
+        assert (got['weights'][name] - weight).norm() <= 1e-5 * weight.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize('held', HELD)
+@pytest.mark.parametrize('n', [2, FOUR])
+def test_more_ranks_give_the_run_of_one(runs, n, held):
+    close(runs(n)[held], runs(1)['one'])
+    assert runs(n)[held]['batches'] == runs(1)['one']['batches']
+
+
+@pytest.mark.parametrize('which', ['hf', 'hf sharded', 'text'])
+@pytest.mark.parametrize('n', [2, FOUR])
+def test_hugging_face_and_text_too(runs, n, which):
+    close(runs(n)[which], runs(1)['hf' if which == 'hf sharded' else which])
+    assert runs(n)[which]['batches'] == runs(1)[which]['batches']
+
+
+def test_one_device_sharded_is_one_device(runs):
+    close(runs(1)['full shard'], runs(1)['one'])
+
+
+@pytest.mark.parametrize('n', [1, FOUR])
+def test_what_two_ranks_saved_in_shards_loads_on_other_numbers(runs, n):
+    close(runs(2)['saves'], runs(1)['one'])
+    close(runs(n)['loads'], runs(1)['one'], start=10)
+    assert runs(n)['loads']['batches'] == runs(1)['one']['batches'][10:]
+
+
+def test_the_head_stays_tied(runs):
+    for name in ('full shard from meta', 'hf sharded'):
+        weights = runs(2)[name]['weights']
+        head, embedding = (next(v for k, v in weights.items() if k.endswith(end)) for end in ('lm_head.weight', 'wte.weight'))
+        assert torch.equal(head, embedding)
