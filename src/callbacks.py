@@ -1,15 +1,23 @@
-"""What a run shows and Composer lacks."""
+"""What Composer lacks: figures that a run shows, a guard against losses that are not finite, a stop that saves."""
 
+import logging
+import math
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from composer.core import Callback, State
+from composer.core import Algorithm, Callback, Event, Precision, State
 from composer.loggers import Logger
-from composer.utils import dist
+from composer.utils import dist, ensure_tuple
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.tensor import DTensor, Replicate
 
 from src.batch_size import grad_accum
 from src.causal_lm import IGNORE, next_token_targets
 from src.errors import UserError
+from src.processes import Stopped, StopRequest
+
+log = logging.getLogger('src')
 
 
 class StepCounters(Callback):
@@ -18,11 +26,10 @@ class StepCounters(Callback):
     Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever.
     """
 
-    def epoch_start(self, state: State, logger: Logger) -> None:
-        self._batches_before = int(state.timestamp.batch)
-
     def epoch_end(self, state: State, logger: Logger) -> None:
-        if int(state.timestamp.batch) == self._batches_before:
+        # Not by what `epoch_start` saw: it does not come again for an epoch that a resumed run only finishes.
+        assert state.previous_timestamp is not None
+        if int(state.previous_timestamp.batch_in_epoch) == 0:
             raise UserError('train_loader: an epoch holds not one full batch for each device and worker; use more data, a '
                             'smaller global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false')
 
@@ -64,3 +71,132 @@ class UnigramBaseline(Callback):
             p = total[total > 0].double() / total.sum()
             self.entropy = -(p * p.log()).sum().item()
             logger.log_metrics({'baseline/unigram_entropy': self.entropy})
+
+
+def gradient_copies(model: torch.nn.Module) -> int:
+    """How many ranks hold each gradient: all under DDP, one under FSDP, the replicate degree under HSDP."""
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and module.sharding_strategy != ShardingStrategy.NO_SHARD:
+            group: Any = module.process_group  # the one that shards: a node's ranks under HSDP
+            return dist.get_world_size() // group.size()
+    for p in model.parameters():
+        if isinstance(p, DTensor):
+            mesh = p.device_mesh
+            replicas = math.prod(mesh.size(i) for i, placement in enumerate(p.placements) if isinstance(placement, Replicate))
+            return dist.get_world_size() // mesh.size() * replicas
+    return dist.get_world_size()
+
+
+class NonFiniteGuard(Algorithm):
+    """Skips the update of a batch whose loss or gradient is nan or infinite, on all ranks alike.
+
+    The batch counts and the schedule advances; weights, momentum and clipping see nothing of it. Logs
+    `trainer/skipped_batches` when it changes and, before clipping, `trainer/grad_norm`.
+
+    The last of the algorithms: Composer runs them backwards at `AFTER_TRAIN_BATCH`, and clipping by an infinite norm would
+    turn the gradients into zeros and nans. Under amp_fp16 only the loss counts: there gradients overflow as a matter of
+    course, and the scaler skips them.
+
+    Args:
+        max_in_a_row: After so many skipped batches in a row the run ends with a `UserError`.
+    """
+
+    def __init__(self, max_in_a_row: int):
+        self.max_in_a_row = max_in_a_row
+        self.in_a_row = self.total = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {'in_a_row': self.in_a_row, 'total': self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.in_a_row, self.total = state['in_a_row'], state['total']
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.FIT_START, Event.BEFORE_TRAIN_BATCH, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            assert state.algorithms[-1] is self, f'NonFiniteGuard is the last algorithm, not before {state.algorithms[-1]}'
+            self._copies = gradient_copies(state.model)
+            logger.log_metrics({'trainer/skipped_batches': self.total})
+        elif event == Event.BEFORE_TRAIN_BATCH:  # which also comes again, after a microbatch that did not fit
+            self._losses: list[torch.Tensor] = []
+        elif event == Event.AFTER_LOSS:
+            self._losses.append(torch.stack([loss.detach().float().mean() for loss in ensure_tuple(state.loss)]).sum())
+        else:
+            self._judge(state, logger)
+
+    def _judge(self, state: State, logger: Logger) -> None:
+        loss, norm = self._loss_and_norm(state)
+        logger.log_metrics({'trainer/grad_norm': norm})
+        if math.isfinite(loss) and (math.isfinite(norm) or state.precision == Precision.AMP_FP16):
+            self.in_a_row = 0
+            return
+        for p in state.model.parameters():
+            p.grad = None
+        self.in_a_row += 1
+        self.total += 1
+        logger.log_metrics({'trainer/skipped_batches': self.total})
+        what = f'batch {int(state.timestamp.batch) + 1}: loss {loss:.4g}, gradient norm {norm:.4g}'
+        log.warning('%s: update skipped (%d in a row, at most %d)', what, self.in_a_row, self.max_in_a_row)
+        if self.in_a_row >= self.max_in_a_row:
+            raise UserError(f'{what}; {self.in_a_row} batches in a row had a loss or gradient that is not finite: lower '
+                            'optimizer.lr, lengthen scheduler.t_warmup, use precision=amp_bf16 or fp32, or look into the data')
+
+    def _loss_and_norm(self, state: State) -> tuple[float, float]:
+        """The mean loss of all microbatches and the gradient norm of the model; not finite if they are so on any rank."""
+        grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+                 for p in state.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).float()
+        losses = torch.stack(self._losses)
+        sums = torch.stack([norm.to(losses.device) ** 2 / self._copies, losses.sum(), torch.ones_like(losses).sum()])
+        dist.all_reduce(sums)
+        squares, loss, n_microbatches = sums.tolist()
+        return loss / n_microbatches, math.sqrt(squares)
+
+
+class GracefulStop(Callback):
+    """Carries out a requested stop: saves after the batch at hand and raises `Stopped`.
+
+    A stop interrupts an evaluation, or skips it. The last of the callbacks, so that all others have seen the batch.
+
+    Args:
+        stop: Which signals set, at another moment on every rank.
+        save: Saves a checkpoint; called on all ranks, after a batch that this process has trained on. It may be called for
+            a batch that is saved already, and while the model is in evaluation mode.
+    """
+
+    def __init__(self, stop: StopRequest, save: Optional[Callable[[State, Logger], None]] = None):
+        self._stop, self._save = stop, save
+        self._agreed = False
+        self._trained_from: Optional[int] = None
+
+    def _agree(self, state: State) -> bool:
+        requested = state.device.tensor_to_device(torch.tensor([int(self._stop.requested)]))
+        dist.all_reduce(requested, 'MAX')
+        self._agreed = bool(requested.item())
+        return self._agreed
+
+    def _end(self, state: State, logger: Logger) -> None:
+        batch = int(state.timestamp.batch)
+        if self._save is not None and self._trained_from is not None and batch > self._trained_from:
+            self._save(state, logger)
+        raise Stopped(f'stopped on request after batch {batch}')
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._trained_from = int(state.timestamp.batch)
+        if self._agree(state):
+            self._end(state, logger)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._agree(state):
+            for evaluator in state.evaluators:
+                evaluator.eval_interval = lambda state, event: False
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self._agreed:
+            self._end(state, logger)
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        if self._agree(state):
+            self._end(state, logger)

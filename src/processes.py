@@ -1,0 +1,302 @@
+"""How the processes of a run end together: the launcher, its ranks on every node, their loader workers.
+
+Light on purpose: `die_with_launcher` has to run before the seconds that importing torch and Composer takes.
+"""
+
+import contextlib
+import ctypes
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Optional
+
+from src.errors import UserError, first_line
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, the state is saved; run again to go on
+PR_SET_PDEATHSIG = 1
+SAME_REQUEST_S = 2.0  # one Ctrl-C reaches a rank twice: from the terminal, and from the launcher as SIGTERM
+POLL_S = 1.0
+ALONE_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the same
+LEAVE_S = 60.0
+
+log = logging.getLogger('src')
+
+
+class Stopped(Exception):
+    """Ends `trainer.fit()` once a requested stop has been carried out."""
+
+
+def _die_with_parent() -> None:
+    parent = os.getppid()
+    prctl = getattr(ctypes.CDLL(None), 'prctl', None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+        if os.getppid() != parent:  # it died before the kernel knew
+            os._exit(1)
+
+
+def die_with_launcher() -> None:
+    """Has the kernel kill this rank when its launcher dies, which would leave it behind with its GPU.
+
+    Not without a launcher: a plain `python main.py &` outlives its shell.
+    """
+    if 'RANK' in os.environ and 'LOCAL_RANK' in os.environ:
+        _die_with_parent()
+
+
+def init_loader_worker(worker_id: int) -> None:
+    """A DataLoader's `worker_init_fn`: the worker ends with its rank, and only when its rank says so.
+
+    Ctrl-C and Slurm signal the loader workers too, while their rank still needs them to finish its batch.
+    """
+    signal.set_wakeup_fd(-1)  # inherited: signals of the worker would arrive as the rank's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_told, daemon=True).start()
+    _die_with_parent()
+
+
+def _exit_when_told() -> None:
+    parent = multiprocessing.parent_process()
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if sender == os.getppid() or (parent is not None and sender == parent.pid):
+            os._exit(0)  # torch's own handler does the same
+
+
+def _start_time(pid: int) -> Optional[str]:
+    """Tells a process from a later one with its number; None once it is dead, reaped or not."""
+    try:
+        with open(f'/proc/{pid}/stat') as f:
+            fields = f.read().rpartition(')')[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in 'ZX' else fields[19]
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C as a request that training answers between two batches.
+
+    A thread reads the signals, so that they act while the main thread sits in a collective: the second one (2 s after
+    the first, or later) ends the process at once. So does the first, with exit code 1, when another rank of this node
+    is dead: then it is the launcher cleaning up, and the next collective would wait for ever.
+
+    Main thread only. On leaving, the previous handlers are back.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._siblings: list[tuple[int, Optional[str]]] = []
+        self._on_death: Optional[Callable[[int], None]] = None
+
+    def __enter__(self) -> 'StopRequest':
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        # Python writes to the descriptor only for signals that have a Python handler.
+        self._old = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._thread = threading.Thread(target=self._watch, name='stop-request', daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(self._old_fd)
+        self._writer.send(b'\0')  # closing would not end the thread: loader workers hold copies of the descriptor
+        self._thread.join()
+        self._writer.close()
+        self._reader.close()
+
+    def watch_siblings(self, pids: Sequence[int], on_death: Optional[Callable[[int], None]] = None) -> None:
+        """Names the processes of this node's ranks, by local rank; `on_death(local_rank)` is called before this one ends."""
+        if os.path.exists('/proc/self/stat'):
+            self._on_death = on_death
+            self._siblings = [(pid, _start_time(pid)) for pid in pids]
+
+    def dead_siblings(self) -> list[int]:
+        """The local ranks whose process has ended, however it did."""
+        return [i for i, (pid, start) in enumerate(self._siblings) if start is None or _start_time(pid) != start]
+
+    def _watch(self) -> None:
+        first: Optional[float] = None
+        while b'\0' not in (received := self._reader.recv(64)):
+            for signum in received:
+                if signum not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                if first is None:
+                    first = time.monotonic()
+                    if dead := self.dead_siblings():
+                        if self._on_death:
+                            self._on_death(dead[0])
+                        os._exit(1)
+                    self.requested = True
+                    log.info('%s: finishing the batch, then saving and stopping; once more to exit now',
+                             signal.Signals(signum).name)
+                elif time.monotonic() - first > SAME_REQUEST_S:
+                    os._exit(128 + signum)
+
+
+def _stderr() -> list[int]:
+    status = os.fstat(2)
+    return [status.st_dev, status.st_ino]
+
+
+class FailureWatch:
+    """Ends every rank, on every node, soon after one has failed: the others would wait for it in a collective.
+
+    The word goes through the TCP store of the default process group. A rank that fails leaves its traceback there; local
+    rank 0 of its node, whose stderr is the terminal's, prints it; every other rank says whom it follows and exits with 1.
+
+    A context manager that begins with the process group: on entering, or at `start`. Without several ranks it does nothing
+    but `report_crash`. Leaving without an exception is the good end, which rank 0, with the store, is the last to reach.
+    """
+
+    def __init__(self, stop: Optional[StopRequest] = None) -> None:
+        self.stop = stop or StopRequest()
+        self._store: Any = None
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._shown = self._failed = False
+        env = os.environ
+        self.rank, self.local_rank = int(env.get('RANK', 0)), int(env.get('LOCAL_RANK', 0))
+        self.world_size, self.local_world_size = int(env.get('WORLD_SIZE', 1)), int(env.get('LOCAL_WORLD_SIZE', 1))
+        self.node, self.host = int(env.get('NODE_RANK', env.get('GROUP_RANK', 0))), socket.gethostname()
+
+    def __enter__(self) -> 'FailureWatch':
+        self.start()
+        return self
+
+    def start(self, stop: Optional[StopRequest] = None) -> None:
+        """Begins to watch if the default process group is up and has several ranks; `stop` then learns their processes."""
+        import torch.distributed
+
+        dist: Any = torch.distributed  # its type stubs hide the stores
+        self.stop = stop or self.stop
+        if self._store is not None or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        # A client of its own: what blocks in the group's client blocks everyone who uses it. Under torchrun the agent has
+        # the store, and keeps it over a restart.
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False,
+                              wait_for_workers=False, timeout=timedelta(seconds=30))
+        self._store = dist.PrefixStore(f'failure-watch/{attempt}', store)
+        self._store.set(f'pid/{self.rank}', str(os.getpid()))
+        self._thread = threading.Thread(target=self._poll, name='failure-watch', daemon=True)
+        self._thread.start()
+
+    def __exit__(self, kind: Optional[type[BaseException]], *_: object) -> None:
+        if self._store is None or self._failed or (kind is not None and not issubclass(kind, Stopped)):
+            return
+        deadline = time.monotonic() + LEAVE_S
+        with contextlib.suppress(RuntimeError):  # the store went first, but this rank has done its work
+            self._store.set(f'left/{self.rank}', '')
+            while self.rank == 0 and time.monotonic() < deadline:
+                if self._store.check([f'left/{i}' for i in range(self.world_size)]):
+                    break
+                time.sleep(0.05)
+        self._ended.set()
+        self._thread.join()
+
+    def announce(self, summary: str, text: str = '') -> None:
+        """Tells all ranks that this one fails; the first announcement of a run is the one that counts.
+
+        Args:
+            summary: One line.
+            text: What the terminal of this node is to show besides, such as a traceback.
+        """
+        self._publish(self._failure(self.rank, summary, text))
+
+    def report_crash(self, error: BaseException) -> None:
+        """Prints why this rank ends and tells the others; the process should exit with code 1 next.
+
+        A `UserError` is one message without a traceback; as every rank meets the same one, rank 0 speaks for them. An error
+        that follows from the end of another rank is one line.
+        """
+        self._failed = True
+        mistake = isinstance(error, UserError)
+        # A lost connection is seldom the cause: the rank that has one may be about to say so.
+        patience = ALONE_S if mistake and self.rank else 2 * POLL_S if 'onnection' in str(error) else 0
+        deadline = time.monotonic() + (patience if self.world_size > 1 else 0)
+        while (other := self._other_failure()) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if other:
+            self._follow(other)
+            return
+        text = f'error: {error}' if mistake else ''.join(traceback.format_exception(error)).rstrip()
+        if self.world_size > 1 and not (mistake and self.rank == 0):
+            text = f'rank {self.rank} on node {self.node} ({self.host}):\n{text}'
+        print(text, file=sys.stderr, flush=True)
+        self.announce(f'{"error" if mistake else type(error).__name__}: {first_line(error)}', text)
+        if self._store is not None:
+            time.sleep(2 * POLL_S)  # time for all to read it: this node's local rank 0 shows it, the store may end with this rank
+
+    def _failure(self, rank: int, summary: str, text: str = '') -> dict[str, Any]:
+        return {'rank': rank, 'node': self.node, 'host': self.host, 'summary': summary, 'text': text, 'seen': _stderr()}
+
+    def _other_failure(self) -> Optional[dict[str, Any]]:
+        """What ended another rank, if anything did: by its own word, a dead process of this node, or the loss of the store."""
+        if self._store is None:
+            return None
+        try:
+            if self._store.check(['failure']):
+                failure = json.loads(self._store.get('failure'))
+                return failure if failure['rank'] != self.rank else None
+            for i in self.stop.dead_siblings():
+                rank = self.rank - self.local_rank + i
+                if not self._store.check([f'left/{rank}']):
+                    return self._failure(rank, 'its process died')
+        except RuntimeError:  # torch's DistNetworkError: whoever served the store is gone
+            return {'rank': 0, 'node': 0, 'host': os.environ['MASTER_ADDR'], 'summary': 'its process is gone',
+                    'text': ''}
+        return None
+
+    def _publish(self, failure: dict[str, Any]) -> None:
+        def publish() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone, which is how the others learn of it
+                self._store.compare_set('failure', '', json.dumps(failure))
+
+        if self._store is not None:  # a store whose machine has vanished does not answer, ever
+            thread = threading.Thread(target=publish, daemon=True)
+            thread.start()
+            thread.join(5 * POLL_S)
+
+    def _follow(self, failure: dict[str, Any]) -> None:
+        """Passes on and shows, once, why another rank ended and this one does."""
+        self._publish(failure)
+        with self._lock:  # the main thread, the signal's and the store's may come at once
+            if not self._shown:
+                self._shown = True
+                on_my_terminal = failure['node'] == self.node and self.local_rank == 0
+                if failure['text'] and on_my_terminal and failure['seen'] != _stderr():  # torchrun's ranks share one
+                    print(failure['text'], file=sys.stderr)
+                print(f'rank {failure["rank"]} on node {failure["node"]} ({failure["host"]}) failed: {failure["summary"]}; '
+                      f'this rank ({self.rank} on node {self.node}) stops', file=sys.stderr, flush=True)
+        if self.rank == 0:
+            time.sleep(2 * POLL_S)  # the store may end with this process: the others are to read the cause first
+
+    def _sibling_died(self, local_rank: int) -> None:
+        self._follow(self._other_failure() or self._failure(self.rank - self.local_rank + local_rank, 'its process died'))
+
+    def _poll(self) -> None:
+        first = self.rank - self.local_rank
+        pids = [f'pid/{i}' for i in range(first, first + self.local_world_size)]
+        while not self._ended.wait(0.1 if pids else POLL_S):
+            failure = self._other_failure()
+            if failure and not self._ended.is_set():
+                self._follow(failure)
+                os._exit(1)
+            with contextlib.suppress(RuntimeError):  # the next round finds the cause
+                if pids and self._store.check(pids):
+                    self.stop.watch_siblings([int(self._store.get(key)) for key in pids], self._sibling_died)
+                    pids = []
