@@ -4,49 +4,62 @@
 
 `main` reads as the list of what a run consists of; each part is built in `src/`.
 """
+# ruff: noqa: E402
 
+from src import nodes, processes  # first: Composer reads what `nodes` sets, and importing it takes seconds
+
+if __name__ == '__main__':
+    processes.die_with_launcher()
+
+import os
 import pickle
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import wandb.errors
 from botocore.exceptions import BotoCoreError
 from composer import Trainer
 from composer.core import DataSpec, Evaluator
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import dist, reproducibility
 from omegaconf import DictConfig
 
-from src import builders, config
+from src import builders, config, rendezvous, sharding
 from src.batch_size import device_batch_size, microbatch_size
-from src.callbacks import StepCounters
-from src.checks import check_checkpoints, check_seq_len
+from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
+from src.checkpoint_writer import CheckpointWriter
+from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
+from src.checks import check_save_folder, check_seq_len, run_name
 from src.data_c4 import build_c4_dataloader, get_num_tokens_in_batch
 from src.errors import UserError, first_line
 from src.model_registry import COMPOSER_MODEL_REGISTRY
-from src.report import log, log_to_stderr, plan, summary
+from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
+from src.report import is_out_of_memory, log, log_to_stderr, out_of_memory, plan, summary
 from src.schema import Config
 from src.tokenizer import TOKENIZER_REGISTRY, check_vocab
 
 
-def main(cfg: DictConfig) -> Trainer:
+def main(cfg: DictConfig, watch: Optional[FailureWatch] = None) -> Trainer:
     """Trains one model.
 
     Args:
         cfg: A config as in `yamls/`, interpolations allowed.
+        watch: Ends this process when another rank fails; begins with the process group.
 
     Returns:
         The Trainer, after `fit`.
 
     Raises:
         UserError: Everything in the config or the data that the user can mend.
+        Stopped: SIGTERM or SIGINT came; the batch at hand is finished and saved.
     """
+    nodes.check_environment(os.environ)
     has_gpu, world_size = torch.cuda.is_available(), dist.get_world_size()
-    c = config.check(cfg, builders.REGISTRIES, world_size, has_gpu)
+    c = config.check(cfg, builders.REGISTRIES, world_size, has_gpu, world_size // dist.get_local_world_size())
     log_to_stderr()
 
     # Sizes: the maths is the YAML's, the execution follows from the number of devices.
@@ -58,40 +71,60 @@ def main(cfg: DictConfig) -> Trainer:
                         microbatch, device_batch, world_size, device_batch)
         microbatch = microbatch_size(device_batch, microbatch)
     precision = builders.resolve_precision(c.precision, has_gpu)
-    check_checkpoints(c)
+    check_save_folder(c)
 
     # Processes and seeds
-    dist.initialize_dist(get_device(None), timeout=c.dist_timeout)
+    rendezvous.initialize(c.dist_timeout)
+    stop = watch.stop if watch else StopRequest()
+    if watch:
+        watch.start()
+    nodes.agree('config', config.flat(c))
+    log.info('%s', nodes.preflight())
     reproducibility.seed_all(c.seed)
+
+    # Where the run starts. One that is over is built without what would write.
+    start = find_start(c.save_folder, run_name(c), c.autoresume, c.load_path, c.load_weights_only)
+    check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
+    over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
+    if over:
+        c = c.model_copy(update={'loggers': {}, 'callbacks': {}, 'save_folder': None, 'log_to_console': False})
 
     # Model, on meta until it is sharded
     tokenizer = TOKENIZER_REGISTRY[c.tokenizer.name](c.tokenizer.tokenizer_name, c.tokenizer.max_seq_len)
-    model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
+    with explained(start, c):
+        model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     check_vocab(tokenizer, model.vocab_size)
     check_seq_len(c, model.max_seq_len)
-    parallelism = {'fsdp': c.fsdp_config.model_dump()} if c.fsdp_config and has_gpu else None
-    if parallelism is None and any(p.is_meta for p in model.parameters()):
-        model.model.materialize('cpu')
+    parallelism = sharding.build_parallelism(c.fsdp_config, has_gpu)
+    if any(p.is_meta for p in model.parameters()) and not (parallelism and has_gpu):
+        model.model.materialize('cpu')  # Composer's FSDP would give it GPU memory
 
     # Data
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
-    train_loader = DataSpec(build_c4_dataloader(c.train_loader, device_batch), get_num_tokens_in_batch=count)
+    train_loader = build_c4_dataloader(c.train_loader, device_batch)
+    datasets: dict[str, Any] = {'train_loader': train_loader.dataset}
     evaluators = []
     if c.eval_loader:
         eval_loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
+        datasets['eval_loader'] = eval_loader.dataset.dataset  # pyright: ignore[reportAttributeAccessIssue]
         evaluators.append(Evaluator(label='eval', eval_interval=c.eval_interval,
                                     dataloader=DataSpec(eval_loader, get_num_tokens_in_batch=count)))
+    nodes.agree('data', {f'{name}.dataset': dataset.fingerprint for name, dataset in datasets.items()})
 
     # Everything else
-    with explained(c):
+    writer = CheckpointWriter(c.save_folder, c.save_interval, c.save_num_checkpoints_to_keep, start) if c.save_folder else None
+    if c.autoresume and c.save_folder and (name := run_name(c)):
+        c = c.model_copy(update={'loggers': builders.resume_wandb(c.loggers, name, c.save_folder)})
+    with explained(start, c):
         trainer = Trainer(
             model=model,
-            train_dataloader=train_loader,
+            train_dataloader=DataSpec(train_loader, get_num_tokens_in_batch=count),
             eval_dataloader=evaluators,
             optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
             schedulers=builders.build_scheduler(c.scheduler),
-            algorithms=builders.build_all('algorithms', c.algorithms),
-            callbacks=[StepCounters(), *builders.build_all('callbacks', c.callbacks)],
+            algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
+            callbacks=[StepCounters(), *builders.build_all('callbacks', c.callbacks), *filter(None, [writer]),
+                       GracefulStop(stop, writer.save_and_wait if writer else None)],
             loggers=builders.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=microbatch,
@@ -106,68 +139,66 @@ def main(cfg: DictConfig) -> Trainer:
             log_to_console=c.log_to_console and dist.get_global_rank() == 0,
             console_log_interval=c.console_log_interval,
             log_traces=c.log_traces,
-            save_folder=c.save_folder,
-            save_interval=c.save_interval,
-            save_num_checkpoints_to_keep=c.save_num_checkpoints_to_keep,
-            load_path=c.load_path,
-            load_weights_only=c.load_weights_only,
-            autoresume=c.autoresume,
+            load_path=None if start.weights_of_a_file else start.path,
+            load_weights_only=start.kind == 'weights',
+            load_ignore_keys=same_names(model.state_dict().keys()),
         )
+    sharding.average_gradients(trainer.state.model)
+    finish_loading(start, trainer)
     trainer.logger.log_hyperparameters(config.masked(config.plain(c)))
-    log.info('%s', plan(c, model, device_batch, microbatch, str(precision.value)))
+    log.info('%s', plan(c, model, start, device_batch, microbatch, str(precision.value)))
 
     if trainer.state.max_duration is not None and trainer.state.timestamp >= trainer.state.max_duration:
         log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to go on', c.max_duration)
         return trainer
-    if c.eval_first and c.eval_loader:
-        trainer.eval()
     started = time.monotonic()
-    try:
+    with stop, explained(start, c, writer):
+        if c.eval_first and c.eval_loader and start.kind != 'resume':
+            trainer.eval()
         trainer.fit()
-    except FileExistsError as e:  # Composer would overwrite nothing
-        raise UserError(f'save_folder: {first_line(e)}') from e
-    log.info('%s', summary(trainer, c, time.monotonic() - started))
+    log.info('%s', summary(trainer, c, writer.newest if writer else None, time.monotonic() - started))
     return trainer
 
 
 @contextmanager
-def explained(c: Config) -> Iterator[None]:
-    """What Composer and W&B raise about a checkpoint, a log or a login, in the words of the settings."""
+def explained(start: Start, c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
+    """What Composer, torch and W&B raise about a checkpoint, memory, a log or a login, in the words of the settings."""
     try:
         yield
-    except UserError:
+    except UserError as e:
+        if writer and writer.newest:
+            raise UserError(f'{e}\nThe last whole checkpoint is {writer.newest}') from e
         raise
     except wandb.errors.Error as e:
         raise UserError(f'loggers.wandb: {first_line(e)}; set WANDB_API_KEY, or WANDB_MODE=offline') from e
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, BotoCoreError) as e:
-        if not (c.load_path or c.autoresume):
+    except (OSError, RuntimeError, MemoryError, ValueError, KeyError, EOFError, pickle.UnpicklingError, BotoCoreError) as e:
+        if is_out_of_memory(e):
+            raise out_of_memory(c, e) from e
+        if start.kind == 'fresh' or writer:
             raise
-        what = f'load_path: {c.load_path}' if c.load_path else f'autoresume: the checkpoint in {c.save_folder}'
-        raise UserError(f'{what} cannot be loaded into this model and optimizer: {type(e).__name__}: {first_line(e)}') from e
+        raise UserError(f'{start.setting}: {start.path} cannot be loaded into this model and optimizer: '
+                        f'{type(e).__name__}: {first_line(e)}') from e
 
 
 def cli(argv: list[str]) -> int:
-    """Runs `main`; a mistake of the user ends in one message, from one rank.
-
-    Every rank meets the same mistake, so the others wait for rank 0's message and the launcher's SIGTERM; one that
-    is alone with its error speaks after that.
-    """
-    try:
-        main(config.load(argv))
-    except UserError as e:
-        rank = dist.get_global_rank()
-        if rank:
-            time.sleep(10)
-        print(f'error: {e}' if rank == 0 else f'error on rank {rank}: {e}', file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    """Runs `main`; returns the exit code. A mistake of the user ends in one message, from one rank."""
+    with FailureWatch(StopRequest()) as watch:
+        try:
+            main(config.load(argv), watch)
+        except Stopped as e:
+            log.info('%s', e)
+            return EXIT_STOPPED
+        except KeyboardInterrupt:
+            return 128 + 2
+        except Exception as e:
+            watch.report_crash(e)
+            return 1
     return 0
 
 
 if __name__ == '__main__':
     warnings.filterwarnings('ignore', category=UserWarning, module='(composer|torchmetrics)')
     code = cli(sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if code in (0, EXIT_STOPPED):  # after a failure it could wait for ranks that are gone
+        rendezvous.leave()
     sys.exit(code)

@@ -1,18 +1,36 @@
 """Optimizer, scheduler, algorithms, callbacks and loggers by their names in the YAML."""
 
+import os
+import re
 from collections.abc import Callable, Iterable
+from hashlib import sha256
 from typing import Any, Optional
 
 import composer.optim
 import torch
 from composer import algorithms, callbacks, loggers
-from composer.core import Precision
+from composer.core import Precision, State
+from composer.loggers import Logger
 from composer.optim import ComposerScheduler
-from composer.utils import MissingConditionalImportError
+from composer.utils import MissingConditionalImportError, format_name_with_dist
 
 from src.callbacks import UnigramBaseline
 from src.errors import UserError
 from src.schema import OptimizerConfig, Plugins, SchedulerConfig
+
+
+class FileLogger(loggers.FileLogger):
+    """Composer's, which would empty the file of the start before: each start writes one of its own, `log.2.txt`, `log.3.txt`."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        stem, ending = os.path.splitext(self.filename_format)
+        start = 1
+        while os.path.exists(format_name_with_dist(self.filename_format, state.run_name)):
+            start += 1
+            self.filename_format = f'{stem}.{start}{ending}'
+        super().init(state, logger)
+
+
 
 ALGORITHMS = {
     'gradient_clipping': algorithms.GradientClipping,
@@ -38,7 +56,7 @@ LOGGERS = {
     'cometml': loggers.CometMLLogger,
     'mlflow': loggers.MLFlowLogger,
     'neptune': loggers.NeptuneLogger,
-    'file': loggers.FileLogger,
+    'file': FileLogger,
 }
 REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGERS}
 PACKAGES = {'wandb': 'wandb', 'tensorboard': 'tensorboard', 'cometml': 'comet_ml', 'mlflow': 'mlflow', 'neptune': 'neptune'}
@@ -98,6 +116,17 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
         except (ValueError, TypeError) as e:
             raise UserError(f'{section}.{name}: {e}') from None
     return built
+
+
+def resume_wandb(chosen: Plugins, run_name: str, save_folder: str) -> Plugins:
+    """Gives W&B an id of the run, so that each start of it goes on in one W&B run; an id of the user's own stays."""
+    wandb = chosen.get('wandb', False)
+    if wandb is False:
+        return chosen
+    identity = f'{re.sub(r"[^A-Za-z0-9_-]", "-", run_name)[:48]}-{sha256(save_folder.encode()).hexdigest()[:8]}'
+    kwargs: dict[str, Any] = dict(wandb or {})
+    kwargs['init_kwargs'] = {'id': identity, 'resume': 'allow'} | (kwargs.get('init_kwargs') or {})
+    return {**chosen, 'wandb': kwargs}
 
 
 def resolve_precision(name: str, has_gpu: bool) -> Precision:

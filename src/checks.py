@@ -1,18 +1,33 @@
 """Settings that are valid one by one and impossible together, on this machine, or with what lies on the disk."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Optional
 
 from src.batch_size import device_batch_size
 from src.errors import UserError
-from src.schema import TIME, Config, DatasetConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
+from src.schema import TIME, Config, DatasetConfig, FSDPConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
 
 
-def combination_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
+def fsdp_version(cfg: Optional[FSDPConfig], has_gpu: bool) -> int:
+    """1 or 2: of FSDP; 0: DDP. FSDP1 needs GPUs, so CPUs shard by version 2."""
+    if cfg is None:
+        return 0
+    version = cfg.version or (1 if has_gpu else 2)
+    return 0 if version == 2 and cfg.sharding_strategy == 'NO_SHARD' else version
+
+
+def combination_errors(c: Config, world_size: int, has_gpu: bool, num_nodes: int = 1) -> list[str]:
     """Settings that are valid alone and impossible together, or on this machine."""
     out = _model_errors(c, has_gpu)
+    if c.fsdp_config:
+        out += _fsdp_errors(c, c.fsdp_config, has_gpu)
+    nodes = c.train_loader.dataset.num_canonical_nodes
+    if packs_on_the_fly(c.train_loader.dataset) and nodes % num_nodes and num_nodes % nodes:
+        out.append(f'train_loader.dataset.num_canonical_nodes: {nodes} neither divides nor is divided by the {num_nodes} nodes; '
+                   f'set a multiple of the numbers of nodes that the run will have, such as {nodes * num_nodes}')
     for name, loader in (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)):
         if loader is not None:
             out += _loader_errors(c, name, loader)
@@ -37,6 +52,37 @@ def _model_errors(c: Config, has_gpu: bool) -> list[str]:
     return out
 
 
+def _fsdp_errors(c: Config, f: FSDPConfig, has_gpu: bool) -> list[str]:
+    out, version = [], f.version or (1 if has_gpu else 2)
+    why = 'version 2' if f.version == 2 else 'version 2, which CPUs have'
+    if f.version == 1 and not has_gpu:
+        out.append('fsdp_config.version: 1 needs a GPU; leave it unset (null), and CPUs take version 2')
+    elif version == 2 and f.sharding_strategy == 'HYBRID_SHARD':
+        out.append(f"fsdp_config.sharding_strategy: 'HYBRID_SHARD' is not in {why}; set FULL_SHARD, or version: 1 on GPUs")
+    elif version == 2 and (f.data_parallel_replicate_degree or f.data_parallel_shard_degree != -1):
+        out.append(f'fsdp_config.data_parallel_shard_degree and data_parallel_replicate_degree: not in {why}, which shards over '
+                   'all devices; remove them, or set version: 1 on GPUs')
+    elif version == 1 and f.sharding_strategy == 'HYBRID_SHARD' and (f.data_parallel_replicate_degree or 1) < 2:
+        out.append("fsdp_config.sharding_strategy: 'HYBRID_SHARD' needs data_parallel_replicate_degree, the number of copies of "
+                   'the model, above 1; without it Composer shards fully')
+    if version == 2 and c.device_train_microbatch_size == 'auto' and has_gpu:
+        out.append("device_train_microbatch_size: 'auto' is not in fsdp_config.version 2; set a number, or version: 1")
+    if fsdp_version(f, has_gpu) == 0 and (f.activation_checkpointing or f.activation_cpu_offload):
+        out.append(f"fsdp_config.activation_checkpointing, activation_cpu_offload: not with 'NO_SHARD' of {why}, which is DDP; "
+                   'set sharding_strategy SHARD_GRAD_OP or FULL_SHARD, or both to false')
+    if fsdp_version(f, has_gpu) == 0 and f.state_dict_type == 'sharded':
+        out.append(f"fsdp_config.state_dict_type: 'sharded' is not with 'NO_SHARD' of {why}, which is DDP; set full")
+    if f.load_monolith_rank0_only:
+        if f.state_dict_type != 'full':
+            out.append("fsdp_config.load_monolith_rank0_only: true is for state_dict_type: full")
+        if version == 1 and not f.sync_module_states:
+            out.append('fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true, by which the other ranks get '
+                       'the weights')
+        if getattr(c.model, 'device', 'cpu') == 'meta':
+            out.append('fsdp_config.load_monolith_rank0_only: true needs model.device: cpu, since rank 0 loads before it shards')
+    return out
+
+
 def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
     out, data = [], loader.dataset
     if isinstance(c.model, MosaicGPTConfig) and data.max_seq_len > c.model.max_seq_len:
@@ -50,6 +96,15 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
             if value := getattr(loader, key):
                 out.append(f'{name}.{key}: {value!r} needs worker processes; set {name}.num_workers above 0, or remove it')
     return out
+
+
+def packs_on_the_fly(data: DatasetConfig) -> bool:
+    """Whether samples are packed while documents are read; data on another machine is taken for text."""
+    try:
+        shards = json.loads(Path(_place(data), 'index.json').read_text())['shards']
+        return data.group_method == 'concat' and 'tokens' not in shards[0]['column_names']
+    except (OSError, ValueError, LookupError, TypeError):  # whoever opens the data says what is wrong
+        return data.group_method == 'concat'
 
 
 def _place(data: DatasetConfig) -> str:
@@ -71,7 +126,7 @@ def _split_errors(c: Config) -> list[str]:
     if c.eval_samples == 0:
         out.append('eval_samples: 0 would evaluate nothing; set a number above 0, -1 for all, or eval_loader=null')
     train, evals = c.train_loader.dataset, c.eval_loader.dataset
-    if evals.group_method == 'concat':
+    if packs_on_the_fly(evals):
         out.append("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
                    'set truncate, or evaluate on packed tokens')
     if _place(train) == _place(evals) and not c.allow_same_split:
@@ -84,7 +139,7 @@ def _unit_errors(c: Config) -> list[str]:
     out = []
     times = (c.max_duration, c.scheduler.t_warmup, c.scheduler.t_max)
     duration, warmup, t_max = ((float(m[1]), m[2]) for m in map(TIME.match, times) if m)
-    packed = c.train_loader.dataset.group_method == 'concat'
+    packed = packs_on_the_fly(c.train_loader.dataset)
     alike = ({duration[1]}, {duration[1], 'dur'}) if packed else ({duration[1]}, {duration[1], 'dur'}, {'ba', 'ep'})
     if duration[1] == 'dur':
         out.append(f'max_duration: {c.max_duration!r} is a fraction of itself; use ba, tok, sp or ep')
@@ -126,10 +181,11 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
         out.append("precision: 'amp_fp8' needs the package transformer-engine, which is not installed; set amp_bf16")
     if c.autoresume and (c.save_folder is None or run_name(c) is None):
         out.append('autoresume: true needs save_folder and run_name, so that a later start finds the checkpoints')
-    if c.fsdp_config and c.fsdp_config.sharding_strategy == 'HYBRID_SHARD' and (
-            (c.fsdp_config.data_parallel_replicate_degree or 1) < 2):
-        out.append("fsdp_config.sharding_strategy: 'HYBRID_SHARD' needs data_parallel_replicate_degree, the number of copies of "
-                   'the model, above 1; without it Composer shards fully')
+    if c.save_num_checkpoints_to_keep == 0:
+        out.append('save_num_checkpoints_to_keep: 0 would keep none; set 1 or more, or -1 for all')
+    elif c.save_num_checkpoints_to_keep > 0 and '://' in (c.save_folder or '') and not (c.save_folder or '').startswith('s3://'):
+        out.append(f'save_num_checkpoints_to_keep: {c.save_num_checkpoints_to_keep} works on disks and on s3://; for '
+                   f'{c.save_folder} set -1, which keeps all')
     if c.load_weights_only and c.load_path is None:
         out.append('load_weights_only: true does nothing without load_path')
     return out
@@ -140,21 +196,14 @@ def run_name(c: Config) -> Optional[str]:
     return c.run_name or os.environ.get('COMPOSER_RUN_NAME') or os.environ.get('RUN_NAME')
 
 
-def check_checkpoints(c: Config) -> None:
-    """Refuses to load from nothing, to save where nothing can be written, and to start a new run among another's checkpoints."""
-    if c.load_path and '://' not in c.load_path and not Path(c.load_path.replace('{rank}', '0')).is_file():
-        raise UserError(f'load_path: {c.load_path}: no such file')
+def check_save_folder(c: Config) -> None:
+    """Refuses a folder on this disk that cannot be made or written."""
     if c.save_folder is None or '://' in c.save_folder:
         return
-    name = run_name(c)
-    folder = Path(c.save_folder.replace('{run_name}', name) if name else c.save_folder.split('{')[0])
+    folder = Path(c.save_folder.split('{')[0])
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f'save_folder: {folder} cannot be made or written: {existing} is no folder that may be written')
-    whole_name = name or '{run_name}' not in c.save_folder
-    if whole_name and not (c.autoresume or c.load_path) and any(folder.glob('ep*')):
-        raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set autoresume=true; '
-                        'to start afresh set another run_name or save_folder, or move them away')
+        raise UserError(f'save_folder: {c.save_folder} cannot be made or written: {existing} is no folder that may be written')
 
 
 def check_seq_len(c: Config, max_positions: Optional[int]) -> None:

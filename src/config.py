@@ -90,6 +90,15 @@ def plain(cfg: Any) -> dict[str, Any]:
     return {str(k): v for k, v in container.items()}
 
 
+def flat(cfg: Any) -> dict[str, Any]:
+    """Dotted key to value, secrets masked, without what may differ between nodes: where each copies its shards to."""
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: value}
+        return {k: v for key, child in value.items() for k, v in walk(f'{prefix}.{key}' if prefix else str(key), child).items()}
+    return {k: v for k, v in walk('', masked(plain(cfg))).items() if k.split('.')[-1] not in ('local', 'data_local')}
+
+
 SectionT = TypeVar('SectionT', bound=Section)
 
 
@@ -110,7 +119,8 @@ def parse(schema: type[SectionT], cfg: Any) -> SectionT:
 # ---------------------------------------------------------------- checking
 
 
-def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int, has_gpu: bool) -> Config:
+def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int, has_gpu: bool,
+          num_nodes: int = 1) -> Config:
     """Holds a whole config against the schema and against the machine.
 
     Args:
@@ -119,6 +129,7 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
             are held against the class's signature.
         world_size: Number of devices over all nodes.
         has_gpu: Whether the run uses GPUs.
+        num_nodes: Number of nodes.
 
     Raises:
         UserError: Lists every mistake.
@@ -138,7 +149,7 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
             for name, kwargs in chosen.items():
                 errors += _plugin_errors(section, str(name), kwargs, classes)
     if config is not None:
-        errors += combination_errors(config, world_size, has_gpu)
+        errors += combination_errors(config, world_size, has_gpu, num_nodes)
     if errors:
         raise _report(errors)
     assert config is not None

@@ -10,6 +10,9 @@ from composer.utils import dist
 from src.batch_size import grad_accum
 from src.callbacks import UnigramBaseline
 from src.causal_lm import ComposerCausalLM
+from src.checkpoints import Start
+from src.checks import fsdp_version
+from src.errors import UserError, first_line
 from src.schema import TIME, Config
 
 log = logging.getLogger('src')
@@ -23,7 +26,7 @@ def log_to_stderr() -> None:
         log.propagate = False
 
 
-def plan(c: Config, model: ComposerCausalLM, device_batch: int, microbatch: Any, precision: str) -> str:
+def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str) -> str:
     """Every quantity that follows from the config, printed once before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
     tokens = c.global_train_batch_size * c.max_seq_len
@@ -37,12 +40,49 @@ def plan(c: Config, model: ComposerCausalLM, device_batch: int, microbatch: Any,
     duration, warmup = TIME.match(c.max_duration), TIME.match(c.scheduler.t_warmup)
     if duration and warmup and duration[2] == warmup[2] and float(warmup[1]) >= float(duration[1]):
         lines.append(f'scheduler.t_warmup: {c.scheduler.t_warmup} is not shorter than the run, which ends before the peak rate')
-    if c.fsdp_config and not torch.cuda.is_available():
-        lines.append('fsdp_config: not used on CPU; several ranks hold one copy each (DDP), with the same maths')
+    lines.append(f'sharding: {_sharding(c)}')
+    lines.append(f'start: {start}')
     return '\n'.join(lines)
 
 
-def summary(trainer: Trainer, c: Config, seconds: float) -> str:
+def _sharding(c: Config) -> str:
+    f, world_size = c.fsdp_config, dist.get_world_size()
+    version = fsdp_version(f, torch.cuda.is_available())
+    if f is None or version == 0:
+        return 'none' if world_size == 1 else f'none: each of {world_size} devices holds the whole model (DDP)'
+    text = f'FSDP{version} {f.sharding_strategy} on {world_size} device{"s" * (world_size > 1)}, {f.state_dict_type} checkpoints'
+    unused = {'backward_prefetch', 'backward_prefetch_limit', 'forward_prefetch', 'forward_prefetch_limit', 'limit_all_gathers',
+              'keep_low_precision_grads', 'sync_module_states', 'use_orig_params', 'activation_checkpointing_reentrant'}
+    given = [key for key in sorted(unused & f.model_fields_set) if getattr(f, key) != type(f).model_fields[key].default]
+    return text + (f'; without effect in FSDP2: {", ".join(given)}' if version == 2 and given else '')
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    """Whether a GPU or this machine has no more memory to give."""
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(e)
+
+
+def out_of_memory(c: Config, e: BaseException) -> UserError:
+    """The settings to change, those first that cost least."""
+    steps, micro, f = [], c.device_train_microbatch_size, c.fsdp_config
+    if micro != 1:
+        steps.append(f'device_train_microbatch_size: {micro}; set {micro // 2}' if isinstance(micro, int) else
+                     "device_train_microbatch_size: 'auto'; set 1")
+        steps[0] += ' (the maths stays the same), and device_eval_batch_size likewise'
+    if c.model.name == 'mosaic_gpt' and (chunk := getattr(c.model, 'loss_chunk_tokens', 0)) > 256:
+        steps.append(f'model.loss_chunk_tokens: {chunk}; set {chunk // 4}')
+    if f is None or f.sharding_strategy != 'FULL_SHARD':
+        steps.append('fsdp_config.sharding_strategy: set FULL_SHARD, which divides the weights and all that belongs to them')
+    if f is None or not f.activation_checkpointing:
+        steps.append('fsdp_config.activation_checkpointing: set true (slower)')
+    if f is None or not f.activation_cpu_offload:
+        steps.append('fsdp_config.activation_cpu_offload: set true (slower still)')
+    steps.append(f'more than {dist.get_world_size()} devices, a shorter max_seq_len, or a smaller model')
+    listed = '\n'.join(f'  {i}. {step}' for i, step in enumerate(steps, 1))
+    return UserError(f'out of memory: {first_line(e)}\nChange, in this order:\n{listed}')
+
+
+def summary(trainer: Trainer, c: Config, checkpoint: Optional[str], seconds: float) -> str:
     """What a finished run came to."""
     state = trainer.state
     train = float(state.train_metric_values.get('LanguageCrossEntropy', float('nan')))
@@ -57,7 +97,7 @@ def summary(trainer: Trainer, c: Config, seconds: float) -> str:
             lines.append(f'  unigram        {baseline.entropy:.4f}   the eval loss of the best model that ignores context')
     train_seconds = state.timestamp.total_wct.total_seconds()
     lines.append(f'  throughput     {int(state.timestamp.token) / max(train_seconds, 1e-9):,.0f} tokens/s in training')
-    saved = trainer.saved_checkpoints[-1] if trainer.saved_checkpoints else 'none (set save_folder)'
-    lines += [f'  checkpoint     {saved}', 'next: train longer (max_duration=...), your own data (python convert_c4.py --help),',
+    lines += [f'  checkpoint     {checkpoint or "none (set save_folder)"}',
+              'next: train longer (max_duration=...), your own data (python convert_c4.py --help),',
               '      or a larger model: composer main.py yamls/mosaic_gpt/125m.yaml', '=' * 72]
     return '\n'.join(lines)

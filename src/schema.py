@@ -73,12 +73,12 @@ class DatasetConfig(Section):
     max_seq_len: int = Field(gt=1)
     group_method: Literal['truncate', 'concat'] = 'truncate'
     shuffle: bool = False
-    shuffle_algo: Literal['py1e', 'py1br', 'py1b', 'py1s', 'py2s', 'naive'] = 'py1e'
+    shuffle_algo: Literal['py1e', 'py1br', 'py1s', 'py2s', 'naive'] = 'py1e'
     shuffle_seed: int = Field(default=9176, ge=0)
     shuffle_block_size: Optional[int] = Field(default=None, gt=0)
     predownload: Optional[int] = Field(default=None, gt=0)
     cache_limit: Union[int, str, None] = None
-    num_canonical_nodes: Optional[int] = Field(default=None, gt=0)
+    num_canonical_nodes: int = Field(default=64, gt=0)  # with shuffle_seed the order of samples, on any number of devices
     download_retry: int = Field(default=2, ge=1)
     download_timeout: float = Field(default=60.0, gt=0)
     validate_hash: Optional[str] = None
@@ -86,8 +86,7 @@ class DatasetConfig(Section):
     epoch_size: Union[int, str, None] = None
     sampling_method: Literal['balanced', 'fixed'] = 'balanced'
     sampling_granularity: int = Field(default=1, gt=0)
-    partition_algo: Literal['relaxed', 'orig'] = 'relaxed'
-    batching_method: Literal['random', 'stratified', 'per_stream', 'device_per_stream'] = 'random'
+    batching_method: Literal['random', 'stratified', 'per_stream'] = 'random'  # device_per_stream depends on the devices
 
 
 class LoaderConfig(Section):
@@ -122,6 +121,7 @@ class SchedulerConfig(Section):
 class FSDPConfig(Section):
     """`fsdp_config:`: Composer's keys; its own class would take any key in silence."""
 
+    version: Literal[1, 2, None] = None  # null: 1 on GPUs, 2 on CPUs, where FSDP1 cannot run
     sharding_strategy: Literal['FULL_SHARD', 'SHARD_GRAD_OP', 'NO_SHARD', 'HYBRID_SHARD'] = 'FULL_SHARD'
     mixed_precision: Literal['DEFAULT', 'PURE', 'FULL'] = 'DEFAULT'
     activation_checkpointing: bool = False
@@ -137,7 +137,7 @@ class FSDPConfig(Section):
     keep_low_precision_grads: bool = False
     limit_all_gathers: bool = True
     load_monolith_rank0_only: bool = False
-    sharded_ckpt_prefix_dir: str = 'ep{epoch}-ba{batch}'
+    sharded_ckpt_prefix_dir: Literal['ep{epoch}-ba{batch}'] = 'ep{epoch}-ba{batch}'  # by which autoresume finds them
     state_dict_type: Literal['full', 'sharded'] = 'full'
     sync_module_states: bool = False
     use_orig_params: bool = True
@@ -176,6 +176,7 @@ class Config(Section):
     fsdp_config: Optional[FSDPConfig] = None
     compile_config: Optional[dict[str, Any]] = None  # keywords of torch.compile; {} for its defaults
     dist_timeout: float = Field(default=600.0, gt=0)  # seconds
+    max_nonfinite_in_a_row: int = Field(default=10, gt=0)  # batches with a loss or gradient that is no number, before it ends
 
     progress_bar: bool = True
     log_to_console: bool = True

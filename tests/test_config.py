@@ -3,19 +3,22 @@
 import dataclasses
 
 import pytest
-from composer.utils.parallelism import FSDPConfig as ComposerFSDPConfig
+from composer.utils import FSDP2Config
+from composer.utils import FSDPConfig as ComposerFSDPConfig
 from omegaconf import OmegaConf
 
 from src import builders, config
 from src.batch_size import device_batch_size, grad_accum, microbatch_size
+from src.checks import fsdp_version
 from src.errors import UserError
 from src.schema import FSDPConfig
+from src.sharding import build_parallelism
 
 QUICKSTART = 'yamls/quickstart.yaml'
 
 
-def check(*overrides: str, world_size: int = 1, has_gpu: bool = False, yaml: str = QUICKSTART):
-    return config.check(config.load([yaml, *overrides]), builders.REGISTRIES, world_size, has_gpu)
+def check(*overrides: str, world_size: int = 1, has_gpu: bool = False, yaml: str = QUICKSTART, num_nodes: int = 1):
+    return config.check(config.load([yaml, *overrides]), builders.REGISTRIES, world_size, has_gpu, num_nodes)
 
 
 BAD = [
@@ -93,7 +96,26 @@ BAD = [
     (['max_seq_len=1'], ['max_seq_len: 1 must be greater than 1']),
     (['eval_loader.dataset.remote=./my-copy-c4/', 'eval_loader.dataset.split=train'],
      ["eval_loader.dataset.split: 'train' is also"]),
-    (['fsdp_config.sharding_strategy=HYBRID_SHARD'], ["'HYBRID_SHARD' needs data_parallel_replicate_degree"]),
+    (['fsdp_config.version=3'], ['fsdp_config.version: 3 is not one of 1, 2']),
+    (['fsdp_config.version=1'], ['fsdp_config.version: 1 needs a GPU; leave it unset (null), and CPUs take version 2']),
+    (['fsdp_config.sharding_strategy=HYBRID_SHARD'],
+     ["'HYBRID_SHARD' is not in version 2, which CPUs have; set FULL_SHARD, or version: 1 on GPUs"]),
+    (['fsdp_config.data_parallel_shard_degree=2'],
+     ['data_parallel_shard_degree and data_parallel_replicate_degree: not in version 2, which CPUs have']),
+    (['fsdp_config.sharding_strategy=NO_SHARD', 'fsdp_config.activation_checkpointing=true'],
+     ["activation_checkpointing, activation_cpu_offload: not with 'NO_SHARD'", 'set sharding_strategy SHARD_GRAD_OP']),
+    (['fsdp_config.sharding_strategy=NO_SHARD', 'fsdp_config.state_dict_type=sharded'],
+     ["fsdp_config.state_dict_type: 'sharded' is not with 'NO_SHARD'", 'set full']),
+    (['fsdp_config.load_monolith_rank0_only=true', 'model.device=meta'],
+     ['fsdp_config.load_monolith_rank0_only: true needs model.device: cpu']),
+    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.state_dict_type=sharded'],
+     ['fsdp_config.load_monolith_rank0_only: true is for state_dict_type: full']),
+    (['fsdp_config.sharded_ckpt_prefix_dir=x'], ["fsdp_config.sharded_ckpt_prefix_dir: 'x' is not one of"]),
+    (['fsdp_config.sharding=FULL_SHARD'], ["fsdp_config.sharding: no such key; did you mean 'sharding_strategy'?"]),
+    (['train_loader.dataset.batching_method=device_per_stream'], ["'device_per_stream' is not one of"]),
+    (['save_num_checkpoints_to_keep=0'], ['save_num_checkpoints_to_keep: 0 would keep none; set 1 or more, or -1 for all']),
+    (['save_folder=gs://bucket/x'], ['save_num_checkpoints_to_keep: 2 works on disks and on s3://; for gs://bucket/x set -1']),
+    (['max_nonfinite_in_a_row=0'], ['max_nonfinite_in_a_row: 0 must be greater than 0']),
     (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True is not one of False']),
     (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be at least 1']),
     (['tokenizer.tokenizer_name=5'], ['tokenizer.tokenizer_name: 5 must be text']),
@@ -209,9 +231,51 @@ def test_a_broken_yaml_is_named(tmp_path, text):
         config.load([str(path)])
 
 
+ON_GPUS = [
+    (['fsdp_config.version=2', 'fsdp_config.sharding_strategy=HYBRID_SHARD'],
+     "fsdp_config.sharding_strategy: 'HYBRID_SHARD' is not in version 2; set FULL_SHARD, or version: 1 on GPUs"),
+    (['fsdp_config.version=2', 'device_train_microbatch_size=auto'],
+     "device_train_microbatch_size: 'auto' is not in fsdp_config.version 2; set a number, or version: 1"),
+    (['fsdp_config.version=2', 'fsdp_config.data_parallel_replicate_degree=2'], 'not in version 2, which shards over all'),
+    (['fsdp_config.sharding_strategy=HYBRID_SHARD'], "'HYBRID_SHARD' needs data_parallel_replicate_degree"),
+    (['fsdp_config.load_monolith_rank0_only=true'], 'fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true'),
+]
+
+
+@pytest.mark.parametrize('overrides,message', ON_GPUS, ids=[' '.join(o) for o, _ in ON_GPUS])
+def test_what_composer_cannot_do_on_gpus_is_refused(overrides, message):
+    with pytest.raises(UserError) as e:
+        check(*overrides, has_gpu=True)
+    assert message in str(e.value) and '1 mistake' in str(e.value)
+
+
+def test_fsdp_version_follows_the_device():
+    for version, gpu, strategy, want in ((None, True, 'FULL_SHARD', 1), (None, False, 'FULL_SHARD', 2), (2, True, 'NO_SHARD', 0),
+                                         (1, True, 'NO_SHARD', 1), (None, False, 'NO_SHARD', 0), (2, True, 'SHARD_GRAD_OP', 2)):
+        f = FSDPConfig(version=version, sharding_strategy=strategy)
+        assert fsdp_version(f, gpu) == want
+        built = build_parallelism(f, gpu)
+        if want == 2:
+            assert isinstance(built['fsdp'], FSDP2Config) and built['fsdp'].state_dict_type == 'full'
+            assert built['fsdp'].reshard_after_forward is (strategy == 'FULL_SHARD')
+        else:
+            assert built is None if want == 0 else isinstance(built['fsdp'], ComposerFSDPConfig)
+    assert fsdp_version(None, True) == 0
+
+
+def test_text_packed_on_the_fly_needs_canonical_nodes_that_fit():
+    packed = ['train_loader.dataset.group_method=concat', 'train_loader.dataset.num_canonical_nodes=64',
+              'global_train_batch_size=48']
+    check(*packed, world_size=16, num_nodes=4)
+    with pytest.raises(UserError, match='num_canonical_nodes: 64 neither divides nor is divided by the 6 nodes; .* such as 384'):
+        check(*packed, world_size=48, num_nodes=6)
+    check(*packed, 'train_loader.dataset.group_method=truncate', world_size=48, num_nodes=6)
+
+
 def test_fsdp_keys_are_composers():
     theirs = {f.name for f in dataclasses.fields(ComposerFSDPConfig)}
-    assert set(FSDPConfig.model_fields) <= theirs
+    assert set(FSDPConfig.model_fields) - theirs == {'version'}
+    assert FSDP2Config.settable_attrs() - set(FSDPConfig.model_fields) == {'device_mesh', 'reshard_after_forward'}
 
 
 def test_secrets_are_masked_everywhere():
