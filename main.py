@@ -155,7 +155,11 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None) -> Trainer:
     with stop, explained(start, c, writer):
         if c.eval_first and c.eval_loader and start.kind != 'resume':
             trainer.eval()
-        trainer.fit()
+        try:
+            trainer.fit()
+        except Stopped:
+            trainer.engine.close()  # which ends every log
+            raise
     log.info('%s', summary(trainer, c, writer.newest if writer else None, time.monotonic() - started))
     return trainer
 
@@ -184,7 +188,7 @@ def cli(argv: list[str]) -> int:
     """Runs `main`; returns the exit code. A mistake of the user ends in one message, from one rank."""
     with FailureWatch(StopRequest()) as watch:
         try:
-            main(config.load(argv), watch)
+            main(config.load(argv), watch).engine.close()
         except Stopped as e:
             log.info('%s', e)
             return EXIT_STOPPED

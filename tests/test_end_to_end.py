@@ -155,32 +155,6 @@ def test_wandb_gets_the_resolved_config_and_no_log_a_secret(logged):
     assert 'api_key' in everything and '***' in everything, 'the key was there, and masked'
 
 
-def test_a_run_goes_on_from_its_checkpoint(mds_root, tmp_path, capfd, monkeypatch):
-    short = ['save_interval=4ba', 'scheduler.t_warmup=1ba', 'run_name=one']
-    assert in_process(*tiny(mds_root, *short, f'save_folder={tmp_path}', 'max_duration=4ba')) == 0
-    assert in_process(*tiny(mds_root, *short, f'save_folder={tmp_path}', 'max_duration=6ba')) == 1
-    assert f'error: save_folder: {tmp_path} already holds checkpoints' in (text := capfd.readouterr().err)
-    assert 'autoresume=true' in text
-    assert in_process(*tiny(mds_root, *short, f'load_path={tmp_path}/ep0-ba4-rank0.pt', 'max_duration=6ba')) == 0
-    assert sorted(console(capfd.readouterr().err)['loss/train/total']) == [5, 6]
-    more = [*short, f'save_folder={tmp_path}', f'load_path={tmp_path}/ep0-ba4-rank0.pt', 'max_duration=8ba']
-    assert in_process(*tiny(mds_root, *more)) == 0  # goes on in the folder that it came from
-    assert (tmp_path / 'ep0-ba8-rank0.pt').exists()
-    capfd.readouterr()
-    assert in_process(*tiny(mds_root, *more)) == 1  # and would now overwrite what stands there
-    one_error(capfd.readouterr().err, 'save_folder: ', 'ep0-ba8-rank0.pt')
-    done = [*short, f'save_folder={tmp_path}', 'max_duration=8ba', 'autoresume=true']
-    said = []
-    with monkeypatch.context() as patch:
-        patch.setattr(main.log, 'info', lambda text, *values: said.append(text % values))
-        assert in_process(*tiny(mds_root, *done)) == 0
-    assert said[-1].startswith('nothing to do: the checkpoint has already reached max_duration 8ba')
-    capfd.readouterr()
-    other = [*short, f'load_path={tmp_path}/ep0-ba4-rank0.pt', 'max_duration=6ba', 'model.d_model=32']
-    assert in_process(*tiny(mds_root, *other)) == 1
-    one_error(capfd.readouterr().err, 'load_path:', 'cannot be loaded into this model')
-
-
 def test_a_warm_up_longer_than_the_run_is_said(mds_root, monkeypatch):
     said = []
     monkeypatch.setattr(main.log, 'info', lambda text, *values: said.append(text % values))
@@ -237,7 +211,8 @@ def bad_data(mds_root, tmp_path, kind):
         (tmp_path / 'garbage.pt').write_bytes(b'garbage')
         return [f'data_remote={root}', f'load_path={tmp_path}/garbage.pt'], ['load_path:', 'garbage.pt cannot be loaded']
     if kind == 'folder as checkpoint':
-        return [f'data_remote={root}', f'load_path={tmp_path}'], [f'load_path: {tmp_path}: no such file']
+        return [f'data_remote={root}', f'load_path={tmp_path}'], [
+            f'load_path: {tmp_path}: no such file, and no folder of a sharded checkpoint']
     if kind == 'no place to save':
         (tmp_path / 'file').touch()
         return [f'data_remote={root}', f'save_folder={tmp_path}/file/x'], [f'save_folder: {tmp_path}/file/x cannot be made']
