@@ -90,8 +90,8 @@ def test_logs_go_on_across_starts(mds_root, tmp_path, monkeypatch):
     first = (tmp_path / 'log.txt').read_text()
     time.sleep(1)  # W&B names the folder of an offline start by its second
     assert main.cli([QUICKSTART, *argv]) == 0
-    assert (tmp_path / 'log.txt').read_text().startswith(first) and '[batch=4/6]' in first
-    assert '[batch=6/6]' in (tmp_path / 'log.2.txt').read_text()
+    assert (tmp_path / 'log.txt').read_text().startswith(first) and '[metric][batch=4]' in first
+    assert '[metric][batch=6]' in (tmp_path / 'log.2.txt').read_text()
     assert sorted(read_scalars(str(tmp_path / 'tb'))['loss/train/total']) == [0, 1, 2, 3, 4, 5]
     ids = {path.stem.removeprefix('run-') for path in tmp_path.rglob('run-*.wandb')}
     assert len(ids) == 1 and ids.pop().startswith('one-') and len(list(tmp_path.rglob('run-*.wandb'))) == 2
