@@ -27,6 +27,7 @@ from composer import Trainer
 from composer.core import DataSpec, Evaluator
 from composer.utils import dist, reproducibility
 from omegaconf import DictConfig
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from src import builders, config, rendezvous, sharding
 from src.batch_size import device_batch_size, microbatch_size
@@ -153,9 +154,9 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None) -> Trainer:
         return trainer
     started = time.monotonic()
     with stop, explained(start, c, writer):
-        if c.eval_first and c.eval_loader and start.kind != 'resume':
-            trainer.eval()
         try:
+            if c.eval_first and c.eval_loader and start.kind != 'resume':
+                trainer.eval()
             trainer.fit()
         except Stopped:
             trainer.engine.close()  # which ends every log
@@ -175,13 +176,15 @@ def explained(start: Start, c: Config, writer: Optional[CheckpointWriter] = None
         raise
     except wandb.errors.Error as e:
         raise UserError(f'loggers.wandb: {first_line(e)}; set WANDB_API_KEY, or WANDB_MODE=offline') from e
-    except (OSError, RuntimeError, MemoryError, ValueError, KeyError, EOFError, pickle.UnpicklingError, BotoCoreError) as e:
+    except (OSError, RuntimeError, MemoryError, ValueError, KeyError, EOFError, pickle.UnpicklingError, BotoCoreError,
+            CheckpointException) as e:
         if is_out_of_memory(e):
             raise out_of_memory(c, e) from e
         if start.kind == 'fresh' or writer:
             raise
+        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise UserError(f'{start.setting}: {start.path} cannot be loaded into this model and optimizer: '
-                        f'{type(e).__name__}: {first_line(e)}') from e
+                        f'{type(cause).__name__}: {first_line(cause)}') from e
 
 
 def cli(argv: list[str]) -> int:
@@ -191,10 +194,11 @@ def cli(argv: list[str]) -> int:
             main(config.load(argv), watch).engine.close()
         except Stopped as e:
             log.info('%s', e)
+            watch.ignore_signals()
             return EXIT_STOPPED
         except KeyboardInterrupt:
             return 128 + 2
-        except Exception as e:
+        except (Exception, CheckpointException) as e:
             watch.report_crash(e)
             return 1
     return 0

@@ -123,6 +123,7 @@ def resume_wandb(chosen: Plugins, run_name: str, save_folder: str) -> Plugins:
     wandb = chosen.get('wandb', False)
     if wandb is False:
         return chosen
+    save_folder = save_folder if '://' in save_folder else os.path.abspath(save_folder)
     identity = f'{re.sub(r"[^A-Za-z0-9_-]", "-", run_name)[:48]}-{sha256(save_folder.encode()).hexdigest()[:8]}'
     kwargs: dict[str, Any] = dict(wandb or {})
     kwargs['init_kwargs'] = {'id': identity, 'resume': 'allow'} | (kwargs.get('init_kwargs') or {})

@@ -4,23 +4,40 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Optional
 
-from composer.core import Callback, Event, State
+import torch
+from composer.core import Callback, Event, State, TimeUnit
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist, format_name_with_dist
+from composer.utils import create_interval_scheduler, dist, format_name_with_dist, get_device
 from composer.utils.checkpoint import save_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from src.checkpoints import FRESH, Manifest, Start, manifests
+from src.checkpoints import FRESH, UNFINISHED, Manifest, Start, manifests
 from src.errors import UserError, first_line
 from src.folders import RemoteFolder, open_folder
+
+
+def in_background(work: Callable[[], None]) -> Future:
+    """Runs it in a daemon thread, unlike those of an executor: a process that fails does not wait for it to end."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except Exception as e:  # raised where the main thread looks
+            future.set_exception(e)
+
+    threading.Thread(target=run, name='checkpoint', daemon=True).start()
+    return future
 
 
 class CheckpointWriter(Callback):
@@ -39,16 +56,19 @@ class CheckpointWriter(Callback):
         self.save_folder, self.keep = save_folder, keep
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(save_interval)
         self.last_batch = -1
+        self.local = ''  # where Composer writes; known once the run has a name
         self.newest = start.path if start.own else None  # where the last whole checkpoint lies
-        self.pending: Optional[Future] = None
-        self.sender = ThreadPoolExecutor(1, 'checkpoint')
+        # A save that is not whole yet, the same on all ranks; and what this rank still has to send for it.
+        self.unfinished: Optional[Manifest] = None
+        self.sending: Optional[Future] = None
+        self.all_sent = False
 
     def init(self, state: State, logger: Logger) -> None:
         self.folder = open_folder(format_name_with_dist(self.save_folder, state.run_name))
-        self.local = self.folder.root
+        self.local = str(self.folder)
         if isinstance(self.folder, RemoteFolder):
             # Named by what it is for, so that what a killed run left is found and removed by the next.
-            self.local = Path(tempfile.gettempdir(), f'checkpoints-{sha256(self.folder.root.encode()).hexdigest()[:12]}')
+            self.local = os.path.join(tempfile.gettempdir(), f'checkpoints-{sha256(self.folder.root.encode()).hexdigest()[:12]}')
             if dist.get_local_rank() == 0:
                 shutil.rmtree(self.local, ignore_errors=True)
         Path(self.local).mkdir(parents=True, exist_ok=True)
@@ -85,13 +105,16 @@ class CheckpointWriter(Callback):
                             'name one that all nodes share, or an object store such as s3://')
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.pending and self.pending.done():
-            self.pending.result()
+        self._advance()
         if self.due(state, Event.BATCH_CHECKPOINT):
             self.save(state, logger)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.due(state, Event.EPOCH_CHECKPOINT):
+        length = state.max_duration
+        over = length is not None and length.unit == TimeUnit.EPOCH and state.timestamp >= length
+        if over:
+            self.last_batch = -1  # the save of the last batch does not count its epoch, so it cannot tell that the run is over
+        if self.due(state, Event.EPOCH_CHECKPOINT) or over:
             self.save(state, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -104,9 +127,26 @@ class CheckpointWriter(Callback):
 
     def wait(self) -> None:
         """Until the last save is whole, on every rank."""
-        if self.pending:
-            self.pending.result()
-        dist.barrier()
+        while self.unfinished:
+            self._advance()
+            time.sleep(0.1)
+
+    def _advance(self) -> None:
+        """Lets a save become whole once every rank has sent its files: no rank waits in a collective for another's upload."""
+        if self.unfinished is None:
+            return
+        done = get_device(None).tensor_to_device(torch.tensor(int(self.sending is None or self.sending.done())))
+        dist.all_reduce(done, reduce_operation='MIN')
+        if not done.item():
+            return
+        if self.sending:
+            self.sending.result()
+        self.sending, manifest = None, self.unfinished
+        if self.all_sent:
+            self.unfinished, self.newest = None, self.folder.uri(manifest.path)
+        elif dist.get_global_rank() == 0:
+            self.sending = in_background(lambda: self._finish(manifest))
+        self.all_sent = not self.all_sent
 
     def save(self, state: State, logger: Logger) -> None:
         """Saves this batch, unless it is saved already. Every rank has to call it.
@@ -121,8 +161,12 @@ class CheckpointWriter(Callback):
         self.last_batch = batch
         name = f'ep{int(state.timestamp.epoch)}-ba{batch}'
         sharded = state.fsdp_sharded_state_dict_enabled
-        if sharded and dist.get_local_rank() == 0:  # what is left of half a save may have been written by more ranks
+        if dist.get_local_rank() == 0:  # what is left of half a save may have been written by more ranks
             shutil.rmtree(Path(self.local, name), ignore_errors=True)
+        if dist.get_global_rank() == 0:
+            self.folder.write(f'{name}{UNFINISHED}', '')
+            if self.folder.size(f'{name}.json') >= 0:  # of a save that has lost a file since
+                self.folder.write(f'{name}.json', '')
         dist.barrier()
         try:
             saved = save_checkpoint(state, os.path.join(self.local, 'ep{epoch}-ba{batch}-rank{rank}.pt'))
@@ -135,13 +179,12 @@ class CheckpointWriter(Callback):
                             'before is untouched') from e
         sizes = {file: size for part in dist.all_gather_object({f: os.path.getsize(Path(self.local, f)) for f in files})
                  for file, size in part.items()}
-        t = state.timestamp
-        manifest = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token), dist.get_world_size(), sizes)
-        if isinstance(self.folder, RemoteFolder):
-            self.pending = self.sender.submit(self._send, self.folder, files, manifest)
-        elif dist.get_global_rank() == 0:
-            self._finish(manifest)
-        self.newest = self.folder.uri(manifest.path)
+        t, folder = state.timestamp, self.folder
+        self.unfinished = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token), dist.get_world_size(), sizes)
+        if isinstance(folder, RemoteFolder):
+            self.sending = in_background(lambda: self._send(folder, files))
+        else:
+            self.wait()
 
     def _files(self, saved: Optional[str], sharded: bool) -> list[str]:
         """What this rank has just written, relative to the folder, on the disk for good."""
@@ -156,24 +199,20 @@ class CheckpointWriter(Callback):
                 os.fsync(f.fileno())
         return [str(file.relative_to(self.local)) for file in files]
 
-    def _send(self, folder: RemoteFolder, files: list[str], manifest: Manifest) -> None:
+    def _send(self, folder: RemoteFolder, files: list[str]) -> None:
         for file in files:
             folder.upload(file, Path(self.local, file))
             Path(self.local, file).unlink()
-        if dist.get_global_rank() == 0:
-            while not manifest.is_whole(folder):  # other ranks are still sending; one that fails takes the run down
-                time.sleep(1)
-            self._finish(manifest)
 
     def _finish(self, manifest: Manifest) -> None:
         self.folder.write(f'{manifest.name}.json', json.dumps(asdict(manifest), indent=1))
+        if self.folder.deletes:
+            self.folder.delete([f'{manifest.name}{UNFINISHED}'])
         if self.keep >= 0:
-            whole = [m for m in manifests(self.folder) if m.is_whole(self.folder)]
-            for old in whole[self.keep:]:  # the manifest first: half of what it lists is no checkpoint
+            for old in [*manifests(self.folder)][self.keep:]:  # the manifest first: half of what it lists is no checkpoint
                 self.folder.delete([f'{old.name}.json'])
                 self.folder.delete(old.files)
 
     def close(self, state: State, logger: Logger) -> None:
-        self.sender.shutdown(wait=False, cancel_futures=True)
-        if isinstance(self.folder, RemoteFolder) and dist.get_local_rank() == 0:
+        if '://' in self.save_folder and dist.get_local_rank() == 0:
             shutil.rmtree(self.local, ignore_errors=True)

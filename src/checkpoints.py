@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, Optional
@@ -23,6 +23,7 @@ from composer.core import Time, Timestamp
 from composer.utils import dist, format_name_with_dist, get_file
 from composer.utils.reproducibility import load_rng_state
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.torch_version import TorchVersion
 
@@ -31,6 +32,7 @@ from src.folders import Folder, LocalFolder, open_folder
 
 log = logging.getLogger('src')
 STEP = re.compile(r'ep\d+-ba(\d+)')
+UNFINISHED = '.unfinished'  # ep0-ba400.unfinished lies there until the manifest does
 
 
 # ---------------------------------------------------------------- manifests
@@ -63,16 +65,24 @@ class Manifest:
         return Timestamp(epoch=self.epoch, batch=self.batch, sample=self.sample, token=self.token).get(unit.unit) >= unit
 
 
-def manifests(folder: Folder) -> list[Manifest]:
-    """All of a folder, whole or not, newest first; what is no manifest of this kit is left out."""
-    found = []
-    for name in folder.names():
-        if re.fullmatch(rf'{STEP.pattern}\.json', name):
-            try:
-                found.append(Manifest(**json.loads(folder.read(name))))
-            except (ValueError, TypeError):  # another program's, or a write that a crash of the machine cut short
-                continue
-    return sorted(found, key=lambda m: m.batch, reverse=True)
+def read_manifest(folder: Folder, name: str) -> Optional[Manifest]:
+    """That of the checkpoint `name`; None where there is none of this kit's."""
+    if folder.size(f'{name}.json') < 0:
+        return None
+    try:
+        manifest = Manifest(**json.loads(folder.read(f'{name}.json')))
+        own = rf'{name}(-rank0\.pt|/[\w.]+)'  # retention deletes what a manifest lists: its own files, and no others
+        return manifest if manifest.name == name and all(re.fullmatch(own, file) for file in manifest.files) else None
+    except (ValueError, TypeError):  # another program's, or of a save that was begun again
+        return None
+
+
+def manifests(folder: Folder) -> Iterator[Manifest]:
+    """Those of a folder, whole or not, newest first."""
+    names = [name[:-5] for name in folder.names() if re.fullmatch(rf'{STEP.pattern}\.json', name)]
+    for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r'\d+', name)][::-1], reverse=True):
+        if manifest := read_manifest(folder, name):
+            yield manifest
 
 
 # ---------------------------------------------------------------- where a run starts
@@ -141,7 +151,12 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
 def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool, load_path: Optional[str],
                 weights_only: bool) -> Start:
     folder = run_folder(save_folder, name) if save_folder else None
-    there = sorted({match[0] for file in (folder.names() if folder else []) if (match := STEP.match(file))})
+    files = folder.names() if folder else []
+    # A save that was interrupted is no checkpoint; one that was whole once, and is not now, is a loss that has to be said.
+    half = {file[:-len(UNFINISHED)] for file in files if file.endswith(UNFINISHED)} - {file[:-5] for file in files}
+    there = sorted({match[0] for file in files if (match := STEP.match(file))} - half)
+    if half and autoresume:
+        log.info('autoresume: %s in %s is half a save that was interrupted; it is ignored', ', '.join(sorted(half)), folder)
     if folder and autoresume and there:
         for manifest in manifests(folder):
             if manifest.is_whole(folder):
@@ -164,7 +179,7 @@ def _given(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder])
     if not sharded and folder.size(name) < 0:
         raise UserError(f'load_path: {path}: no such file, and no folder of a sharded checkpoint')
     step = STEP.match(name)
-    manifest = next((m for m in manifests(folder) if step and m.name == step[0]), None)
+    manifest = read_manifest(folder, step[0]) if step else None
     if manifest and not manifest.is_whole(folder):
         raise UserError(f'load_path: {path} is not whole: its files are not those that {manifest.name}.json lists')
     where = own and os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)
@@ -216,6 +231,16 @@ def same_names(own: Collection[str]) -> Callable[[dict[str, Any]], None]:
     return check
 
 
+def _names_in_shards(path: str) -> list[str]:
+    """Of the weights in a sharded checkpoint, out of its metadata, which Composer has unpickled by now."""
+    with tempfile.TemporaryDirectory() as temp:
+        if '://' in path:
+            get_file(f'{path}/.metadata', os.path.join(temp, '.metadata'))
+            path = temp
+        keys = FileSystemReader(path).read_metadata().state_dict_metadata
+    return [key.removeprefix('state.model.') for key in keys if key.startswith('state.model.')]
+
+
 def _load_weights(path: str, model: nn.Module) -> None:
     """Into a model that may be sharded; every rank has to call it."""
     with tempfile.TemporaryDirectory() as temp:
@@ -224,7 +249,8 @@ def _load_weights(path: str, model: nn.Module) -> None:
             local = os.path.join(dist.all_gather_object(temp)[dist.get_global_rank() - dist.get_local_rank()], 'weights')
             if dist.get_local_rank() == 0:
                 get_file(path, local)
-        dist.barrier()
+        with dist.local_rank_zero_download_and_wait(local):  # a download may take longer than a barrier waits
+            dist.barrier()
         weights = read_weights(local)
         same_names(get_model_state_dict(model).keys())({'state': {'model': weights}})
         try:
@@ -269,6 +295,8 @@ def finish_loading(start: Start, trainer: Trainer) -> None:
     """
     if start.weights_of_a_file and start.path:
         _load_weights(start.path, trainer.state.model)
+    if start.sharded and start.path:
+        same_names(get_model_state_dict(trainer.state.model).keys())({'state': {'model': _names_in_shards(start.path)}})
     if start.kind == 'resume':
         optimizer = trainer.state.optimizers[0]
         if not optimizer.state:

@@ -72,10 +72,12 @@ def _fsdp_errors(c: Config, f: FSDPConfig, has_gpu: bool) -> list[str]:
                    'set sharding_strategy SHARD_GRAD_OP or FULL_SHARD, or both to false')
     if fsdp_version(f, has_gpu) == 0 and f.state_dict_type == 'sharded':
         out.append(f"fsdp_config.state_dict_type: 'sharded' is not with 'NO_SHARD' of {why}, which is DDP; set full")
-    if f.load_monolith_rank0_only:
+    if f.load_monolith_rank0_only and version == 2:
+        out.append(f'fsdp_config.load_monolith_rank0_only: true is not in {why}; set false')
+    elif f.load_monolith_rank0_only:
         if f.state_dict_type != 'full':
             out.append("fsdp_config.load_monolith_rank0_only: true is for state_dict_type: full")
-        if version == 1 and not f.sync_module_states:
+        if not f.sync_module_states:
             out.append('fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true, by which the other ranks get '
                        'the weights')
         if getattr(c.model, 'device', 'cpu') == 'meta':

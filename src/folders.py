@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Union
 
-from composer.utils import ObjectStore, parse_uri, retry
+from composer.utils import ObjectStore, S3ObjectStore, parse_uri, retry
 from composer.utils import maybe_create_object_store_from_uri as object_store
 
 os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's 3 are few for a run of weeks; read when a client is made
@@ -15,6 +15,8 @@ os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's 3 are few for a run o
 
 class LocalFolder:
     """A folder on a disk that all nodes share."""
+
+    deletes = True
 
     def __init__(self, root: Union[str, Path]):
         self.root = Path(root)
@@ -39,7 +41,10 @@ class LocalFolder:
 
     def write(self, name: str, text: str) -> None:
         part = self.root / f'{name}.part'
-        part.write_text(text)
+        with part.open('w') as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, self.root / name)
 
     def delete(self, names: Collection[str]) -> None:
@@ -57,6 +62,7 @@ class RemoteFolder:
         store = object_store(uri)
         assert isinstance(store, ObjectStore)
         self.store, self.prefix = store, parse_uri(self.root)[2]
+        self.deletes = isinstance(store, S3ObjectStore)  # no ObjectStore of Composer's can: here its client does
 
     def __str__(self) -> str:
         return self.root
@@ -97,7 +103,6 @@ class RemoteFolder:
     @retry(num_attempts=3)
     def delete(self, names: Collection[str]) -> None:
         for name in names:
-            # No ObjectStore of Composer's can delete; a config that would need it elsewhere than on S3 is refused.
             self.store.client.delete_object(Bucket=self.store.bucket, Key=self.key(name))  # pyright: ignore
 
 

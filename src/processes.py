@@ -198,15 +198,27 @@ class FailureWatch:
     def __exit__(self, kind: Optional[type[BaseException]], *_: object) -> None:
         if self._store is None or self._failed or (kind is not None and not issubclass(kind, Stopped)):
             return
-        deadline = time.monotonic() + LEAVE_S
         with contextlib.suppress(RuntimeError):  # the store went first, but this rank has done its work
-            self._store.set(f'left/{self.rank}', '')
-            while self.rank == 0 and time.monotonic() < deadline:
-                if self._store.check([f'left/{i}' for i in range(self.world_size)]):
-                    break
-                time.sleep(0.05)
+            # Together: the launcher takes the first to exit with another code than 0 for a crash, and signals the others.
+            self._leave('left', range(self.world_size))
+            if self.rank == 0:
+                self._leave('gone', range(1, self.world_size))  # they read from the store that ends with this process
+            else:
+                self._store.set(f'gone/{self.rank}', '')
         self._ended.set()
         self._thread.join()
+
+    def _leave(self, key: str, ranks: range) -> None:
+        self._store.set(f'{key}/{self.rank}', '')
+        deadline = time.monotonic() + LEAVE_S
+        while time.monotonic() < deadline and not self._store.check([f'{key}/{i}' for i in ranks]):
+            time.sleep(0.05)
+
+    def ignore_signals(self) -> None:
+        """For a rank that ends with others: what the launcher sends once the first of them has gone changes nothing."""
+        if self.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def announce(self, summary: str, text: str = '') -> None:
         """Tells all ranks that this one fails; the first announcement of a run is the one that counts.

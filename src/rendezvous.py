@@ -137,7 +137,7 @@ def _wait_for_port(address: str, port: int, deadline: float) -> None:
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises, or a TimeoutError: torch's own time-outs do not hold, and its calls hear no signal."""
+    """What `call` returns or raises, or a RuntimeError: torch's own time-outs do not hold, and its calls hear no signal."""
     out: list[tuple[Any, Optional[BaseException]]] = []
 
     def run() -> None:

@@ -11,7 +11,7 @@ from src.batch_size import grad_accum
 from src.callbacks import UnigramBaseline
 from src.causal_lm import ComposerCausalLM
 from src.checkpoints import Start
-from src.checks import fsdp_version
+from src.checks import fsdp_version, packs_on_the_fly
 from src.errors import UserError, first_line
 from src.schema import TIME, Config
 
@@ -19,11 +19,10 @@ log = logging.getLogger('src')
 
 
 def log_to_stderr() -> None:
-    """Shows the kit's own messages, once: on rank 0."""
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler() if dist.get_global_rank() == 0 else logging.NullHandler())
-        log.setLevel(logging.INFO)
-        log.propagate = False
+    """Shows the kit's own messages, on rank 0 alone."""
+    log.handlers = [logging.StreamHandler() if dist.get_global_rank() == 0 else logging.NullHandler()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str) -> str:
@@ -41,6 +40,9 @@ def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, mi
     if duration and warmup and duration[2] == warmup[2] and float(warmup[1]) >= float(duration[1]):
         lines.append(f'scheduler.t_warmup: {c.scheduler.t_warmup} is not shorter than the run, which ends before the peak rate')
     lines.append(f'sharding: {_sharding(c)}')
+    if packs_on_the_fly(c.train_loader.dataset):
+        lines.append('data: text packed on the fly: the samples depend on the numbers of ranks and workers, and a resumed run '
+                     'first reads again what its epoch has read; packed tokens do neither')
     lines.append(f'start: {start}')
     return '\n'.join(lines)
 

@@ -114,6 +114,34 @@ def test_half_a_save_is_replaced_by_the_next_of_its_step(saved, folder, mds_root
     assert all(m.is_whole(LocalFolder(folder)) for m in manifests(LocalFolder(folder)))
 
 
+def test_half_of_the_first_save_is_no_checkpoint(mds_root, saved, tmp_path):
+    """Nothing was whole yet, so there is nothing to lose: the run begins again, with no clean-up."""
+    (tmp_path / 'ep0-ba4-rank0.pt').write_bytes(b'half')
+    (tmp_path / 'ep0-ba4.unfinished').touch()
+    same(saved[1], run(mds_root, f'save_folder={tmp_path}', 'autoresume=true'))
+    assert names(tmp_path) == names(saved[0])
+    cut(tmp_path / 'ep0-ba12-rank0.pt')
+    (tmp_path / 'ep0-ba12.unfinished').touch()  # of a save that was whole, and whose mark was not removed in time
+    forget(tmp_path, 4, 8)
+    assert 'holds ep0-ba12, and none is whole' in refused(mds_root, f'save_folder={tmp_path}', 'autoresume=true')
+
+
+def test_a_run_measured_in_epochs_knows_its_end(tokens_root, tmp_path, monkeypatch):
+    every = ['global_train_batch_size=96', 'device_train_microbatch_size=96', 'save_interval=1ba', 'max_duration=1ep',
+             'scheduler.t_warmup=0ep', f'save_folder={tmp_path}', 'autoresume=true']
+    run(tokens_root, *every)
+    before = names(tmp_path)
+    assert 'nothing to do: ' in plan_of(monkeypatch, tokens_root, *every) and names(tmp_path) == before
+
+
+def test_a_manifest_that_lists_what_is_not_its_own_is_none(folder, tmp_path):
+    (tmp_path / 'precious').write_text('mine')
+    manifest = json.loads((folder / 'ep0-ba4.json').read_text())
+    for files in ({'../precious': 4}, {'ep0-ba4/../../precious': 4}, {str(tmp_path / 'precious'): 4}, {'ep0-ba8-rank0.pt': 1}):
+        (folder / 'ep0-ba4.json').write_text(json.dumps(manifest | {'files': files}))
+        assert [m.batch for m in manifests(LocalFolder(folder))] == [12, 8]
+
+
 def test_retention_holds_across_resumes(mds_root, tmp_path):
     keep = [f'save_folder={tmp_path}', 'autoresume=true', 'save_num_checkpoints_to_keep=2', 'scheduler.t_warmup=1ba']
     for duration, left in ((8, (4, 8)), (12, (8, 12)), (20, (16, 20))):
@@ -296,6 +324,11 @@ def test_a_sharded_checkpoint_on_one_device(mds_root, saved, tmp_path):
     same(saved[1], run(mds_root, *every, 'autoresume=true', 'save_num_checkpoints_to_keep=2'), 4)
     assert names(tmp_path) == sorted(f'ep0-ba{n}{end}' for n in (8, 12) for end in ('.json', '/.metadata', '/__0_0.distcp'))
 
+    other = [*SHARDED, f'load_path={tmp_path}/ep0-ba12', 'max_duration=20ba']
+    for change in (['model.n_layers=1'], ['model.n_layers=1', 'load_weights_only=true'], ['model.n_layers=3'],
+                   ['model.d_model=32'], ['optimizer.name=adamw']):
+        message = refused(mds_root, *other, *change)
+        assert 'holds other weights than this model has' in message or 'cannot be loaded into this model and opt' in message
     assert 'is a sharded checkpoint; set fsdp_config.state_dict_type=sharded' in refused(
         mds_root, f'load_path={tmp_path}/ep0-ba8')
     got = run(mds_root, *SHARDED, f'load_path={tmp_path}/ep0-ba12', 'load_weights_only=true', 'max_duration=1ba',

@@ -106,10 +106,8 @@ BAD = [
      ["activation_checkpointing, activation_cpu_offload: not with 'NO_SHARD'", 'set sharding_strategy SHARD_GRAD_OP']),
     (['fsdp_config.sharding_strategy=NO_SHARD', 'fsdp_config.state_dict_type=sharded'],
      ["fsdp_config.state_dict_type: 'sharded' is not with 'NO_SHARD'", 'set full']),
-    (['fsdp_config.load_monolith_rank0_only=true', 'model.device=meta'],
-     ['fsdp_config.load_monolith_rank0_only: true needs model.device: cpu']),
-    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.state_dict_type=sharded'],
-     ['fsdp_config.load_monolith_rank0_only: true is for state_dict_type: full']),
+    (['fsdp_config.load_monolith_rank0_only=true'],
+     ['fsdp_config.load_monolith_rank0_only: true is not in version 2, which CPUs have; set false']),
     (['fsdp_config.sharded_ckpt_prefix_dir=x'], ["fsdp_config.sharded_ckpt_prefix_dir: 'x' is not one of"]),
     (['fsdp_config.sharding=FULL_SHARD'], ["fsdp_config.sharding: no such key; did you mean 'sharding_strategy'?"]),
     (['train_loader.dataset.batching_method=device_per_stream'], ["'device_per_stream' is not one of"]),
@@ -239,6 +237,10 @@ ON_GPUS = [
     (['fsdp_config.version=2', 'fsdp_config.data_parallel_replicate_degree=2'], 'not in version 2, which shards over all'),
     (['fsdp_config.sharding_strategy=HYBRID_SHARD'], "'HYBRID_SHARD' needs data_parallel_replicate_degree"),
     (['fsdp_config.load_monolith_rank0_only=true'], 'fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true'),
+    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.sync_module_states=true', 'model.device=meta'],
+     'fsdp_config.load_monolith_rank0_only: true needs model.device: cpu'),
+    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.sync_module_states=true', 'fsdp_config.state_dict_type=sharded'],
+     'fsdp_config.load_monolith_rank0_only: true is for state_dict_type: full'),
 ]
 
 

@@ -78,15 +78,6 @@ def test_two_ranks_give_the_losses_of_one(losses, logged):
     assert set(logged[1]['trainer/grad_accum'].values()) == {1}
 
 
-def test_two_ranks_with_an_uneven_last_microbatch_give_the_losses_of_one(losses, mds_root, tmp_path):
-    result = composer(QUICKSTART, *tiny(mds_root, 'device_train_microbatch_size=4', 'log_to_console=false',
-                                        f'loggers.tensorboard.log_dir={tmp_path}'), ranks=2)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    got = read_scalars(tmp_path)
-    same_run(got, losses())
-    assert set(got['trainer/grad_accum'].values()) == {2}  # 6 = 4 + 2
-
-
 @pytest.mark.parametrize('micro', [5, 11])
 def test_microbatches_on_one_rank_do_not_change_the_losses(losses, micro):
     same_run(losses(f'device_train_microbatch_size={micro}'), losses())

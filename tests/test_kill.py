@@ -120,7 +120,7 @@ def test_25_kills_change_nothing(tokens_root, tmp_path):
     assert 0 < reached[-1] < BATCHES and len(set(reached)) > 3, 'the kills came while it trained'
     finish(start(2, *argv, f'save_folder={tmp_path}/killed'))
     same_end(state_of(tmp_path / 'killed'), state_of(tmp_path / 'whole'))
-    assert len(manifests(LocalFolder(tmp_path / 'killed'))) == 3
+    assert len([*manifests(LocalFolder(tmp_path / 'killed'))]) == 3
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
+from composer.utils import FSDP2Config
+from launch import ROOT, SCRIPTS, clean_env, console, tiny
 from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import builders, config
+from src import builders, config, processes, report
 from src.attention import torch_attention
 from src.data_c4 import parse_args
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
@@ -42,7 +44,7 @@ def commands() -> list[str]:
 
 # How each command is checked. `test_...`: run by that test, here or in the file named, in a small form. Other words say what
 # it needs beyond a test; what can be checked of it without that is checked by `test_its_arguments_are_valid`.
-BY_ARG, BY_ENV = 'test_two_nodes_by_arguments', 'test_two_nodes_by_environment_variables'
+BY_ARG = BY_ENV = 'test_nodes.py::test_two_hosts_train_as_one_rank_does'
 CHECKED = {
     'python3 -m venv .venv && source .venv/bin/activate': 'network: .ci/run does it',
     'pip install -r requirements.txt && python convert_c4.py --source sample --out_root ./my-copy-c4 '
@@ -69,6 +71,9 @@ CHECKED = {
     'composer main.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
     'composer --world_size 16 --node_rank 0 --master_addr 10.0.0.1 --master_port 7501 main.py yamls/mosaic_gpt/125m.yaml': BY_ARG,
     'composer --world_size 16 --node_rank 1 --master_addr 10.0.0.1 --master_port 7501 main.py yamls/mosaic_gpt/125m.yaml': BY_ARG,
+    'torchrun --nnodes 2 --nproc_per_node 8 --node_rank 0 --master_addr 10.0.0.1 --master_port 7501 main.py '
+    'yamls/mosaic_gpt/125m.yaml':
+        'test_nodes.py::test_two_nodes_by_torchrun',
     'export WORLD_SIZE=16 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=7501': BY_ENV,
     'export WORLD_SIZE=16 NODE_RANK=1 MASTER_ADDR=10.0.0.1 MASTER_PORT=7501': BY_ENV,
     'composer main.py yamls/quickstart.yaml run_name=first autoresume=true': 'test_autoresume_starts_then_goes_on',
@@ -107,10 +112,11 @@ def test_its_arguments_are_valid(command: str):
         parse_args(argv[1:])
     elif argv[:1] == ['src/plot_loss.py']:
         assert argv[1:] == ['runs/*', '--out', 'loss.png']
-    elif program == 'composer':
+    elif program in ('composer', 'torchrun'):
         start = argv.index('main.py')
         launcher, (_, file, *overrides) = argv[:start], argv[start:]
-        assert launcher[::2] == ['--world_size', '--node_rank', '--master_addr', '--master_port'][:len(launcher) // 2]
+        size = ['--world_size'] if program == 'composer' else ['--nnodes', '--nproc_per_node']
+        assert launcher[::2] == [*size, '--node_rank', '--master_addr', '--master_port'][:len(launcher) // 2]
         if 'model.name=parallel_gpt' not in overrides:  # that name is the worked example's
             config.check(config.load([str(ROOT / file), *overrides]), builders.REGISTRIES, world_size=16 if launcher else 8,
                          has_gpu=True)
@@ -178,37 +184,6 @@ def test_loader_from_s3(mds_root, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- training
-
-
-# Two nodes do not share /dev/shm: each gets one of its own, in a mount namespace.
-NODE = ['unshare', '--mount', '--map-root-user', 'sh', '-c', 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', 'sh']
-
-
-def two_nodes(mds_root: Path, tmp_path: Path, arguments: list[list[str]], environments: list[dict[str, str]]) -> list[str]:
-    """Runs two nodes of one process at the same time and returns what each printed."""
-    if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
-        pytest.skip('needs the right to make a mount namespace: two nodes have a /dev/shm each')
-    argv = ['main.py', QUICKSTART, *tiny(mds_root, *SHORT, f'loggers.tensorboard.log_dir={tmp_path}')]
-    nodes = [subprocess.Popen([*NODE, str(SCRIPTS / 'composer'), '-n', '1', *args, *argv], cwd=ROOT, env=clean_env(**env),
-                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-             for args, env in zip(arguments, environments, strict=True)]
-    outputs = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], '\n'.join(outputs)
-    assert '2 devices x 1 microbatches of 6' in outputs[0]
-    assert sorted(console(outputs[0])['loss/train/total']) == [1, 2, 3, 4]
-    assert 'eval loss' in outputs[0] and not console(outputs[1])
-    return outputs
-
-
-def test_two_nodes_by_arguments(mds_root, tmp_path):
-    address = ['--master_addr', '127.0.0.1', '--master_port', str(free_port())]
-    two_nodes(mds_root, tmp_path, [['--world_size', '2', '--node_rank', rank, *address] for rank in '01'], [{}, {}])
-
-
-def test_two_nodes_by_environment_variables(mds_root, tmp_path):
-    port = str(free_port())
-    two_nodes(mds_root, tmp_path, [[], []],
-              [dict(WORLD_SIZE='2', NODE_RANK=rank, MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for rank in '01'])
 
 
 def test_autoresume_starts_then_goes_on(mds_root, tmp_path, capfd):
@@ -306,11 +281,25 @@ def test_every_run_is_in_the_table():
         assert float(rows[file][3]) == float(settings['optimizer']['lr'])
 
 
+FSDP_TABLE = '| key | default | version 1 | version 2 |'
+
+
 def test_every_key_of_fsdp_config_is_in_the_guide():
-    rows = {key.strip('`'): default.strip('`') for key, default, _ in table('src/README.md', '| key | default | meaning |')}
+    rows = {key.strip('`'): default.strip('`') for key, default, *_ in table('src/README.md', FSDP_TABLE)}
     words = {True: 'true', False: 'false', None: 'null'}
     assert rows == {key: words.get(field.default, str(field.default)) if not isinstance(field.default, int)
                     or isinstance(field.default, bool) else str(field.default) for key, field in FSDPConfig.model_fields.items()}
+
+
+def test_what_has_no_effect_in_version_2_is_what_a_run_says():
+    no_effect = {key.strip('`') for key, _, _, version_2 in table('src/README.md', FSDP_TABLE) if version_2 == 'no effect'}
+    others = {'backward_prefetch': 'NONE', 'backward_prefetch_limit': 2, 'forward_prefetch_limit': 2}
+    given = [f'fsdp_config.{key}={others.get(key, str(not FSDPConfig.model_fields[key].default).lower())}' for key in no_effect]
+    c = config.check(config.load([str(ROOT / QUICKSTART), 'fsdp_config.activation_checkpointing=true', *given]),
+                     builders.REGISTRIES, world_size=1, has_gpu=False)
+    said = report._sharding(c)
+    assert set(said.split('; without effect in FSDP2: ')[1].split(', ')) == no_effect
+    assert not no_effect & FSDP2Config.settable_attrs()
 
 
 def test_mixed_precision_is_what_the_guide_says():
@@ -330,10 +319,18 @@ def test_messages_in_the_troubleshooting_table_are_the_codes():
     code = ''.join(p.read_text() for p in [*ROOT.glob('*.py'), *ROOT.glob('src/*.py')])
     for part in ('cannot reach allenai/c4', 'could not be loaded from the Hugging Face hub', 'does not divide by',
                  "'flash' needs a GPU", 'needs a GPU; on a CPU set auto or fp32', 'is also what train_loader reads',
-                 'already holds checkpoints', 'is too small for tokenizer_name', 'Reused local directory',
+                 'already holds checkpoints', 'and none is whole', 'is not the folder of node 0', 'nothing to do: the checkpoint',
+                 'had a loss or gradient that is not finite', 'out of memory: ', 'the ranks do not meet',
+                 'ranks (WORLD_SIZE) joined', 'the nodes disagree', 'is too small for tokenizer_name', 'Reused local directory',
                  'is where another dataset that is still open copies its'):
         assert part in code, part
     shown = ' '.join(symptom for symptom, *_ in table('README.md', '| symptom | cause | what to do |'))
     for part in ('cannot reach allenai/c4', 'could not be loaded from the Hugging Face hub', 'does not divide by',
-                 'already holds checkpoints'):
+                 'already holds checkpoints', 'and none is whole', 'is not the folder of node 0', 'out of memory',
+                 'the ranks do not meet', 'ranks (WORLD_SIZE) joined', 'the nodes disagree'):
         assert part in shown, part
+
+
+def test_every_exit_code_is_in_the_table():
+    codes = ','.join(code for code, _ in table('README.md', '| exit code | meaning |'))
+    assert sorted(map(int, codes.split(','))) == [0, 1, processes.EXIT_STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM]
