@@ -101,7 +101,7 @@ def test_logs_go_on_across_starts(mds_root, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
-    """SIGTERM to the launcher, Ctrl-C to the process group, SIGTERM to the ranks alone; each start goes on from the one before."""
+    """SIGTERM to the launcher, Ctrl-C to the group, SIGTERM to the ranks alone; each start goes on from the one before."""
     argv = tiny(tokens_root, 'run_name=one', 'autoresume=true', 'save_interval=1000ba', 'eval_loader=null', 'max_duration=400ba',
                 'global_train_batch_size=24', 'train_loader.num_workers=2', 'model.resid_pdrop=0.1')
 
