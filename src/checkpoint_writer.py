@@ -128,17 +128,21 @@ class CheckpointWriter(Callback):
     def wait(self) -> None:
         """Until the last save is whole, on every rank."""
         while self.unfinished:
-            self._advance()
-            time.sleep(0.1)
+            if not self._advance():
+                time.sleep(0.05)
 
-    def _advance(self) -> None:
-        """Lets a save become whole once every rank has sent its files: no rank waits in a collective for another's upload."""
+    def _advance(self) -> bool:
+        """Lets a save become whole once every rank has sent its files: no rank waits in a collective for another's upload.
+
+        Returns:
+            Whether it is a step further.
+        """
         if self.unfinished is None:
-            return
+            return False
         done = get_device(None).tensor_to_device(torch.tensor(int(self.sending is None or self.sending.done())))
         dist.all_reduce(done, reduce_operation='MIN')
         if not done.item():
-            return
+            return False
         if self.sending:
             self.sending.result()
         self.sending, manifest = None, self.unfinished
@@ -147,6 +151,7 @@ class CheckpointWriter(Callback):
         elif dist.get_global_rank() == 0:
             self.sending = in_background(lambda: self._finish(manifest))
         self.all_sent = not self.all_sent
+        return True
 
     def save(self, state: State, logger: Logger) -> None:
         """Saves this batch, unless it is saved already. Every rank has to call it.
