@@ -153,7 +153,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None) -> Trainer:
         log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to go on', c.max_duration)
         return trainer
     started = time.monotonic()
-    with stop, explained(start, c, writer):
+    with stop, explained(start, c, writer, training=True):
         try:
             if c.eval_first and c.eval_loader and start.kind != 'resume':
                 trainer.eval()
@@ -166,7 +166,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None) -> Trainer:
 
 
 @contextmanager
-def explained(start: Start, c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
+def explained(start: Start, c: Config, writer: Optional[CheckpointWriter] = None, training: bool = False) -> Iterator[None]:
     """What Composer, torch and W&B raise about a checkpoint, memory, a log or a login, in the words of the settings."""
     try:
         yield
@@ -180,7 +180,7 @@ def explained(start: Start, c: Config, writer: Optional[CheckpointWriter] = None
             CheckpointException) as e:
         if is_out_of_memory(e):
             raise out_of_memory(c, e) from e
-        if start.kind == 'fresh' or writer:
+        if start.kind == 'fresh' or training:
             raise
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise UserError(f'{start.setting}: {start.path} cannot be loaded into this model and optimizer: '

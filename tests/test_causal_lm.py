@@ -146,6 +146,7 @@ def test_flops_are_six_n_plus_attention():
     assert model.flops_per_batch({'input_ids': torch.zeros(2, 24)}) == 2 * 24 * (6 * n + 12 * 2 * 32 * 24)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_at_least_four_times_below_the_plain_way():
     results = loss_memory.compare(batch=8, seq_len=512, d_model=64, vocab=50257)
     assert results['chunked']['loss'] == pytest.approx(results['plain']['loss'], rel=1e-6)

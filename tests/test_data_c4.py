@@ -365,6 +365,7 @@ print('FOUND', json.dumps([shortest, time.epoch.value, time.batch_in_epoch.value
 """
 
 
+@pytest.mark.slow
 def test_two_real_ranks(config, val_ids, tmp_path: Path, temp: Path):
     (tmp_path / 'two.py').write_text(TWO_RANKS)
     done = run(['-m', 'composer.cli.launcher', '-n', '2', '--master_port', str(free_port()), str(tmp_path / 'two.py'),

@@ -197,6 +197,7 @@ dist.destroy_process_group()
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ranks', [3])
 def test_sharded_meta_initialisation_gives_the_same_weights_on_any_ranks(ranks, tmp_path):
     script = tmp_path / 'sharded.py'
