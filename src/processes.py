@@ -26,7 +26,7 @@ PR_SET_PDEATHSIG = 1
 SAME_REQUEST_S = 2.0  # one Ctrl-C reaches a rank twice: from the terminal, and from the launcher as SIGTERM
 POLL_S = 1.0
 ALONE_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the same
-LEAVE_S = 60.0
+LEAVE_S = 600.0  # how long ranks that are done wait for each other: a logger may take minutes to send its last
 
 log = logging.getLogger('src')
 
