@@ -27,6 +27,7 @@ SAME_REQUEST_S = 2.0  # one Ctrl-C reaches a rank twice: from the terminal, and 
 POLL_S = 1.0
 ALONE_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the same
 LEAVE_S = 600.0  # how long ranks that are done wait for each other: a logger may take minutes to send its last
+SETTLE_S = 0.05
 
 log = logging.getLogger('src')
 
@@ -53,6 +54,20 @@ def die_with_launcher() -> None:
         _die_with_parent()
 
 
+def _let_threads_settle() -> None:
+    """Gives gloo's threads the time to drop the tensors of the last collective, for which they enter the interpreter.
+
+    A loader worker that is forked in that moment never starts, up to Python 3.10.14 and 3.11.9:
+    https://github.com/python/cpython/issues/112275
+    """
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(SETTLE_S)
+
+
+os.register_at_fork(before=_let_threads_settle)
+
+
 def init_loader_worker(worker_id: int) -> None:
     """A DataLoader's `worker_init_fn`: the worker ends with its rank, and only when its rank says so.
 
@@ -63,6 +78,12 @@ def init_loader_worker(worker_id: int) -> None:
     if hasattr(signal, 'sigwaitinfo'):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_when_told, daemon=True).start()
+    _die_with_parent()
+
+
+def init_conversion_worker() -> None:
+    """A process pool's `initializer`: the worker ends with its parent, and Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
 
 
