@@ -13,6 +13,7 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from src.errors import UserError
 from src.flops import train_flops_per_token
 
 IGNORE = -100  # the label of a position that is not trained on
@@ -100,16 +101,27 @@ def padding_to_the_right(key_padding_mask: Tensor) -> Tensor:
     return key_padding_mask.bool().int().argsort(dim=1, descending=True, stable=True)
 
 
+def without_mask(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The batch with its padding moved to the right end, where causal attention hides it, and no `attention_mask`."""
+    if 'attention_mask' not in batch:
+        return batch
+    order = padding_to_the_right(batch['attention_mask'])
+    return {key: batch[key].gather(1, order) for key in ('input_ids', 'labels', 'sequence_id') if key in batch}
+
+
 def next_token_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs and what each position has to predict, padding moved to the right end.
+    """Inputs and what each position has to predict, both (batch, seq), padding moved to the right end.
 
     Args:
-        batch: `input_ids` and `labels` (not shifted, -100 at padding), (batch, seq); optionally `attention_mask`.
+        batch: `input_ids`, (batch, seq), and `labels`, not shifted, -100 where there is nothing to predict. Labels of
+            shape (batch, seq) leave nothing for the last position to predict; of shape (batch, seq + 1) they give it the
+            token after the inputs. Optionally, with the former, `attention_mask`, (batch, seq).
     """
+    batch = without_mask(batch)
     input_ids, labels = batch['input_ids'], batch['labels']
-    if 'attention_mask' in batch:
-        order = padding_to_the_right(batch['attention_mask'])
-        input_ids, labels = input_ids.gather(1, order), labels.gather(1, order)
+    if labels.shape[1] == input_ids.shape[1] + 1:
+        return input_ids, labels[:, 1:]
+    assert labels.shape == input_ids.shape, f'labels {tuple(labels.shape)} do not fit input_ids {tuple(input_ids.shape)}'
     targets = labels.roll(-1, dims=1)
     targets[:, -1] = IGNORE
     return input_ids, targets
@@ -119,24 +131,40 @@ class ComposerCausalLM(ComposerModel):
     """A causal language model for Composer's Trainer.
 
     Args:
-        model: Called as `model(input_ids, targets=targets)`, returns the mean loss over the targets.
+        model: Called as `model(input_ids, targets=targets)`, returns the mean loss over the targets. With
+            `attn_within_document` it is given `sequence_id` too, all of shape (batch, seq).
         n_layers: Number of blocks, for the FLOPs.
         d_model: Width, for the FLOPs.
         vocab_size: Token ids that it has embeddings for.
         max_seq_len: The longest sequence that it takes; None: any.
+        attn_within_document: Batches have `sequence_id`, which numbers the documents of each sample.
     """
 
-    def __init__(self, model: nn.Module, n_layers: int, d_model: int, vocab_size: int, max_seq_len: Optional[int]):
+    def __init__(self, model: nn.Module, n_layers: int, d_model: int, vocab_size: int, max_seq_len: Optional[int],
+                 attn_within_document: bool = False):
         super().__init__()
+        self.attn_within_document = attn_within_document
         self.model = model
         self.vocab_size, self.max_seq_len = vocab_size, max_seq_len
         self.n_params = sum(p.numel() for p in model.parameters())  # parameters() counts tied ones once
         self.n_layers, self.d_model = n_layers, d_model
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean loss in nats over the batch's targets, and how many there are."""
+        """The mean loss in nats over the batch's targets, and how many there are.
+
+        Raises:
+            UserError: The batch has `sequence_id` and the model does not attend within documents, or the other way round.
+        """
+        if self.attn_within_document and 'sequence_id' not in batch:
+            raise UserError('model.attn_within_document: true, but the batch has no sequence_id; set '
+                            'train_loader.dataset.sequence_ids and eval_loader.dataset.sequence_ids to true')
+        if 'sequence_id' in batch and not self.attn_within_document:
+            raise UserError('dataset.sequence_ids: the batch has a sequence_id, and the model attends across documents; set '
+                            'sequence_ids=false, or model.attn_within_document=true, which mosaic_gpt has')
+        batch = without_mask(batch)
         input_ids, targets = next_token_targets(batch)
-        return {'loss': self.model(input_ids, targets=targets), 'n_targets': (targets != IGNORE).sum()}
+        documents = {'sequence_id': batch['sequence_id']} if self.attn_within_document else {}
+        return {'loss': self.model(input_ids, targets=targets, **documents), 'n_targets': (targets != IGNORE).sum()}
 
     def eval_forward(self, batch: Mapping[str, Tensor], outputs: Optional[dict[str, Tensor]] = None) -> dict[str, Tensor]:
         return self.forward(batch) if outputs is None else outputs
@@ -154,6 +182,9 @@ class ComposerCausalLM(ComposerModel):
         metric.total_items += outputs['n_targets']
 
     def flops_per_batch(self, batch: Mapping[str, Tensor]) -> float:
-        """FLOPs of one forward and backward pass; Composer's SpeedMonitor makes MFU of it."""
+        """FLOPs of one forward and backward pass; Composer's SpeedMonitor makes MFU of it.
+
+        Attention is counted over whole rows, also where it stays within documents and a variable-length kernel does less.
+        """
         rows, seq_len = batch['input_ids'].shape
         return rows * seq_len * train_flops_per_token(self.n_params, self.n_layers, self.d_model, seq_len)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Optional
 
 from src.batch_size import device_batch_size
+from src.data_places import is_copied, is_url, only_copy, stream_errors, streams_of
 from src.errors import UserError
 from src.schema import TIME, Config, DatasetConfig, FSDPConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
 
@@ -90,9 +91,16 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
     if isinstance(c.model, MosaicGPTConfig) and data.max_seq_len > c.model.max_seq_len:
         out.append(f'{name}.dataset.max_seq_len: {data.max_seq_len} is above model.max_seq_len {c.model.max_seq_len}; '
                    'set max_seq_len, which both refer to')
-    if data.cache_limit is not None and _place(data) == os.path.realpath(os.path.join(data.local, data.split)):
-        out.append(f'{name}.dataset.cache_limit: {data.cache_limit!r} with no remote would delete the only copy of the data; '
-                   'remove cache_limit, or set data_remote to where the data lies')
+    out += [f'{name}.{error}' for error in stream_errors(data)]
+    if data.cache_limit is not None and not all(is_copied(stream.remote, stream.local) for stream in streams_of(data).values()):
+        out.append(only_copy(f'{name}.dataset', data.cache_limit))
+    within = getattr(c.model, 'attn_within_document', None)  # None: a model without it
+    if within is None and data.sequence_ids:
+        out.append(f"{name}.dataset.sequence_ids: true is for model.name: mosaic_gpt, and this is {c.model.name!r}, which would "
+                   f'attend across documents; set {name}.dataset.sequence_ids=false')
+    elif within is not None and within != data.sequence_ids:
+        out.append(f'model.attn_within_document: {str(within).lower()} does not go with {name}.dataset.sequence_ids '
+                   f'{str(data.sequence_ids).lower()}; write sequence_ids: ${{model.attn_within_document}} in both datasets')
     if loader.num_workers == 0:
         for key in ('prefetch_factor', 'persistent_workers', 'timeout'):
             if value := getattr(loader, key):
@@ -103,16 +111,16 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
 def packs_on_the_fly(data: DatasetConfig) -> bool:
     """Whether samples are packed while documents are read; data on another machine is taken for text."""
     try:
-        shards = json.loads(Path(_place(data), 'index.json').read_text())['shards']
+        shards = json.loads(Path(_places(data)[0], 'index.json').read_text())['shards']
         return data.group_method == 'concat' and 'tokens' not in shards[0]['column_names']
     except (OSError, ValueError, LookupError, TypeError):  # whoever opens the data says what is wrong
         return data.group_method == 'concat'
 
 
-def _place(data: DatasetConfig) -> str:
-    """Where a split is read from, in one spelling."""
-    path = os.path.join(data.remote or data.local, data.split)
-    return path if '://' in path else os.path.realpath(path)
+def _places(data: DatasetConfig) -> list[str]:
+    """Where each stream of a split is read from, in one spelling."""
+    paths = (os.path.join(stream.remote or stream.local, stream.split or '') for stream in streams_of(data).values())
+    return [path if is_url(path) else os.path.realpath(path) for path in paths]
 
 
 def _split_errors(c: Config) -> list[str]:
@@ -131,7 +139,7 @@ def _split_errors(c: Config) -> list[str]:
     if packs_on_the_fly(evals):
         out.append("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
                    'set truncate, or evaluate on packed tokens')
-    if _place(train) == _place(evals) and not c.allow_same_split:
+    if set(_places(train)) & set(_places(evals)) and not c.allow_same_split:
         out.append(f'eval_loader.dataset.split: {evals.split!r} is also what train_loader reads, so the evaluation would be '
                    'of the training data; change one, or set allow_same_split=true if that is what you want')
     return out

@@ -30,6 +30,7 @@ from src.schema import (
     OptimizerConfig,
     SchedulerConfig,
     Section,
+    StreamConfig,
     TokenizerConfig,
 )
 
@@ -186,7 +187,7 @@ def _fields_at(schema: type[BaseModel], loc: tuple) -> list[str]:
     """The keys that the schema has at a location that pydantic reports."""
     classes = {**MODEL_CONFIGS, 'model': MosaicGPTConfig, 'dataset': DatasetConfig, 'train_loader': LoaderConfig,
                'eval_loader': LoaderConfig, 'optimizer': OptimizerConfig, 'scheduler': SchedulerConfig,
-               'tokenizer': TokenizerConfig, 'fsdp_config': FSDPConfig}
+               'tokenizer': TokenizerConfig, 'fsdp_config': FSDPConfig, 'streams': StreamConfig}
     found = next((classes[part] for part in reversed(loc) if part in classes), schema)
     return list(found.model_fields)
 

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -24,17 +24,17 @@ if __name__ == '__main__':  # run as `python src/data_c4.py`: import from the re
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.distributed import get_world_size
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from src.config import parse
-from src.data_places import check_places, explain, is_copied, is_url
+from src.data_places import explain, is_copied, stream_errors, streams_of
 from src.errors import UserError
 from src.processes import init_loader_worker
-from src.sample_order import whole_batches
+from src.sample_order import batches_in_epoch, whole_batches
 from src.schema import LoaderConfig
 from src.shared_memory import opening_a_dataset, remove_locks_at_exit
+from src.streams import CheckedDataset, CheckedStream, EvalLoader, TrainLoader, check_tokens, held_by
 from src.tokenizer import HFTokenizer, encode_documents
 
 IGNORED = -100  # the label that no loss counts
@@ -43,12 +43,14 @@ ROWS_PER_CALL = 64  # a fast tokenizer is several times faster on a list
 Sample = dict[str, NDArray[np.int64]]
 
 
-class StreamingC4(StreamingDataset):
-    """C4 as training samples. `labels` are `input_ids`, not shifted: models shift.
+class StreamingC4(CheckedDataset):
+    """C4 as training samples. `labels` are token ids, not shifted: models shift.
 
     Every document ends with EOS, which is trained on, also where the tokenizer pads with EOS. The index tells what the
-    samples are made from. Where it has a column `tokens`, each array of integers, of shape (max_seq_len,), is a sample,
-    whatever `group_method` says: keys `input_ids`, `labels`. Else the column `text` holds documents:
+    samples are made from. Where it has a column `tokens`, each array of integers is a sample, whatever `group_method` says:
+    keys `input_ids`, `labels`. Its length is N = max_seq_len, or N = max_seq_len + 1: then `input_ids` are the first
+    max_seq_len tokens, and `labels`, of shape (N,), are all, so that the last position has a target too. Else the column
+    `text` holds documents:
 
     - `truncate`: a document is a sample, cut or padded to `max_seq_len`; the EOS of one that fills the sample is cut off.
       Keys `input_ids`, `attention_mask`, `labels`, each int64 of shape (max_seq_len,); labels are -100 at padding.
@@ -66,6 +68,9 @@ class StreamingC4(StreamingDataset):
         remote: Where the shards lie: a folder or a URL. None, or the same as `local`: nothing is copied.
         local: Where shards are copied to as they are needed. None: `remote`, which must then be a folder.
         split: The folder below `remote` and `local`.
+        streams: By name, instead of `remote` and `local`: the keywords of a StreamConfig for each of several streams.
+        sequence_ids: Adds the key `sequence_id`, int64 of shape (max_seq_len,), which numbers the documents of a sample from
+            0, and sets labels to -100 at the first token of each but the sample's first: no target lies across a border.
         **streaming: StreamingDataset's own keywords. Give `batch_size` the DataLoader's batch size.
 
     Raises:
@@ -80,50 +85,35 @@ class StreamingC4(StreamingDataset):
         remote: Optional[str] = None,
         local: Optional[str] = None,
         split: Optional[str] = None,
+        streams: Optional[Mapping[str, Mapping[str, Any]]] = None,
+        sequence_ids: bool = False,
         **streaming: Any,
     ) -> None:
         if group_method not in ('truncate', 'concat'):
             raise UserError(f"dataset.group_method: {group_method!r} is not one of 'truncate', 'concat'")
-        remote, local = check_places(remote, local, split or '', streaming.get('cache_limit'))
         self.max_seq_len = max_seq_len
+        self._shapes = ((max_seq_len,), (max_seq_len + 1,))
         self.group_method = group_method
+        self.sequence_ids = sequence_ids
         self.tokenizer = HFTokenizer(tokenizer_name, max_seq_len).tokenizer
+        named = {f'dataset.streams.{name}': {**stream, 'split': stream.get('split') or split} for name, stream in
+                 (streams or {}).items()} or {'dataset': {'remote': remote, 'local': local, 'split': split}}
+        opened = [CheckedStream(name, streaming.get('cache_limit'), **kwargs) for name, kwargs in named.items()]
         try:
             with opening_a_dataset():
-                super().__init__(remote=remote, local=local, split=split, **{'batch_size': 1, **streaming})
-        except Exception as e:  # each object store has error classes of its own
-            if not is_url(remote) and not isinstance(e, (OSError, ValueError, RuntimeError, KeyError)):
+                super().__init__(**{'batch_size': 1, **streaming, 'streams': opened})
+        except (OSError, ValueError, RuntimeError, KeyError) as e:
+            if isinstance(e, UserError):
                 raise
-            raise UserError(explain(e, remote, local, split or '')) from None
+            raise UserError(explain(e, opened[0].remote, opened[0].local, opened[0].split)) from None
         remove_locks_at_exit(self._shm_prefix_int)
-        self.place = os.path.join(remote or local, split or '')
-        self.column = self._find_column()
-
-    def _find_column(self) -> Literal['text', 'tokens']:
-        shard: Any = self.shards[0]
-        encodings = dict(zip(shard.column_names, shard.column_encodings))
-        if 'tokens' not in encodings:
-            if 'text' not in encodings:
-                raise UserError(f"dataset: {self.place} has no column 'text' (documents) and no column 'tokens' (sequences); "
-                                f'its columns are {shard.column_names}')
-            return 'text'
-        encoding, dtype, shape = (encodings['tokens'] + '::').split(':')[:3]  # as ndarray:uint16:128; the last two may be missing
-        if encoding != 'ndarray' or (dtype and not dtype.startswith(('int', 'uint'))):
-            raise UserError(f"dataset: column 'tokens' of {self.place} is {encodings['tokens']!r}; it must hold arrays of "
-                            "integers, as 'ndarray:uint16' does")
-        if shape:
-            self._check_shape(tuple(map(int, shape.split(','))))
-        elif Path(shard.dirname, shard.split, shard.raw_data.basename).is_file():
-            self._packed(shard[0]['tokens'])
-        return 'tokens'
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 1:
-            raise UserError(f"dataset: column 'tokens' of {self.place} holds arrays of shape {shape}; each must be one sequence, "
-                            f'of shape ({self.max_seq_len},)')
-        if shape[0] != self.max_seq_len:
-            raise UserError(f'dataset.max_seq_len: {self.max_seq_len}, but the sequences in {self.place} have {shape[0]} tokens; '
-                            f'set max_seq_len={shape[0]}, or make the data anew with sequences of {self.max_seq_len}')
+        self.place = ', '.join(stream.place for stream in opened)
+        held = {stream.setting: held_by(stream, self.shards[int(first)], max_seq_len)
+                for stream, first in zip(opened, self.shard_offset_per_stream)}
+        if len(set(held.values())) > 1:
+            raise UserError('dataset.streams: all must hold text, or all tokens of one length, but ' +
+                            '; '.join(f'{name} holds {what}' for name, what in held.items()))
+        self.column = 'text' if 'text' in held.values() else 'tokens'
 
     @property
     def packs_on_the_fly(self) -> bool:
@@ -132,9 +122,10 @@ class StreamingC4(StreamingDataset):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of what the index says of columns and shards: ranks that read the same data have the same."""
+        """A digest of what the indices say, and of each stream's weight: ranks that read the same data have the same."""
         shards: Any = self.shards
-        says = [[s.column_names, s.column_encodings, s.samples, asdict(s.raw_data)] for s in shards]
+        says = [[[s.column_names, s.column_encodings, s.samples, asdict(s.raw_data)] for s in shards],
+                [[int(n), int(stream.choose)] for n, stream in zip(self.shards_per_stream, self.streams)]]
         return hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -146,32 +137,16 @@ class StreamingC4(StreamingDataset):
     # streaming counts where samples are packed on the fly: with them, Composer would resume in the wrong place.
     @property
     def state_dict(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._unless_packing(self._state)
+        return self._unless_packing(super().state_dict)
 
     @property
     def load_state_dict(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._unless_packing(self._load_state)
+        return self._unless_packing(super().load_state_dict)
 
     def _unless_packing(self, method: Callable) -> Callable:
         if self.packs_on_the_fly:
             raise AttributeError('StreamingC4 has no state with group_method concat')
         return method
-
-    def _state(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        state = super().state_dict(num_samples, from_beginning)
-        if from_beginning and num_samples == 0:
-            # After an epoch Composer counts 0 samples of the next one, whereas streaming goes on to it only when it is begun,
-            # and would resume with the epoch that has just ended.
-            state['epoch'] = max(state['epoch'], self.next_epoch)
-        return state
-
-    def _load_state(self, obj: Optional[dict[str, Any]]) -> None:
-        if obj is None:
-            raise UserError('the checkpoint holds no place in these samples: its run packed them on the fly. Go on with '
-                            'that data, or start a new run from its weights with load_weights_only=true')
-        super().load_state_dict(obj)
-        # Streaming takes these from the state for the epoch that it resumes; they must hold in later ones, too.
-        self.num_canonical_nodes, self.shuffle_seed = obj['num_canonical_nodes'], obj['shuffle_seed']
 
     def __iter__(self) -> Iterator[Sample]:
         """One epoch of this rank's, or this worker's, samples."""
@@ -185,19 +160,17 @@ class StreamingC4(StreamingDataset):
             tokens = np.concatenate([rest, *self._encode(documents)])
             full = len(tokens) // self.max_seq_len * self.max_seq_len
             for row in tokens[:full].reshape(-1, self.max_seq_len):
-                yield {'input_ids': row, 'labels': row.copy()}
+                yield self._sample(row)
             rest = tokens[full:]
 
     def _iter_rows(self) -> Iterator[list[dict[str, Any]]]:
-        """Lists of rows as stored, in streaming's order."""
+        """Lists of rows as stored, in streaming's order; one by one where no tokenizer gains from several."""
         rows = super().__iter__()
         threads = None
         try:
-            while chunk := list(islice(rows, ROWS_PER_CALL)):
+            while chunk := list(islice(rows, ROWS_PER_CALL if self.column == 'text' else 1)):
                 threads = threads or self._iterator
                 yield chunk
-            if self._event.is_set():  # streaming itself would end the epoch as if there were no more samples
-                raise RuntimeError(f'{self.place}: a shard could not be read; see above')
         finally:
             # Else streaming's download threads run on after an epoch that is cut short, and keep the dataset alive.
             if threads is not None:
@@ -208,11 +181,19 @@ class StreamingC4(StreamingDataset):
         return [self._packed(row['tokens']) for row in rows] if self.column == 'tokens' else self._truncated(rows)
 
     def _packed(self, tokens: NDArray) -> Sample:
-        if tokens.dtype.kind not in 'iu':
-            raise UserError(f"dataset: column 'tokens' of {self.place} holds {tokens.dtype}; it must hold integers")
-        self._check_shape(tokens.shape)
-        ids = tokens.astype(np.int64)
-        return {'input_ids': ids, 'labels': ids.copy()}
+        if tokens.dtype.kind not in 'iu' or tokens.shape not in self._shapes:
+            check_tokens(tokens, self.max_seq_len, self.place)
+        return self._sample(tokens.astype(np.int64))
+
+    def _sample(self, ids: NDArray[np.int64]) -> Sample:
+        """One sample of max_seq_len tokens, or one more, that are all trained on."""
+        n, labels = self.max_seq_len, ids.copy()
+        if not self.sequence_ids:
+            return {'input_ids': ids[:n], 'labels': labels}
+        starts = np.zeros(len(ids), bool)  # of every document but the first
+        starts[1:] = ids[:-1] == self.tokenizer.eos_token_id
+        labels[starts] = IGNORED
+        return {'input_ids': ids[:n], 'labels': labels, 'sequence_id': starts[:n].cumsum()}
 
     def _truncated(self, documents: list[dict[str, Any]]) -> list[Sample]:
         samples = []
@@ -223,6 +204,8 @@ class StreamingC4(StreamingDataset):
                       'labels': np.full(self.max_seq_len, IGNORED, np.int64)}
             sample['input_ids'][:n] = sample['labels'][:n] = ids[:n]
             sample['attention_mask'][:n] = 1
+            if self.sequence_ids:
+                sample['sequence_id'] = np.zeros(self.max_seq_len, np.int64)
             samples.append(sample)
         return samples
 
@@ -233,31 +216,34 @@ class StreamingC4(StreamingDataset):
 
 
 class EvalView(Dataset):
-    """The first samples of a StreamingC4 by index, each of them once.
+    """The first samples of a StreamingC4 by index, each of them once; of several streams, the first of each.
 
     As a StreamingDataset iterates, it repeats samples until every rank has as many. Composer drops those that a
     DistributedSampler repeats, so an evaluation over this view counts every sample once, on any number of ranks.
 
     Args:
         dataset: One that does not pack on the fly.
-        eval_samples: How many; -1: all.
+        eval_samples: How many; -1: all. Streams have shares in proportion to their sizes.
     """
 
     def __init__(self, dataset: StreamingC4, eval_samples: int = -1) -> None:
         self.dataset = dataset
-        self.length = dataset.size if eval_samples == -1 else min(eval_samples, dataset.size)
+        n = dataset.size if eval_samples == -1 else min(eval_samples, dataset.size)
+        ends = n * dataset.samples_per_stream.cumsum() // dataset.size  # of the streams' shares in the view
+        self.indices = np.concatenate([begin + np.arange(share) for begin, share in
+                                       zip(dataset.sample_offset_per_stream, np.diff(ends, prepend=0))])
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Sample:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
         """What a DataLoader calls for a batch."""
-        if not all(0 <= i < self.length for i in indices):
-            raise IndexError(f'{indices} are not all in 0 to {self.length - 1}')
-        return self.dataset.samples([self.dataset[i] for i in indices])
+        if not all(0 <= i < len(self) for i in indices):
+            raise IndexError(f'{indices} are not all in 0 to {len(self) - 1}')
+        return self.dataset.samples([self.dataset[self.indices[i]] for i in indices])
 
 
 _copied_for_training: set[str] = set()
@@ -278,6 +264,8 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         UserError: A setting that is wrong, data or a tokenizer that is missing, or too little data.
     """
     cfg = parse(LoaderConfig, cfg)
+    if errors := stream_errors(cfg.dataset):
+        raise UserError('\n'.join(errors))
     if cfg.num_workers > 0:  # set before the fork, or each worker prints a warning
         os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     data: dict[str, Any] = cfg.dataset.model_dump() | {'batch_size': device_batch_size}
@@ -285,18 +273,24 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         'batch_size': device_batch_size, 'worker_init_fn': init_loader_worker,
         # Else each epoch draws a number from the generator of dropout, and a resumed run would draw it once more.
         'generator': torch.Generator().manual_seed(cfg.dataset.shuffle_seed)}
-    copied = os.path.realpath(os.path.join(cfg.dataset.local, cfg.dataset.split))
+    copies = {os.path.realpath(os.path.join(stream.local, stream.split or '')) for stream in streams_of(cfg.dataset).values()
+              if is_copied(stream.remote, stream.local)}
     if not evaluate:
-        _copied_for_training.add(copied)
+        _copied_for_training.update(copies)
         dataset = StreamingC4(**data)
         _prepare_epochs(dataset, device_batch_size)
-        return StreamingDataLoader(dataset, **settings)
+        return TrainLoader(dataset, **settings)
 
     for key in ('shuffle', 'epoch_size'):
         if data.pop(key):
             warnings.warn(f'eval_loader.dataset.{key} is ignored: an evaluation reads its samples in order', stacklevel=2)
-    if copied in _copied_for_training and is_copied(cfg.dataset.remote, cfg.dataset.local):
-        data['local'] = os.path.join(cfg.dataset.local, 'eval')  # streaming refuses two copies of one split in one place
+    clash = not copies.isdisjoint(_copied_for_training)  # streaming refuses two copies of one split in one place
+    for name, stream in (data['streams'] or {'': data}).items():
+        if clash and is_copied(stream['remote'], stream['local']):
+            stream['local'] = os.path.join(stream['local'], 'eval')
+        for key in ('proportion', 'repeat', 'choose') if name else ():
+            if stream.pop(key) is not None:
+                warnings.warn(f'eval_loader.dataset.streams.{name}.{key} is ignored: an evaluation reads all', stacklevel=2)
     from composer.utils.dist import get_sampler  # here: it takes seconds to import, and the smoke test has no need of it
 
     dataset = StreamingC4(**data)
@@ -304,15 +298,18 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         raise UserError("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
                         'set truncate, or evaluate on packed tokens')
     view = EvalView(dataset, cfg.eval_samples)
-    return DataLoader(view, sampler=get_sampler(view, shuffle=False, drop_last=cfg.drop_last), **settings)
+    return EvalLoader(view, sampler=get_sampler(view, shuffle=False, drop_last=cfg.drop_last), **settings)
 
 
 def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
     """Has epochs of training hold whole global batches, where the samples can be counted."""
     n, nodes = dataset.epoch_size, dataset.num_canonical_nodes
+    if dataset.batching_method != 'random':  # which shuffle each stream on its own
+        n = min(stream.choose for stream in dataset.streams)
     if dataset.shuffle and nodes is not None and n < nodes:
         raise UserError(f'train_loader.dataset.num_canonical_nodes: {nodes} is more than the {n} samples of an epoch from '
                         f'{dataset.place}; set a smaller number, such as 1')
+    n = dataset.epoch_size
     if dataset.packs_on_the_fly:
         return
     global_batch_size = device_batch_size * get_world_size()
@@ -320,7 +317,8 @@ def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
         raise UserError(f'train_loader: an epoch holds not one full batch: {dataset.place} holds {n} samples, fewer than '
                         f'global_train_batch_size {global_batch_size}; use more data or a smaller global_train_batch_size')
     dataset.partition_algo = whole_batches.__name__
-    dataset.length = n // global_batch_size * device_batch_size  # of this rank; Composer ends an epoch there
+    # Of this rank; Composer ends an epoch there
+    dataset.length = batches_in_epoch(dataset, global_batch_size) * device_batch_size
 
 
 def get_num_tokens_in_batch(batch: dict[str, torch.Tensor]) -> dict[str, Union[int, float]]:
@@ -329,14 +327,14 @@ def get_num_tokens_in_batch(batch: dict[str, torch.Tensor]) -> dict[str, Union[i
     Models shift the labels, so the first of each sample is no target, nor is padding.
 
     Args:
-        batch: `labels` of shape (batch, seq).
+        batch: `labels` of shape (batch, seq) or (batch, seq + 1).
 
     Returns:
         `total`, what `max_duration` in tokens counts, and `loss_generating`, what microbatches are weighted by.
     """
     trained = batch['labels'][:, 1:] != IGNORED
     if 'attention_mask' in batch:  # after padding on the left, the first token has nothing before it to be predicted from
-        trained &= batch['attention_mask'][:, :-1].bool()
+        trained &= batch['attention_mask'][:, :trained.shape[1]].bool()
     n = int(trained.sum())
     # Composer divides by the count over all ranks: 0 / 0 where no rank has a target (a batch of empty documents).
     return {'total': n, 'loss_generating': max(n, 1e-6)}
@@ -361,7 +359,7 @@ def main(args: argparse.Namespace) -> None:
         seconds += time.perf_counter() - start
         if batch is None:
             break
-        ids, trained = batch['input_ids'], batch['labels'] != IGNORED
+        ids, trained = batch['labels'], batch['labels'] != IGNORED
         if n_batches < 5:
             print(f'batch {n_batches}: ' + ', '.join(f'{key} {tuple(value.shape)}' for key, value in batch.items()))
             print(f'  {dataset.tokenizer.decode(ids[0][trained[0]])[:100]!r}')

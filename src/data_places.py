@@ -1,15 +1,17 @@
 """Where a dataset lies: checked before it is opened, and what streaming raises in the words of the settings."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Optional
 
 from src.errors import UserError
+from src.schema import DatasetConfig, StreamConfig
 
 
 def is_url(remote: Optional[str]) -> bool:
-    """Whether shards come from an object store or a server, which only streaming can look into."""
-    return remote is not None and '://' in remote
+    """Whether shards come from an object store or a server (s3://, gs://, dbfs:/, ...), which only streaming can look into."""
+    return remote is not None and re.match(r'[a-z][a-z0-9+.-]*:/', remote) is not None
 
 
 def is_copied(remote: Optional[str], local: str) -> bool:
@@ -17,7 +19,46 @@ def is_copied(remote: Optional[str], local: str) -> bool:
     return remote is not None and (is_url(remote) or os.path.realpath(remote) != os.path.realpath(local))
 
 
-def check_places(remote: Optional[str], local: Optional[str], split: str, cache_limit: Any) -> tuple[Optional[str], str]:
+def streams_of(data: DatasetConfig) -> dict[str, StreamConfig]:
+    """The streams of a dataset, by the setting that names each, with the dataset's split where they have none of their own."""
+    if data.streams:
+        return {f'dataset.streams.{name}': stream.model_copy(update={'split': stream.split or data.split})
+                for name, stream in data.streams.items()}
+    return {'dataset': StreamConfig(remote=data.remote, local=data.local, split=data.split)} if data.local else {}
+
+
+def stream_errors(data: DatasetConfig) -> list[str]:
+    """Settings of `streams` that are valid alone and impossible together."""
+    if not data.streams:
+        return [] if data.local else ['dataset.local: missing; name the folder of the shards or of their copies, or set streams']
+    out, copies = [], {}
+    for key in ('remote', 'local'):
+        if getattr(data, key) is not None:
+            out.append(f'dataset.{key}: {getattr(data, key)!r} together with streams, which name their own; remove one of them '
+                       f'(on the command line: dataset.{key}=null)')
+    weights = {name: [key for key in ('proportion', 'repeat', 'choose') if getattr(stream, key) is not None]
+               for name, stream in data.streams.items()}
+    for name, keys in weights.items():
+        if len(keys) > 1:
+            out.append(f'dataset.streams.{name}: {" and ".join(keys)} are two ways to say one thing; set one of them')
+    kinds = {key for keys in weights.values() for key in keys}
+    if 'proportion' in kinds and (missing := [name for name, keys in weights.items() if keys != ['proportion']]):
+        out.append(f'dataset.streams.{missing[0]}.proportion: missing; where one stream has a proportion, each must have one, '
+                   'and none repeat or choose')
+    elif kinds & {'repeat', 'choose'} and data.epoch_size is not None:
+        out.append(f'dataset.epoch_size: {data.epoch_size!r} together with repeat or choose of streams, which say how many '
+                   'samples an epoch has; remove it, or set proportion for each stream')
+    for name, stream in streams_of(data).items():
+        place = os.path.realpath(os.path.join(stream.local, stream.split or ''))
+        if place in copies:
+            out.append(f'{name}.local: {stream.local!r} with split {stream.split!r} is also the place of {copies[place]}; '
+                       'give each stream its own')
+        copies[place] = name
+    return out
+
+
+def check_places(remote: Optional[str], local: Optional[str], split: str, cache_limit: Any,
+                 setting: str = 'dataset') -> tuple[Optional[str], str]:
     """Where shards come from and where they are read.
 
     Returns:
@@ -28,24 +69,29 @@ def check_places(remote: Optional[str], local: Optional[str], split: str, cache_
     """
     if local is None:
         if remote is None or is_url(remote):
-            raise UserError(f'dataset.local: missing; name a folder for the copies of the shards of {remote}')
+            raise UserError(f'{setting}.local: missing; name a folder for the copies of the shards of {remote}')
         local = remote
     if not is_copied(remote, local):
         remote = None
     if cache_limit is not None and remote is None:
-        raise UserError(f'dataset.cache_limit: {cache_limit!r} with no remote would delete the only copy of the data; '
-                        'remove cache_limit, or set data_remote to where the data lies')
+        raise UserError(only_copy('dataset', cache_limit))
     if not is_url(remote):
-        _check_folder(remote or local, split)
+        _check_folder(remote or local, split, setting)
     if remote is not None and not is_url(remote):
         index, copy = Path(remote, split, 'index.json'), Path(local, split, 'index.json')
         if copy.is_file() and copy.read_bytes() != index.read_bytes():
-            raise UserError(f'dataset.local: {copy.parent} holds shards of other data than {index.parent}; '
+            raise UserError(f'{setting}.local: {copy.parent} holds shards of other data than {index.parent}; '
                             'remove it, or choose another data_local')
     return remote, local
 
 
-def _check_folder(root: str, split: str) -> None:
+def only_copy(setting: str, cache_limit: Any) -> str:
+    """Why there is no `cache_limit` where nothing is copied."""
+    return (f'{setting}.cache_limit: {cache_limit!r} with no remote would delete the only copy of the data; '
+            'remove cache_limit, or set data_remote to where the data lies')
+
+
+def _check_folder(root: str, split: str, setting: str) -> None:
     folder = Path(root, split)
     if (folder / 'index.json').is_file():
         return
@@ -56,27 +102,29 @@ def _check_folder(root: str, split: str) -> None:
         wrong = f'{root!r} has no split {split!r}; it has: {", ".join(splits) or "none"}'
     else:
         wrong = f"{str(folder)!r} has no index.json, so it is no MDS dataset, or its conversion did not end"
-    raise UserError(f'dataset: {wrong}. {_how_to_make(root, split)}')
+    raise UserError(f'{setting}: {wrong}. {how_to_make(root, split)}')
 
 
-def _how_to_make(root: str, split: str) -> str:
+def how_to_make(root: str, split: str) -> str:
+    """The command that makes the data."""
     return (f'Make it with\n  python convert_c4.py --out_root {root} --splits {split or "train val"} --source sample\n'
             'or from another --source: see python convert_c4.py --help')
 
 
-def explain(e: Exception, remote: Optional[str], local: str, split: str) -> str:
+def explain(e: Exception, remote: Optional[str], local: str, split: str, setting: str = 'dataset') -> str:
     """What streaming raised, in the words of the settings."""
     text, where = str(e), os.path.join(remote or local, split)
     if 'Reused local directory' in text:
-        return (f'dataset.local: {os.path.join(local, split)} is where another dataset that is still open copies its shards, '
+        return (f'{setting}.local: {os.path.join(local, split)} is where another dataset that is still open copies its shards, '
                 'in this process or another; give each run its own data_local')
     if 'cache limit' in text.lower():
         return f'dataset.cache_limit: {text}'
     if 'contains no samples' in text:
-        return f'dataset: {where!r} holds no documents. {_how_to_make(remote or local, split)}'
+        return f'{setting}: {where!r} holds no documents. {how_to_make(remote or local, split)}'
     if 'empty or corrupted' in text:
-        return f'dataset: {text}. {_how_to_make(remote or local, split)}'
+        mend = f'Remove {os.path.join(local, split)}: it is copied again' if remote else how_to_make(local, split)
+        return f'{setting}: {text}. {mend}'
     if is_url(remote):
-        return (f'dataset.remote: cannot read {where}: {type(e).__name__}: {text.strip()}\n'
+        return (f'{setting}.remote: cannot read {where}: {type(e).__name__}: {text.strip()}\n'
                 'Check the address, the network and the credentials')
-    return f'dataset: {where!r} cannot be opened: {type(e).__name__}: {text}'
+    return f'{setting}: {where!r} cannot be opened: {type(e).__name__}: {text}'

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from src.attention import CausalAttention
+from src.attention import CausalAttention, Documents
 from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, padding_to_the_right
 from src.config import parse
 from src.errors import UserError
@@ -52,9 +52,9 @@ class GPTBlock(nn.Module):
         self.mlp = GPTMLP(cfg)
         self.resid_dropout = nn.Dropout(cfg.resid_pdrop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, documents: Optional[Documents] = None) -> Tensor:
         """(batch, seq, d_model) to the same shape."""
-        x = x + self.resid_dropout(self.causal_attn(self.ln_1(x)))
+        x = x + self.resid_dropout(self.causal_attn(self.ln_1(x), documents))
         return x + self.resid_dropout(self.mlp(self.ln_2(x)))
 
 
@@ -95,7 +95,7 @@ class MosaicGPT(nn.Module):
         self.lm_head.weight = self.transformer['wte'].weight  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, input_ids: Tensor, key_padding_mask: Optional[Tensor] = None,
-                targets: Optional[Tensor] = None) -> Tensor:
+                targets: Optional[Tensor] = None, sequence_id: Optional[Tensor] = None) -> Tensor:
         """Logits, or with targets the loss.
 
         Args:
@@ -104,6 +104,9 @@ class MosaicGPT(nn.Module):
                 each row's first token, and what is computed for a token is what its row alone would give. What
                 stands at padding positions of the result has no meaning. Right padding needs no mask.
             targets: (batch, seq), the id that each position has to predict, or -100.
+            sequence_id: (batch, seq), numbers the documents of each row. Positions count from each document's first
+                token and attention stays within it: what is computed for a token is what its document alone would
+                give. Without it a row is one document.
 
         Returns:
             Logits (batch, seq, vocab), or the mean cross entropy over the targets in nats.
@@ -116,11 +119,13 @@ class MosaicGPT(nn.Module):
             order = padding_to_the_right(key_padding_mask)
             input_ids = input_ids.gather(1, order)
             targets = targets if targets is None else targets.gather(1, order)
-        positions = torch.arange(seq_len, device=input_ids.device)
+            sequence_id = sequence_id if sequence_id is None else sequence_id.gather(1, order)
+        documents = None if sequence_id is None else Documents(sequence_id)
+        positions = documents.positions if documents else torch.arange(seq_len, device=input_ids.device)
         x = self.transformer['wte'](input_ids) + self.transformer['wpe'](positions)  # (batch, seq, d_model)
         x = self.transformer['emb_dropout'](x)
         for block in self.transformer['blocks']:  # pyright: ignore[reportGeneralTypeIssues]
-            x = block(x)
+            x = block(x, documents)
         x = self.transformer['ln_f'](x)
         if targets is not None:
             return chunked_cross_entropy(x, self.lm_head.weight, targets, self.cfg.loss_chunk_tokens)
@@ -180,4 +185,5 @@ class ComposerMosaicGPT(ComposerCausalLM):
     def __init__(self, cfg: Union[MosaicGPTConfig, Mapping[str, Any]]):
         model = MosaicGPT(cfg)
         c = model.cfg
-        super().__init__(model, c.n_layers, c.d_model, vocab_size=c.vocab_size, max_seq_len=c.max_seq_len)
+        super().__init__(model, c.n_layers, c.d_model, vocab_size=c.vocab_size, max_seq_len=c.max_seq_len,
+                         attn_within_document=c.attn_within_document)

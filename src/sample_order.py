@@ -1,10 +1,15 @@
 """The order of samples in an epoch, the same on any number of nodes, devices and loader workers."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from numpy.typing import NDArray
+from streaming.base.batching import batching_methods
+from streaming.base.batching.stratified import generate_work_stratified_batching
 from streaming.base.partition import algos
+from streaming.base.world import World
+
+from src.errors import UserError
 
 
 def whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes: int, ranks_per_node: int, workers_per_rank: int,
@@ -31,3 +36,53 @@ def whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes
 
 
 algos[whole_batches.__name__] = whole_batches  # where StreamingDataset looks for its `partition_algo`
+
+
+def stratified(dataset: Any, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    """Streaming's `stratified`, arranged as for one device and then dealt: every global batch has each stream's share.
+
+    Streaming's own deals each stream to the devices first, and leaves out samples whose number depends on theirs.
+
+    Returns:
+        Sample ids, of shape (nodes, ranks per node, workers per rank, batches, batch_size); -1: none.
+    """
+    device_batch_size = dataset.batch_size
+    dataset.batch_size = device_batch_size * world.ranks_per_node * world.num_nodes
+    try:
+        batches = generate_work_stratified_batching(dataset, World(1, 1, 1, 0), epoch, sample_in_epoch)[0, 0, 0]
+    finally:
+        dataset.batch_size = device_batch_size
+    batches = np.pad(batches, ((0, -len(batches) % world.workers_per_rank), (0, 0)), constant_values=-1)
+    shape = (-1, world.workers_per_rank, world.num_nodes, world.ranks_per_node, device_batch_size)
+    return batches.reshape(shape).transpose(2, 3, 1, 0, 4)
+
+
+batching_methods['stratified'] = stratified  # where StreamingDataset looks for its `batching_method`
+
+
+def batches_in_epoch(dataset: Any, global_batch_size: int) -> int:
+    """How many whole global batches there are in an epoch, on any number of devices.
+
+    Args:
+        dataset: A `CheckedDataset`.
+        global_batch_size: Samples over all devices.
+
+    Raises:
+        UserError: A stream is too small for its part of a batch.
+    """
+    if dataset.batching_method == 'random' or len(dataset.streams) == 1:
+        return dataset.epoch_size // global_batch_size
+    chosen = np.array([stream.choose for stream in dataset.streams])
+    exact = global_batch_size * np.array([stream.proportion for stream in dataset.streams])
+    part = exact.astype(np.int64)  # of each stream in a batch; the rest goes to those that rounding took most from
+    part[np.argsort(exact - part)[::-1][:global_batch_size - part.sum()]] += 1
+    if dataset.batching_method == 'per_stream':
+        part[:] = global_batch_size
+    for stream, samples, n in zip(dataset.streams, chosen, part):
+        if not 0 < n <= samples:
+            raise UserError(f'{stream.setting}: gives {samples} samples to an epoch and {n} to a batch of global_train_batch_size'
+                            f' {global_batch_size}, with batching_method {dataset.batching_method!r}, which needs 1 or more in a '
+                            'batch and a whole batch in an epoch. Set a larger weight or another global_train_batch_size, or '
+                            'batching_method random')
+    batches = chosen // part
+    return int(batches.sum() if dataset.batching_method == 'per_stream' else batches.min())

@@ -42,6 +42,7 @@ class MosaicGPTConfig(Section):
     init_seed: int = Field(default=17, ge=0)
     mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
     attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
+    attn_within_document: bool = False  # no attention across documents of a sample, positions from 0 in each
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
@@ -63,15 +64,33 @@ ModelConfig = Union[MosaicGPTConfig, HFCausalLMConfig]
 MODEL_CONFIGS: dict[str, type[Section]] = {get_args(cls.model_fields['name'].annotation)[0]: cls for cls in get_args(ModelConfig)}
 
 
+class StreamConfig(Section):
+    """One of a dataset's `streams:`. `split` and the keys from `download_retry` on are the dataset's where they are null."""
+
+    remote: Optional[str] = None  # null or equal to `local`: nothing is copied
+    local: str
+    split: Optional[str] = None
+    # At most one of these, and `proportion` for all streams or none: of the epoch, of the stream's samples, or samples
+    proportion: Optional[float] = Field(default=None, gt=0)
+    repeat: Optional[float] = Field(default=None, gt=0)
+    choose: Optional[int] = Field(default=None, gt=0)
+    download_retry: Optional[int] = Field(default=None, ge=1)
+    download_timeout: Optional[float] = Field(default=None, gt=0)
+    validate_hash: Optional[str] = None
+    keep_zip: Optional[bool] = None
+
+
 class DatasetConfig(Section):
     """`dataset:` of a loader. From `shuffle` on, the keys are StreamingDataset's own."""
 
     remote: Optional[str] = None  # null or equal to `local`: nothing is copied
-    local: str
+    local: Optional[str] = None  # null: with `streams` alone
+    streams: Optional[dict[str, StreamConfig]] = Field(default=None, min_length=1)  # by name, instead of remote and local
     split: str
     tokenizer_name: str
     max_seq_len: int = Field(gt=1)
     group_method: Literal['truncate', 'concat'] = 'truncate'
+    sequence_ids: bool = False  # number the documents of a sample, and train no target across a border
     shuffle: bool = False
     shuffle_algo: Literal['py1e', 'py1br', 'py1s', 'py2s', 'naive'] = 'py1e'
     shuffle_seed: int = Field(default=9176, ge=0)
@@ -79,9 +98,9 @@ class DatasetConfig(Section):
     predownload: Optional[int] = Field(default=None, gt=0)
     cache_limit: Union[int, str, None] = None
     num_canonical_nodes: int = Field(default=64, gt=0)  # with shuffle_seed the order of samples, on any number of devices
-    download_retry: int = Field(default=2, ge=1)
+    download_retry: int = Field(default=2, ge=1)  # after the first attempt
     download_timeout: float = Field(default=60.0, gt=0)
-    validate_hash: Optional[str] = None
+    validate_hash: Optional[str] = None  # also hash what lies in `local` at the start; what is fetched always is
     keep_zip: bool = False
     epoch_size: Union[int, str, None] = None
     sampling_method: Literal['balanced', 'fixed'] = 'balanced'

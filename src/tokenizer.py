@@ -48,8 +48,9 @@ def _load(name: str) -> PreTrainedTokenizerBase:
     if several and get_local_rank() != 0:
         dist.barrier()
     try:
-        # Documents longer than a sample are the loader's to cut: without the length, no warning about them.
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, model_max_length=int(1e30))
+        # Documents longer than a sample are the loader's to cut: without the length, no warning about them. A document that
+        # spells a special token is text: the id of EOS is where a document ends, and nowhere else.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, model_max_length=int(1e30), split_special_tokens=True)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise UserError(_why_not(name, e)) from None
     finally:
@@ -74,7 +75,15 @@ def _why_not(name: str, error: Exception) -> str:
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int64]]:
     """Token ids of each document, closed by EOS; no other special tokens, and no limit to the length."""
-    documents: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)['input_ids']
+    documents: Any
+    if tokenizer.is_fast:  # past the wrapper, which makes Python lists of masks and offsets that nobody reads
+        backend: Any = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        documents = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        documents = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)['input_ids']
     out = [np.full(len(ids) + 1, tokenizer.eos_token_id, np.int64) for ids in documents]
     for array, ids in zip(out, documents, strict=True):
         array[:-1] = ids

@@ -98,14 +98,14 @@ def test_metrics_come_from_the_loss_and_weigh_tokens():
     metrics = model.get_metrics(is_train=True)
     assert list(metrics) == ['LanguageCrossEntropy', 'Perplexity']
     total, count = 0.0, 0
-    for keep in (24, 5):
-        ids = torch.randint(0, 97, (2, 24))
+    for keep in (25, 24, 5):  # of the first two, one trains the last position and the other does not
+        ids = torch.randint(0, 97, (2, 25))
         labels = ids.clone()
         labels[:, keep:] = IGNORE
-        batch = {'input_ids': ids, 'labels': labels}
+        batch = {'input_ids': ids[:, :24], 'labels': labels}
         with torch.no_grad():
             out = model.eval_forward(batch)
-            full = F.cross_entropy(model.model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction='sum')
+            full = F.cross_entropy(model.model(ids[:, :24]).flatten(0, 1), labels[:, 1:].flatten(), reduction='sum')
         total, count = total + full.item(), count + 2 * (keep - 1)
         for metric in metrics.values():
             model.update_metric(batch, out, metric)
@@ -133,6 +133,9 @@ def test_target_count_agrees_with_the_loader():
     labels[1] = IGNORE
     batch = {'input_ids': ids, 'labels': labels}
     assert ComposerMosaicGPT(TINY)(batch)['n_targets'].item() == get_num_tokens_in_batch(batch)['total'] == 6 + 23
+    longer = torch.cat([labels, torch.tensor([[5], [IGNORE], [6]])], 1)  # one longer than the inputs
+    batch = {'input_ids': ids, 'labels': longer}
+    assert ComposerMosaicGPT(TINY)(batch)['n_targets'].item() == get_num_tokens_in_batch(batch)['total'] == 6 + 1 + 24
     mask = torch.ones_like(ids)
     mask[2, :5] = 0  # padding on the left
     batch = {'input_ids': ids, 'labels': labels.masked_fill(mask == 0, IGNORE), 'attention_mask': mask}
@@ -143,7 +146,8 @@ def test_flops_are_six_n_plus_attention():
     model = ComposerMosaicGPT(TINY)
     n = 97 * 32 + 24 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 64
     assert model.n_params == n
-    assert model.flops_per_batch({'input_ids': torch.zeros(2, 24)}) == 2 * 24 * (6 * n + 12 * 2 * 32 * 24)
+    batch = {'input_ids': torch.zeros(2, 24), 'labels': torch.zeros(2, 25)}
+    assert model.flops_per_batch(batch) == 2 * 24 * (6 * n + 12 * 2 * 32 * 24)
 
 
 @pytest.mark.slow
@@ -186,6 +190,22 @@ def test_hf_loss_is_hugging_faces_own_on_each_row_alone(kind, padding):
         count += tokens.numel() - 1
     assert out['n_targets'].item() == count
     assert out['loss'].item() == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'phi'])
+def test_hf_loss_with_labels_one_longer_is_that_of_the_longer_row(kind):
+    """The longer row holds the same targets; the position it has more has nothing to predict."""
+    model = hf_model(kind).eval()
+    longer = torch.randint(1, 97, (3, 21), generator=torch.Generator().manual_seed(0))
+    out, want = model({'input_ids': longer[:, :20], 'labels': longer}), model({'input_ids': longer, 'labels': longer})
+    assert out['n_targets'].item() == want['n_targets'].item() == 60
+    assert out['loss'].item() == pytest.approx(want['loss'].item(), rel=1e-5)
+
+
+def test_hf_models_refuse_sequence_ids():
+    ids = torch.ones(2, 8, dtype=torch.long)
+    with pytest.raises(UserError, match='the model attends across documents; set sequence_ids=false'):
+        hf_model('gpt2')({'input_ids': ids, 'labels': ids, 'sequence_id': ids})
 
 
 @pytest.mark.parametrize('kind', list(HF))

@@ -155,7 +155,7 @@ def test_truncate_resumes_where_its_state_says(open_c4, val_ids):
 def test_a_plain_loader_is_as_good_as_streamings(open_c4, config, val_ids, num_workers: int):
     plain = rows(DataLoader(open_c4(batch_size=9), batch_size=9, num_workers=num_workers))
     built = build_c4_dataloader(config(num_workers=num_workers), 9)
-    assert type(built) is StreamingDataLoader
+    assert isinstance(built, StreamingDataLoader)
     assert rows(built) == plain == [(ids + [EOS] * SEQ)[:SEQ] for ids in val_ids]
 
 
@@ -228,8 +228,8 @@ def test_any_integers_are_tokens(tokenizer_dir: Path, tmp_path: Path, encoding: 
     assert [sample['labels'].tolist() for sample in dataset] == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
 
 
-LENGTH = (r'dataset.max_seq_len: 64, but the sequences in .*/val have 32 tokens; set max_seq_len=32, or make the data anew with '
-          'sequences of 64')
+LENGTH = (r'dataset.max_seq_len: 64, but the sequences in .*/val have 32 tokens; set max_seq_len=32, or 31 \(then each has a '
+          r'target at its last position too\), or make the data anew with sequences of 64 or 65')
 WRONG = {
     'length': ([np.zeros(32, np.uint16)], 'ndarray:uint16', LENGTH),
     'length in the index': ([np.zeros(32, np.uint16)], 'ndarray:uint16:32', LENGTH),
@@ -237,7 +237,7 @@ WRONG = {
     'floats in the index': ([np.zeros(SEQ, np.float32)], 'ndarray:float32',
                             "is 'ndarray:float32'; it must hold arrays of integers"),
     '2-d': ([np.zeros((2, SEQ), np.uint16)], 'ndarray:uint16',
-            r'arrays of shape \(2, 64\); each must be one sequence, of shape \(64,\)'),
+            r'arrays of shape \(2, 64\); each must be one sequence, of shape \(64,\) or \(65,\)'),
     '2-d in the index': ([np.zeros((2, SEQ), np.uint16)], 'ndarray:uint16:2,64', r'arrays of shape \(2, 64\)'),
     'bytes': ([b'1234'], 'bytes', "is 'bytes'; it must hold arrays of integers"),
 }
@@ -279,6 +279,76 @@ def test_the_fingerprint_is_the_datas(open_c4, tokens_root: Path, tmp_path: Path
     text['shards'][-1]['raw_data']['hashes'] = {'sha1': '0' * 40}
     index.write_text(json.dumps(text))
     assert open_tokens(tmp_path / 'other').fingerprint != ours
+
+
+@pytest.mark.parametrize('encoding', ['ndarray:uint16', 'ndarray:uint16:33', 'ndarray:uint32:33'])
+@pytest.mark.parametrize('copied', [False, True])
+def test_a_token_more_gives_the_last_position_a_target(tokenizer_dir: Path, tmp_path: Path, encoding: str, copied: bool):
+    stored = np.random.default_rng(0).integers(0, 512, (20, 33)).astype(encoding.split(':')[1])
+    split = token_split(tmp_path / 'data', list(stored), encoding)
+    places = {'remote': str(split), 'local': str(tmp_path / 'copy')} if copied else {'local': str(split)}
+    dataset = StreamingC4(str(tokenizer_dir), 32, split='val', batch_size=5, **places)
+    batches = list(DataLoader(dataset, batch_size=5))
+    assert [(batch['input_ids'].shape, batch['labels'].shape) for batch in batches] == [((5, 32), (5, 33))] * 4
+    assert np.array_equal(torch.cat([batch['labels'] for batch in batches]), stored)
+    assert np.array_equal(torch.cat([batch['input_ids'] for batch in batches]), stored[:, :32])
+    assert get_num_tokens_in_batch(batches[0])['total'] == 5 * 32
+
+
+def test_microbatches_count_every_target(tokenizer_dir: Path, tmp_path: Path):
+    from composer.core import DataSpec
+
+    stored = np.random.default_rng(0).integers(0, 4, (12, 33)).astype(np.uint16)  # 0, a quarter, is EOS
+    split = token_split(tmp_path, list(stored), 'ndarray:uint16:33')
+    dataset = StreamingC4(str(tokenizer_dir), 32, local=str(split), split='val', batch_size=12, sequence_ids=True)
+    batch = next(iter(DataLoader(dataset, batch_size=12)))
+    spec = DataSpec([batch], get_num_tokens_in_batch=get_num_tokens_in_batch)
+    parts = list(spec.split_batch(batch, 5))
+    assert [[tuple(value.shape) for value in part.values()] for part in parts] == [
+        [(n, 32), (n, 33), (n, 32)] for n in (5, 5, 2)]
+    total = 12 * 32 - int((stored[:, :32] == EOS).sum())  # no target after an EOS
+    assert sum(get_num_tokens_in_batch(part)['total'] for part in parts) == total
+    assert spec.get_num_tokens_in_batch(batch) == total and spec.get_num_samples_in_batch(batch) == 12
+
+
+# ---------------------------------------------------------------- documents in a sample
+
+
+def documents_of(ids: list[int], eos: int) -> list[int]:
+    """The number of each token's document, counted one by one."""
+    numbers, n = [], 0
+    for token in ids:
+        numbers.append(n)
+        n += token == eos
+    return numbers
+
+
+@pytest.mark.parametrize('extra', [0, 1])
+def test_sequence_ids_number_the_documents_of_packed_tokens(tokenizer_dir: Path, tmp_path: Path, extra: int):
+    rng = np.random.default_rng(1)
+    stored = np.where(rng.random((50, 16 + extra)) < 0.2, EOS, rng.integers(1, 512, (50, 16 + extra))).astype(np.uint16)
+    stored[0], stored[1], stored[2, :2] = EOS, 5, EOS  # nothing but EOS, no EOS, and a sample that begins with two
+    split = token_split(tmp_path, list(stored), f'ndarray:uint16:{16 + extra}')
+    build = lambda ids: list(StreamingC4(str(tokenizer_dir), 16, local=str(split), split='val', sequence_ids=ids))  # noqa: E731
+    for plain, sample, row in zip(build(False), build(True), stored.tolist(), strict=True):
+        assert list(plain) == ['input_ids', 'labels'] and plain['labels'].tolist() == row
+        assert sample['sequence_id'].dtype == np.int64 and sample['input_ids'].tolist() == row[:16]
+        numbers = documents_of(row, EOS)
+        assert sample['sequence_id'].tolist() == numbers[:16]
+        assert sample['labels'].tolist() == [
+            -100 if i and numbers[i] != numbers[i - 1] else token for i, token in enumerate(row)]
+
+
+def test_sequence_ids_of_text(open_c4, val_ids):
+    samples = list(open_c4(group_method='concat', sequence_ids=True))
+    joined = [token for ids in val_ids for token in ids]
+    assert len(samples) == len(joined) // SEQ and max(sample['sequence_id'][-1] for sample in samples) == 2
+    for i, sample in enumerate(samples):
+        assert sample['sequence_id'].tolist() == documents_of(joined[i * SEQ:(i + 1) * SEQ], EOS)
+        assert ((sample['labels'] == -100) == (np.diff(sample['sequence_id'], prepend=0) > 0)).all()
+    alone = list(open_c4(sequence_ids=True))
+    assert all(sample['sequence_id'].tolist() == [0] * SEQ for sample in alone)
+    assert [sample['labels'].tolist() for sample in alone] == [sample['labels'].tolist() for sample in open_c4()]
 
 
 # ---------------------------------------------------------------- evaluation
@@ -417,15 +487,6 @@ def test_an_epoch_cut_short_lets_go_of_the_dataset(open_c4, mds_root: Path, tmp_
     del dataset
     wait_until(lambda: gc.collect() >= 0 and gone() is None)  # else its download threads are still running
     open_c4(remote=str(mds_root), local=str(tmp_path), split='train', batch_size=2)
-
-
-def test_a_missing_shard_does_not_end_the_epoch_in_silence(open_c4, mds_root: Path, tmp_path: Path):
-    shutil.copytree(mds_root / 'train', tmp_path / 'remote' / 'train')
-    (tmp_path / 'remote' / 'train' / 'shard.00005.mds').unlink()
-    dataset = open_c4(remote=str(tmp_path / 'remote'), local=str(tmp_path / 'local'), split='train', batch_size=4,
-                      download_retry=1)
-    with pytest.raises(RuntimeError, match='Background thread failed|could not be read|Check if the shard file exists'):
-        rows(DataLoader(dataset, batch_size=4))
 
 
 # ---------------------------------------------------------------- mistakes

@@ -1,5 +1,8 @@
 """What only a GPU can show; skipped without one."""
 
+import sys
+import warnings
+
 import pytest
 import torch
 from launch import ranks, tiny
@@ -7,7 +10,8 @@ from runs import train
 
 import main
 from src import config
-from src.attention import choose_attention, torch_attention
+from src.attention import Documents, choose_attention, torch_attention
+from src.mosaic_gpt import MosaicGPT
 
 pytestmark = pytest.mark.gpu
 
@@ -27,11 +31,58 @@ def test_attention_kernels_equal_the_fp32_reference(impl, head_dim):
         assert (a.float() - b).norm() < 2e-2 * b.norm(), name
 
 
-def test_flash_refuses_fp32_rather_than_falling_back():
-    _, attention = choose_attention('flash', 64)
+@pytest.mark.parametrize('head_dim', [64, 128])
+@pytest.mark.parametrize('impl', ['flash', 'sdpa', 'auto', 'flash of PyTorch'])
+def test_attention_kernels_stay_within_documents(impl, head_dim, monkeypatch):
+    if impl == 'flash of PyTorch':  # also where the flash-attn package is installed
+        monkeypatch.setitem(sys.modules, 'flash_attn', None)
+    name, attention = choose_attention(impl.split()[0], head_dim, within_document=True)
+    torch.manual_seed(0)
+    lengths = torch.tensor([[300, 0, 0, 0], [1, 200, 1, 98]], device='cuda')
+    sequence_id = torch.stack([torch.arange(4, device='cuda').repeat_interleave(row) for row in lengths])
+    # As CausalAttention has them: parts of one tensor, not contiguous.
+    qkv = torch.randn(2, 300, 3, 4, head_dim, device='cuda').bfloat16().requires_grad_()
+    exact = qkv.detach().float().requires_grad_()
+    direction = torch.randn(2, 300, 4, head_dim, device='cuda')
+    out = attention(*qkv.unbind(2), 0.0, Documents(sequence_id))
+    want = torch.zeros_like(direction)
+    for row, cuts in enumerate(lengths.tolist()):
+        parts = zip(*(x[row].split(cuts) for x in exact.unbind(2)))
+        want[row] = torch.cat([torch_attention(*(x[None] for x in part))[0] for part in parts if len(part[0])])
+    grads = torch.autograd.grad((out.float() * direction).sum(), qkv)
+    want_grads = torch.autograd.grad((want * direction).sum(), exact)
+    for a, b in zip((out, *grads), (want, *want_grads)):
+        assert (a.float() - b).norm() < 2e-2 * b.norm(), name
+
+
+@pytest.mark.parametrize('documents', [False, True])
+def test_flash_refuses_fp32_rather_than_falling_back(documents):
+    _, attention = choose_attention('flash', 64, documents)
     x = torch.randn(1, 16, 2, 64, device='cuda')
     with pytest.raises(RuntimeError):
-        attention(x, x, x, 0.0)
+        attention(x, x, x, 0.0, Documents(torch.zeros(1, 16, dtype=torch.long, device='cuda')) if documents else None)
+
+
+@pytest.mark.parametrize('attn_impl', ['sdpa', 'flash'])
+def test_documents_are_counted_once_a_forward_pass(attn_impl):
+    """The layers after the first wait for nothing: there is as much waiting with many layers as with one."""
+    waits = []
+    for n_layers in (1, 6):
+        model = MosaicGPT(dict(d_model=128, n_heads=2, n_layers=n_layers, max_seq_len=64, vocab_size=512, attn_impl=attn_impl,
+                               attn_within_document=True)).cuda()
+        ids = torch.randint(0, 512, (4, 64), device='cuda')
+        sequence_id = (torch.arange(64, device='cuda') // 20).expand(4, 64)
+        with torch.autocast('cuda', torch.bfloat16):
+            model(ids, targets=ids, sequence_id=sequence_id)  # once, so that nothing is set up below
+            torch.cuda.set_sync_debug_mode('warn')
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter('always')
+                    model(ids, targets=ids, sequence_id=sequence_id).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode('default')
+        waits.append(sum('synchronizing CUDA operation' in str(w.message) for w in caught))
+    assert waits[0] == waits[1]
 
 
 FSDP = 'fsdp_config.sharding_strategy=FULL_SHARD'
@@ -60,6 +111,24 @@ def test_every_way_to_hold_the_model_gives_the_losses_of_a_cpu(mds_root, on_cpu,
     got = train('yamls/quickstart.yaml', *tiny(mds_root, *fp32, *HELD[held]))
     assert got['losses'] == pytest.approx(on_cpu['losses'], rel=1e-3)
     assert got['batches'] == on_cpu['batches']
+
+
+WITHIN = ['model.attn_within_document=true', 'train_loader.dataset.group_method=concat', 'eval_loader=null', 'max_duration=6ba']
+
+
+@pytest.fixture(scope='module')
+def within_on_cpu(mds_root, tmp_path_factory):
+    argv = ['yamls/quickstart.yaml', *tiny(mds_root, *WITHIN, 'model.attn_impl=torch')]
+    return ranks(1, {'within': argv}, tmp_path_factory.mktemp('within'))['within']
+
+
+@pytest.mark.parametrize('held', [held for held in HELD if 'meta' not in held])
+@pytest.mark.parametrize('attn_impl', ['sdpa', 'flash'])
+def test_documents_pass_every_wrapper(mds_root, within_on_cpu, attn_impl, held):
+    """In bf16, which is close to the CPU's plain maths in fp32."""
+    got = train('yamls/quickstart.yaml', *tiny(mds_root, *WITHIN, f'model.attn_impl={attn_impl}', *HELD[held]))
+    assert got['batches'] == within_on_cpu['batches']
+    assert got['losses'] == pytest.approx(within_on_cpu['losses'], rel=1e-2)
 
 
 @pytest.mark.parametrize('version', [1, 2])

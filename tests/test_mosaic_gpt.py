@@ -1,16 +1,25 @@
-"""The model against Hugging Face GPT-2, its initialisation, and its exactness under padding."""
+"""The model against Hugging Face GPT-2, its initialisation, and its exactness under padding and within documents."""
 
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
+from composer.core.data_spec import _default_split_batch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from src.attention import Documents, flash_kernel, torch_attention
 from src.causal_lm import next_token_targets
 from src.errors import UserError
-from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
+from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT
 
 TINY = dict(d_model=48, n_heads=4, n_layers=3, max_seq_len=32, vocab_size=211, init_std=0.08, attn_impl='torch')
 
@@ -130,6 +139,246 @@ def test_targets_are_the_next_tokens():
     inputs, targets = next_token_targets({'input_ids': ids, 'labels': ids.masked_fill(mask == 0, -100), 'attention_mask': mask})
     assert inputs.tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]]
     assert targets.tolist() == [[6, 7, -100, -100], [9, -100, -100, -100]]
+
+
+def test_labels_one_longer_train_the_last_position_as_well():
+    ids = torch.tensor([[5, 6, 7], [8, 9, 1]])
+    labels = torch.tensor([[5, 6, 7, 2], [8, 9, 1, -100]])
+    inputs, targets = next_token_targets({'input_ids': ids, 'labels': labels})
+    assert inputs.tolist() == ids.tolist()
+    assert targets.tolist() == [[6, 7, 2], [9, 1, -100]]
+    with pytest.raises(AssertionError, match=r'labels \(2, 5\) do not fit input_ids \(2, 3\)'):
+        next_token_targets({'input_ids': ids, 'labels': torch.zeros(2, 5, dtype=torch.long)})
+
+
+# ---------------------------------------------------------------- documents
+
+LENGTHS = [[20], [5, 1, 14], [1, 1, 9, 9], [13, 7]]  # of the documents of each row
+
+
+def packed_batch(lengths: list[list[int]] = LENGTHS) -> dict[str, torch.Tensor]:
+    """Rows of documents, as the loader gives them: no document's first token is a target, but for a row's first."""
+    torch.manual_seed(4)
+    ids = torch.randint(0, TINY['vocab_size'], (len(lengths), sum(lengths[0])))
+    sequence_id = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    labels = ids.clone()
+    labels[:, 1:][sequence_id.diff(dim=1) != 0] = -100
+    return {'input_ids': ids, 'labels': labels, 'sequence_id': sequence_id}
+
+
+def documents_of(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Each document's token ids, in the order of the rows laid end to end."""
+    lengths = [numbers.bincount().tolist() for numbers in batch['sequence_id']]
+    return [document for ids, row in zip(batch['input_ids'], lengths) for document in ids.split(row)]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize('attn_impl', ['torch', 'sdpa'])
+def test_a_packed_row_gives_what_its_documents_alone_give(attn_impl):
+    model = perturbed(attn_impl=attn_impl, attn_within_document=True)
+    batch = packed_batch()
+    documents = documents_of(batch)
+    assert [len(d) for d in documents] == [n for row in LENGTHS for n in row]
+
+    together = model(batch['input_ids'], sequence_id=batch['sequence_id'])
+    alone = torch.cat([model(document[None])[0] for document in documents])
+    torch.testing.assert_close(together.flatten(0, 1), alone, rtol=0, atol=2e-6)
+    rows = model(batch['input_ids'])
+    assert (rows - together)[1:].abs().max() > 0.1  # as whole rows the numbers are others
+    torch.testing.assert_close(rows[0], together[0], rtol=0, atol=2e-6)  # but not for a row that is one document
+
+    direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(2))
+    (together.flatten(0, 1) * direction).sum().backward()
+    got = gradients(model)
+    (alone * direction).sum().backward()
+    want = gradients(model)
+    assert got.keys() == want.keys() == dict(model.named_parameters()).keys()
+    for name, grad in want.items():
+        assert (got[name] - grad).norm() <= 2e-6 * grad.norm(), name
+
+
+def composer_twin(model: MosaicGPT) -> ComposerMosaicGPT:
+    """In Composer's wrapper, with the same weights."""
+    twin = ComposerMosaicGPT(model.cfg.model_dump())
+    twin.model.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize('longer', [False, True], ids=['labels', 'labels one longer'])
+@pytest.mark.parametrize('attn_impl', ['torch', 'sdpa'])
+def test_the_loss_of_packed_rows_is_the_mean_over_their_documents(attn_impl, longer):
+    model = composer_twin(perturbed(attn_impl=attn_impl, attn_within_document=True))
+    batch = packed_batch()
+    documents, following = documents_of(batch), []
+    if longer:  # the token after the row goes on with its last document, or begins another
+        last = torch.tensor([3, -100, 8, -100])
+        batch['labels'] = torch.cat([batch['labels'], last[:, None]], 1)
+        following = [(sum(map(len, LENGTHS[:row + 1])) - 1, token) for row, token in enumerate(last.tolist()) if token >= 0]
+    out = model(batch)
+    out['loss'].backward()
+    got = gradients(model)
+
+    total, count = torch.zeros(()), 0
+    for i, document in enumerate(documents):
+        targets = torch.cat([document[1:], torch.tensor([dict(following).get(i, -100)])])
+        total = total + F.cross_entropy(model.model(document[None])[0], targets, ignore_index=-100, reduction='sum')
+        count += int((targets != -100).sum())
+    (total / count).backward()
+    assert out['n_targets'].item() == count == 80 - 10 + len(following)
+    assert out['loss'].item() == pytest.approx(total.item() / count, rel=1e-6)
+    for name, grad in gradients(model).items():
+        assert (got[name] - grad).norm() <= 3e-6 * grad.norm(), name
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+@pytest.mark.parametrize('attn_impl', ['torch', 'sdpa'])
+def test_padding_beside_packed_documents_changes_nothing(attn_impl, side):
+    model = composer_twin(perturbed(attn_impl=attn_impl, attn_within_document=True))
+    batch = packed_batch()
+    pad = (4, 0) if side == 'left' else (0, 4)
+    padded = {key: F.pad(x, pad, value=-100 if key == 'labels' else 0) for key, x in batch.items()}
+    mask = F.pad(torch.ones_like(batch['input_ids']), pad)
+    if side == 'left':  # a target is what follows a token
+        padded['labels'][:, 4] = -100
+    got, want = model(padded | {'attention_mask': mask}), model(batch)
+    assert got['n_targets'] == want['n_targets']
+    assert got['loss'].item() == pytest.approx(want['loss'].item(), rel=1e-6)
+    logits = model.model(padded['input_ids'], mask, sequence_id=padded['sequence_id'])
+    want = model.model(batch['input_ids'], sequence_id=batch['sequence_id'])
+    torch.testing.assert_close(logits[mask.bool()], want.flatten(0, 1), rtol=0, atol=2e-6)
+
+
+def test_padded_documents_of_one_number_are_rows_alone():
+    """`group_method: truncate` with sequence ids: every sample is one document."""
+    within, plain = ComposerMosaicGPT(TINY | dict(attn_within_document=True)), ComposerMosaicGPT(TINY)
+    ids, mask = batch('right', 20)
+    padded = {'input_ids': ids, 'labels': ids.masked_fill(~mask, -100), 'attention_mask': mask}
+    got = within(padded | {'sequence_id': torch.zeros_like(ids)})
+    assert got['loss'].item() == pytest.approx(plain(padded)['loss'].item(), rel=1e-6)
+
+
+def test_microbatches_of_packed_rows_add_up():
+    model = composer_twin(perturbed(attn_impl='sdpa', attn_within_document=True))
+    batch = packed_batch()
+    batch['labels'] = F.pad(batch['labels'], (0, 1), value=7)
+    whole, parts = model(batch), [model(part) for part in _default_split_batch(batch, 1)]
+    assert len(parts) == 4
+    assert sum(part['n_targets'].item() for part in parts) == whole['n_targets'].item()
+    total = sum(part['loss'].item() * part['n_targets'].item() for part in parts)
+    assert total / whole['n_targets'].item() == pytest.approx(whole['loss'].item(), rel=1e-6)
+
+
+def test_a_batch_and_the_setting_have_to_agree():
+    packed = packed_batch()
+    plain = {key: packed[key] for key in ('input_ids', 'labels')}
+    with pytest.raises(UserError, match='attn_within_document: true, but the batch has no sequence_id; set '
+                                        'train_loader.dataset.sequence_ids and eval_loader.dataset.sequence_ids to true'):
+        ComposerMosaicGPT(TINY | dict(attn_within_document=True))(plain)
+    with pytest.raises(UserError, match='sequence_ids: the batch has a sequence_id, and the model attends across documents; set'):
+        ComposerMosaicGPT(TINY)(packed)
+
+
+def test_documents_of_a_batch():
+    documents = Documents(torch.tensor([[0, 0, 0, 1, 2], [7, 7, 8, 8, 8]]))
+    assert documents.positions.tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 1, 2]]
+    assert documents.cu_seqlens.tolist() == [0, 3, 4, 5, 7, 10] and documents.cu_seqlens.dtype == torch.int32
+    assert documents.mask.shape == (2, 1, 5, 5)
+    assert documents.mask[1, 0].int().tolist() == [[1, 0, 0, 0, 0],
+                                                   [1, 1, 0, 0, 0],
+                                                   [0, 0, 1, 0, 0],
+                                                   [0, 0, 1, 1, 0],
+                                                   [0, 0, 1, 1, 1]]
+
+
+def each_alone(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, causal=False):
+    """What a variable-length kernel computes, a sequence at a time."""
+    assert causal and dropout_p == 0 and q.dim() == 3 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    lengths = cu_seqlens_q.diff().tolist()
+    assert max(lengths) <= max_seqlen_q == max_seqlen_k
+    parts = zip(*(x.split(lengths) for x in (q, k, v)))
+    return torch.cat([torch_attention(*(x[None] for x in part))[0] for part in parts])
+
+
+def aten_alone(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, **kwargs):
+    return each_alone(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal), None, None, None, None
+
+
+@pytest.mark.parametrize('package', [True, False], ids=['flash-attn', 'PyTorch'])
+def test_flash_gives_its_variable_length_kernel_the_documents(package, monkeypatch):
+    """The kernels need a GPU; in their place stand their definitions, with the kernels' own arguments."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))
+    fake = types.SimpleNamespace(flash_attn_func=None, flash_attn_varlen_func=each_alone)
+    monkeypatch.setitem(sys.modules, 'flash_attn', fake if package else None)
+    monkeypatch.setattr(torch.ops.aten, '_flash_attention_forward', aten_alone)
+    model = perturbed(attn_impl='torch', attn_within_document=True, n_heads=6)
+    flash = MosaicGPT(model.cfg.model_copy(update={'attn_impl': 'flash'}))
+    flash.load_state_dict(model.state_dict())
+    kernel = flash.get_submodule('transformer.blocks.0.causal_attn').kernel
+    assert kernel == ('flash-attn package' if package else 'PyTorch FlashAttention')
+    packed = packed_batch()
+    for each in (model, flash):
+        each(packed['input_ids'], sequence_id=packed['sequence_id']).square().mean().backward()
+    want, got = gradients(model), gradients(flash)
+    for name, grad in want.items():
+        assert (got[name] - grad).norm() <= 2e-6 * grad.norm(), name
+
+
+def test_pytorchs_flash_operator_takes_what_it_is_given(monkeypatch):
+    """On meta, where operators check their arguments and compute shapes alone."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
+    monkeypatch.setitem(sys.modules, 'flash_attn', None)
+    _, kernel = flash_kernel(8, within_document=True)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    documents = Documents(packed_batch()['sequence_id'])
+    documents._cu_seqlens = documents.cu_seqlens.to('meta')
+    q, k, v = torch.empty(4, 20, 3, 6, 8, device='meta', dtype=torch.bfloat16, requires_grad=True).unbind(2)
+    out = kernel(q, k, v, 0.0, documents)
+    assert out.shape == q.shape and out.dtype == torch.bfloat16
+    out.sum().backward()
+
+
+@pytest.mark.parametrize('impl', [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT])
+@pytest.mark.parametrize('attn_impl', ['torch', 'sdpa'])
+def test_documents_pass_activation_checkpointing_and_are_prepared_once(attn_impl, impl, monkeypatch):
+    model = composer_twin(perturbed(attn_impl=attn_impl, attn_within_document=True))
+    model(packed_batch())['loss'].backward()
+    want = gradients(model)
+    masks = []
+    monkeypatch.setattr(Documents, '_mask', property(lambda _: masks[-1] if masks else None, lambda _, mask: masks.append(mask)),
+                        raising=False)
+    apply_activation_checkpointing(model, lambda m: checkpoint_wrapper(m, checkpoint_impl=impl),
+                                   lambda m: isinstance(m, GPTBlock))
+    model(packed_batch())['loss'].backward()
+    assert [mask is None for mask in masks] == [True, False]  # nothing yet, then made by the first layer for all
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, want[name.replace('_checkpoint_wrapped_module.', '')])
+
+
+def test_documents_pass_compilation():
+    model = perturbed(attn_impl='sdpa', attn_within_document=True)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    packed = packed_batch()
+    got = compiled(packed['input_ids'], sequence_id=packed['sequence_id'])
+    torch.testing.assert_close(got, model(packed['input_ids'], sequence_id=packed['sequence_id']), rtol=0, atol=2e-6)
+
+
+def test_dropout_within_documents_is_on_in_training_alone():
+    model = MosaicGPT(TINY | dict(attn_pdrop=0.5, attn_impl='sdpa', attn_within_document=True))
+    packed = packed_batch()
+    run = lambda: model(packed['input_ids'], sequence_id=packed['sequence_id'])  # noqa: E731
+    assert not torch.equal(run(), run())
+    model.eval()
+    assert torch.equal(run(), run())
+
+
+# ---------------------------------------------------------------- weights
 
 
 def test_initial_weights_have_the_documented_deviations():

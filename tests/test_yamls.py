@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import main
@@ -89,6 +90,21 @@ def test_mosaic_yaml_is_the_row_of_the_table(name):
     assert bool(re.search('C4 holds roughly 170B tokens', head)) is (tokens > 170e9)
 
 
+@pytest.mark.parametrize('yaml', ['yamls/quickstart.yaml', *(f'yamls/mosaic_gpt/{name}.yaml' for name in MOSAIC)])
+def test_one_setting_keeps_attention_within_documents(yaml):
+    for value in (False, True):
+        c = load(yaml, *([f'model.attn_within_document={str(value).lower()}'] if value else []))
+        assert c.model.attn_within_document is value
+        assert c.train_loader.dataset.sequence_ids is c.eval_loader.dataset.sequence_ids is value
+
+
+@pytest.mark.parametrize('name', list(HF))
+def test_hf_yaml_has_no_attention_within_documents(name):
+    with pytest.raises(UserError, match="train_loader.dataset.sequence_ids: true is for model.name: mosaic_gpt, and this is "
+                                        "'hf_causal_lm', which would attend across documents"):
+        load(f'yamls/hf_causal_lm/{name}.yaml', 'train_loader.dataset.sequence_ids=true')
+
+
 @pytest.mark.parametrize('name', list(HF))
 def test_hf_yaml_has_exactly_its_parameters(name):
     params, shape = HF[name]
@@ -119,3 +135,15 @@ def test_shrunk_yaml_trains_two_steps(yaml, mds_root, tmp_path):
     loss = trainer.state.eval_metric_values['LanguageCrossEntropy'].item()
     assert 5.5 < loss < 6.5  # ln 512 = 6.24
     trainer.close()
+
+
+def test_documents_pass_sharding_checkpointing_and_microbatches(mds_root):
+    """Attention within documents, in every wrapper at once and in none: the losses are the same."""
+    argv = ['yamls/mosaic_gpt/125m.yaml', f'data_remote={mds_root}', f'tokenizer_name={mds_root}/tokenizer', *SHRUNK,
+            *SHRUNK_MOSAIC, 'eval_interval=2ba', 'max_duration=3ba']
+    wrapped = train(*argv, 'model.attn_within_document=true', 'fsdp_config.activation_checkpointing=true')
+    bare = ['fsdp_config=null', 'device_train_microbatch_size=4']
+    within, across = train(*argv, *bare, 'model.attn_within_document=true'), train(*argv, *bare)
+    assert wrapped['losses'] == pytest.approx(within['losses'], rel=1e-6)
+    assert wrapped['batches'] == within['batches'] == across['batches']  # sequence ids do not change the samples
+    assert abs(within['losses'][0] - across['losses'][0]) > 1e-4
