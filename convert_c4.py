@@ -1,237 +1,439 @@
 """Writes C4 as streaming shards: `python convert_c4.py --out_root ./my-copy-c4 --splits val`.
 
-Every split becomes a folder of MDS shards with the string columns `text`, `timestamp` and `url`, exactly as C4 has them.
-It is written beside its place and renamed into it when whole, so a split is either there and finished or not there.
+Every split becomes a folder of MDS shards, of text or, with --concat_tokens, of packed tokens. Each file of the source becomes
+a subfolder, made by one process, in one step; an index over all of them and a manifest close the split. The same command goes
+on after an interruption, and the bytes do not depend on interruptions, processes or machines.
 """
 
 import argparse
-import asyncio
-import gzip
+import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
-import uuid
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
+from src.conversion import Job, Options, Place, all_done, convert, unfinished
+from src.data_places import is_url
 from src.errors import UserError
+from src.manifest import check_strangers, merge, verify
+from src.processes import init_conversion_worker
+from src.sources import C4, C4_COLUMNS, C4_COUNTS, Bad, FolderSource, HubSource, Source, SourceFile, documents, fetched
 
-COLUMNS = {'text': 'str', 'timestamp': 'str', 'url': 'str'}
+SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
+SMALL = 100_000  # documents of train_small
+TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
+# Bytes of text in a byte of source, and of shards in a byte of text: C4 has 806 GB of text in 305 GB of files.
+TEXT_BYTES = {'.gz': 2.6, '.zst': 2.8, '.parquet': 1.6}
+COMPRESSED, BYTES_PER_TOKEN = 0.4, 4.5
 
 
-class Split(NamedTuple):
-    """How C4 (config `en`) names and counts one of its splits."""
-    hub_name: str
-    files: int
-    documents: int
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number above 0')
+    return int(text)
 
 
-SPLITS = {'train': Split('train', 1024, 364_868_892), 'val': Split('validation', 8, 364_608)}
+def fraction(text: str) -> tuple[int, int]:
+    """`i/n` with 0 <= i < n."""
+    i, _, n = text.partition('/')
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not i/n with 0 <= i < n, such as 0/4')
+    return int(i), int(n)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line. Leaves the process with status 2 and a usage line when it cannot be read."""
-    parser = argparse.ArgumentParser(description='Write C4 as shards that mosaicml-streaming reads.')
-    parser.add_argument('--out_root', required=True, metavar='DIR', help='the splits become DIR/train and DIR/val')
-    parser.add_argument('--splits', nargs='+', choices=list(SPLITS), default=list(SPLITS), help='default: both')
-    parser.add_argument('--source', default='hub', metavar='hub|sample|FOLDER',
-                        help='hub: allenai/c4 from the Hugging Face hub (default); sample: English prose out of the Python '
-                        'installation, with a tokenizer of 4096 tokens in DIR/tokenizer, no network needed; FOLDER: a folder '
-                        "that holds C4's own files, such as c4-train.00000-of-01024.json.gz")
-    return parser.parse_args(argv)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that mosaicml-streaming reads. '
+                                     'Stopped at any moment, the same command goes on.')
+    add = parser.add_argument
+    add('--out_root', metavar='DIR|URL', help='the splits become DIR/train and DIR/val; or s3://bucket/..., gs://bucket/...')
+    add('--splits', nargs='+', choices=list(SPLITS), default=['train', 'val'],
+        help=f'default: train val; train_small: the first {SMALL:,} documents of train')
+    add('--source', default='hub', metavar='hub|sample|FOLDER',
+        help='hub: a data set from the Hugging Face hub (default); sample: English prose out of the Python installation, with a '
+        "tokenizer of 4096 tokens in DIR/tokenizer, no network needed; FOLDER: a folder that holds C4's own files, such as "
+        'c4-train.00000-of-01024.json.gz, or .jsonl, .jsonl.gz, .jsonl.zst or .parquet files')
+    add('--dataset', default=C4, metavar='NAME', help=f'on the hub; default: {C4}')
+    add('--config', metavar='NAME', help="the data set's configuration; default: en for C4")
+    add('--revision', metavar='COMMIT', help="of the data set's repository; default: its newest")
+    add('--text_column', default='text', metavar='NAME', help='the field of a document that holds its text')
+    group = parser.add_argument_group('what is written')
+    group.add_argument('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
+    group.add_argument('--tokenizer', metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
+    group.add_argument('--train_tokenizer', type=positive, metavar='VOCAB',
+                       help='train a byte-level BPE of VOCAB tokens on the text and write it to DIR/tokenizer')
+    group.add_argument('--compression', metavar='NAME', help="of streaming, such as zstd or zstd:7; default: none")
+    group.add_argument('--hashes', nargs='+', default=[], metavar='NAME', help='of streaming, such as sha1 xxh64; default: none')
+    group.add_argument('--size_limit', metavar='SIZE', help='of a shard, such as 32mb; default: 64mb')
+    group.add_argument('--max_docs', type=positive, metavar='N', help='only the first N documents of each split')
+    group.add_argument('--skip_bad_docs', action='store_true', help='count and leave out documents that cannot be read')
+    group = parser.add_argument_group('how')
+    group.add_argument('--num_workers', type=positive, default=cores, metavar='N',
+                       help='processes; default: one for each core, here %(default)s')
+    group.add_argument('--partition', type=fraction, metavar='i/n', help='do the part i of n, from 0, and do not close the split')
+    group.add_argument('--merge', action='store_true', help='close the splits, once every --partition is done')
+    group.add_argument('--skip_disk_check', action='store_true', help='begin even if the disk looks too small')
+    add('--verify', metavar='DIR', help='check a copy against its manifests, and do nothing else')
+    args = parser.parse_args(argv)
+    if (args.out_root is None) == (args.verify is None):
+        parser.error('give --out_root, or --verify alone')
+    if not (args.out_root or args.verify):
+        parser.error('--out_root and --verify: the name of a folder is missing')
+    if args.concat_tokens == 1:
+        parser.error('--concat_tokens: 1 leaves nothing to predict; give max_seq_len, or max_seq_len + 1')
+    return args
 
 
-def check_out_root(out_root: str, splits: Iterable[str]) -> Path:
-    """Makes the output folder and refuses one that cannot take every split, before any work is done."""
-    if '://' in out_root:
-        raise UserError(f'--out_root: {out_root} is not a local folder; convert into one, then upload that')
+# ---------------------------------------------------------------- checks before any work
+
+
+def check_out_root(out_root: str, splits: Iterable[str]) -> None:
+    """Makes the output folder and refuses one that cannot be written; finds out whether a bucket is there."""
+    if is_url(out_root):
+        from streaming.base.storage.upload import UPLOADERS
+        scheme, _, bucket = out_root.partition(':/')
+        if scheme not in UPLOADERS or not bucket.strip('/'):
+            known = ', '.join(f'{name}://' for name in UPLOADERS if name and '/' not in name)
+            raise UserError(f'--out_root: {out_root}: must be a folder, or a bucket or the like with one of {known}')
+        with tempfile.TemporaryDirectory() as empty:
+            Place(out_root).upload(Path(empty), [], out_root)
+        return
     root = Path(out_root)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        held = [str(root / split) for split in splits if (root / split).exists() and os.listdir(root / split)]
+        wrong = next((folder for split in splits if (folder := root / split).exists() and not folder.is_dir()), None)
     except OSError as error:
         raise UserError(f'--out_root: {error.filename} is a file or cannot be made ({error.strerror}); '
                         'name a folder that may be written') from error
-    if not os.access(root, os.W_OK | os.X_OK):
-        raise UserError(f'--out_root: {root} may not be written; change its permissions or name another folder')
-    if held:
-        raise UserError(f'--out_root: {", ".join(held)} already there and not empty; nothing was written. '
-                        'Leave it out of --splits, name another --out_root, or delete it')
-    for leftover in sorted(root.glob('.*.partial-*')):
-        print(f'note: {leftover} belongs to another run; delete it if that run was killed')
-    return root
-
-
-def check_document(document: Any, where: str) -> dict[str, str]:
-    """The three columns of a document. C4 has all three in every document, so one without them is an error."""
-    fields: dict[str, Any] = {name: document.get(name) if isinstance(document, dict) else None for name in COLUMNS}
-    if isinstance(fields['timestamp'], datetime):  # the JSON reader of `datasets` parses it; C4 has 2019-04-25T12:57:54Z
-        fields['timestamp'] = fields['timestamp'].strftime('%Y-%m-%dT%H:%M:%SZ')
-    wrong = [name for name, value in fields.items() if not isinstance(value, str)]
     if wrong:
-        raise UserError(f'{where} has no string {", ".join(wrong)}; a C4 document is a JSON object with the strings '
-                        f'{", ".join(COLUMNS)}')
+        raise UserError(f'--out_root: {wrong} is a file; delete it or name another folder')
+    folders = [root, *(root / split for split in splits if (root / split).exists())]
+    if not all(os.access(folder, os.W_OK | os.X_OK) for folder in folders):
+        raise UserError(f'--out_root: {root} may not be written; change its permissions or name another folder')
+
+
+def check_streaming_options(args: argparse.Namespace) -> None:
+    from streaming.base.compression import get_compressions, is_compression
+    from streaming.base.hashing import get_hashes, is_hash
+    from streaming.base.util import bytes_to_int
+
+    if args.compression is not None and not is_compression(args.compression):
+        raise UserError(f'--compression: {args.compression!r} is none of {", ".join(sorted(get_compressions()))}; set one')
+    wrong = [name for name in args.hashes if not is_hash(name)]
+    if wrong:
+        raise UserError(f'--hashes: {wrong[0]!r} is none of {", ".join(sorted(get_hashes()))}; set one or more of them')
     try:
-        ''.join(fields.values()).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise UserError(f'{where} holds characters that are not Unicode text ({error}); download the file again') from error
-    return fields
+        if args.size_limit is not None and not 0 < bytes_to_int(args.size_limit) < 2**32:
+            raise ValueError
+    except ValueError:
+        raise UserError(f'--size_limit: {args.size_limit!r} is no size below 4gb; write 64mb, or a number of bytes') from None
 
 
-def file_documents(path: Path) -> Iterator[dict[str, str]]:
-    """The documents of one C4 file: gzip, one JSON object a line."""
-    number = 0
-    try:
-        with gzip.open(path, 'rb') as lines:
-            for number, line in enumerate(lines, start=1):  # noqa: B007  (`number` is read below)
-                where = f'--source: {path}, line {number}'
-                try:
-                    document = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f'{where} is not JSON ({error}); download the file again') from error
-                yield check_document(document, where)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'--source: {path} cannot be read after line {number}: it is cut short or damaged ({error}); '
-                        'download the file again') from error
+def check_combinations(args: argparse.Namespace) -> None:
+    if args.concat_tokens is None and args.tokenizer is not None:
+        raise UserError(f'--tokenizer: {args.tokenizer} is not used for text; add --concat_tokens N, or leave it out')
+    if args.merge and (args.max_docs or 'train_small' in args.splits):
+        raise UserError('--merge: the first N documents (--max_docs, train_small) have no --partition; leave --merge out')
+    if args.partition and args.merge:
+        raise UserError('--merge: closes the splits once every --partition is done; run it without --partition')
+    if args.partition and (args.max_docs or 'train_small' in args.splits):
+        raise UserError('--partition: the first N documents (--max_docs, train_small) are read in order; leave --partition out')
+    if args.partition and args.train_tokenizer:
+        raise UserError('--partition: with --train_tokenizer each machine would train one; train it first, on one of them')
+    if args.train_tokenizer and args.tokenizer:
+        raise UserError('--train_tokenizer: --tokenizer names one that is there; leave one of the two out')
+    if args.train_tokenizer and not 257 <= args.train_tokenizer <= 10_000_000:
+        raise UserError(f'--train_tokenizer: {args.train_tokenizer} tokens; a byte-level BPE has 257 (the bytes and EOS) or more')
+    if args.source != 'hub' and (args.dataset != C4 or args.config or args.revision):
+        raise UserError(f'--dataset, --config and --revision are of --source hub; --source is {args.source}')
 
 
-def folder_files(folder: str, split: str) -> list[Path]:
-    """The files of one split, sorted by name; each is a shard of the conversion."""
-    pattern = f'c4-{SPLITS[split].hub_name}.*.json.gz'
-    if not Path(folder).is_dir():
-        raise UserError(f'--source: {folder} is neither hub nor sample nor a FOLDER that exists; a FOLDER holds C4\'s own files, '
-                        f'{pattern}')
-    files = sorted(Path(folder).glob(pattern))
-    if not files:
-        raise UserError(f'--source: {folder} holds no {pattern} for the split {split}; expected files such as '
-                        f'c4-{SPLITS[split].hub_name}.00000-of-{SPLITS[split].files:05}.json.gz')
-    print(f'{split}: {len(files)} of the {SPLITS[split].files:,} files of C4 in {folder}')
-    return files
+def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
+    """Holds what the parts will take against what the disk has. Both are estimates on the low side."""
+    disk = args.out_root
+    if is_url(args.out_root):  # only what is worked on lies here
+        todo, disk = sorted(todo, key=lambda job: -job.file.size)[:args.num_workers], tempfile.gettempdir()
+    share = (2 / BYTES_PER_TOKEN if args.concat_tokens else 1) * (COMPRESSED if args.compression else 1)
+    need = sum(job.file.size * TEXT_BYTES.get(Path(job.file.path).suffix, 1) for job in todo) * share
+    free = shutil.disk_usage(disk).free
+    if need > free and not args.skip_disk_check:
+        raise UserError(f'--out_root: {disk} has {free / 1e9:,.3f} GB free; the {len(todo)} files that are left will take about '
+                        f'{need / 1e9:,.3f} GB. Free space, name another disk, or add --compression zstd; --skip_disk_check '
+                        'begins all the same')
 
 
-def hub_documents(split: str) -> Iterator[dict[str, str]]:
-    """The documents of one split, streamed from the Hugging Face hub."""
-    import aiohttp
-    from datasets import config, load_dataset
-    from datasets.exceptions import DatasetsError
-    from pyarrow import ArrowException
-
-    number = 0
-    mend = (f'check the network, HF_ENDPOINT ({config.HF_ENDPOINT}) and that HF_HUB_OFFLINE is not set, then run again; or use '
-            "--source FOLDER with C4's own files, or --source sample, which needs no network")
-    try:
-        stream = load_dataset('allenai/c4', 'en', split=SPLITS[split].hub_name, streaming=True)
-        for number, document in enumerate(stream, start=1):
-            yield check_document(document, f'--source hub: {split}, document {number}')
-    # OSError covers ConnectionError, requests' and the hub's HTTP errors, offline mode, and a data set that is not there.
-    except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as error:
-        what = f'lost the hub after {number:,} documents of {split}' if number else 'cannot reach allenai/c4 on the hub'
-        raise UserError(f'--source hub: {what}: {mend}\n{type(error).__name__}: {error}') from error
-    except (EOFError, zlib.error, ArrowException, DatasetsError) as error:
-        raise UserError(f'--source hub: unreadable data after {number:,} documents of {split}: {mend}\n'
-                        f'{type(error).__name__}: {error}') from error
+# ---------------------------------------------------------------- the sample and tokenizers
 
 
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that is renamed to it when the block ends well and removed when it does not."""
-    partial = target.with_name(f'.{target.name}.partial-{uuid.uuid4().hex[:8]}')
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(target)
-    except OSError as error:  # sources turn their own into UserError: this one comes from writing
-        raise UserError(f'--out_root: cannot write {target}: {error.strerror or error}; the unfinished {target.name} was '
-                        'removed, what was finished before is untouched. Free space or mend the disk, then run again') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+class SampleSource:
+    """The embedded sample: documents in memory, one part a split."""
+    name, revision, columns, is_c4 = 'sample', None, C4_COLUMNS, False
+
+    def __init__(self) -> None:
+        from src.sample_corpus import gather
+        print('gathering the sample corpus (about 15 seconds)')
+        self.corpus = gather()
+
+    def files(self, split: str) -> list[SourceFile]:
+        return [SourceFile(f'sample {split}', sum(len(document['text'].encode()) for document in self.corpus[split]))]
 
 
-def write_split(target: Path, documents: Iterable[dict[str, str]], expected: Optional[int]) -> None:
-    """Writes the folder `target`, whole or not at all.
+def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterator[str]:
+    """The texts of the files, up to TOKENIZER_BYTES.
 
-    Args:
-        target: The split's folder.
-        documents: What it shall hold, in order.
-        expected: Number of documents for the progress bar; None where it is not known.
+    Raises:
+        UserError: A file or, without --skip_bad_docs, a document cannot be read.
     """
-    from streaming import MDSWriter
-    from tqdm import tqdm
-
-    start, count, size = time.perf_counter(), 0, 0
-    with staged(target) as partial:
-        writer = MDSWriter(out=str(partial), columns=COLUMNS)  # not `with`: on an error that would write an index all the same
-        for document in tqdm(documents, desc=target.name, total=expected, unit=' documents', unit_scale=True):
-            writer.write(document)
-            count += 1
-            size += len(document['text'].encode())
-        if not count:
-            raise UserError(f'--source: no documents for {target.name}')
-        writer.finish()
-    print(f'{target}: {count:,} documents, {size:,} bytes of text, {time.perf_counter() - start:.1f} seconds')
-    if expected not in (None, count):
-        print(f'note: C4 has {expected:,} documents in {target.name}; the source gave {count:,}')
+    total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        found = (documents(fetched(file, Path(folder)), ['text'], args.text_column, file.path) for file in files)
+        for document in islice(chain.from_iterable(found), args.max_docs):
+            if isinstance(document, Bad):
+                if not args.skip_bad_docs:
+                    raise UserError(f'{document.setting}: {document.reason}; or leave such documents out with --skip_bad_docs')
+                continue
+            yield document['text']
+            total += len(document['text'])
+            if total >= TOKENIZER_BYTES:
+                return
 
 
-def write_tokenizer(target: Path, texts: Iterable[str]) -> None:
-    """Trains the sample's tokenizer. One that is there already is kept, since splits may be tokenized with it."""
+def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:
+    """Trains a tokenizer, unless there is one already, since splits may be tokenized with it."""
     from src.sample_corpus import train_tokenizer
 
-    if (target / 'tokenizer.json').exists():
-        print(f'{target}: kept, it was there before')
+    place = Place(f'{out_root}/tokenizer'), Place(out_root)
+    if place[0].read('tokenizer.json') is not None:
+        asked = json.loads(place[0].read('trained.json') or '{}').get('vocab_size', vocab_size)
+        if asked != vocab_size:
+            raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set that, '
+                            'delete the folder and what was tokenized with it, or name another --out_root')
+        print(f'{out_root}/tokenizer: kept, it was there before')
         return
-    with staged(target) as partial:
-        train_tokenizer(texts, partial)
-    print(f'{target}: trained on the train split')
+    staging = None
+    try:
+        staging = place[1].staging('tokenizer')
+        train_tokenizer(texts, staging, vocab_size)
+        (staging / 'trained.json').write_text(json.dumps({'vocab_size': vocab_size}))
+        place[1].commit(staging, 'tokenizer', 'tokenizer.json')
+    except OSError as error:
+        raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '
+                        'then run again') from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    print(f'{out_root}/tokenizer: trained')
+
+
+def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str]]:
+    """The tokenizer for --concat_tokens, as a name or a local folder, and a hash of what it does.
+
+    Args:
+        args: The command line.
+        folder: Empty, for a copy of a tokenizer that is in an object store.
+    """
+    if args.concat_tokens is None:
+        return None, None
+    from src.tokenizer import HFTokenizer
+
+    name = args.tokenizer or f'{args.out_root}/tokenizer'
+    if args.tokenizer is None and Place(name).read('tokenizer_config.json') is None:
+        raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
+                        'add --train_tokenizer VOCAB')
+    if is_url(name):
+        for file in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
+            if (text := Place(name).read(file)) is not None:
+                (folder / file).write_text(text)
+        name = str(folder)
+    try:
+        tokenizer: Any = HFTokenizer(name, args.concat_tokens).tokenizer
+    except UserError as error:
+        raise UserError(str(error).replace('tokenizer_name', '--tokenizer')) from None
+    says = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return name, hashlib.sha256(f'{says} {tokenizer.eos_token_id}'.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- the work
+
+
+def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFile]], folder: Path) -> dict[str, list[Job]]:
+    """Every part of every split."""
+    name, tokenizer_hash = tokenizer_of(args, folder)
+    options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens, name,
+                      tokenizer_hash, args.compression, tuple(sorted(set(args.hashes))), args.size_limit, args.skip_bad_docs)
+    jobs = {}
+    for split, files in listed.items():
+        if source.is_c4:
+            print(f'{split}: {len(files)} of the {C4_COUNTS[SPLITS[split]][0]:,} files of C4 in {source.name}')
+        limit = min(SMALL, args.max_docs or SMALL) if split == 'train_small' else args.max_docs
+        found: Any = source.corpus[SPLITS[split]] if isinstance(source, SampleSource) else None
+        jobs[split] = [Job(f'{args.out_root}/{split}', i, file, options, limit, found) for i, file in enumerate(files)]
+    return jobs
+
+
+def init_worker(temporary: str) -> None:
+    """Ends with its parent, also with one that died while this process started. Libraries leave folders in `temporary`."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    init_conversion_worker()
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
+    tempfile.tempdir = os.environ['TMPDIR'] = temporary
+
+
+def run(jobs: list[Job], num_workers: int, report: Callable[[dict[str, Any]], None]) -> None:
+    """Makes the parts, those of one process in its order.
+
+    Raises:
+        UserError: What went wrong with the first part that failed; parts that are finished stay.
+    """
+    if num_workers == 1 or len(jobs) <= 1:
+        for job in jobs:
+            report(convert(job))
+        return
+    # A fork would copy the threads and locks of the clients of the hub and the object stores; a start takes 5 s.
+    plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
+    context = multiprocessing.get_context('fork' if plain else 'spawn')
+    temporary = unfinished(Path(tempfile.gettempdir()), 'workers')
+    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, init_worker, (str(temporary),))
+    try:
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's alone
+        try:
+            futures = [pool.submit(convert, job) for job in jobs]
+        finally:
+            signal.signal(signal.SIGINT, on_interrupt)
+        for future in as_completed(futures):
+            report(future.result())
+    except BrokenProcessPool:
+        raise UserError('--num_workers: a worker process was killed, perhaps for want of memory; run the same command again, '
+                        f'with fewer than {num_workers}: it goes on') from None
+    finally:
+        for process in list((pool._processes or {}).values()):  # else the parts under way would be finished first
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        Place(jobs[0].root).sweep()
+
+
+def run_in_order(jobs: list[Job], report: Callable[[dict[str, Any]], None]) -> list[Job]:
+    """The first `max_docs` documents: how many a file has to give is known only when those before it are done.
+
+    Returns:
+        The jobs that it took.
+    """
+    left, taken = jobs[0].max_docs or 0, []
+    for job in jobs:
+        taken.append(job._replace(max_docs=left))
+        part = convert(taken[-1])
+        report(part)
+        left -= part['documents']
+        if left == 0:
+            break
+    return taken
+
+
+def convert_split(split: str, jobs: list[Job], there: list[Optional[dict[str, Any]]], args: argparse.Namespace,
+                  source: Source) -> None:
+    """Makes the parts of a split that are not there, and closes it."""
+    from tqdm import tqdm
+
+    start, in_order = time.perf_counter(), jobs[0].max_docs is not None
+    mine = slice(args.partition[0], None, args.partition[1]) if args.partition else slice(None)
+    total = C4_COUNTS[SPLITS[split]][1] if source.is_c4 and len(jobs) == C4_COUNTS[SPLITS[split]][0] and not in_order else None
+    before = sum(part['documents'] for part in there[mine] if part)
+    if any(there[mine]):
+        print(f'{split}: {sum(map(bool, there[mine]))} of {len(jobs[mine])} parts were there before')
+    if not args.merge:
+        tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
+        # no smoothing: parts come in batches, one of each worker
+        with tqdm(desc=split, total=jobs[0].max_docs if in_order else None if args.partition else total, initial=before,
+                  unit=' documents', unit_scale=True, smoothing=0) as bar:
+            def report(part: dict[str, Any]) -> None:
+                bar.update(part['documents'])
+
+            if in_order:
+                jobs = run_in_order(jobs, report)
+            else:
+                run([job for job, part in zip(jobs[mine], there[mine], strict=True) if part is None], args.num_workers, report)
+    if args.partition:
+        i, n = args.partition
+        print(f'{jobs[0].root}: part {i} of {n} is done, {len(jobs[mine])} of {len(jobs)} files; when all are: the same command '
+              'with --merge in place of --partition')
+        return
+    manifest = merge(split, jobs, source)
+    tokens = f'{manifest["tokens"]:,} tokens, ' if 'tokens' in manifest else ''
+    skipped = f'{manifest["bad_documents"]:,} skipped, ' if manifest['bad_documents'] else ''
+    print(f'{jobs[0].root}: {manifest["documents"]:,} documents, {skipped}{manifest["text_bytes"]:,} bytes of text, {tokens}'
+          f'{time.perf_counter() - start:.1f} seconds')
+    counted = C4_COUNTS[SPLITS[split]][1]
+    if source.is_c4 and not in_order and manifest['documents'] != counted:
+        print(f'note: C4 has {counted:,} documents in {split}; the source gave {manifest["documents"]:,}')
 
 
 def main(args: argparse.Namespace) -> None:
-    """Converts the splits one after another.
+    """Converts the splits one after another, or verifies a copy.
 
     Args:
         args: From `parse_args`.
 
     Raises:
-        UserError: A source or an output folder that does not do, or a disk that is full. No part of a split is left behind.
+        UserError: A source, an option or an output folder that does not do, a disk that is full, or damage. What is finished
+            stays, and the same command goes on from there.
     """
+    if args.verify is not None:
+        if damage := verify(args.verify):
+            raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage, 'Delete the subfolder of each (such as '
+                                       'train/00012), then run the command that made them: it makes only those anew']))
+        return
     splits = list(dict.fromkeys(args.splits))
-    out_root = check_out_root(args.out_root, splits)
-    sources: dict[str, tuple[Iterable[dict[str, str]], Optional[int]]] = {}
-    if args.source == 'hub':
-        sources = {split: (hub_documents(split), SPLITS[split].documents) for split in splits}
-    elif args.source == 'sample':
-        from src.sample_corpus import gather
-        print('gathering the sample corpus (about 15 seconds)')
-        corpus = gather()
-        write_tokenizer(out_root / 'tokenizer', (document['text'] for document in corpus['train']))
-        sources = {split: (corpus[split], len(corpus[split])) for split in splits}
-    else:
-        for split in splits:
-            files = folder_files(args.source, split)
-            expected = SPLITS[split].documents if len(files) == SPLITS[split].files else None
-            sources[split] = ((document for path in files for document in file_documents(path)), expected)
+    args.out_root = args.out_root if args.out_root.endswith('://') else args.out_root.rstrip('/') or '/'
+    check_combinations(args)
+    check_streaming_options(args)
+    check_out_root(args.out_root, splits)
+    source: Any = (SampleSource() if args.source == 'sample' else FolderSource(args.source) if args.source != 'hub' else
+                   HubSource(args.dataset, args.config, args.revision))
+    listed = {split: source.files(SPLITS[split]) for split in splits}  # everything is checked first
     for split in splits:
-        write_split(out_root / split, *sources[split])
-    if args.source == 'sample':
-        elsewhere = '' if out_root == Path('my-copy-c4') else f' data_remote={out_root}'  # where the YAML looks for it
+        check_strangers(f'{args.out_root}/{split}', len(listed[split]))
+        Place(f'{args.out_root}/{split}').sweep()
+    if args.source == 'sample' or args.train_tokenizer:
+        training = 'train' if args.source == 'sample' or 'train' in splits else splits[0]
+        texts = ((document['text'] for document in source.corpus['train']) if args.source == 'sample' else
+                 first_texts(listed[training], args))
+        write_tokenizer(args.out_root, texts, args.train_tokenizer or 4096)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = plan(args, source, listed, Path(folder))
+        there = {split: all_done(of_split) if of_split[0].max_docs is None else [] for split, of_split in jobs.items()}
+        if not args.merge:
+            check_disk(args, [job for split in splits for job, part in zip(jobs[split], there[split]) if part is None])
+        for split in splits:
+            convert_split(split, jobs[split], there[split], args, source)
+    if args.source == 'sample' and args.concat_tokens is None:
+        elsewhere = '' if args.out_root.removeprefix('./') == 'my-copy-c4' else f' data_remote={args.out_root}'
         print(f'next: composer main.py yamls/quickstart.yaml{elsewhere}')
-    else:
-        print(f'next: python src/data_c4.py {out_root} {out_root}')
+    elif args.partition is None:
+        print(f'next: python src/data_c4.py {args.out_root} {"LOCAL_FOLDER " if is_url(args.out_root) else ""}'
+              f'--split {splits[-1]}' + (f' --max_seq_len {args.concat_tokens}' if args.concat_tokens else ''))
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that an unfinished split is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that an unfinished part is removed
     try:
         main(parse_args(sys.argv[1:]))
     except UserError as user_error:
         sys.exit(f'error: {user_error}')
     except KeyboardInterrupt:
-        print('\ninterrupted: the unfinished split was removed, finished ones are untouched', file=sys.stderr)
+        print('\ninterrupted: the unfinished parts were removed, finished ones stay; the same command goes on', file=sys.stderr)
         sys.exit(130)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Optional
+from typing import Optional, Union
 from urllib.parse import unquote, urlsplit
 
 REPO = 'allenai/c4'
@@ -35,12 +35,13 @@ class HubServer:
     """Serves every file of `folder` as `en/NAME`, beside a README that maps the config `en` to them.
 
     Attributes:
-        fail: Takes a request's path; a status code that it returns is sent in place of the answer, None lets it pass.
+        fail: Takes a request's path; a status code that it returns is sent in place of the answer, 'cut' ends the connection
+            in the middle of the answer, 'gated' says that the repository is, None lets it pass.
         requests: Method and path of every request so far.
         url: What HF_ENDPOINT shall be.
     """
 
-    def __init__(self, folder: Path, fail: Optional[Callable[[str], Optional[int]]] = None) -> None:
+    def __init__(self, folder: Path, fail: Optional[Callable[[str], Union[int, str, None]]] = None) -> None:
         self.files = {f'en/{path.name}': path.read_bytes() for path in sorted(folder.iterdir())}
         self.files['README.md'] = README.encode()
         self.fail = fail or (lambda path: None)
@@ -86,7 +87,10 @@ class HubServer:
         path = unquote(urlsplit(request.path).path)
         self.requests.append(f'{request.command} {path}')
         status = self.fail(path)
-        if status is not None:
+        request.cut = status == 'cut'  # pyright: ignore[reportAttributeAccessIssue]
+        if status == 'gated':
+            send(request, 403, b'{"error": "gated"}', {'X-Error-Code': 'GatedRepo', 'X-Error-Message': 'Access is restricted'})
+        elif isinstance(status, int):
             send(request, status, b'{"error": "made to fail"}')
         elif re.fullmatch(rf'/api/datasets/{REPO}(/revision/[^/]+)?', path):
             siblings = [{'rfilename': name} for name in self.files]
@@ -138,12 +142,16 @@ class HubServer:
 
 
 def send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: Optional[dict[str, str]] = None) -> None:
+    if getattr(request, 'cut', False):
+        request.close_connection = True
+        if request.command == 'HEAD' or not body:
+            return
     request.send_response(status)
     for name, value in {**(headers or {}), 'Content-Length': str(len(body))}.items():
         request.send_header(name, value)
     request.end_headers()
     if request.command != 'HEAD':
-        request.wfile.write(body)
+        request.wfile.write(body[:len(body) // 2] if request.close_connection else body)
 
 
 def send_json(request: BaseHTTPRequestHandler, value: object) -> None:

@@ -1,0 +1,131 @@
+"""What closes a split: one index over its parts and a manifest of all files; and the check of a copy against it."""
+
+import json
+import logging
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Optional
+
+from src.conversion import HASH, PART, Job, Place, all_done, file_info
+from src.errors import UserError
+from src.sources import Source
+
+INDEX, MANIFEST = 'index.json', 'manifest.json'
+
+
+def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
+    """Writes the index, by streaming's own function, then the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: Parts are missing, or none holds a document.
+    """
+    from streaming.base.hashing import get_hash
+    from streaming.base.util import merge_index
+
+    place = Place(jobs[0].root)
+    there = all_done(jobs)
+    missing = [job.name for job, part in zip(jobs, there, strict=True) if part is None]
+    if missing:
+        shown = ', '.join(missing[:10]) + (', ...' if len(missing) > 10 else '')
+        raise UserError(f'--merge: {place.root}: {len(missing)} of {len(jobs)} parts are missing: {shown}; run their '
+                        '--partition, or the same command without --partition and --merge')
+    parts = [part for part in there if part is not None]
+    full = [(job, part) for job, part in zip(jobs, parts, strict=True) if part['documents']]
+    if not full:
+        raise UserError(f'--source: no documents for {split}')
+
+    with tempfile.TemporaryDirectory() as folder:
+        def copied(job: Job) -> str:  # of a remote; and a local path may hold what merge_index takes for a URL
+            local = Path(folder, 'parts', job.name, INDEX)
+            local.parent.mkdir(parents=True)
+            local.write_text(place.read(f'{job.name}/{INDEX}') or '')
+            return str(local)
+
+        with ThreadPoolExecutor(16) as threads:
+            indexes = list(threads.map(copied, [job for job, _ in full]))
+        logging.disable(logging.WARNING)  # it says where its temporary files are
+        try:
+            merge_index(indexes, f'{folder}/merged')
+        finally:
+            logging.disable(logging.NOTSET)
+        index = Path(folder, 'merged', INDEX).read_text()
+
+    counted = [key for key in ('documents', 'text_bytes', 'bad_documents', 'tokens') if key in parts[0]]
+    total: dict[str, Any] = {key: sum(part[key] for part in parts) for key in counted}
+    total['texts_hash'] = f'{sum(int(part["texts_hash"], 16) for part in parts) % 2**128:032x}'
+    files = {INDEX: {'bytes': len(index.encode()), HASH: get_hash(HASH, index.encode())}}
+    files |= {f'{job.name}/{name}': info for job, part in full for name, info in part['files'].items()}
+    manifest = {'version': 1, 'source': source.name, 'revision': source.revision, 'split': split,
+                'options': {'max_docs': jobs[0].max_docs, **jobs[0].options.identity}, **total, 'files': files}
+    place.write(INDEX, index)
+    place.write(MANIFEST, json.dumps(manifest, indent=1))
+    place.sweep(of_all=True)
+    return manifest
+
+
+def check_strangers(root: str, n_parts: int) -> None:
+    """Refuses a split that holds other data than its parts.
+
+    Raises:
+        UserError: Names what is there.
+    """
+    place, folder = Place(root), Path(root)
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith('.')) if folder.is_dir() else []
+    parts = [name for name in names if name.isdecimal() and len(name) >= 5]
+    strange = [name for name in names if name not in (INDEX, MANIFEST, *parts)]
+    if strange or names and not parts or place.remote and _is_of_others(place.read(INDEX)):
+        raise UserError(f'--out_root: {root} already there and not empty: it holds {(strange or names or [INDEX])[0]}, which is '
+                        'not of this program; nothing was written. Leave it out of --splits, name another --out_root, or '
+                        'delete it')
+    if f'{n_parts:05}' in parts or place.remote and place.read(f'{n_parts:05}/{PART}'):
+        raise UserError(f'--out_root: {root} holds the part {n_parts:05}, and the source has only {n_parts} files for it: it was '
+                        f'made from more; use that source, name another --out_root, or delete {root}')
+
+
+def _is_of_others(index: Optional[str]) -> bool:
+    """Whether an index points to shards that are in no part."""
+    shards = json.loads(index)['shards'] if index else []
+    return any('/' not in (shard['zip_data'] or shard['raw_data'])['basename'] for shard in shards)
+
+
+def verify(root: str) -> list[str]:
+    """Checks each split below a folder, or one split, against its manifest.
+
+    Returns:
+        A line for each file that is missing, cut short or changed.
+
+    Raises:
+        UserError: There is no manifest, or it is damaged.
+    """
+    manifests = sorted(Path(root).glob(f'*/{MANIFEST}')) or sorted(Path(root).glob(MANIFEST))
+    if not manifests:
+        raise UserError(f'--verify: {root} holds no SPLIT/{MANIFEST}: it is no folder that this program finished. Name one on '
+                        'this machine; to make or finish one, give --out_root')
+    damage = []
+    for path in manifests:
+        try:
+            manifest = json.loads(path.read_text())
+            files, documents = manifest['files'], manifest['documents']
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split: it writes it '
+                            'anew') from error
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda item: _damage(*item), [(path.parent / name, info) for name, info in files.items()]))
+        bad = [line for line in found if line]
+        print(f'{path.parent}: {documents:,} documents in {len(files):,} files: {f"{len(bad)} damaged" if bad else "whole"}')
+        damage += bad
+    return damage
+
+
+def _damage(file: Path, info: dict[str, Any]) -> Optional[str]:
+    try:
+        size = file.stat().st_size
+        if size != info['bytes']:
+            return f'{file}: {size:,} bytes, should be {info["bytes"]:,}'
+        return None if file_info(file) == info else f'{file}: its contents were changed ({HASH})'
+    except OSError as error:
+        return f'{file}: {"missing" if isinstance(error, FileNotFoundError) else error.strerror}'
