@@ -126,7 +126,7 @@ class HubSource:
         self.columns = C4_COLUMNS if dataset == C4 else C4_COLUMNS[:1]
         try:
             # attempts: one that finds nobody takes 25 s, in which the client itself tries five times
-            builder = retried(lambda: load_dataset_builder(dataset, self.config, revision=revision), self.name, attempts=1)
+            builder = retried(lambda: load_dataset_builder(dataset, self.config, revision=revision), self.name, attempts=2)
         except UserError:
             raise
         except (ValueError, RuntimeError) as error:  # a config that is not there, no files that are known, a script

@@ -398,6 +398,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_skip_the_same_batches_and_stop_after_the_same_one(tmp_path: Path) -> None:
     script = tmp_path / 'two_ranks.py'
     script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / 'tests')))

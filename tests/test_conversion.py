@@ -331,7 +331,8 @@ def workers_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize('how, status, says', [
-    ('SIGINT to all', 130, 'interrupted: the unfinished parts were removed, finished ones stay; the same command goes on'),
+    pytest.param('SIGINT to all', 130, 'interrupted: the unfinished parts were removed, finished ones stay; the same command '
+                 'goes on', marks=pytest.mark.slow),
     pytest.param('SIGTERM', 143, '', marks=pytest.mark.slow),
     pytest.param('SIGKILL to a worker', 1, 'error: --num_workers: a worker process was killed, perhaps for want of memory',
                  marks=pytest.mark.slow),

@@ -105,7 +105,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(['umount', '-l', str(disk)], check=True)
 
 
-def test_folder_is_converted_in_order(c4_folder: Path, tmp_path: Path, dead_hub: subprocess.Popen,
+def test_folder_is_converted_in_order(c4_folder: Path, tmp_path: Path,
                                       capsys: pytest.CaptureFixture) -> None:
     convert(tmp_path / 'out', c4_folder)
     train = c4_documents('train', 150)
@@ -349,6 +349,7 @@ def test_sample_keeps_a_tokenizer_that_is_there(tmp_path: Path, monkeypatch: pyt
     assert capsys.readouterr().out.endswith('next: composer main.py yamls/quickstart.yaml\n')
 
 
+@pytest.mark.slow
 def test_hub_that_nobody_answers_for(dead_hub: subprocess.Popen, tmp_path: Path) -> None:
     err = dead_hub.communicate(timeout=90)[1]
     assert dead_hub.returncode == 1

@@ -643,6 +643,7 @@ def test_opening_a_dataset_keeps_no_hold_on_those_of_other_jobs(open_c4):
     assert Path('/proc/self/maps').read_text().count(block) == 1  # streaming's search for a prefix alone would make it 2
 
 
+@pytest.mark.slow
 def test_works_at_once_after_sigkill_and_spares_other_jobs(mds_root: Path, tmp_path: Path, temp: Path, hold):
     runs = [hold(mds_root, tmp_path / name) for name in 'ab']  # at once, or one could fail with FileExistsError
     # The second to look for a prefix has met the blocks of the first, and must not hold on to them.

@@ -205,6 +205,7 @@ def test_autoresume_starts_then_goes_on(mds_root, tmp_path, capfd):
 # ---------------------------------------------------------------- the guide's code
 
 
+@pytest.mark.slow
 def test_worked_example(mds_root, tmp_path):
     """The three edits, in a copy of the kit, make a model that trains."""
     schema, model, registry = blocks('python', DOCS['src/README.md'])[:3]

@@ -297,7 +297,7 @@ def s3(monkeypatch, data: Path) -> Iterator[Server]:
     server.stop()
 
 
-@pytest.mark.parametrize('how', ['', 'short', 'cut off', 'damaged', 'withheld'])
+@pytest.mark.parametrize('how', ['', 'damaged', *(pytest.param(how, marks=SLOW) for how in ('short', 'cut off', 'withheld'))])
 @pytest.mark.parametrize('num_workers', [pytest.param(0, marks=SLOW), 2])
 def test_batches_from_s3_are_those_of_the_folder(build, s3: Server, data: Path, how: str, num_workers: int):
     s3.how = how

@@ -58,7 +58,7 @@ def runs(tokens_root, mds_root, tmp_path_factory):
     return on
 
 
-FOUR = pytest.param(4, marks=pytest.mark.slow)
+TWO, FOUR = (pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))
 
 
 def close(got, want, start: int = 0) -> None:
@@ -70,14 +70,14 @@ def close(got, want, start: int = 0) -> None:
 
 
 @pytest.mark.parametrize('held', HELD)
-@pytest.mark.parametrize('n', [2, FOUR])
+@pytest.mark.parametrize('n', [TWO, FOUR])
 def test_more_ranks_give_the_run_of_one(runs, n, held):
     close(runs(n)[held], runs(1)['one'])
     assert runs(n)[held]['batches'] == runs(1)['one']['batches']
 
 
 @pytest.mark.parametrize('which', ['hf', 'hf sharded', 'text'])
-@pytest.mark.parametrize('n', [2, FOUR])
+@pytest.mark.parametrize('n', [TWO, FOUR])
 def test_hugging_face_and_text_too(runs, n, which):
     close(runs(n)[which], runs(1)['hf' if which == 'hf sharded' else which])
     assert runs(n)[which]['batches'] == runs(1)[which]['batches']

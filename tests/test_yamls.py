@@ -137,6 +137,7 @@ def test_shrunk_yaml_trains_two_steps(yaml, mds_root, tmp_path):
     trainer.close()
 
 
+@pytest.mark.slow
 def test_documents_pass_sharding_checkpointing_and_microbatches(mds_root):
     """Attention within documents, in every wrapper at once and in none: the losses are the same."""
     argv = ['yamls/mosaic_gpt/125m.yaml', f'data_remote={mds_root}', f'tokenizer_name={mds_root}/tokenizer', *SHRUNK,
