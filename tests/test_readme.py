@@ -328,8 +328,9 @@ def test_messages_in_the_troubleshooting_table_are_the_codes():
     """What a user searches the table for is what the code prints."""
     code = ''.join(p.read_text() for p in [*ROOT.glob('*.py'), *ROOT.glob('src/*.py')])
     for part in ('--source hub: cannot reach ', 'could not be loaded from the Hugging Face hub', 'does not divide by',
-                 "'flash' needs a GPU", 'could not be had in ', 'does not go with ', 'are not whole: copy them again', 'needs a GPU; on a CPU set auto or fp32', 'is also what train_loader reads',
-                 'already holds checkpoints', 'and none is whole', 'is not the folder of node 0', 'nothing to do: the checkpoint',
+                 "'flash' needs a GPU", 'could not be had in ', 'does not go with ', 'are not whole: copy them again',
+                 'needs a GPU; on a CPU set auto or fp32', 'is also what train_loader reads', 'already holds checkpoints',
+                 'and none is whole', 'is not the folder of node 0', 'nothing to do: the checkpoint',
                  'had a loss or gradient that is not finite', 'out of memory: ', 'the ranks do not meet',
                  'ranks (WORLD_SIZE) joined', 'the nodes disagree', 'is too small for tokenizer_name', 'Reused local directory',
                  'is where another dataset that is still open copies its'):
