@@ -202,7 +202,7 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
         for document in islice(chain.from_iterable(found), args.max_docs):
             if isinstance(document, Bad):
                 if not args.skip_bad_docs:
-                    raise UserError(f'{document.setting}: {document.reason}; or leave such documents out with --skip_bad_docs')
+                    raise document.error
                 continue
             yield document['text']
             total += len(document['text'])
@@ -214,9 +214,9 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     """Trains a tokenizer, unless there is one already, since splits may be tokenized with it."""
     from src.sample_corpus import train_tokenizer
 
-    place = Place(f'{out_root}/tokenizer'), Place(out_root)
-    if place[0].read('tokenizer.json') is not None:
-        asked = json.loads(place[0].read('trained.json') or '{}').get('vocab_size', vocab_size)
+    place = Place(out_root)
+    if place.read('tokenizer/tokenizer.json') is not None:
+        asked = json.loads(place.read('tokenizer/trained.json') or '{}').get('vocab_size', vocab_size)
         if asked != vocab_size:
             raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set that, '
                             'delete the folder and what was tokenized with it, or name another --out_root')
@@ -224,10 +224,10 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
         return
     staging = None
     try:
-        staging = place[1].staging('tokenizer')
+        staging = place.staging('tokenizer')
         train_tokenizer(texts, staging, vocab_size)
         (staging / 'trained.json').write_text(json.dumps({'vocab_size': vocab_size}))
-        place[1].commit(staging, 'tokenizer', 'tokenizer.json')
+        place.commit(staging, 'tokenizer', 'tokenizer.json')
     except OSError as error:
         raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '
                         'then run again') from error
@@ -283,16 +283,6 @@ def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFil
     return jobs
 
 
-def init_worker(temporary: str) -> None:
-    """Ends with its parent, also with one that died while this process started. Libraries leave folders in `temporary`."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    init_conversion_worker()
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(1)
-    tempfile.tempdir = os.environ['TMPDIR'] = temporary
-
-
 def run(jobs: list[Job], num_workers: int, report: Callable[[dict[str, Any]], None]) -> None:
     """Makes the parts, those of one process in its order.
 
@@ -307,7 +297,7 @@ def run(jobs: list[Job], num_workers: int, report: Callable[[dict[str, Any]], No
     plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
     context = multiprocessing.get_context('fork' if plain else 'spawn')
     temporary = unfinished(Path(tempfile.gettempdir()), 'workers')
-    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, init_worker, (str(temporary),))
+    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, init_conversion_worker, (str(temporary),))
     try:
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's alone
         try:

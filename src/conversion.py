@@ -210,7 +210,7 @@ def done(job: Job) -> Optional[dict[str, Any]]:
         old, files = part['made_from'], part['files']
     except (ValueError, KeyError):
         return None  # damaged: made anew
-    new = json.loads(json.dumps(job.identity))
+    new = job.identity
     if old != new:
         differ = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in new.items() if old.get(k) != v)
         raise UserError(f'--out_root: {job.root}/{job.name} was made with {differ}; use the same options (and --revision) to go '
@@ -375,7 +375,7 @@ def _documents(job: Job, folder: Path, counts: dict[str, int]) -> Iterator[Docum
     for document in found:
         if isinstance(document, Bad):
             if not job.options.skip_bad_docs:
-                raise UserError(f'{document.setting}: {document.reason}; or leave such documents out with --skip_bad_docs')
+                raise document.error
             counts['bad_documents'] += 1
             if counts['bad_documents'] <= SHOWN:
                 print(f'skipped: {document.reason}', flush=True)

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -81,10 +82,19 @@ def init_loader_worker(worker_id: int) -> None:
     _die_with_parent()
 
 
-def init_conversion_worker() -> None:
-    """A process pool's `initializer`: the worker ends with its parent, and Ctrl-C is the parent's to answer."""
+def init_conversion_worker(temporary: str) -> None:
+    """A process pool's `initializer`: the worker ends with its parent, and Ctrl-C is the parent's to answer.
+
+    Args:
+        temporary: The folder for temporary files, for the parent to remove: libraries leave theirs when a worker is ended.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died while this process started
+        os._exit(1)
+    tempfile.tempdir = os.environ['TMPDIR'] = temporary
 
 
 def _exit_when_told() -> None:

@@ -247,6 +247,11 @@ class Bad(NamedTuple):
     reason: str
     setting: str = '--source'
 
+    @property
+    def error(self) -> UserError:
+        """For a conversion that is not told to skip it."""
+        return UserError(f'{self.setting}: {self.reason}; or leave such documents out with --skip_bad_docs')
+
 
 def documents(path: Path, columns: Iterable[str], text_column: str = 'text', where: Optional[str] = None,
               ) -> Iterator[Document | Bad]:
