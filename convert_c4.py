@@ -24,7 +24,7 @@ from typing import Any, Optional
 
 from src.conversion import Job, Options, Place, all_done, convert, unfinished
 from src.data_places import is_url
-from src.errors import UserError
+from src.errors import UserError, positive
 from src.manifest import check_strangers, merge, verify
 from src.processes import init_conversion_worker
 from src.sources import C4, C4_COLUMNS, C4_COUNTS, Bad, FolderSource, HubSource, Source, SourceFile, documents, fetched
@@ -35,13 +35,6 @@ TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
 # Bytes of text in a byte of source, and of shards in a byte of text: C4 has 806 GB of text in 305 GB of files.
 TEXT_BYTES = {'.gz': 2.6, '.zst': 2.8, '.parquet': 1.6}
 COMPRESSED, BYTES_PER_TOKEN = 0.4, 4.5
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no whole number above 0')
-    return int(text)
 
 
 def fraction(text: str) -> tuple[int, int]:

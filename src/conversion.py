@@ -4,7 +4,6 @@ The folder of file K of a split is `SPLIT/K`, five digits. It holds streaming's 
 with counts, hashes and the options it was made with. What it holds depends on nothing but the file and the options.
 """
 
-import errno
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_intdigest
 
 from src.data_places import is_url
-from src.errors import UserError, first_line
+from src.errors import DISK_FULL, UserError, first_line
 from src.sources import Bad, Document, SourceFile, documents, fetched, public
 
 DOCUMENTS_PER_CALL = 256  # of the tokenizer
@@ -293,7 +292,7 @@ def convert(job: Job) -> dict[str, Any]:
 
 
 def _mend(error: OSError) -> str:
-    return 'Free space' if error.errno in (errno.ENOSPC, errno.EDQUOT) else 'Mend the disk or its permissions'
+    return 'Free space' if error.errno in DISK_FULL else 'Mend the disk or its permissions'
 
 
 def file_info(path: Path) -> dict[str, Any]:

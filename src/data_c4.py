@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from src.config import parse
 from src.data_places import explain, is_copied, stream_errors, streams_of
-from src.errors import UserError
+from src.errors import UserError, positive
 from src.processes import init_loader_worker
 from src.sample_order import batches_in_epoch, whole_batches
 from src.schema import LoaderConfig
@@ -368,13 +368,6 @@ def main(args: argparse.Namespace) -> None:
         n_rows += int((ids == dataset.tokenizer.eos_token_id).sum()) if dataset.packs_on_the_fly else len(ids)
     print(f'{n_rows:,} {rows}, {tokens:,} tokens in {seconds:.1f} s: '
           f'{n_rows / seconds:,.0f} {rows}/s, {tokens / seconds:,.0f} tokens/s')
-
-
-def positive(text: str) -> int:
-    """A whole number above 0; argparse makes a message of the ValueError."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:

@@ -1,4 +1,9 @@
-"""The one error class of the kit, and how others' errors are quoted."""
+"""The one error class of the kit, and what its programs tell of mistakes and of others' errors."""
+
+import argparse
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 
 
 class UserError(ValueError):
@@ -8,3 +13,10 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """What another library says of a mistake, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def positive(text: str) -> int:
+    """The type of an argument: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number above 0')
+    return int(text)

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Optional, Protocol
 import orjson
 from isal import igzip, igzip_lib
 
-from src.errors import UserError, first_line
+from src.data_places import is_url
+from src.errors import DISK_FULL, UserError, first_line
 
 C4 = 'allenai/c4'
 C4_COLUMNS = ('text', 'timestamp', 'url')
@@ -27,7 +28,7 @@ C4_COUNTS = {'train': (1024, 364_868_892), 'val': (8, 364_608)}  # files, docume
 HUB_NAMES = {'train': ('train',), 'val': ('validation', 'valid', 'val', 'dev')}  # what others call the splits
 FORMATS = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.jsonl.zst', '.json.zst', '.parquet')
 ATTEMPTS = 10  # to fetch a file; the waits between them, 1 s to 1 min, sum to about 4 minutes
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of an OSError: this machine's fault, not the network's
+DISK = (*DISK_FULL, errno.EROFS)  # of an OSError: this machine's fault, not the network's
 SAMPLED = 1 << 16  # bytes at both ends of a file that tell it from another
 
 Document = dict[str, str]
@@ -42,7 +43,7 @@ class SourceFile(NamedTuple):
     @property
     def identity(self) -> str:
         """What a file of the same content keeps where it is moved to another folder."""
-        name = self.path if '://' in self.path else Path(self.path).name
+        name = self.path if is_url(self.path) else Path(self.path).name
         return f'{name} ({self.size} bytes{self.digest and " "}{self.digest})'
 
 
@@ -230,7 +231,7 @@ def fetched(file: SourceFile, folder: Path) -> Path:
         UserError: The hub does not give it.
         OSError: The disk is full.
     """
-    if '://' not in file.path:
+    if not is_url(file.path):
         return Path(file.path)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils.tqdm import disable_progress_bars

@@ -4,7 +4,6 @@ Streaming 0.13.0 takes a shard for whole once it is there, leaves a shard that f
 other workers wait for ever, and raises in threads. What is overridden here says why.
 """
 
-import errno
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from streaming.base.world import World
 from torch.utils.data import DataLoader
 
 from src.data_places import check_places, explain, how_to_make, is_url
-from src.errors import UserError, first_line
+from src.errors import DISK_FULL, UserError, first_line
 
 BACKOFF_S = 1.0  # before the second attempt at a file; doubles from one to the next
 PART = '.part'  # a file until it is known to be whole
@@ -56,7 +55,7 @@ def _fault(path: str, info: Optional[FileInfo], algorithm: Optional[str] = None)
 
 
 def _is_full_disk(e: Optional[BaseException]) -> bool:
-    while e is not None and not (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)):
+    while e is not None and not (isinstance(e, OSError) and e.errno in DISK_FULL):
         e = e.__cause__ or e.__context__
     return e is not None
 

@@ -83,6 +83,7 @@ def measure(load: Callable[[], Any], seconds: float) -> tuple[float, float, floa
 def s3_of(root: Path) -> Iterator[str]:
     """Serves the data from a server on loopback, in a process of its own."""
     import boto3
+    from botocore.exceptions import BotoCoreError
     from launch import free_port
     from torch.multiprocessing import get_context
 
@@ -97,7 +98,7 @@ def s3_of(root: Path) -> Iterator[str]:
         try:
             client.create_bucket(Bucket='bucket')
             break
-        except Exception:  # it is not up yet
+        except BotoCoreError:  # it is not up yet
             time.sleep(0.2)
     for path in root.glob('*/*'):
         client.upload_file(str(path), 'bucket', f'data/{path.relative_to(root)}')
