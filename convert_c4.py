@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,15 +23,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Optional
 
-from src.conversion import Job, Options, Place, all_done, convert, unfinished
+from src.conversion import Job, Options, Place, all_done, convert, file_info, unfinished
 from src.data_places import is_url
 from src.errors import UserError, positive
-from src.manifest import check_strangers, merge, verify
+from src.manifest import TRAINED, check_strangers, merge, verify
 from src.processes import init_conversion_worker
-from src.sources import C4, C4_COLUMNS, C4_COUNTS, Bad, FolderSource, HubSource, Source, SourceFile, documents, fetched
+from src.sources import C4, C4_COLUMNS, C4_COUNTS, Bad, FolderSource, HubSource, Source, SourceFile, documents, fetched, retried
 
 SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
 SMALL = 100_000  # documents of train_small
+TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
 TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
 # Bytes of text in a byte of source, and of shards in a byte of text: C4 has 806 GB of text in 305 GB of files.
 TEXT_BYTES = {'.gz': 2.6, '.zst': 2.8, '.parquet': 1.6}
@@ -144,7 +146,8 @@ def check_combinations(args: argparse.Namespace) -> None:
     if args.partition and (args.max_docs or 'train_small' in args.splits):
         raise UserError('--partition: the first N documents (--max_docs, train_small) are read in order; leave --partition out')
     if args.partition and args.train_tokenizer:
-        raise UserError('--partition: with --train_tokenizer each machine would train one; train it first, on one of them')
+        raise UserError('--partition: with --train_tokenizer each machine would train one; train it on one of them first, by '
+                        '--splits train_small --train_tokenizer and the rest without --partition')
     if args.train_tokenizer and args.tokenizer:
         raise UserError('--train_tokenizer: --tokenizer names one that is there; leave one of the two out')
     if args.train_tokenizer and not 257 <= args.train_tokenizer <= 10_000_000:
@@ -209,7 +212,7 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
 
     place = Place(out_root)
     if place.read('tokenizer/tokenizer.json') is not None:
-        asked = json.loads(place.read('tokenizer/trained.json') or '{}').get('vocab_size', vocab_size)
+        asked = json.loads(place.read(f'tokenizer/{TRAINED}') or '{}').get('vocab_size', vocab_size)
         if asked != vocab_size:
             raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set that, '
                             'delete the folder and what was tokenized with it, or name another --out_root')
@@ -219,7 +222,8 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     try:
         staging = place.staging('tokenizer')
         train_tokenizer(texts, staging, vocab_size)
-        (staging / 'trained.json').write_text(json.dumps({'vocab_size': vocab_size}))
+        files = {path.name: file_info(path) for path in sorted(staging.iterdir())}
+        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': files}))
         place.commit(staging, 'tokenizer', 'tokenizer.json')
     except OSError as error:
         raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '
@@ -250,6 +254,10 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
             if (text := Place(name).read(file)) is not None:
                 (folder / file).write_text(text)
         name = str(folder)
+    if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
+        from huggingface_hub import snapshot_download
+        # Once, so that the workers find it on this disk.
+        name = retried(lambda: snapshot_download(args.tokenizer, allow_patterns=TOKENIZER_FILES), name, 2, '--tokenizer')
     try:
         tokenizer: Any = HFTokenizer(name, args.concat_tokens).tokenizer
     except UserError as error:
@@ -392,7 +400,7 @@ def main(args: argparse.Namespace) -> None:
         check_strangers(f'{args.out_root}/{split}', len(listed[split]))
         Place(f'{args.out_root}/{split}').sweep()
     if args.source == 'sample' or args.train_tokenizer:
-        training = 'train' if args.source == 'sample' or 'train' in splits else splits[0]
+        training = next((split for split in splits if SPLITS[split] == 'train'), splits[0])
         texts = ((document['text'] for document in source.corpus['train']) if args.source == 'sample' else
                  first_texts(listed[training], args))
         write_tokenizer(args.out_root, texts, args.train_tokenizer or 4096)
@@ -408,7 +416,8 @@ def main(args: argparse.Namespace) -> None:
         print(f'next: composer main.py yamls/quickstart.yaml{elsewhere}')
     elif args.partition is None:
         print(f'next: python src/data_c4.py {args.out_root} {"LOCAL_FOLDER " if is_url(args.out_root) else ""}'
-              f'--split {splits[-1]}' + (f' --max_seq_len {args.concat_tokens}' if args.concat_tokens else ''))
+              f'--split {splits[-1]}' + (f' --max_seq_len {args.concat_tokens}' if args.concat_tokens else '')
+              + (f' --tokenizer {args.tokenizer}' if args.tokenizer else ''))
 
 
 if __name__ == '__main__':

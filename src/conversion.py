@@ -7,6 +7,7 @@ with counts, hashes and the options it was made with. What it holds depends on n
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import struct
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -28,11 +29,13 @@ from src.data_places import is_url
 from src.errors import DISK_FULL, UserError, first_line
 from src.sources import Bad, Document, SourceFile, documents, fetched, public
 
-DOCUMENTS_PER_CALL = 256  # of the tokenizer
+DOCUMENTS_PER_CALL, TEXT_PER_CALL = 256, 1_000_000  # of the tokenizer: whichever comes first, the latter in characters
 PART = 'part.json'
 HASH = 'xxh128'  # of files: finds damage, at memory speed
 SHOWN = 5  # documents that --skip_bad_docs names, of each file
-HOST = socket.gethostname()
+HOST = socket.gethostname()  # and the namespace of its processes' numbers: containers may share the name
+if os.path.exists('/proc/self/ns/pid'):
+    HOST += f'+{os.stat("/proc/self/ns/pid").st_ino}'
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Place:
                 try:
                     _downloader(self.root).download(f'{self.root}/{name}', local)
                 except Exception as error:  # each store has classes of its own
-                    if isinstance(error, FileNotFoundError) or '404' in str(error) or 'not found' in str(error).lower():
+                    if _is_missing(error):
                         return None
                     raise
                 return Path(local).read_text()
@@ -110,6 +113,20 @@ class Place:
         except Exception as error:
             raise self._unreachable('read', f'{self.root}/{name}', error) from error
 
+    def listed(self, below: str = '') -> Optional[set[str]]:
+        """The names of the files that begin with `below`; None for a folder, or a store that streaming cannot list."""
+        if not self.root.startswith(('s3://', 'gs://')):
+            return None
+        from streaming.base.storage.upload import CloudUploader
+
+        with tempfile.TemporaryDirectory() as empty:
+            try:
+                keys: Any = CloudUploader.get((empty, self.root), keep_local=True, exist_ok=True).list_objects(below)
+            except Exception as error:  # each store has classes of its own
+                raise self._unreachable('list', self.root, error) from error
+        prefix = self.root.partition('://')[2].partition('/')[2].rstrip('/') + '/'
+        return {key.removeprefix(prefix) for key in keys}
+
     def staging(self, name: str) -> Path:
         """An empty folder for what is unfinished; its name says whose it is."""
         return unfinished(self.disk, name)
@@ -117,9 +134,9 @@ class Place:
     def sweep(self, of_all: bool = False) -> None:
         """Removes what processes of this machine that were killed left unfinished; or what all did, once nothing is missing."""
         for path in chain(self.disk.glob('.*.partial-*'), Path(tempfile.gettempdir()).glob('.*.partial-*')):
-            host, pid = path.name.rpartition('.partial-')[2].rsplit('-', 2)[:2]
+            owner = UNFINISHED.fullmatch(path.name)
             here = path.parent == self.disk and not self.remote
-            if of_all and here or host == HOST and not _is_alive(int(pid)):
+            if owner and (of_all and here or owner['host'] == HOST and not _is_alive(int(owner['pid']))):
                 shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, staging: Path, name: str, last: str) -> None:
@@ -127,7 +144,7 @@ class Place:
         if self.remote:
             self.upload(staging, sorted(set(os.listdir(staging)) - {last}) + [last], f'{self.root}/{name}')
             return
-        target, damaged = Path(self.root, name), staging.with_name(f'{staging.name}-old')
+        target, damaged = Path(self.root, name), staging.with_name(f'.old{staging.name}')
         if (target / last).exists():
             target.rename(damaged)
         staging.rename(target)  # fails where the folder has other contents
@@ -167,11 +184,22 @@ class Place:
                 shutil.rmtree(staging, ignore_errors=True)
 
 
+def _is_missing(error: Exception) -> bool:
+    """Whether a store says that there is no such object; each has error classes of its own."""
+    response: Any = getattr(error, 'response', None)
+    code = response.get('Error', {}).get('Code') if isinstance(response, dict) else getattr(response, 'status_code', None)
+    codes = [code, *(getattr(error, name, None) for name in ('code', 'status', 'status_code'))]
+    return isinstance(error, FileNotFoundError) or any(code in ('404', 'NoSuchKey', 404) for code in codes)
+
+
 @cache  # its client takes a tenth of a second to make
 def _downloader(root: str) -> Any:
     from streaming.base.storage.download import CloudDownloader
 
     return CloudDownloader.get(root)
+
+
+UNFINISHED = re.compile(r'\..*\.partial-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}')
 
 
 def unfinished(folder: Path, name: str) -> Path:
@@ -191,29 +219,40 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def done(job: Job) -> Optional[dict[str, Any]]:
+def done(job: Job, listed: Optional[set[str]] = None) -> Optional[dict[str, Any]]:
     """What `part.json` says of a part that is there, whole; None where it is still to be made.
+
+    Args:
+        job: Whose part.
+        listed: All names in an object store, where they are known already.
 
     Raises:
         UserError: It was made from another file or with other options, or its folder holds something else.
     """
     place, folder = Place(job.root), Path(job.root, job.name)
+    listed = place.listed(f'{job.name}/') if listed is None else listed
+    if listed is not None and f'{job.name}/{PART}' not in listed:
+        return None
     text = place.read(f'{job.name}/{PART}')
-    if text is None:
-        if not place.remote and folder.exists() and os.listdir(folder):
+    if text is None and not place.remote and folder.exists() and os.listdir(folder):
+        text = place.read(f'{job.name}/{PART}')  # another machine may have finished it between the two looks
+        if text is None:
             raise UserError(f'--out_root: {folder} holds no {PART}, so it is no part that this program finished; delete it, or '
                             'name another --out_root')
+    if text is None:
         return None
     try:
         part = json.loads(text)
         old, files = part['made_from'], part['files']
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return None  # damaged: made anew
     new = job.identity
     if old != new:
         differ = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in new.items() if old.get(k) != v)
         raise UserError(f'--out_root: {job.root}/{job.name} was made with {differ}; use the same options (and --revision) to go '
                         f'on, name another --out_root, or delete {job.root}')
+    if listed is not None and not {f'{job.name}/{name}' for name in files} <= listed:
+        return None
     if not place.remote and any(not (p := folder / name).is_file() or p.stat().st_size != info['bytes']
                                 for name, info in files.items()):
         return None
@@ -222,8 +261,9 @@ def done(job: Job) -> Optional[dict[str, Any]]:
 
 def all_done(jobs: list[Job]) -> list[Optional[dict[str, Any]]]:
     """`done` of each, side by side: on an object store each takes its time."""
+    listed = Place(jobs[0].root).listed()
     with ThreadPoolExecutor(16) as threads:
-        return list(threads.map(done, jobs))
+        return list(threads.map(lambda job: done(job, listed), jobs))
 
 
 # ---------------------------------------------------------------- tokens
@@ -396,8 +436,21 @@ def _packed(found: Iterator[Document], tokenizer: Any, length: int, counts: dict
     from src.tokenizer import encode_documents
 
     packer = Packer(length, tokenizer.eos_token_id, token_dtype(tokenizer))
-    while texts := [document['text'] for document in islice(found, DOCUMENTS_PER_CALL)]:
+    for texts in _calls(found):
         tokens = encode_documents(tokenizer, texts)
         counts['tokens'] += sum(map(len, tokens))
         yield from packer.add(tokens)
     yield from packer.finish()
+
+
+def _calls(found: Iterator[Document]) -> Iterator[list[str]]:
+    """The texts for each call of the tokenizer, which takes a hundred bytes of memory for a byte of text."""
+    texts, size = [], 0
+    for document in found:
+        texts.append(document['text'])
+        size += len(texts[-1])
+        if len(texts) == DOCUMENTS_PER_CALL or size >= TEXT_PER_CALL:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts

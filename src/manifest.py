@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from src.conversion import HASH, PART, Job, Place, all_done, file_info
 from src.errors import UserError
 from src.sources import Source
 
-INDEX, MANIFEST = 'index.json', 'manifest.json'
+INDEX, MANIFEST, TRAINED = 'index.json', 'manifest.json', 'trained.json'  # the last: of a tokenizer
 
 
 def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
@@ -42,7 +43,11 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
         def copied(job: Job) -> str:  # of a remote; and a local path may hold what merge_index takes for a URL
             local = Path(folder, 'parts', job.name, INDEX)
             local.parent.mkdir(parents=True)
-            local.write_text(place.read(f'{job.name}/{INDEX}') or '')
+            text = place.read(f'{job.name}/{INDEX}')
+            if text is None:
+                raise UserError(f'--out_root: {place.root}/{job.name}/{INDEX} is missing; delete {place.root}/{job.name}, then '
+                                'run the same command again: it makes that part anew')
+            local.write_text(text)
             return str(local)
 
         with ThreadPoolExecutor(16) as threads:
@@ -75,28 +80,37 @@ def check_strangers(root: str, n_parts: int) -> None:
     """
     place, folder = Place(root), Path(root)
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith('.')) if folder.is_dir() else []
-    parts = [name for name in names if name.isdecimal() and len(name) >= 5]
+    if place.remote:
+        names = sorted({name.partition('/')[0] for name in place.listed() or ()})
+    parts = _parts(names)
     strange = [name for name in names if name not in (INDEX, MANIFEST, *parts)]
-    if strange or names and not parts or place.remote and _is_of_others(place.read(INDEX)):
+    if strange or INDEX in names and not parts and MANIFEST not in names or place.remote and _is_of_others(place.read(INDEX)):
         raise UserError(f'--out_root: {root} already there and not empty: it holds {(strange or names or [INDEX])[0]}, which is '
                         'not of this program; nothing was written. Leave it out of --splits, name another --out_root, or '
                         'delete it')
-    if f'{n_parts:05}' in parts or place.remote and place.read(f'{n_parts:05}/{PART}'):
+    if f'{n_parts:05}' in parts or place.remote and not names and place.read(f'{n_parts:05}/{PART}'):
         raise UserError(f'--out_root: {root} holds the part {n_parts:05}, and the source has only {n_parts} files for it: it was '
                         f'made from more; use that source, name another --out_root, or delete {root}')
 
 
+def _parts(names: list[str]) -> list[str]:
+    return [name for name in names if name.isdecimal() and len(name) >= 5]
+
+
 def _is_of_others(index: Optional[str]) -> bool:
     """Whether an index points to shards that are in no part."""
-    shards = json.loads(index)['shards'] if index else []
-    return any('/' not in (shard['zip_data'] or shard['raw_data'])['basename'] for shard in shards)
+    try:
+        shards = json.loads(index)['shards'] if index else []
+        return any('/' not in (shard['zip_data'] or shard['raw_data'])['basename'] for shard in shards)
+    except (ValueError, KeyError, TypeError):
+        return True
 
 
 def verify(root: str) -> list[str]:
-    """Checks each split below a folder, or one split, against its manifest.
+    """Checks each split below a folder, or one split, against its manifest, and a tokenizer that was trained with them.
 
     Returns:
-        A line for each file that is missing, cut short or changed.
+        A line for each file that is missing, cut short or changed, and for each split that was not finished.
 
     Raises:
         UserError: There is no manifest, or it is damaged.
@@ -105,18 +119,20 @@ def verify(root: str) -> list[str]:
     if not manifests:
         raise UserError(f'--verify: {root} holds no SPLIT/{MANIFEST}: it is no folder that this program finished. Name one on '
                         'this machine; to make or finish one, give --out_root')
-    damage = []
+    damage = [f'{folder}: has no {MANIFEST}, so it was not finished' for folder in sorted(Path(root).iterdir())
+              if folder.is_dir() and not (folder / MANIFEST).exists() and _parts(os.listdir(folder))]
+    manifests += Path(root).glob(f'tokenizer/{TRAINED}')
     for path in manifests:
         try:
             manifest = json.loads(path.read_text())
-            files, documents = manifest['files'], manifest['documents']
-        except (OSError, ValueError, KeyError) as error:
+            files, made = manifest['files'], 'tokenizer' if path.name == TRAINED else f'{manifest["documents"]:,} documents'
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split: it writes it '
                             'anew') from error
         with ThreadPoolExecutor(4) as threads:
             found = list(threads.map(lambda item: _damage(*item), [(path.parent / name, info) for name, info in files.items()]))
         bad = [line for line in found if line]
-        print(f'{path.parent}: {documents:,} documents in {len(files):,} files: {f"{len(bad)} damaged" if bad else "whole"}')
+        print(f'{path.parent}: {made} in {len(files):,} files: {f"{len(bad)} damaged" if bad else "whole"}')
         damage += bad
     return damage
 

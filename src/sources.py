@@ -97,6 +97,10 @@ class FolderSource:
             raise UserError(f'--source: {self.folder} holds no files for the split {split}: expected c4-{HUB_NAMES[split][0]}.'
                             f'*.json.gz, or the word {" or ".join(HUB_NAMES[split])} in the path of a file that ends in '
                             f'{", ".join(FORMATS)}; or leave the split out of --splits')
+        names = [Path(p).name for p in found]
+        if self.is_c4 and (twice := next((p for p in found if names.count(Path(p).name) > 1), None)):
+            others = ' and '.join(str(self.folder / os.path.dirname(p)) for p in found if Path(p).name == Path(twice).name)
+            raise UserError(f'--source: {Path(twice).name} lies in {others}; name the folder of one of them')
         try:
             return [_local_file(str(self.folder / p)) for p in found]
         except OSError as error:
@@ -179,13 +183,23 @@ def _status(error: Optional[BaseException]) -> Optional[int]:
     return None
 
 
-def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS) -> Any:
+def _nobody_there(error: Optional[BaseException]) -> bool:
+    """Whether no connection came about, which is no matter of a bad moment."""
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
+    while error is not None and not isinstance(error, (ConnectTimeoutError, NewConnectionError)):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, setting: str = '--source hub') -> Any:
     """Calls the hub until it answers, waiting longer each time.
 
     Args:
         call: What to do.
         what: Its object, for messages.
-        attempts: With a hub that does not answer at all; one that answers 5xx or 429 is asked ATTEMPTS times.
+        attempts: Where nobody answers at all; a hub that answers 5xx or 429, or hangs up, is asked ATTEMPTS times.
+        setting: Which one `what` belongs to.
 
     Raises:
         UserError: It did not, or says that there is no such thing, or not for this user.
@@ -210,13 +224,14 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS) -> Any
             reason, status = error, None
         missing = isinstance(reason, (FileNotFoundError, HFValidationError)) and not isinstance(reason, LocalEntryNotFoundError)
         if missing or (status is not None and 400 <= status < 500 and status not in (408, 429)):
-            raise UserError(f'--source hub: the hub has no {what}, or not for you: check the name and --revision; for a private '
+            raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for a private '
                             f'or gated data set log in with `hf auth login` or set HF_TOKEN\n{_said(reason)}') from reason
-        if constants.HF_HUB_OFFLINE or attempt >= (attempts if status is None else ATTEMPTS):
-            raise UserError(f'--source hub: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
+        limit = attempts if status is None and _nobody_there(reason) else ATTEMPTS
+        if constants.HF_HUB_OFFLINE or attempt >= limit:
+            raise UserError(f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
                             f"({public(HF_ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; or use --source FOLDER "
                             f"with C4's own files, or --source sample, which needs no network\n{_said(reason)}") from reason
-        print(f'note: {what}: {_said(reason)}; attempt {attempt} of {attempts if status is None else ATTEMPTS}', flush=True)
+        print(f'note: {what}: {_said(reason)}; attempt {attempt} of {limit}', flush=True)
         time.sleep(min(2 ** (attempt - 1), 60))
 
 
@@ -329,6 +344,8 @@ def _rows(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
                 try:
                     row = json.loads(line)  # what the standard alone refuses: NaN, half a surrogate pair, a byte order mark
                 except (ValueError, RecursionError) as error:
+                    if number == 1 and re.match(rb'\s*\[\s*(\{|$)', line):
+                        raise UserError(f'--source: {path} is one JSON array; write an object a line (jq -c .[] does)') from None
                     row = Bad(f'is not JSON ({error})')
             yield number, row
 

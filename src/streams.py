@@ -187,13 +187,22 @@ class CheckedStream(Stream):
 
     def _decompress_shard_part(self, zip_info: FileInfo, zip_filename: str, raw_filename: str,
                                compression: Optional[str]) -> None:
-        try:
-            super()._decompress_shard_part(zip_info, zip_filename, raw_filename, compression)
-        except Exception as e:  # each compression has error classes of its own
-            Path(raw_filename + '.tmp').unlink(missing_ok=True)
-            what = 'no space left to unpack it' if _is_full_disk(e) else f'{type(e).__name__}: {first_line(e)}'
-            raise UserError(f'{self.setting}.local: {zip_filename}, of {self.place}, cannot be unpacked: {what}. Make room '
-                            'on its disk, or remove it if it is damaged') from None
+        what = ''
+        for attempt in range(1 + (self.download_retry if self.remote is not None else 0)):
+            if attempt:  # damaged on its way, in an index without hashes
+                log.warning('%s of %s: %s; fetching it again (%d of %d)', zip_info.basename, self.place, what, attempt,
+                            self.download_retry)
+                Path(zip_filename).unlink(missing_ok=True)
+                self._download_file(zip_info.basename)
+            try:
+                return super()._decompress_shard_part(zip_info, zip_filename, raw_filename, compression)
+            except Exception as e:  # each compression has error classes of its own
+                Path(raw_filename + '.tmp').unlink(missing_ok=True)
+                what = 'no space left to unpack it' if _is_full_disk(e) else f'{type(e).__name__}: {first_line(e)}'
+                if _is_full_disk(e):
+                    break
+        raise UserError(f'{self.setting}.local: {zip_filename}, of {self.place}, cannot be unpacked: {what}. Make room '
+                        'on its disk, or mend the shard where it lies')
 
 
 class CheckedDataset(StreamingDataset):

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback that serves a C4-shaped `allenai/c4` to the real `datasets` client.
+"""A Hugging Face hub on loopback that serves one data set, by default a C4-shaped `allenai/c4`, to the real `datasets` client.
 
 Point a new process at it (the client reads the variable when it is imported):
 
@@ -20,19 +20,18 @@ REPO = 'allenai/c4'
 SHA = '1588ec454efa1a09f29cd18ddd04fe05fc8653a2'
 README = '''---
 configs:
-- config_name: en
+- config_name: CONFIG
   data_files:
   - split: train
-    path: en/c4-train.*.json.gz
+    path: CONFIG/*train*
   - split: validation
-    path: en/c4-validation.*.json.gz
+    path: CONFIG/*validation*
 ---
-# C4
 '''
 
 
 class HubServer:
-    """Serves every file of `folder` as `en/NAME`, beside a README that maps the config `en` to them.
+    """Serves every file of `folder` as `CONFIG/NAME`, beside a README that maps the config to them.
 
     Attributes:
         fail: Takes a request's path; a status code that it returns is sent in place of the answer, 'cut' ends the connection
@@ -41,9 +40,11 @@ class HubServer:
         url: What HF_ENDPOINT shall be.
     """
 
-    def __init__(self, folder: Path, fail: Optional[Callable[[str], Union[int, str, None]]] = None) -> None:
-        self.files = {f'en/{path.name}': path.read_bytes() for path in sorted(folder.iterdir())}
-        self.files['README.md'] = README.encode()
+    def __init__(self, folder: Path, fail: Optional[Callable[[str], Union[int, str, None]]] = None, repo: str = REPO,
+                 config: str = 'en') -> None:
+        self.files = {f'{config}/{path.name}': path.read_bytes() for path in sorted(folder.iterdir())}
+        self.files['README.md'] = README.replace('CONFIG', config).encode()
+        self.repo = repo
         self.fail = fail or (lambda path: None)
         self.requests: list[str] = []
         hub = self
@@ -92,15 +93,15 @@ class HubServer:
             send(request, 403, b'{"error": "gated"}', {'X-Error-Code': 'GatedRepo', 'X-Error-Message': 'Access is restricted'})
         elif isinstance(status, int):
             send(request, status, b'{"error": "made to fail"}')
-        elif re.fullmatch(rf'/api/datasets/{REPO}(/revision/[^/]+)?', path):
+        elif re.fullmatch(rf'/api/datasets/{self.repo}(/revision/[^/]+)?', path):
             siblings = [{'rfilename': name} for name in self.files]
-            send_json(request, {'id': REPO, 'sha': SHA, 'private': False, 'gated': False, 'disabled': False, 'tags': [],
+            send_json(request, {'id': self.repo, 'sha': SHA, 'private': False, 'gated': False, 'disabled': False, 'tags': [],
                                 'siblings': siblings, 'cardData': {}, 'lastModified': '2024-01-09T19:14:03.000Z'})  # fmt: skip
-        elif tree := re.fullmatch(rf'/api/datasets/{REPO}/tree/[^/]+(?:/(.+))?', path):
+        elif tree := re.fullmatch(rf'/api/datasets/{self.repo}/tree/[^/]+(?:/(.+))?', path):
             self.send_tree(request, tree[1] or '')
-        elif re.fullmatch(rf'/api/datasets/{REPO}/paths-info/[^/]+', path):
+        elif re.fullmatch(rf'/api/datasets/{self.repo}/paths-info/[^/]+', path):
             self.send_paths(request, body)
-        elif (file := re.fullmatch(rf'/datasets/{REPO}/resolve/[^/]+/(.+)', path)) and file[1] in self.files:
+        elif (file := re.fullmatch(rf'/datasets/{self.repo}/resolve/[^/]+/(.+)', path)) and file[1] in self.files:
             self.send_file(request, file[1])
         else:
             send(request, 404, b'{"error": "not here"}', {'X-Error-Code': 'EntryNotFound'})

@@ -20,6 +20,7 @@ from conftest import EOS, orphaned_blocks
 from conftest import documents as prose
 from hub_server import HubServer
 from test_convert_c4 import REPO, c4_documents, convert, fingerprint, read_split, small_disk, start, write_file  # noqa: F401
+from xxhash import xxh3_128_intdigest
 
 from src import conversion
 from src.conversion import Packer, token_dtype
@@ -149,6 +150,12 @@ def test_partitions_and_workers_give_the_bytes_of_one_run(tokens: bool, source: 
     assert not orphaned_blocks()
 
 
+def test_the_hash_of_the_texts_is_the_sum_of_their_hashes(source: Path, tmp_path: Path, texts: list[str]) -> None:
+    convert(tmp_path, source, 'train')
+    total = sum(xxh3_128_intdigest(text.encode()) for text in texts)
+    assert manifest(tmp_path / 'train')['texts_hash'] == f'{total % 2**128:032x}'
+
+
 def test_shards_are_those_of_the_plain_writer(source: Path, tmp_path: Path) -> None:
     from streaming import MDSWriter
 
@@ -199,6 +206,15 @@ def test_every_token_of_every_document_in_order(source: Path, tokenizer_dir: Pat
                                                                   for t in texts)
 
 
+def test_calls_of_the_tokenizer_are_bounded_in_text_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, 'TEXT_PER_CALL', 1000)
+    monkeypatch.setattr(conversion, 'DOCUMENTS_PER_CALL', 10)
+    found = ['x' * n for n in (999, 1, 5000, 10, 990, *[1] * 25)]
+    calls = list(conversion._calls({'text': text} for text in found))
+    assert [text for texts in calls for text in texts] == found
+    assert [sum(map(len, texts)) for texts in calls] == [1000, 5000, 1000, 10, 10, 5] and [len(texts) for texts in calls][-1] == 5
+
+
 def test_packer_never_loses_a_token() -> None:
     rng = np.random.default_rng(0)
     packer, given, got = Packer(7, 9, np.dtype('uint8')), [], []
@@ -242,9 +258,12 @@ def test_max_docs_and_train_small_take_the_first(source: Path, tmp_path: Path, t
 
 
 def test_hub_that_fails_one_time_in_ten_gives_the_same_documents(source: Path, tmp_path: Path) -> None:
-    rng, failed = random.Random(5), []
+    rng, failed, listings = random.Random(5), [], []
 
     def fail(path: str) -> Union[int, str, None]:
+        if '/tree/' in path and len(listings) < 3:  # at the start, three times in a row
+            listings.append(path)
+            return 'cut'
         if rng.random() < 0.1 or len(failed) < 2 and 'c4-train.00003' in path and '/resolve/' in path:
             failed.append(path)
             return [503, 'cut'][len(failed) % 2]
@@ -256,13 +275,24 @@ def test_hub_that_fails_one_time_in_ten_gives_the_same_documents(source: Path, t
     with HubServer(source, fail) as hub:
         env = {**hub.env(tmp_path / 'cache'), 'TMPDIR': str(temporary)}
         out, err = finish(start(tmp_path / 'hub', 'hub', 'train', 'val', argv=['--num_workers', '2'], **env))
-    assert len(failed) > 2
+    assert len(failed) > 2 and len(listings) == 3
     assert 'train: 5 of the 1,024 files of C4 in allenai/c4 en' in out
     for split in 'train', 'val':
         assert counts(tmp_path / 'hub' / split) == counts(tmp_path / 'folder' / split)
         assert fingerprint(read_split(tmp_path / 'hub' / split)) == fingerprint(read_split(tmp_path / 'folder' / split))
     assert manifest(tmp_path / 'hub/val')['revision'] == '1588ec454efa1a09f29cd18ddd04fe05fc8653a2'
     assert os.listdir(temporary) == [] and not list((tmp_path / 'hub').rglob('.*'))
+
+
+def test_another_data_set_of_the_hub(texts: list[str], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / 'files/train-0.jsonl', texts, column='body')
+    write_jsonl(tmp_path / 'files/validation-0.jsonl', ['one', 'two'], column='body')
+    with HubServer(tmp_path / 'files', repo='some/books', config='old') as hub:
+        argv = ['--dataset', 'some/books', '--config', 'old', '--text_column', 'body', '--num_workers', '1']
+        out, err = finish(start(tmp_path / 'out', 'hub', 'train', 'val', argv=argv, **hub.env(tmp_path / 'cache')))
+    assert [row['text'] for row in read_split(tmp_path / 'out/train')] == texts
+    assert [row['text'] for row in read_split(tmp_path / 'out/val')] == ['one', 'two']
+    assert manifest(tmp_path / 'out/train')['source'] == 'some/books old'
 
 
 def test_what_the_hub_refuses_is_said(source: Path, tmp_path: Path) -> None:
@@ -404,7 +434,61 @@ def test_two_runs_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert tree(tmp_path / 'both') == tree(tmp_path / 'alone')
 
 
+def test_containers_of_one_name_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    monkeypatch.setattr(os, 'getpid', lambda: dead.pid)
+    mine = conversion.unfinished(tmp_path, '00000')
+    with monkeypatch.context() as other:  # the same host, another namespace of process numbers
+        other.setattr(conversion, 'HOST', f'{conversion.HOST}1')
+        others = conversion.unfinished(tmp_path, '00001')
+    foreign = tmp_path / '.download.partial-1'
+    foreign.mkdir()
+    conversion.Place(str(tmp_path)).sweep()
+    assert not mine.exists() and others.exists() and foreign.exists()
+
+
+def test_a_part_that_another_machine_finishes_between_two_looks(source: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(tmp_path, source, 'val')
+    made, looks, read = tree(tmp_path), [], conversion.Place.read
+
+    def late(place: conversion.Place, name: str) -> Optional[str]:
+        looks.append(name)
+        return None if looks == ['00000/part.json'] else read(place, name)
+
+    monkeypatch.setattr(conversion.Place, 'read', late)
+    convert(tmp_path, source, 'val')
+    assert tree(tmp_path) == made and looks.count('00000/part.json') > 1
+
+
 # ---------------------------------------------------------------- object stores
+
+
+def test_an_object_store_is_looked_through(s3: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = 's3://bucket/404/c4'  # a number that looks like a status
+    convert(root, source, 'train')
+    whole = objects(s3, '404/c4/')
+    s3.delete_object(Bucket='bucket', Key='404/c4/train/00001/shard.00000.mds')
+    s3.delete_object(Bucket='bucket', Key='404/c4/train/00002/index.json')
+    with pytest.raises(UserError, match='--merge: .*train: 2 of 5 parts are missing: 00001, 00002'):
+        convert(root, source, 'train', merge=True)
+    for damaged in b'[]', b'{':
+        s3.put_object(Bucket='bucket', Key='404/c4/train/00003/part.json', Body=damaged)
+        convert(root, source, 'train')
+        assert objects(s3, '404/c4/') == whole
+    s3.put_object(Bucket='bucket', Key='val-of-others/val/shard.00000.mds', Body=b'precious')
+    with pytest.raises(UserError, match='val already there and not empty: it holds shard.00000.mds, which is not of this'):
+        convert('s3://bucket/val-of-others', source, 'val')
+    for damaged in b'[]', b'{', b'{"shards": [1]}':
+        s3.put_object(Bucket='bucket', Key='damaged/val/index.json', Body=damaged)
+        with pytest.raises(UserError, match='damaged/val already there and not empty: it holds index.json'):
+            convert('s3://bucket/damaged', source, 'val')
+    monkeypatch.setenv('S3_ENDPOINT_URL', 'http://127.0.0.1:9')
+    conversion._downloader.cache_clear()
+    with pytest.raises(UserError, match='--out_root: cannot read s3://bucket/404/c4/00404/part.json: .*check the address'):
+        conversion.Place('s3://bucket/404/c4').read('00404/part.json')
+    conversion._downloader.cache_clear()
 
 
 @pytest.mark.slow
@@ -524,9 +608,23 @@ def test_other_formats(name: str, texts: list[str], tmp_path: Path) -> None:
         convert(tmp_path / 'out2', folder, 'train', text_column='words')
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:len(data) * 2 // 3])
-    cut = r'(, line \d+ is not JSON| cannot be read after \w+ \d+: it is cut short)'
+    cut = r', line \d+ is not JSON' if name == 'a.jsonl' else r' cannot be read after \w+ \d+: it is cut short'
     with pytest.raises(UserError, match=f'--source: .*{name}{cut}'):
         convert(tmp_path / 'out3', folder, 'train', text_column='body')
+
+
+def test_a_json_array_is_no_list_of_documents(tmp_path: Path) -> None:
+    (tmp_path / 'a.json').write_text(json.dumps([{'text': 'one'}], indent=1))
+    with pytest.raises(UserError, match='--source: .*a.json is one JSON array; write an object a line'):
+        convert(tmp_path / 'out', tmp_path, 'train')
+
+
+def test_two_variants_of_c4_in_one_folder_are_refused(source: Path, tmp_path: Path) -> None:
+    for variant in 'en', 'realnewslike':
+        shutil.copytree(source, tmp_path / 'c4' / variant)
+    with pytest.raises(UserError, match='00000-of-01024.json.gz lies in .*c4/en and .*c4/realnewslike; name the folder of one'):
+        convert(tmp_path / 'out', tmp_path / 'c4', 'train')
+    convert(tmp_path / 'out', tmp_path / 'c4/en', 'train')
 
 
 def test_splits_are_found_by_a_word_of_the_path(tmp_path: Path) -> None:
@@ -700,8 +798,42 @@ def test_verify_names_what_is_damaged_and_the_same_command_mends_it(source: Path
     (copy / 'manifest.json').write_text('{')
     with pytest.raises(UserError, match='--verify: .*manifest.json is damaged .*; run the command that made the split'):
         verify(str(copy))
+    (copy / 'manifest.json').write_text('[]')
+    with pytest.raises(UserError, match='--verify: .*manifest.json is damaged'):
+        verify(str(copy))
+    (copy / 'manifest.json').unlink()
+    assert verify(str(tmp_path / 'copy')) == [f'{copy}: has no manifest.json, so it was not finished']
     with pytest.raises(UserError, match='--verify: .* holds no SPLIT/manifest.json: it is no folder that this program finished'):
         verify(str(tmp_path))
+
+
+def test_verify_covers_the_tokenizer_and_a_split_of_one_part(source: Path, tmp_path: Path) -> None:
+    convert(tmp_path, source, 'val', train_tokenizer=300)
+    assert verify(str(tmp_path)) == []
+    whole = tree(tmp_path)
+    tokenizer = tmp_path / 'tokenizer/tokenizer.json'
+    tokenizer.write_text(tokenizer.read_text().replace('e', 'f', 1))
+    (tmp_path / 'val/00000/shard.00000.mds').unlink()
+    assert verify(str(tmp_path)) == [f'{tmp_path}/val/00000/shard.00000.mds: missing',
+                                     f'{tokenizer}: its contents were changed (xxh128)']
+    shutil.rmtree(tmp_path / 'val/00000')  # as it is told to, and the only part
+    shutil.rmtree(tmp_path / 'tokenizer')
+    convert(tmp_path, source, 'val', train_tokenizer=300)
+    assert tree(tmp_path) == whole
+
+
+def test_train_small_trains_the_tokenizer_before_the_machines_share_train(source: Path, tmp_path: Path,
+                                                                          capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UserError, match='--partition: .*train it on one of them first, by --splits train_small'):
+        convert(tmp_path, source, 'train', train_tokenizer=300, partition='0/2')
+    convert(tmp_path / 'alone', source, 'train', train_tokenizer=300)
+    convert(tmp_path, source, 'val', 'train_small', train_tokenizer=300)
+    assert tree(tmp_path / 'tokenizer') == tree(tmp_path / 'alone/tokenizer'), 'of train, not of val'
+    for how in {'partition': '0/2'}, {'partition': '1/2'}, {'merge': True}:
+        convert(tmp_path, source, 'train', concat_tokens=32, **how)
+    capsys.readouterr()
+    convert(tmp_path / 'named', source, 'val', concat_tokens=32, tokenizer=tmp_path / 'tokenizer')
+    assert f'--max_seq_len 32 --tokenizer {tmp_path}/tokenizer\n' in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the command line
