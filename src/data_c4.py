@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from streaming.base.distributed import get_world_size
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from src.config import parse
 from src.data_places import explain, is_copied, stream_errors, streams_of
@@ -246,6 +246,38 @@ class EvalView(Dataset):
         return self.dataset.samples([self.dataset[self.indices[i]] for i in indices])
 
 
+def targets_per_sample(batch: Mapping[str, torch.Tensor]) -> list[int]:
+    """How many positions of each sample are trained on. Models shift the labels, so the first is no target, nor is padding.
+
+    Args:
+        batch: `labels` of shape (batch, seq) or (batch, seq + 1); optionally `attention_mask`, (batch, seq).
+    """
+    trained = batch['labels'][:, 1:] != IGNORED
+    if 'attention_mask' in batch:  # after padding on the left, the first token has nothing before it to be predicted from
+        trained &= batch['attention_mask'][:, :trained.shape[1]].bool()
+    return trained.sum(1).tolist()
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """A batch, with `n_targets`, a list: counted here, since to count on a GPU is to wait for it with every microbatch."""
+    batch = default_collate(samples)
+    return {**batch, 'n_targets': targets_per_sample(batch)}
+
+
+def get_num_tokens_in_batch(batch: Mapping[str, Any]) -> dict[str, Union[int, float]]:
+    """Trained targets of a batch, for Composer's DataSpec.
+
+    Args:
+        batch: From `collate`, or one that `targets_per_sample` takes.
+
+    Returns:
+        `total`, what `max_duration` in tokens counts, and `loss_generating`, what microbatches are weighted by.
+    """
+    n = sum(batch['n_targets'] if 'n_targets' in batch else targets_per_sample(batch))
+    # Composer divides by the count over all ranks: 0 / 0 where no rank has a target (a batch of empty documents).
+    return {'total': n, 'loss_generating': max(n, 1e-6)}
+
+
 _copied_for_training: set[str] = set()
 
 
@@ -270,7 +302,7 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     data: dict[str, Any] = cfg.dataset.model_dump() | {'batch_size': device_batch_size}
     settings: dict[str, Any] = cfg.model_dump(exclude={'name', 'dataset', 'eval_samples'}) | {
-        'batch_size': device_batch_size, 'worker_init_fn': init_loader_worker,
+        'batch_size': device_batch_size, 'worker_init_fn': init_loader_worker, 'collate_fn': collate,
         # Else each epoch draws a number from the generator of dropout, and a resumed run would draw it once more.
         'generator': torch.Generator().manual_seed(cfg.dataset.shuffle_seed)}
     copies = {os.path.realpath(os.path.join(stream.local, stream.split or '')) for stream in streams_of(cfg.dataset).values()
@@ -319,25 +351,6 @@ def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
     dataset.partition_algo = whole_batches.__name__
     # Of this rank; Composer ends an epoch there
     dataset.length = batches_in_epoch(dataset, global_batch_size) * device_batch_size
-
-
-def get_num_tokens_in_batch(batch: dict[str, torch.Tensor]) -> dict[str, Union[int, float]]:
-    """Trained targets of a batch, for Composer's DataSpec.
-
-    Models shift the labels, so the first of each sample is no target, nor is padding.
-
-    Args:
-        batch: `labels` of shape (batch, seq) or (batch, seq + 1).
-
-    Returns:
-        `total`, what `max_duration` in tokens counts, and `loss_generating`, what microbatches are weighted by.
-    """
-    trained = batch['labels'][:, 1:] != IGNORED
-    if 'attention_mask' in batch:  # after padding on the left, the first token has nothing before it to be predicted from
-        trained &= batch['attention_mask'][:, :trained.shape[1]].bool()
-    n = int(trained.sum())
-    # Composer divides by the count over all ranks: 0 / 0 where no rank has a target (a batch of empty documents).
-    return {'total': n, 'loss_generating': max(n, 1e-6)}
 
 
 # ---------------------------------------------------------------- the smoke test
