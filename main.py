@@ -16,15 +16,15 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import torch
 import wandb.errors
 from botocore.exceptions import BotoCoreError
 from composer import Trainer
-from composer.core import DataSpec, Evaluator
+from composer.core import Callback, DataSpec, Evaluator
 from composer.utils import dist, reproducibility
 from omegaconf import DictConfig
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
@@ -44,12 +44,13 @@ from src.schema import Config
 from src.tokenizer import TOKENIZER_REGISTRY, check_vocab
 
 
-def main(cfg: DictConfig, watch: Optional[FailureWatch] = None) -> Trainer:
+def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Iterable[Callback] = ()) -> Trainer:
     """Trains one model.
 
     Args:
         cfg: A config as in `yamls/`, interpolations allowed.
         watch: Ends this process when another rank fails; begins with the process group.
+        callbacks: In addition to the config's.
 
     Returns:
         The Trainer, after `fit`.
@@ -100,6 +101,10 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None) -> Trainer:
     if any(p.is_meta for p in model.parameters()) and not (parallelism and has_gpu):
         model.model.materialize('cpu')  # Composer's FSDP would give it GPU memory
 
+    compile_config = c.compile_config.model_dump(exclude={'scope'}) if c.compile_config else None
+    if c.compile_config and c.compile_config.scope == 'block':
+        compile_config = sharding.compile_blocks(model.model, compile_config)
+
     # Data
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
     train_loader = build_c4_dataloader(c.train_loader, device_batch)
@@ -124,15 +129,15 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None) -> Trainer:
             optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
             schedulers=builders.build_scheduler(c.scheduler),
             algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
-            callbacks=[StepCounters(), *builders.build_all('callbacks', c.callbacks), *filter(None, [writer]),
-                       GracefulStop(stop, writer.save_and_wait if writer else None)],
+            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *builders.build_all('callbacks', c.callbacks),
+                       *callbacks, *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
             loggers=builders.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=microbatch,
             accumulate_train_batch_on_tokens=True,
             precision=precision,
             parallelism_config=parallelism,
-            compile_config=c.compile_config,
+            compile_config=compile_config,
             dist_timeout=c.dist_timeout,
             seed=c.seed,
             run_name=c.run_name,
@@ -187,11 +192,12 @@ def explained(start: Start, c: Config, writer: Optional[CheckpointWriter] = None
                         f'{type(cause).__name__}: {first_line(cause)}') from e
 
 
-def cli(argv: list[str]) -> int:
-    """Runs `main`; returns the exit code. A mistake of the user ends in one message, from one rank."""
+def guarded(work: Callable[[FailureWatch], Any]) -> int:
+    """Does the work of a program, on each of its ranks; returns the exit code. A mistake of the user ends in one message."""
+    warnings.filterwarnings('ignore', category=UserWarning, module='(composer|torchmetrics)')
     with FailureWatch(StopRequest()) as watch:
         try:
-            main(config.load(argv), watch).engine.close()
+            work(watch)
         except Stopped as e:
             log.info('%s', e)
             watch.ignore_signals()
@@ -204,9 +210,17 @@ def cli(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == '__main__':
-    warnings.filterwarnings('ignore', category=UserWarning, module='(composer|torchmetrics)')
-    code = cli(sys.argv[1:])
+def cli(argv: list[str]) -> int:
+    """Runs `main` with a command line."""
+    return guarded(lambda watch: main(config.load(argv), watch).engine.close())
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process."""
     if code in (0, EXIT_STOPPED):  # after a failure it could wait for ranks that are gone
         rendezvous.leave()
     sys.exit(code)
+
+
+if __name__ == '__main__':
+    leave(cli(sys.argv[1:]))

@@ -62,6 +62,21 @@ REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGE
 PACKAGES = {'wandb': 'wandb', 'tensorboard': 'tensorboard', 'cometml': 'comet_ml', 'mlflow': 'mlflow', 'neptune': 'neptune'}
 
 
+def _fused(optimizer: torch.optim.Optimizer) -> None:
+    """Has torch update all parameters in one kernel; set at each step, since they may be on meta when they are handed over."""
+    for group in optimizer.param_groups:
+        group['fused'] = all(p.is_floating_point() and p.device.type in ('cpu', 'cuda') for p in group['params'])
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, fused."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        _fused(self)
+        return super().step(closure)
+
+
 class DecoupledAdamW(composer.optim.DecoupledAdamW):
     """AdamW whose weight decay does not scale with the peak learning rate (Loshchilov & Hutter 2019), fused.
 
@@ -72,10 +87,10 @@ class DecoupledAdamW(composer.optim.DecoupledAdamW):
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
+        _fused(self)
         decays = [group['weight_decay'] for group in self.param_groups]
         for group in self.param_groups:
             group['weight_decay'] /= group['initial_lr']
-            group['fused'] = all(p.is_floating_point() and p.device.type in ('cpu', 'cuda') for p in group['params'])
         try:
             return torch.optim.AdamW.step(self, closure)
         finally:
@@ -86,7 +101,7 @@ class DecoupledAdamW(composer.optim.DecoupledAdamW):
 def build_optimizer(cfg: OptimizerConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """`decoupled_adamw` (weight decay as a factor of its own) or `adamw` (times the learning rate)."""
     settings: dict[str, Any] = {'lr': cfg.lr, 'betas': tuple(cfg.betas), 'eps': cfg.eps, 'weight_decay': cfg.weight_decay}
-    return DecoupledAdamW(params, **settings) if cfg.name == 'decoupled_adamw' else torch.optim.AdamW(params, **settings)
+    return DecoupledAdamW(params, **settings) if cfg.name == 'decoupled_adamw' else AdamW(params, **settings)
 
 
 def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Optional
 
@@ -68,6 +69,9 @@ def _fsdp_errors(c: Config, f: FSDPConfig, has_gpu: bool) -> list[str]:
                    'the model, above 1; without it Composer shards fully')
     if version == 2 and c.device_train_microbatch_size == 'auto' and has_gpu:
         out.append("device_train_microbatch_size: 'auto' is not in fsdp_config.version 2; set a number, or version: 1")
+    if not f.reduce_every_microbatch and c.device_train_microbatch_size == 'auto':
+        out.append('fsdp_config.reduce_every_microbatch: false needs a number as device_train_microbatch_size, which is '
+                   "'auto'; set one, or true")
     if fsdp_version(f, has_gpu) == 0 and (f.activation_checkpointing or f.activation_cpu_offload):
         out.append(f"fsdp_config.activation_checkpointing, activation_cpu_offload: not with 'NO_SHARD' of {why}, which is DDP; "
                    'set sharding_strategy SHARD_GRAD_OP or FULL_SHARD, or both to false')
@@ -187,6 +191,10 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
         device_batch_size(c.global_train_batch_size, world_size)
     except UserError as e:
         out.append(str(e))
+    if c.compile_config and c.compile_config.backend == 'inductor' and not has_gpu and not any(
+            shutil.which(name) for name in (os.environ.get('CXX', 'c++'), 'g++', 'clang++')):
+        out.append('compile_config: torch.compile needs a C++ compiler on a CPU, and there is no c++, g++ or clang++; install '
+                   'one, set the variable CXX, or set compile_config=null')
     if c.precision == 'amp_fp8' and importlib.util.find_spec('transformer_engine') is None:
         out.append("precision: 'amp_fp8' needs the package transformer-engine, which is not installed; set amp_bf16")
     if c.autoresume and (c.save_folder is None or run_name(c) is None):

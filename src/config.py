@@ -22,6 +22,7 @@ from src.checks import combination_errors
 from src.errors import UserError
 from src.schema import (
     MODEL_CONFIGS,
+    CompileConfig,
     Config,
     DatasetConfig,
     FSDPConfig,
@@ -187,7 +188,7 @@ def _fields_at(schema: type[BaseModel], loc: tuple) -> list[str]:
     """The keys that the schema has at a location that pydantic reports."""
     classes = {**MODEL_CONFIGS, 'model': MosaicGPTConfig, 'dataset': DatasetConfig, 'train_loader': LoaderConfig,
                'eval_loader': LoaderConfig, 'optimizer': OptimizerConfig, 'scheduler': SchedulerConfig,
-               'tokenizer': TokenizerConfig, 'fsdp_config': FSDPConfig, 'streams': StreamConfig}
+               'tokenizer': TokenizerConfig, 'fsdp_config': FSDPConfig, 'compile_config': CompileConfig, 'streams': StreamConfig}
     found = next((classes[part] for part in reversed(loc) if part in classes), schema)
     return list(found.model_fields)
 

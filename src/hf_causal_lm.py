@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from src.causal_lm import IGNORE, ComposerCausalLM, chunked_cross_entropy
+from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, plain_cross_entropy
 from src.config import parse
 from src.errors import UserError, first_line
 from src.schema import HFCausalLMConfig
@@ -47,8 +46,7 @@ class HFCausalLM(nn.Module):
         logits = self.hf(input_ids=input_ids, use_cache=False).logits  # (batch, seq, vocab)
         if targets is None:
             return logits
-        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction='sum')
-        return total / (targets != IGNORE).sum().clamp(min=1)
+        return plain_cross_entropy(logits, targets)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         return isinstance(module, self.block_types)

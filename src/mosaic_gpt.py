@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src.attention import CausalAttention, Documents
-from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, padding_to_the_right
+from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, padding_to_the_right, plain_cross_entropy
 from src.config import parse
 from src.errors import UserError
 from src.schema import MosaicGPTConfig
@@ -127,8 +127,10 @@ class MosaicGPT(nn.Module):
         for block in self.transformer['blocks']:  # pyright: ignore[reportGeneralTypeIssues]
             x = block(x, documents)
         x = self.transformer['ln_f'](x)
+        if targets is not None and self.cfg.loss_impl == 'plain':
+            return plain_cross_entropy(F.linear(x, self.lm_head.weight), targets)
         if targets is not None:
-            return chunked_cross_entropy(x, self.lm_head.weight, targets, self.cfg.loss_chunk_tokens)
+            return chunked_cross_entropy(x, self.lm_head.weight, targets, self.cfg.loss_chunk_tokens, self.cfg.vocab_multiple)
         if order is not None:
             x = x.gather(1, order.argsort(1)[:, :, None].expand_as(x))
         return F.linear(x, self.lm_head.weight)  # (batch, seq, vocab)
@@ -176,7 +178,9 @@ class MosaicGPT(nn.Module):
         return isinstance(module, GPTBlock)
 
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        return isinstance(module, GPTBlock)
+        """Every n-th block."""
+        number = self.module_path.get(module, '').rpartition('.')[2]
+        return isinstance(module, GPTBlock) and int(number) % self.cfg.activation_checkpointing_every == 0
 
 
 class ComposerMosaicGPT(ComposerCausalLM):

@@ -46,7 +46,10 @@ class MosaicGPTConfig(Section):
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits of a microbatch at once, for torch.compile to fuse
     loss_chunk_tokens: int = Field(default=1024, gt=0)  # tokens whose logits exist at one time
+    vocab_multiple: Optional[int] = Field(default=None, gt=0)  # of the chunked loss's logits' width; null: 64 on a GPU, else 1
+    activation_checkpointing_every: int = Field(default=1, gt=0)  # n: of every n blocks the first, where fsdp_config turns it on
 
 
 class HFCausalLMConfig(Section):
@@ -161,6 +164,18 @@ class FSDPConfig(Section):
     sync_module_states: bool = False
     use_orig_params: bool = True
     verbose: bool = False
+    reduce_every_microbatch: bool = True  # the kit's own; false: gradients are reduced once a step, and whole in memory till then
+
+
+class CompileConfig(Section):
+    """`compile_config:`. From `mode` on, the keys are torch.compile's own."""
+
+    scope: Literal['block', 'model'] = 'block'  # block: each on its own, one graph for all; model: everything at once
+    mode: Optional[Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']] = None
+    backend: str = 'inductor'
+    fullgraph: bool = False
+    dynamic: Optional[bool] = None
+    options: Optional[dict[str, Any]] = None
 
 
 class Config(Section):
@@ -193,7 +208,7 @@ class Config(Section):
     device_eval_batch_size: int = Positive
     precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8'] = 'auto'
     fsdp_config: Optional[FSDPConfig] = None
-    compile_config: Optional[dict[str, Any]] = None  # keywords of torch.compile; {} for its defaults
+    compile_config: Optional[CompileConfig] = None  # {}: torch.compile with its defaults; null: without
     dist_timeout: float = Field(default=600.0, gt=0)  # seconds
     max_nonfinite_in_a_row: int = Field(default=10, gt=0)  # batches with a loss or gradient that is no number, before it ends
 

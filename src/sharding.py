@@ -1,14 +1,18 @@
 """FSDP in both versions: what Composer's Trainer is given, and what it leaves to do."""
 
+from contextlib import ExitStack
 from typing import Any, Optional
 
 import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import FSDP2Config, FSDPConfig
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from src import schema
+from src.batch_size import grad_accum
 from src.checks import fsdp_version
 
 
@@ -18,7 +22,7 @@ def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Option
     if cfg is None or version == 0:
         return None
     if version == 1:
-        return {'fsdp': FSDPConfig(**cfg.model_dump(exclude={'version'}))}
+        return {'fsdp': FSDPConfig(**cfg.model_dump(exclude={'version', 'reduce_every_microbatch'}))}
     shared = cfg.model_dump(include=FSDP2Config.settable_attrs())
     return {'fsdp': FSDP2Config(reshard_after_forward=cfg.sharding_strategy == 'FULL_SHARD', **shared)}
 
@@ -49,3 +53,45 @@ def average_gradients(model: nn.Module) -> None:
     for block in blocks:
         if factor != 1.0:
             block.set_all_reduce_hook(divide)
+
+
+def compile_blocks(model: Any, keywords: Any) -> None:
+    """Has `torch.compile` take each block on its own, so that all share one graph and wrappers stay outside of it.
+
+    Args:
+        model: Its `fsdp_wrap_fn` says what is a block. Names of parameters do not change.
+        keywords: Of `torch.compile`.
+    """
+    for module in list(model.modules()):
+        if model.fsdp_wrap_fn(module):
+            module.compile(**keywords)
+
+
+class ReduceOncePerStep(Callback):
+    """Has FSDP sum the gradients of a step's microbatches on each device, and reduce them with the last one's.
+
+    Composer reduces them with every microbatch, which DDP does not. Until the last, whole gradients are kept.
+    """
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._kept = ExitStack()
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        assert state.device_train_microbatch_size is not None
+        self._left = grad_accum(len(state.batch['input_ids']), int(state.device_train_microbatch_size))
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        self._left -= 1
+        for module in state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(self._left == 0, recurse=False)
+            elif isinstance(module, FullyShardedDataParallel) and self._left > 0 and module.check_is_root():
+                self._kept.enter_context(module.no_sync())
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        self._kept.close()
+
+
+def build_callbacks(cfg: Optional[schema.FSDPConfig]) -> list[Callback]:
+    return [ReduceOncePerStep()] if cfg and not cfg.reduce_every_microbatch else []

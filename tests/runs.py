@@ -23,6 +23,17 @@ import main
 from src import builders, config, rendezvous
 
 builders.LOGGERS['memory'] = InMemoryLogger
+reductions = 0  # of gradients that FSDP shards
+reduce_scatter: Any = torch.distributed.reduce_scatter_tensor
+
+
+def counted(*args: Any, **kwargs: Any) -> Any:
+    global reductions
+    reductions += 1
+    return reduce_scatter(*args, **kwargs)
+
+
+torch.distributed.reduce_scatter_tensor = counted
 
 
 class Samples(Callback):
@@ -47,11 +58,13 @@ def record(trainer: Trainer) -> dict[str, Any]:
             'lrs': {int(t.batch): float(v) for t, v in data.get('lr-DecoupledAdamW/group0', [])},
             'batches': next((cb.batches for cb in trainer.state.callbacks if isinstance(cb, Samples)), []),
             'weights': {k: v.clone() for k, v in weights.items()},
-            'batch': int(trainer.state.timestamp.batch)}
+            'batch': int(trainer.state.timestamp.batch), 'reductions': reductions}
 
 
 def train(*argv: str) -> dict[str, Any]:
     """One run in this process; arguments as of main.py."""
+    global reductions
+    reductions = -1  # one asks what an average is
     trainer = main.main(config.load([*argv, 'loggers.memory={}', 'callbacks.samples={}', 'log_to_console=false']))
     result = record(trainer)
     trainer.close()

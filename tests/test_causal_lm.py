@@ -19,7 +19,8 @@ TINY = dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=24, vocab_size=97, in
 
 @pytest.mark.parametrize('chunk', [1, 7, 64, 1000])
 @pytest.mark.parametrize('padding', ['none', 'some', 'most'])
-def test_chunked_loss_equals_cross_entropy_on_full_logits(chunk, padding):
+@pytest.mark.parametrize('multiple', [1, 43, 64])
+def test_chunked_loss_equals_cross_entropy_on_full_logits(chunk, padding, multiple):
     torch.manual_seed(3)
     hidden = torch.randn(4, 33, 48).requires_grad_()
     weight = (0.3 * torch.randn(301, 48)).requires_grad_()
@@ -28,7 +29,7 @@ def test_chunked_loss_equals_cross_entropy_on_full_logits(chunk, padding):
     targets[torch.rand(4, 33) > keep] = IGNORE
     want = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
     want_grads = torch.autograd.grad(3 * want, (hidden, weight))
-    got = chunked_cross_entropy(hidden, weight, targets, chunk)
+    got = chunked_cross_entropy(hidden, weight, targets, chunk, multiple)
     got_grads = torch.autograd.grad(3 * got, (hidden, weight))
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     for a, b in zip(got_grads, want_grads, strict=True):
@@ -43,14 +44,15 @@ def test_chunked_loss_without_targets_is_zero_with_zero_gradient():
     assert hidden.grad is not None and not hidden.grad.any() and weight.grad is not None and not weight.grad.any()
 
 
-def test_chunked_loss_under_bf16_autocast_is_close_and_keeps_dtypes():
+@pytest.mark.parametrize('multiple', [1, 64])
+def test_chunked_loss_under_bf16_autocast_is_close_and_keeps_dtypes(multiple):
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 16, 32, requires_grad=True), (0.2 * torch.randn(50, 32)).requires_grad_()
     targets = torch.randint(0, 50, (4, 16))
     want = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
     want_grads = torch.autograd.grad(want, (hidden, weight))
     with torch.autocast('cpu', torch.bfloat16):
-        loss = chunked_cross_entropy(hidden, weight, targets, 16)
+        loss = chunked_cross_entropy(hidden, weight, targets, 16, multiple)
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(want.item(), rel=5e-3)
     assert loss.item() != want.item()  # bf16 was used
@@ -91,6 +93,20 @@ def test_model_gradients_are_those_of_the_loss_on_full_logits():
     F.cross_entropy(model.model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     for name, p in model.named_parameters():
         assert (grads[name] - p.grad).norm() <= 2e-6 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize('options', [dict(vocab_multiple=64), dict(loss_impl='plain')], ids=['padded vocabulary', 'plain loss'])
+def test_ways_to_the_loss_are_one_model(options):
+    ids = torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[1, 9:] = IGNORE
+    want, got = ComposerMosaicGPT(TINY), ComposerMosaicGPT(TINY | options)
+    losses = [model({'input_ids': ids, 'labels': labels})['loss'] for model in (want, got)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, a), (same, b) in zip(want.named_parameters(), got.named_parameters(), strict=True):
+        assert name == same and a.shape == b.shape and (a.grad - b.grad).norm() <= 2e-6 * a.grad.norm(), name
 
 
 def test_metrics_come_from_the_loss_and_weigh_tokens():

@@ -57,6 +57,11 @@ BAD = [
     (['fsdp_config.sharding_stratgy=FULL_SHARD'], ['fsdp_config.sharding_stratgy', "did you mean 'sharding_strategy'"]),
     (['fsdp_config.sharding_strategy=FULL'], ["fsdp_config.sharding_strategy: 'FULL' is not one of 'FULL_SHARD'"]),
     (['fsdp_config.min_params=1e8'], ['fsdp_config.min_params: no such key']),
+    (['compile_config.moed=default'], ["compile_config.moed: no such key; did you mean 'mode'?"]),
+    (['compile_config.scope=layer'], ["compile_config.scope: 'layer' is not one of 'block' or 'model'"]),
+    (['compile_config.mode=fast'], ["compile_config.mode: 'fast' is not one of 'default', 'reduce-overhead'"]),
+    (['model.loss_impl=fused'], ["model.loss_impl: 'fused' is not one of 'chunked' or 'plain'"]),
+    (['model.vocab_multiple=0'], ['model.vocab_multiple: 0 must be greater than 0']),
     (['train_loader.dataset.cache_limit=1gb'],
      ["train_loader.dataset.cache_limit: '1gb' with no remote would delete the only copy"]),
     (['train_loader.dataset.split=val'],
@@ -239,6 +244,8 @@ ON_GPUS = [
      "fsdp_config.sharding_strategy: 'HYBRID_SHARD' is not in version 2; set FULL_SHARD, or version: 1 on GPUs"),
     (['fsdp_config.version=2', 'device_train_microbatch_size=auto'],
      "device_train_microbatch_size: 'auto' is not in fsdp_config.version 2; set a number, or version: 1"),
+    (['fsdp_config.reduce_every_microbatch=false', 'device_train_microbatch_size=auto'],
+     "fsdp_config.reduce_every_microbatch: false needs a number as device_train_microbatch_size, which is 'auto'"),
     (['fsdp_config.version=2', 'fsdp_config.data_parallel_replicate_degree=2'], 'not in version 2, which shards over all'),
     (['fsdp_config.sharding_strategy=HYBRID_SHARD'], "'HYBRID_SHARD' needs data_parallel_replicate_degree"),
     (['fsdp_config.load_monolith_rank0_only=true'], 'fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true'),
@@ -281,7 +288,7 @@ def test_text_packed_on_the_fly_needs_canonical_nodes_that_fit():
 
 def test_fsdp_keys_are_composers():
     theirs = {f.name for f in dataclasses.fields(ComposerFSDPConfig)}
-    assert set(FSDPConfig.model_fields) - theirs == {'version'}
+    assert set(FSDPConfig.model_fields) - theirs == {'version', 'reduce_every_microbatch'}
     assert FSDP2Config.settable_attrs() - set(FSDPConfig.model_fields) == {'device_mesh', 'reshard_after_forward'}
 
 
@@ -299,3 +306,12 @@ def test_interpolations_reach_nested_sections():
     cfg = OmegaConf.merge(config.load([QUICKSTART]), {'max_seq_len': 64})
     c = config.check(cfg, builders.REGISTRIES, 1, False)
     assert c.train_loader.dataset.max_seq_len == c.tokenizer.max_seq_len == 64
+
+
+def test_compilation_on_a_cpu_needs_a_compiler(monkeypatch):
+    check('compile_config={}')
+    monkeypatch.setattr('shutil.which', lambda name: None)
+    with pytest.raises(UserError, match='compile_config: torch.compile needs a C\\+\\+ compiler on a CPU, .* install one'):
+        check('compile_config={}')
+    check('compile_config.backend=aot_eager')
+    check('compile_config={}', has_gpu=True)

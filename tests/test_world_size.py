@@ -19,6 +19,11 @@ HELD = {
     'full shard': [f'{FSDP}=FULL_SHARD'],
     'full shard from meta': [f'{FSDP}=FULL_SHARD', 'model.device=meta', 'train_loader.num_workers=1'],
     'shard grad op': [f'{FSDP}=SHARD_GRAD_OP', 'fsdp_config.activation_checkpointing=true', 'model.device=meta'],
+    'reduced once': [f'{FSDP}=FULL_SHARD', 'fsdp_config.reduce_every_microbatch=false'],
+    'compiled blocks': [f'{FSDP}=FULL_SHARD', 'compile_config.backend=aot_eager', 'fsdp_config.activation_checkpointing=true',
+                        'model.activation_checkpointing_every=2'],
+    'compiled': [f'{FSDP}=FULL_SHARD', 'compile_config.backend=aot_eager', 'compile_config.scope=model'],
+    'compiled ddp': ['compile_config.backend=aot_eager', 'model.loss_impl=plain'],
 }
 HF = ['yamls/hf_causal_lm/gpt2-small.yaml', 'model.pretrained_model_name_or_path=null', 'model.config_overrides.model_type=gpt2',
       'model.config_overrides.n_embd=16', 'model.config_overrides.n_head=2', 'model.config_overrides.n_layer=2',
@@ -58,7 +63,7 @@ def runs(tokens_root, mds_root, tmp_path_factory):
     return on
 
 
-TWO, FOUR = (pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))
+pytestmark = pytest.mark.slow
 
 
 def close(got, want, start: int = 0) -> None:
@@ -70,14 +75,14 @@ def close(got, want, start: int = 0) -> None:
 
 
 @pytest.mark.parametrize('held', HELD)
-@pytest.mark.parametrize('n', [TWO, FOUR])
+@pytest.mark.parametrize('n', [2, 4])
 def test_more_ranks_give_the_run_of_one(runs, n, held):
     close(runs(n)[held], runs(1)['one'])
     assert runs(n)[held]['batches'] == runs(1)['one']['batches']
 
 
 @pytest.mark.parametrize('which', ['hf', 'hf sharded', 'text'])
-@pytest.mark.parametrize('n', [TWO, FOUR])
+@pytest.mark.parametrize('n', [2, 4])
 def test_hugging_face_and_text_too(runs, n, which):
     close(runs(n)[which], runs(1)['hf' if which == 'hf sharded' else which])
     assert runs(n)[which]['batches'] == runs(1)[which]['batches']
@@ -87,11 +92,16 @@ def test_one_device_sharded_is_one_device(runs):
     close(runs(1)['full shard'], runs(1)['one'])
 
 
-@pytest.mark.parametrize('n', [1, FOUR])
+@pytest.mark.parametrize('n', [1, 4])
 def test_what_two_ranks_saved_in_shards_loads_on_other_numbers(runs, n):
     close(runs(2)['saves'], runs(1)['one'])
     close(runs(n)['loads'], runs(1)['one'], start=10)
     assert runs(n)['loads']['batches'] == runs(1)['one']['batches'][10:]
+
+
+def test_gradients_are_reduced_once_a_step(runs):
+    every, once = (runs(2)[name]['reductions'] for name in ('full shard', 'reduced once'))
+    assert once == 24 * 3 and every == 3 * once, 'two blocks and the root, in 24 steps of 3 microbatches'
 
 
 def test_the_head_stays_tied(runs):
