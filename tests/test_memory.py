@@ -1,0 +1,367 @@
+"""Predicted memory against what the real model allocates in the second of two steps.
+
+On a CPU the allocator's own events are summed, and tensors without data (FakeTensorMode) counted. For GPUs the latter, at
+the sizes of the YAMLs, on a CPU that follows the type rules of a GPU's autocast, in one of many ranks that exchange nothing.
+What only a GPU has is not in these counts: its kernels' scratch memory, the caching allocator's delays and fragments.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import accumulate
+from typing import Any, Optional
+
+import pytest
+import torch
+import torch.distributed._tools.fake_collectives  # gives collectives a form for tensors without data
+from composer.distributed import prepare_distributed
+from composer.distributed.mosaic_parallelism import BACKWARD_PREFETCH_MAP, SHARDING_MAP, get_mixed_precision
+from composer.distributed.prepare_distributed import parallelize_composer_model
+from composer.models import ComposerModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.profiler import profile
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils, fully_sharded_data_parallel
+from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from src import config
+from src.builders import build_optimizer, resolve_precision
+from src.checks import fsdp_version
+from src.errors import UserError
+from src.memory import GPU_WORKSPACE, Memory, moments, predict, table
+from src.model_registry import COMPOSER_MODEL_REGISTRY
+from src.mosaic_gpt import MosaicGPT
+from src.schema import Config
+from src.sharding import build_parallelism
+
+
+def parsed(yaml: str, *overrides: str) -> Config:
+    return Config.model_validate(config.plain(config.load([f'yamls/{yaml}.yaml', *overrides])))
+
+
+Storage: Any = torch.UntypedStorage
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that exist: views and in-place operators add none, FSDP frees some by resizing them to 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def set(self, key: int, size: int) -> None:
+        self.now += size - self.sizes[key]
+        self.sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.sizes:
+            self.sizes[id(storage)] = 0
+            weakref.finalize(storage, self.remove, id(storage))
+        self.set(id(storage), storage.nbytes())
+
+    def remove(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # it is taken apart first, into tensors that come here
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and not isinstance(x, DTensor):
+                self.add(x)
+        return out
+
+    def __enter__(self):
+        self.resize = resize = Storage.resize_
+
+        def resize_(storage, size):
+            resize(storage, size)
+            if id(storage) in self.sizes:
+                self.set(id(storage), size)
+        Storage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        Storage.resize_ = self.resize
+        return super().__exit__(*args)
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[[int], None]]:
+    """Called with a world size, makes this process rank 0 of a group whose other ranks do not exist."""
+    yield lambda n: torch.distributed.init_process_group('fake', rank=0, world_size=n, store=FakeStore())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+Wrap = Callable[[ComposerModel, torch.optim.Optimizer], None]
+
+
+def two_steps(c: Config, microbatch: int, amp: bool, wrap: Optional[Wrap] = None,
+              live: Optional[LiveBytes] = None) -> tuple[ComposerModel, torch.optim.Optimizer]:
+    """Trains as Composer does, on one rank's batch; the second step finds all that stays from step to step."""
+    model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
+    optimizer = build_optimizer(c.optimizer, model.parameters())
+    if wrap:
+        wrap(model, optimizer)
+    for group in optimizer.param_groups:
+        group['initial_lr'] = group['lr']
+    batch = {key: torch.zeros(microbatch, c.max_seq_len, dtype=torch.long) for key in ('input_ids', 'labels')}
+    for _ in range(2):
+        if live:
+            live.peak = live.now
+        optimizer.zero_grad()
+        for _ in range(c.global_train_batch_size // microbatch):
+            with torch.autocast('cpu', torch.bfloat16) if amp else nullcontext():
+                loss = model(batch)['loss']
+            loss.backward()
+            del loss
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model, optimizer
+
+
+# ---------------------------------------------------------------- real tensors
+
+
+def allocated_peak(c: Config, microbatch: int) -> int:
+    """The largest sum of the CPU allocator's events over both steps; the second is never below the first."""
+    for _ in range(5):
+        profiler: Any = profile(profile_memory=True)
+        with profiler:
+            model, _ = two_steps(c, microbatch, False)
+        sums = list(accumulate(e.nbytes() for e in profiler.kineto_results.events() if e.name() == '[memory]'))
+        if sums[-1] >= 4 * sum(p.nbytes for p in model.parameters()):  # else the profiler has lost events on a busy machine
+            return max(sums)
+    raise AssertionError('the profiler loses events')
+
+
+def small(d_model: int, n_layers: int, vocab_size: int, seq_len: int, microbatch: int, accum: int, *overrides: str) -> Config:
+    return parsed('quickstart', 'tokenizer_name=none', f'model.d_model={d_model}', f'model.n_layers={n_layers}',
+                  f'model.vocab_size={vocab_size}', f'max_seq_len={seq_len}', f'global_train_batch_size={microbatch * accum}',
+                  *overrides)
+
+
+CPU = {  # d_model, layers, vocab, seq, microbatch, accumulation: where it peaks
+    'chunks': (128, 4, 8192, 128, 4, 1, 'model.loss_chunk_tokens=128', 'in the loss'),
+    'one chunk': (64, 4, 512, 128, 2, 1, 'model.loss_chunk_tokens=256', 'in the loss'),
+    'deep': (64, 8, 512, 256, 2, 1, 'model.loss_chunk_tokens=64', "in the last block's backward"),
+    'accumulated': (128, 3, 512, 128, 2, 2, 'model.loss_chunk_tokens=64', "in the last block's backward"),
+    'long': (64, 2, 512, 512, 1, 1, 'model.attn_impl=sdpa', 'in the loss'),
+    'softmax kept': (64, 2, 512, 512, 1, 1, 'model.attn_impl=torch', "in the last block's backward"),
+    'softmax kept, deep': (64, 6, 512, 256, 2, 1, 'model.attn_impl=torch', "in the last block's backward"),
+    'dropout': (128, 4, 512, 128, 2, 1, 'model.resid_pdrop=0.1', 'model.loss_chunk_tokens=64', "in the last block's backward"),
+    'plain loss': (64, 2, 8192, 128, 2, 1, 'model.loss_impl=plain', 'start of the backward pass'),
+    'weights alone': (256, 4, 512, 64, 1, 2, "end of the last block's backward"),
+    'embeddings': (256, 4, 8192, 64, 1, 1, 'model.loss_chunk_tokens=8', "embeddings' backward"),
+    'adamw': (64, 2, 32768, 64, 1, 1, 'model.loss_chunk_tokens=1', 'optimizer.name=adamw', 'optimizer step'),
+}
+
+
+@pytest.mark.parametrize('case', ['deep', 'embeddings'])
+def test_fp32_on_a_cpu_as_its_allocator_counts(case):
+    """Where two gradients meet, the engine adds in place, unless operators are counted: then it makes a third."""
+    *sizes, _ = CPU[case]
+    c = small(*sizes)
+    assert predict(c, 1, False, sizes[4]).total == pytest.approx(allocated_peak(c, sizes[4]), rel=0.03)
+
+
+def test_what_stays_is_exact():
+    c = small(64, 2, 512, 64, 1, 1)
+    model, optimizer = two_steps(c, 1, amp=False)
+    step = moments(c, 1, False, 1)[-1]
+    assert step.weights == sum(p.nbytes for p in model.parameters())
+    assert step.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert step.optimizer == sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+    assert (step.moment, step.activations, step.logits, step.workspace) == ('optimizer step', 0, 0, 0)
+
+
+# ---------------------------------------------------------------- tensors without data
+
+
+@pytest.fixture(scope='module')
+def autocast_of_a_gpu() -> Iterator[None]:
+    """A CPU's autocast leaves LayerNorm, softmax and powers as they are; a GPU's computes them in fp32."""
+    library = torch.library.Library('aten', 'IMPL')
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def in_fp32(operator: Callable) -> Callable:
+        def run(*args, **kwargs):
+            with torch._C._ExcludeDispatchKeyGuard(autocast):
+                return operator(*(x.float() if isinstance(x, Tensor) else x for x in args), **kwargs)
+        return run
+
+    for name in ('layer_norm', 'softmax.int', 'pow.Tensor_Scalar'):
+        packet, _, overload = name.partition('.')
+        library.impl(name, in_fp32(getattr(getattr(torch.ops.aten, packet), overload or 'default')), 'AutocastCPU')
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def without_data(autocast_of_a_gpu, monkeypatch) -> pytest.MonkeyPatch:
+    for name in ('init_weights', 'param_init_fn'):  # there is nothing to fill
+        monkeypatch.setattr(MosaicGPT, name, lambda *_: None)
+    monkeypatch.setattr(prepare_distributed, '_validate_precision', lambda *_: None)  # bf16, on a CPU
+    return monkeypatch
+
+
+def fsdp1(model: Any, c: Config, patch: pytest.MonkeyPatch) -> FullyShardedDataParallel:
+    """Wraps with the settings of Composer's `prepare_fsdp_module`, which needs a GPU; FSDP1 is told that a CPU is one."""
+    f = c.fsdp_config
+    assert f is not None
+
+    class Handle:
+        is_available = staticmethod(lambda: True)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch.cpu, name)
+
+    def init_device_handle(state: Any, *_: Any) -> None:
+        state._device_handle = Handle()
+
+    patch.setattr(fully_sharded_data_parallel, '_init_device_handle', init_device_handle)
+    patch.setattr(_init_utils, '_get_compute_device', lambda *_: torch.device('cpu'))
+    wrapped = FullyShardedDataParallel(
+        model, sharding_strategy=SHARDING_MAP[f.sharding_strategy], auto_wrap_policy=CustomPolicy(model.fsdp_wrap_fn),
+        mixed_precision=get_mixed_precision(resolve_precision(c.precision, True), f.mixed_precision)[0],
+        backward_prefetch=BACKWARD_PREFETCH_MAP[f.backward_prefetch], limit_all_gathers=f.limit_all_gathers,
+        use_orig_params=f.use_orig_params)
+    if f.activation_checkpointing:
+        apply_activation_checkpointing(wrapped, checkpoint_wrapper, model.activation_checkpointing_fn)
+    return wrapped
+
+
+def live_peak(c: Config, world_size: int, microbatch: int, patch: pytest.MonkeyPatch, has_gpu: bool = True) -> int:
+    """The peak of rank 0's second step; `c.global_train_batch_size` is over all ranks."""
+    version = fsdp_version(c.fsdp_config, has_gpu)
+    mesh = init_device_mesh('cpu', (world_size,)) if version == 2 else None
+
+    def wrap(model: ComposerModel, optimizer: torch.optim.Optimizer) -> None:
+        precision = resolve_precision(c.precision, has_gpu)
+        if version == 2:
+            parallelism = build_parallelism(c.fsdp_config, has_gpu)
+            assert parallelism
+            parallelism['fsdp'].device_mesh = mesh
+            parallelize_composer_model(model, optimizer, parallelism['fsdp'], precision)
+        elif version == 1:
+            group = {key: value for key, value in optimizer.param_groups.pop().items() if key != 'params'}
+            model.model = fsdp1(model.model, c, patch)
+            optimizer.add_param_group({'params': list(model.parameters())} | group)
+
+    update: dict[str, Any] = {'global_train_batch_size': c.global_train_batch_size // world_size}
+    if c.model.name == 'mosaic_gpt' and c.model.attn_impl == 'flash':
+        # PyTorch's FlashAttention for CPUs, of which autograd keeps the same
+        update['model'] = c.model.model_copy(update={'attn_impl': 'sdpa', 'device': 'cpu'})
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        kept = two_steps(c.model_copy(update=update), microbatch, has_gpu and c.precision != 'fp32', wrap, live)
+    del kept
+    return live.peak
+
+
+V2, FEW, LIGHT = 'fsdp_config.version=2', 'model.n_layers=6', ('model.vocab_size=256', 'max_seq_len=128', 'model.n_layers=6')
+GPU = {  # YAML, devices, accumulation, overrides; the microbatch is the YAML's
+    '125m alone': ('mosaic_gpt/125m', 1, 1, 'fsdp_config=null'),
+    '125m alone, FSDP1': ('mosaic_gpt/125m', 1, 1),
+    '125m FSDP1': ('mosaic_gpt/125m', 8, 1),
+    '125m FSDP2': ('mosaic_gpt/125m', 8, 1, V2),
+    '350m FULL': ('mosaic_gpt/350m', 8, 1, FEW, 'fsdp_config.mixed_precision=FULL'),
+    '350m kept': ('mosaic_gpt/350m', 8, 1, FEW, V2, 'fsdp_config.sharding_strategy=SHARD_GRAD_OP'),
+    '350m fp32': ('mosaic_gpt/350m', 16, 2, FEW, 'precision=fp32'),
+    '350m softmax kept': ('mosaic_gpt/350m', 8, 1, FEW, 'model.attn_impl=torch', 'model.device=cpu'),
+    '1b checkpointed': ('mosaic_gpt/1b', 8, 1),
+    '1b checkpointed, FSDP2': ('mosaic_gpt/1b', 64, 2, FEW, V2),
+    '1b every other block': ('mosaic_gpt/1b', 8, 1, 'model.activation_checkpointing_every=2', 'device_train_microbatch_size=2'),
+    '3b checkpointed': ('mosaic_gpt/3b', 64, 1, FEW),
+    '7b one sample': ('mosaic_gpt/7b', 64, 1, FEW, 'device_train_microbatch_size=1'),
+    '70b PURE': ('mosaic_gpt/70b', 256, 1, FEW),
+    '1b light, FSDP1': ('mosaic_gpt/1b', 64, 1, *LIGHT, 'device_train_microbatch_size=1'),
+    '1b light, FSDP2': ('mosaic_gpt/1b', 64, 2, *LIGHT, V2, 'device_train_microbatch_size=1'),
+    'GPT-2 of Hugging Face': ('hf_causal_lm/gpt2-small', 1, 1, 'model.pretrained_model_name_or_path=null',
+                              'model.config_overrides.model_type=gpt2', 'model.config_overrides.n_layer=4', 'fsdp_config=null'),
+}
+
+
+@pytest.mark.parametrize('case', GPU)
+def test_mixed_precision_by_tensors_without_data(case, processes, without_data):
+    yaml, world_size, accum, *overrides = GPU[case]
+    c = parsed(yaml, *overrides)
+    microbatch = c.device_train_microbatch_size
+    assert isinstance(microbatch, int)
+    c = c.model_copy(update={'global_train_batch_size': world_size * accum * microbatch})
+    processes(world_size)
+    predicted = predict(c, world_size, True, microbatch)
+    assert predicted.workspace == GPU_WORKSPACE
+    within = 0.08 if 'Hugging Face' in case else 0.05
+    assert predicted.total - GPU_WORKSPACE == pytest.approx(live_peak(c, world_size, microbatch, without_data), rel=within)
+
+
+@pytest.mark.parametrize('case', [case for case in CPU if case != 'embeddings'])
+def test_fp32_on_a_cpu(case, without_data):
+    *sizes, moment = CPU[case]
+    c = small(*sizes)
+    predicted = predict(c, 1, False, sizes[4])
+    assert predicted.moment == moment
+    assert predicted.total == pytest.approx(live_peak(c, 1, sizes[4], without_data, False), rel=0.03)
+
+
+@pytest.mark.parametrize('world_size', [1, 4])
+def test_checkpointed_and_sharded_on_cpus(world_size, processes, without_data):
+    processes(world_size)
+    c = small(128, 4, 512, 256, 4, world_size, 'fsdp_config.activation_checkpointing=true', 'model.loss_chunk_tokens=128')
+    assert predict(c, world_size, False, 4).total == pytest.approx(live_peak(c, world_size, 4, without_data, False), rel=0.03)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def step(world_size: int, *overrides: str) -> Memory:
+    return moments(parsed('mosaic_gpt/7b', *overrides), world_size, True, 8)[-1]
+
+
+def test_what_is_sharded_is_divided_among_those_who_share_it():
+    whole = step(1)
+    for strategy, world_size, by in (('FULL_SHARD', 64, 64), ('SHARD_GRAD_OP', 64, 64), ('NO_SHARD', 64, 1)):
+        part = step(world_size, f'fsdp_config.sharding_strategy={strategy}')
+        assert [part.weights * by, part.gradients * by] == pytest.approx([whole.weights, whole.gradients])
+    hybrid = step(64, 'fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=4')
+    assert hybrid.weights == pytest.approx(whole.weights / 16)
+    assert step(64, 'fsdp_config=null').gradients == 2 * whole.gradients  # DDP's buckets
+
+
+def test_offloaded_activations_do_not_grow_with_depth():
+    shallow, deep, kept = (predict(parsed('mosaic_gpt/1b', f'fsdp_config.activation_cpu_offload={x}', f'model.n_layers={n}'),
+                                   64, True, 16) for x, n in (('true', 8), ('true', 80), ('false', 80)))
+    assert shallow.activations == deep.activations > 0
+    assert kept.activations - deep.activations == 80 * 16 * 2048 * 2048 * 2  # a block's input, in bf16
+
+
+def test_prefetching_holds_another_block():
+    none, one = (moments(parsed('mosaic_gpt/7b', f'fsdp_config.backward_prefetch={x}'), 64, True, 8)[2]
+                 for x in ('NONE', 'BACKWARD_PRE'))
+    assert one.weights - none.weights == 2 * (12 * 4096**2 + 13 * 4096)
+
+
+def test_models_that_cannot_be_predicted_are_named():
+    c = parsed('hf_causal_lm/gpt2-small', 'model.pretrained_model_name_or_path=null')
+    c = c.model_copy(update={'model': c.model.model_copy(update={'config_overrides': {'model_type': 'llama'}})})
+    with pytest.raises(UserError, match="'llama' cannot be predicted; that of mosaic_gpt can"):
+        predict(c, 1, True, 1)
+
+
+def test_the_table_adds_up():
+    memory = Memory("in the loss", *(2**30 * n for n in (1, 2, 3, 4, 5, 6)))
+    lines = table(memory).splitlines()
+    assert 'in the loss' in lines[0]
+    assert [line.split() for line in lines[1:]] == [
+        ['weights', '1.00', 'GiB'], ['gradients', '2.00', 'GiB'], ['optimizer', '3.00', 'GiB'], ['activations', '4.00', 'GiB'],
+        ['logits', '5.00', 'GiB'], ['workspace', '6.00', 'GiB'], ['peak', '21.00', 'GiB']]
