@@ -1,0 +1,271 @@
+"""Times training: `python src/benchmark.py YAML [key=value ...] [--steps 20] [--sweep key=a,b] [--against hf] [--profile]`.
+
+What is timed is a run as `main.py` makes it, through Composer's Trainer, with the YAML's batch, precision, sharding and loader.
+Its data are random tokens in a temporary folder (--real_data: the YAML's own), it saves and logs nothing. The same command after
+`composer` times several devices. Rates are of the median step after the warm-up.
+"""
+# ruff: noqa: E402
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import main as training  # before Composer, which reads what it sets
+
+# isort: split
+import argparse
+import gc
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from composer.utils import dist
+from omegaconf import DictConfig, OmegaConf
+from torch import version as torch_version
+
+from src import builders, config
+from src.attention import CausalAttention
+from src.errors import UserError, positive
+from src.flops import peak_flops, train_flops_per_token
+from src.memory import predict
+from src.processes import FailureWatch
+from src.schema import Config
+from src.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals, peak_memory, reset_peak_memory
+
+PACKAGES = ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers', 'flash-attn')
+VOCAB_SIZE = 50257  # of random tokens for a model that does not say how many it has
+SYNTHETIC_BYTES = 64_000_000  # of random tokens, at most; they are read again where the steps need more
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('yaml', metavar='YAML')
+    add('overrides', nargs='*', metavar='key=value', help='as for main.py')
+    add('--steps', type=positive, default=20, help='timed, after the warm-up; default: %(default)s')
+    add('--warmup', type=positive, default=5, help='steps before, in which everything is compiled; default: %(default)s')
+    add('--real_data', action='store_true', help="the YAML's data in place of random tokens")
+    add('--sweep', action='append', default=[], metavar='key=a,b,c', help='a run for each value; several: for each combination')
+    add('--against', action='append', choices=['hf', 'bare'], default=[], help='time in the same run, alternating, hf: Hugging '
+        "Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that loop, which shows what the Trainer "
+        'costs; may be given twice')
+    add('--profile', action='store_true', help=f'{PROFILED} more steps under the profiler: a Chrome trace and a table')
+    add('--out', type=Path, default=Path('benchmark'), metavar='PATH', help='PATH.json and PATH.md; default: %(default)s')
+    add('--append', action='store_true', help='keep what the two files hold')
+    return parser.parse_intermixed_args(argv)
+
+
+# ---------------------------------------------------------------- one run
+
+
+@contextmanager
+def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, str]]:
+    """Random tokens and a tokenizer of as many, in a temporary folder that the ranks of a node share.
+
+    Yields:
+        The settings that name them.
+    """
+    folder = Path(tempfile.gettempdir(), f'benchmark-{os.getppid() if dist.get_world_size() > 1 else os.getpid()}')
+    try:
+        if dist.get_local_rank() == 0:
+            from streaming import MDSWriter
+            from tokenizers import Tokenizer, models
+            from transformers import PreTrainedTokenizerFast
+
+            making = folder.with_name(f'{folder.name}-making')
+            vocabulary = {f'<{i}>': i for i in range(vocab_size)}
+            PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, '<0>')), eos_token='<0>',
+                                    pad_token='<0>').save_pretrained(str(making / 'tokenizer'))
+            rng, dtype = np.random.default_rng(0), np.min_scalar_type(vocab_size - 1)
+            fitting = max(1, min(rows, SYNTHETIC_BYTES // (seq_len * dtype.itemsize)))
+            with MDSWriter(out=str(making / 'train'), columns={'tokens': f'ndarray:{dtype.name}:{seq_len}'}) as writer:
+                for _ in range(fitting):
+                    writer.write({'tokens': rng.integers(1, vocab_size, seq_len).astype(dtype)})
+            making.rename(folder)
+        while not folder.exists():
+            time.sleep(0.1)
+        yield {'data_remote': str(folder), 'data_local': str(folder), 'tokenizer_name': str(folder / 'tokenizer')}
+    finally:
+        if dist.get_local_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
+    """The run that is timed: the YAML's, but that it ends after `steps`, evaluates, saves, logs and resumes nothing."""
+    changed: dict[str, Any] = {'max_duration': f'{steps}ba', 'scheduler.t_warmup': '1ba', 'scheduler.t_max': '1dur',
+                               'eval_loader': None, 'save_folder': None, 'load_path': None, 'autoresume': False, 'loggers': {},
+                               'callbacks': {}, 'progress_bar': False, 'log_to_console': False, **data}
+    for key, value in changed.items():
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    if data:
+        dataset = cfg.train_loader.dataset
+        dataset.update(remote=data['data_remote'], local=data['data_local'], split='train', shuffle=False, num_canonical_nodes=1,
+                       tokenizer_name=data['tokenizer_name'], epoch_size=steps * cfg.global_train_batch_size)
+        dataset.pop('streams', None)
+        cfg.tokenizer.tokenizer_name = data['tokenizer_name']
+    return cfg
+
+
+def run(args: argparse.Namespace, overrides: list[str], failures: Optional[FailureWatch] = None) -> dict[str, Any]:
+    """One record: what was timed, where, and the figures.
+
+    Raises:
+        UserError: The YAML or an override does not do.
+    """
+    cfg = config.load([args.yaml, *overrides])
+    c = config.check(cfg, builders.REGISTRIES, dist.get_world_size(), torch.cuda.is_available())
+    steps = args.warmup + args.steps + (PROFILED if args.profile else 0)
+    trace = args.out.with_suffix('.trace.json') if args.profile and dist.get_global_rank() == 0 else None
+    vocab_size = getattr(c.model, 'vocab_size', VOCAB_SIZE)
+    with nullcontext({}) if args.real_data else synthetic(vocab_size, c.max_seq_len, steps * c.global_train_batch_size) as data:
+        watch = Stopwatch(args.warmup, args.steps, build_rivals(args.against, c), trace)
+        gc.collect()
+        reset_peak_memory()
+        trainer = training.main(prepare(cfg, steps, data), failures, [watch])
+        record = describe(args, overrides, trainer, c, watch)
+        trainer.close()
+    return record
+
+
+def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Config, watch: Stopwatch) -> dict[str, Any]:
+    model, devices, gpu = trainer.state.model, dist.get_world_size(), torch.cuda.is_available()
+    model = getattr(model, 'module', model)  # DDP's
+    step = watch.milliseconds()
+    ms = {name: statistics.median(s[name] for s in step) for name in ('total', *PARTS)}
+    tokens = c.global_train_batch_size * c.max_seq_len
+    rate = 1000 * tokens / ms['total']
+    precision = str(trainer.state.precision.value)
+    peak = peak_flops(torch.cuda.get_device_name(), precision) if gpu else None
+    kernels = {m.kernel for m in model.modules() if isinstance(m, CausalAttention)}
+
+    def mfu(causal: bool) -> Optional[float]:
+        flops = train_flops_per_token(model.n_params, model.n_layers, model.d_model, c.max_seq_len, causal)
+        return peak and flops * rate / devices / peak
+
+    launcher = ['python'] if devices == 1 else ['composer', '-n', str(dist.get_local_world_size())]
+    return {
+        'yaml': args.yaml, 'overrides': overrides, 'command': shlex.join([*launcher, 'src/benchmark.py', *sys.argv[1:]]),
+        'device': torch.cuda.get_device_name() if gpu else cpu_name(), 'devices': devices, 'threads': torch.get_num_threads(),
+        'versions': {'python': platform.python_version(), 'cuda': torch_version.cuda if gpu else None} | packages(),
+        'parameters': model.n_params, 'seq_len': c.max_seq_len, 'global_batch': c.global_train_batch_size,
+        'microbatch': trainer.state.device_train_microbatch_size, 'precision': precision,
+        'attention': ', '.join(kernels) or model.model.hf.config._attn_implementation,
+        'data': 'real' if args.real_data else 'random tokens', 'warmup': args.warmup, 'steps': len(step),
+        'ms': ms, 'ms_fastest': min(s['total'] for s in step), 'ms_slowest': max(s['total'] for s in step),
+        'tokens_per_second': rate, 'mfu': mfu(False), 'mfu_causal': mfu(True), 'peak_memory': peak_memory(),
+        'predicted_memory': predicted(c, devices, trainer.state.device_train_microbatch_size) if gpu else None,
+        'against': {name: statistics.median(ms) for name, ms in watch.rival_ms.items()}, 'profile': watch.table,
+    }
+
+
+def predicted(c: Config, devices: int, microbatch: int) -> Optional[int]:
+    with suppress(UserError):  # a model of another kind
+        return predict(c, devices, True, microbatch).total
+
+
+def packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def cpu_name() -> str:
+    with suppress(OSError):
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), platform.machine())
+    return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------- results
+
+
+COLUMNS = ('run', 'parameters', 'batch × seq', 'precision', 'attention', 'tokens/s', 'MFU', 'causal MFU', 'ms/step', *PARTS,
+           'peak GiB', 'predicted', 'against')
+
+
+def table(records: list[dict[str, Any]], first: int = 1) -> str:
+    """A row for each record, then where and how each was made."""
+    rows, made = [list(COLUMNS), ['---'] * len(COLUMNS)], {}
+    for i, r in enumerate(records, first):
+        name = f'{i}. {Path(r["yaml"]).stem} {" ".join(r["overrides"])}'.strip()
+        if 'error' in r:
+            rows.append([name, r['error'], *['–'] * (len(COLUMNS) - 2)])
+            continue
+        against = [f'{name} {ms:.0f} ms, ratio {ms / r["ms"]["total"]:.3f}' for name, ms in r['against'].items()]
+        rows.append([name, f'{r["parameters"]:,}', f'{r["global_batch"]} ({r["microbatch"]} at a time) × {r["seq_len"]}',
+                     r['precision'], r['attention'], f'{r["tokens_per_second"]:,.0f}',
+                     *(f'{r[key]:.1%}' if r[key] else '–' for key in ('mfu', 'mfu_causal')), f'{r["ms"]["total"]:.1f}',
+                     *(f'{r["ms"][part]:.1f}' for part in PARTS),
+                     *(f'{r[key] / 2**30:.2f}' if r[key] else '–' for key in ('peak_memory', 'predicted_memory')),
+                     ', '.join(against) or '–'])
+        says = ', '.join(f'{name} {v}' for name, v in r['versions'].items() if v)
+        how = (f'`{r["command"]}` on {r["devices"]} × {r["device"]}, {r["threads"]} threads; {says}; {r["data"]}; median of '
+               f'{r["steps"]} steps after {r["warmup"]}')
+        made.setdefault(how, []).append(str(i))
+    return '\n'.join([*(f'| {" | ".join(row)} |' for row in rows), '',
+                      *(f'- {", ".join(numbers)}: {how}' for how, numbers in made.items())])
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """The records as Markdown."""
+    parts = ['# Benchmarks', 'Written by `src/benchmark.py`. MFU counts 6 N + 12 L d S FLOPs a token, causal '
+             'MFU half the attention. Times are milliseconds; a ratio above 1 says that the run is the faster. A dash: unknown.',
+             table(records)]
+    parts += [f'Profile of run {i}, {PROFILED} steps:\n\n```text\n{r["profile"].rstrip()}\n```'
+              for i, r in enumerate(records, 1) if r.get('profile')]
+    return '\n\n'.join(parts) + '\n'
+
+
+def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> list[dict[str, Any]]:
+    """Times every run of the sweep, and writes the records after each.
+
+    Raises:
+        UserError: A mistake that all runs have. One that a single run of a sweep has is its record.
+    """
+    swept = []
+    for sweep in args.sweep:
+        key, _, values = sweep.partition('=')
+        if not key or not values:
+            raise UserError(f'--sweep: {sweep!r} is not of the form key=a,b,c')
+        swept.append([f'{key}={value}' for value in values.split(',')])
+    target, records = args.out.with_name(args.out.name + '.json'), []
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if args.append and target.exists():
+            records = json.loads(target.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f'--out: {target} cannot be read or made: {error}') from None
+    for chosen in product(*swept):
+        try:
+            record = run(args, [*args.overrides, *chosen], failures)
+        except UserError as error:
+            if not chosen:
+                raise
+            said = [line for line in str(error).splitlines() if not line.endswith('in the config:')]
+            record = {'yaml': args.yaml, 'overrides': [*args.overrides, *chosen], 'error': said[0].strip(' -')}
+        records.append(record)
+        if dist.get_global_rank() == 0:
+            target.write_text(json.dumps(records, indent=1) + '\n')
+            target.with_suffix('.md').write_text(page(records))
+            print(table([record], len(records)), flush=True)
+    return records
+
+
+if __name__ == '__main__':
+    arguments = parse_args(sys.argv[1:])
+    training.leave(training.guarded(lambda watch: main(arguments, watch)))

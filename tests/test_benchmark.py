@@ -1,0 +1,233 @@
+"""What the benchmark times, counts and writes; and what a step must not do."""
+
+import json
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import main
+from src import benchmark, config
+from src.errors import UserError
+from src.flops import peak_flops, train_flops_per_token
+from src.stopwatch import PARTS, build_rivals
+
+QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
+SMALL = ['max_seq_len=16', 'model.d_model=16', 'model.n_heads=2', 'model.n_layers=2', 'model.vocab_size=300',
+         'global_train_batch_size=6', 'device_train_microbatch_size=4']
+
+
+def run(out: Path, *argv: str) -> list[dict[str, Any]]:
+    return benchmark.main(benchmark.parse_args([QUICKSTART, *SMALL, '--steps', '3', '--warmup', '1', '--out', str(out), *argv]))
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+def test_flops_of_a_token_by_hand() -> None:
+    # Of the 125M model: 6 * 125,226,240 + 12 * 12 layers * 768 * 2048, then half the attention
+    assert train_flops_per_token(125_226_240, 12, 768, 2048) == 751_357_440 + 226_492_416
+    assert train_flops_per_token(125_226_240, 12, 768, 2048, causal=True) == 751_357_440 + 113_246_208
+
+
+@pytest.mark.parametrize('name, precision, tflops', [
+    ('NVIDIA A100-SXM4-80GB', 'amp_bf16', 312), ('NVIDIA A100-PCIE-40GB', 'amp_fp16', 312),
+    ('NVIDIA A100 80GB PCIe', 'amp_bf16', 312),
+    ('NVIDIA H100 80GB HBM3', 'amp_bf16', 989.4), ('NVIDIA H100 80GB HBM3', 'amp_fp8', 1979),
+    ('NVIDIA H100 PCIe', 'amp_bf16', 756.5),
+    ('NVIDIA H100 NVL', 'amp_bf16', 835.5), ('NVIDIA H200', 'amp_bf16', 989.4), ('NVIDIA B200', 'amp_bf16', 2250),
+    ('NVIDIA L4', 'amp_bf16', 121), ('NVIDIA L40S', 'amp_bf16', 362), ('NVIDIA GeForce RTX 4090', 'amp_bf16', 165.2),
+    ('AMD Instinct MI300X', 'amp_bf16', 1307.4),
+    ('NVIDIA A100-SXM4-80GB', 'amp_fp8', None), ('NVIDIA H100 80GB HBM3', 'fp32', None),
+    # kin of those in the table that are others
+    ('NVIDIA L40', 'amp_bf16', None), ('NVIDIA GH200 480GB', 'amp_bf16', None),
+    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'amp_bf16', None),
+    ('NVIDIA GeForce RTX 4090 Laptop GPU', 'amp_bf16', None), ('NVIDIA GeForce RTX 4090 D', 'amp_bf16', None),
+    ('', 'amp_bf16', None),
+])
+def test_peak_of_known_gpus_alone(name: str, precision: str, tflops: Optional[float]) -> None:
+    assert peak_flops(name, precision) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_a_record_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    [record] = run(tmp_path / 'out')
+    ms = record['ms']
+    assert set(ms) == {'total', *PARTS} and all(ms[part] > 0 for part in PARTS if part != 'rest') and record['steps'] == 3
+    assert record['ms_fastest'] <= ms['total'] <= record['ms_slowest']
+    assert record['tokens_per_second'] == pytest.approx(6 * 16 / ms['total'] * 1000)
+    assert record['mfu'] is None and record['mfu_causal'] is None, 'a CPU has no MFU'
+    assert record['parameters'] == 300 * 16 + 16 * 16 + 2 * (12 * 16 * 16 + 13 * 16) + 2 * 16
+    assert [record[key] for key in ('global_batch', 'microbatch', 'precision', 'attention')] == [6, 4, 'fp32', 'sdpa (PyTorch)']
+    assert json.loads((tmp_path / 'out.json').read_text()) == [record]
+    page = (tmp_path / 'out.md').read_text()
+    assert f'| {record["tokens_per_second"]:,.0f} | – | – | {ms["total"]:.1f} |' in page and 'python src/benchmark.py' in page
+    assert f'{ms["total"]:.1f}' in capsys.readouterr().out
+    columns = {line.count('|') for line in page.splitlines() if line.startswith('|')}
+    assert len(columns) == 1, page
+    assert not list(Path(benchmark.tempfile.gettempdir()).glob(f'benchmark-{os.getpid()}*'))
+
+
+def test_parts_of_a_step_sum_to_the_step() -> None:
+    watch = benchmark.Stopwatch(0, 1, {})
+    watch.timelines = [[('start', 0.0), ('data', 0.5), ('data', 1.0), ('forward', 1.5), ('forward', 3.5), ('backward', 4.0),
+                        ('backward', 8.0), ('forward', 8.0), ('forward', 9.0), ('backward', 9.0), ('backward', 11.0),
+                        ('end', 14.0)]]
+    [parts] = watch.milliseconds()
+    assert parts == {'data': 500, 'forward': 3000, 'backward': 6000, 'total': 14000, 'update': 3000, 'rest': 1500}
+
+
+def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
+    sweep = ['--sweep', 'model.attn_impl=torch,sdpa', '--sweep', 'device_train_microbatch_size=3,none']
+    records = run(tmp_path / 'out', *sweep)
+    assert [record['overrides'][-2:] for record in records] == [
+        [f'model.attn_impl={attn}', f'device_train_microbatch_size={n}'] for attn in ('torch', 'sdpa') for n in (3, 'none')]
+    assert [record.get('microbatch') for record in records] == [3, None, 3, None]
+    assert [record.get('attention') for record in records] == ['torch (plain maths)', None, 'sdpa (PyTorch)', None]
+    assert records[1]['error'] == "device_train_microbatch_size: 'none' must be a whole number"
+    run(tmp_path / 'out', '--append')
+    assert len(json.loads((tmp_path / 'out.json').read_text())) == 5
+    page = (tmp_path / 'out.md').read_text()
+    assert len({line.count('|') for line in page.splitlines() if line.startswith('|')}) == 1, page
+    with pytest.raises(UserError, match="--sweep: 'lr' is not of the form key=a,b,c"):
+        run(tmp_path / 'out', '--sweep', 'lr')
+
+
+def test_rivals_are_the_same_model(tmp_path: Path) -> None:
+    [record] = run(tmp_path / 'out', '--against', 'hf', '--against', 'bare')
+    assert set(record['against']) == {'hf', 'bare'} and all(ms > 0 for ms in record['against'].values())
+    assert f'hf {record["against"]["hf"]:.0f} ms, ratio' in (tmp_path / 'out.md').read_text()
+    c = config.check(config.load([QUICKSTART, *SMALL, 'model.mlp_act=gelu_tanh']), main.builders.REGISTRIES, 1, False)
+    rivals = build_rivals(['hf', 'bare'], c)
+    hf, bare = rivals['hf'].model, rivals['bare'].model
+    assert sum(p.numel() for p in hf.parameters()) == sum(p.numel() for p in bare.parameters()) == record['parameters']
+    assert hf.config._attn_implementation == 'sdpa' and hf.config.activation_function == 'gelu_pytorch_tanh'
+    batch = {'input_ids': torch.randint(1, 300, (6, 16))}
+    batch['labels'] = batch['input_ids']
+    before = [p.clone() for p in bare.parameters()]
+    rivals['bare'].step(batch)
+    assert any(not torch.equal(a, b) for a, b in zip(before, bare.parameters(), strict=True)), 'it trains'
+    for override in 'device_train_microbatch_size=auto', 'model.name=hf_causal_lm':
+        with pytest.raises(UserError):
+            run(tmp_path / 'out', '--against', 'hf', override)
+
+
+def test_a_profile_is_a_trace_and_a_table(tmp_path: Path) -> None:
+    [record] = run(tmp_path / 'out', '--profile')
+    assert record['steps'] == 3 and 'aten::addmm' in record['profile'] and 'aten::addmm' in (tmp_path / 'out.md').read_text()
+    events = json.loads((tmp_path / 'out.trace.json').read_text())['traceEvents']
+    assert any('Optimizer.step' in event.get('name', '') for event in events)
+
+
+def test_real_data(mds_root: Path, tmp_path: Path) -> None:
+    [record] = run(tmp_path / 'out', '--real_data', f'data_remote={mds_root}', 'model.vocab_size=512')
+    assert record['data'] == 'real'
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['model.n_heads=3'], 'model.n_heads: 3 does not divide'), (['--real_data', 'data_remote=/none'], '/none'),
+    (['optimizer.lr=x'], "optimizer.lr: 'x' must be a number")])
+def test_mistakes_are_those_of_a_run(argv: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / 'out', *argv)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_two_devices(tmp_path: Path) -> None:
+    command = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port()), 'src/benchmark.py', QUICKSTART, *SMALL,
+               '--steps', '2', '--warmup', '1', '--out', str(tmp_path / 'out'), 'fsdp_config.sharding_strategy=FULL_SHARD']
+    done = subprocess.run(command, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [record] = json.loads((tmp_path / 'out.json').read_text())
+    assert record['devices'] == 2 and record['global_batch'] == 6 and record['parameters'] == 11_648
+    assert 'composer -n 2 src/benchmark.py' in record['command']
+
+
+# ---------------------------------------------------------------- what a step must not do
+
+
+class Watch(Callback):
+    """Counts what each batch of a run does on the host's account."""
+
+    def __init__(self) -> None:
+        self.mode: Any = None
+        self.waits: list[int] = []
+        self.graphs: list[int] = []
+        self.losses: list[float] = []
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.mode = Ops()
+        self.mode.__enter__()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.mode.__exit__(None, None, None)
+        self.waits.append(self.mode.seen['aten::_local_scalar_dense'] + self.mode.seen['aten::nonzero'])
+        self.graphs.append(counters['stats']['unique_graphs'])
+        self.losses.append(float(state.loss))
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def watched(mds_root: Path, *overrides: str) -> Watch:
+    watch = Watch()
+    quiet = ['max_duration=3ba', 'eval_loader=null', 'log_to_console=false', 'callbacks.unigram_baseline=false']
+    main.main(config.load([QUICKSTART, *tiny(mds_root, *quiet, *overrides)]), callbacks=[watch]).close()
+    return watch
+
+
+@pytest.mark.parametrize('packing', ['truncate', 'concat'])
+def test_the_host_waits_for_no_microbatch(packing: str, mds_root: Path) -> None:
+    """On a GPU, to read one number of a microbatch is to wait for it."""
+    group = f'train_loader.dataset.group_method={packing}'
+    one, four = (watched(mds_root, group, f'device_train_microbatch_size={n}').waits for n in (12, 3))
+    assert len(one) == 3 and one == four and max(one) <= 8
+
+
+class WatchGraphs(Watch):
+    """Without the mode that counts operators, which compiled code does not pass through."""
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.mode = Ops()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.graphs.append(counters['stats']['unique_graphs'])
+        self.losses.append(float(state.loss))
+
+
+@pytest.mark.parametrize('scope', ['block', 'model'])
+@pytest.mark.parametrize('overrides', [['train_loader.dataset.group_method=concat'], ['device_train_microbatch_size=5'],
+                                       ['model.attn_within_document=true'],
+                                       ['model.loss_impl=plain']],
+                         ids=['packed', 'padded, uneven microbatches', 'documents', 'plain loss'])
+def test_nothing_is_compiled_after_the_first_step(scope: str, overrides: list[str], mds_root: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), 'Watch', WatchGraphs)
+    plain = watched(mds_root, 'max_duration=5ba', *overrides)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = watched(mds_root, 'max_duration=5ba', *overrides, f'compile_config.scope={scope}',
+                       'compile_config.backend=aot_eager')
+    assert compiled.graphs[0] > 0 and len(set(compiled.graphs)) == 1 and not counters['graph_break']
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
+    if scope == 'block' and 'uneven' not in str(overrides):
+        assert compiled.graphs[0] <= 2, 'the blocks share one'
