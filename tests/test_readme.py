@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import builders, config, processes, report
+from src import benchmark, builders, config, processes, report
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
@@ -52,6 +52,12 @@ CHECKED = {
     '&& composer main.py yamls/quickstart.yaml':
         'network: pip. The rest: test_quickstart.py::test_the_quick_start_learns_the_sample',
     'python src/plot_loss.py runs/* --out loss.png': 'test_plot_loss.py::test_the_picture_is_drawn_in_both_themes',
+    'python src/benchmark.py yamls/quickstart.yaml --against hf --against bare':
+        'test_benchmark.py::test_rivals_are_the_same_model',
+    'python src/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8':
+        'test_benchmark.py::test_a_sweep_has_a_row_for_each_combination',
+    'python src/benchmark.py yamls/quickstart.yaml --profile': 'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
+    'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_benchmark.py::test_two_devices does it on CPUs',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
     'pip install flash-attn==2.8.3 --no-build-isolation': 'GPU: test_flash_attn_command_is_that_of_the_requirements',
     'python convert_c4.py --out_root ./my-copy-c4 --splits val':
@@ -117,6 +123,9 @@ def test_its_arguments_are_valid(command: str):
         convert_c4.parse_args(argv[1:])
     elif argv[:1] == ['src/data_c4.py']:
         parse_args(argv[1:])
+    elif argv[:1] == ['src/benchmark.py']:
+        args = benchmark.parse_args(argv[1:])
+        config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, world_size=8, has_gpu=True)
     elif argv[:1] == ['src/plot_loss.py']:
         assert argv[1:] == ['runs/*', '--out', 'loss.png']
     elif program in ('composer', 'torchrun'):
@@ -327,7 +336,7 @@ def test_mixed_precision_is_what_the_guide_says():
 def test_messages_in_the_troubleshooting_table_are_the_codes():
     """What a user searches the table for is what the code prints."""
     code = ''.join(p.read_text() for p in [*ROOT.glob('*.py'), *ROOT.glob('src/*.py')])
-    for part in ('--source hub: cannot reach ', 'could not be loaded from the Hugging Face hub', 'does not divide by',
+    for part in (': cannot reach ', 'could not be loaded from the Hugging Face hub', 'does not divide by',
                  "'flash' needs a GPU", 'could not be had in ', 'does not go with ', 'are not whole: copy them again',
                  'needs a GPU; on a CPU set auto or fp32', 'is also what train_loader reads', 'already holds checkpoints',
                  'and none is whole', 'is not the folder of node 0', 'nothing to do: the checkpoint',
