@@ -8,7 +8,8 @@ rows hold several documents, `Documents` tells each implementation how to stay w
 import logging
 import math
 from collections.abc import Callable
-from functools import partial
+from importlib import import_module
+from inspect import signature
 from typing import Any, Optional
 
 import torch
@@ -81,27 +82,22 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, docu
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None).transpose(1, 2)
 
 
-def varlen_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Attention by a kernel for sequences of any lengths, laid end to end: each document is one.
-
-    Args:
-        kernel: Called with q, k, v of shape (batch * seq, heads, head_dim), and for queries, then keys, the bounds of
-            the sequences and the length that none exceeds: seq, since the longest would have to be waited for.
-    """
-    bounds, seq_len = documents.cu_seqlens, q.shape[1]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return kernel(q, k, v, bounds, bounds, seq_len, seq_len).unflatten(0, (-1, seq_len))
+# Packages of FlashAttention, by the value of `flash_kernel`: the module, and the compute capabilities that it is made for.
+FLASH_PACKAGES = {'flash-attn-2': ('flash_attn', range(8, 100)), 'flash-attn-3': ('flash_attn_interface', range(9, 10)),
+                  'flash-attn-4': ('flash_attn.cute', range(9, 12))}
 
 
-def flash_kernel(head_dim: int, within_document: bool = False) -> tuple[str, AttentionFn]:
-    """The FlashAttention kernel of this machine, by name: the `flash-attn` package, else one that PyTorch carries.
+def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'auto') -> tuple[str, AttentionFn]:
+    """A FlashAttention kernel for this machine, and its name.
 
     Args:
         head_dim: Width of one head.
         within_document: For rows of several documents, by a variable-length kernel.
+        choice: One of FLASH_PACKAGES, `cudnn` or `pytorch`; `auto`: cuDNN's on Hopper and newer, where it is the faster one, if
+            it can do it; else the package `flash-attn`, version 2, if it is installed; else the one that PyTorch carries.
 
     Raises:
-        UserError: There is no GPU, or no kernel for it.
+        UserError: There is no GPU, or not this kernel for it.
     """
     if not torch.cuda.is_available():
         raise UserError("model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto (or sdpa)")
@@ -110,36 +106,71 @@ def flash_kernel(head_dim: int, within_document: bool = False) -> tuple[str, Att
         raise UserError(f"model.attn_impl: 'flash' needs an Ampere or newer GPU and a head dimension (d_model / n_heads) that is "
                         f'a multiple of 8 up to 256; here: compute capability {capability[0]}.{capability[1]}, head dimension '
                         f'{head_dim}; set model.attn_impl=sdpa')
+    cudnn = head_dim <= 128 and not within_document and torch.backends.cudnn.is_available()
+    if choice == 'auto':
+        choice = 'cudnn' if cudnn and capability >= (9, 0) else 'flash-attn-2' if _package_kernel('flash-attn-2') else 'pytorch'
+    if choice == 'cudnn' and not cudnn:
+        raise UserError("model.flash_kernel: 'cudnn' has no kernel for head dimensions above 128 or for attn_within_document; "
+                        'set auto')
+    if choice in ('cudnn', 'pytorch'):
+        return f'PyTorch {"cuDNN" if choice == "cudnn" else "FlashAttention"}', _pytorch_flash_kernel(choice == 'cudnn')
+    module, capabilities = FLASH_PACKAGES[choice]
+    kernel = _package_kernel(choice)
+    if kernel is None or capability[0] not in capabilities:
+        why = f'its module {module} is not installed' if kernel is None else \
+            f'it is not made for compute capability {capability[0]}.{capability[1]}'
+        raise UserError(f'model.flash_kernel: {choice!r}: {why}; set auto, cudnn or pytorch')
+    return choice, kernel
+
+
+def _package_kernel(choice: str) -> Optional[AttentionFn]:
+    """The kernel of a package; None where it is not installed."""
     try:
-        from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return _pytorch_flash_kernel(cudnn=capability >= (9, 0) and head_dim <= 128 and not within_document)
+        module: Any = import_module(FLASH_PACKAGES[choice][0])
+        dense, varlen = module.flash_attn_func, module.flash_attn_varlen_func
+    except (ImportError, AttributeError):  # version 4 alone leaves a `flash_attn` without functions
+        return None
+    takes_longest = 'max_seqlen_q' in signature(varlen).parameters  # some versions of 4 do not
 
     def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
+        options: dict[str, Any] = {'causal': True} | ({'dropout_p': dropout_p} if choice == 'flash-attn-2' else {})
         if documents is None:
-            return flash_attn_func(q, k, v, dropout_p=dropout_p, causal=True)
-        return varlen_attention(partial(flash_attn_varlen_func, dropout_p=dropout_p, causal=True), q, k, v, documents)
+            return _first(dense(q, k, v, **options))
+        longest = {'max_seqlen_q': q.shape[1], 'max_seqlen_k': q.shape[1]} if takes_longest else {}
+        bounds = {'cu_seqlens_q': documents.cu_seqlens, 'cu_seqlens_k': documents.cu_seqlens}
+        return end_to_end(lambda *qkv: _first(varlen(*qkv, **bounds, **longest, **options)), q, k, v)
 
-    return 'flash-attn package', attention
+    return attention
 
 
-def _pytorch_flash_kernel(cudnn: bool) -> tuple[str, AttentionFn]:
-    """PyTorch's FlashAttention, or cuDNN's, which is the faster one on Hopper and later and stops at head dimension 128."""
-    cudnn = cudnn and torch.backends.cudnn.is_available()
+def _first(result: Any) -> Tensor:
+    """The output of a kernel that may also return logsumexp."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def end_to_end(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Calls a kernel for sequences of any lengths, which takes all rows laid end to end, (batch * seq, heads, head_dim)."""
+    return kernel(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (-1, q.shape[1]))
+
+
+def _pytorch_flash_kernel(cudnn: bool) -> AttentionFn:
+    """PyTorch's FlashAttention, or cuDNN's, which has no variable lengths here."""
     backend = SDPBackend.CUDNN_ATTENTION if cudnn else SDPBackend.FLASH_ATTENTION
 
     def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
         if documents is None:
             with sdpa_kernel(backend):
                 return sdpa_attention(q, k, v, dropout_p)
-        # The operator behind `torch.nn.attention.varlen`, which torch has from 2.10 on, and behind nested tensors.
+        # The operator behind `torch.nn.attention.varlen`, which torch has from 2.10 on, and behind nested tensors. No sequence
+        # exceeds `seq`; to know the longest would be to wait for the GPU.
         flash: Any = torch.ops.aten._flash_attention_forward
-        return varlen_attention(lambda *args: flash(*args, dropout_p, True, False)[0], q, k, v, documents)
+        bounds, seq_len = documents.cu_seqlens, q.shape[1]
+        return end_to_end(lambda *qkv: flash(*qkv, bounds, bounds, seq_len, seq_len, dropout_p, True, False)[0], q, k, v)
 
-    return f'PyTorch {"cuDNN" if cudnn else "FlashAttention"}', attention
+    return attention
 
 
-def choose_attention(impl: str, head_dim: int, within_document: bool = False) -> tuple[str, AttentionFn]:
+def choose_attention(impl: str, head_dim: int, within_document: bool = False, kernel: str = 'auto') -> tuple[str, AttentionFn]:
     """Resolves `attn_impl`, when the model is built.
 
     Args:
@@ -147,6 +178,7 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False) ->
             it and the inputs are fp16 or bf16, else `sdpa`).
         head_dim: Width of one head.
         within_document: The function will be given `Documents`. Every one takes them; this chooses the kernel for it.
+        kernel: `flash_kernel`: which FlashAttention.
 
     Returns:
         The kernel's name for the log, and the function.
@@ -154,10 +186,10 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False) ->
     if impl == 'torch':
         return 'torch (plain maths)', torch_attention
     if impl == 'flash':
-        return flash_kernel(head_dim, within_document)
+        return flash_kernel(head_dim, within_document, kernel)
     if impl == 'auto' and torch.cuda.is_available():
         try:
-            name, flash = flash_kernel(head_dim, within_document)
+            name, flash = flash_kernel(head_dim, within_document, kernel)
         except UserError as e:
             log.info('%s', e)
             return 'sdpa (PyTorch)', sdpa_attention
@@ -178,7 +210,8 @@ class CausalAttention(nn.Module):
         self.n_heads = cfg.n_heads
         self.head_dim = cfg.d_model // cfg.n_heads
         self.dropout_p = cfg.attn_pdrop
-        self.kernel, self.attention = choose_attention(cfg.attn_impl, self.head_dim, cfg.attn_within_document)
+        self.kernel, self.attention = choose_attention(cfg.attn_impl, self.head_dim, cfg.attn_within_document,
+                                                       cfg.flash_kernel)
         self.Wqkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, device=cfg.device)
         self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, device=cfg.device)
 

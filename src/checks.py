@@ -51,6 +51,12 @@ def _model_errors(c: Config, has_gpu: bool) -> list[str]:
         elif model.attn_impl == 'flash' and c.precision == 'fp32':
             out.append("model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'; set model.attn_impl=auto, "
                        'or precision=amp_bf16')
+        if model.flash_kernel != 'auto' and model.attn_impl not in ('flash', 'auto'):
+            out.append(f'model.flash_kernel: {model.flash_kernel!r} is of attn_impl flash, and that is {model.attn_impl!r}; set '
+                       'model.attn_impl=flash, or flash_kernel=auto')
+        if model.flash_kernel in ('flash-attn-3', 'flash-attn-4') and model.attn_pdrop:
+            out.append(f'model.flash_kernel: {model.flash_kernel!r} has no dropout, and model.attn_pdrop is {model.attn_pdrop}; '
+                       'set that to 0, or flash_kernel=auto')
     return out
 
 

@@ -42,6 +42,7 @@ class MosaicGPTConfig(Section):
     init_seed: int = Field(default=17, ge=0)
     mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
     attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
+    flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'  # for flash
     attn_within_document: bool = False  # no attention across documents of a sample, positions from 0 in each
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)

@@ -1,5 +1,6 @@
 """The model against Hugging Face GPT-2, its initialisation, and its exactness under padding and within documents."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -308,25 +309,72 @@ def aten_alone(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_d
     return each_alone(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal), None, None, None, None
 
 
-@pytest.mark.parametrize('package', [True, False], ids=['flash-attn', 'PyTorch'])
-def test_flash_gives_its_variable_length_kernel_the_documents(package, monkeypatch):
-    """The kernels need a GPU; in their place stand their definitions, with the kernels' own arguments."""
+def version_2(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    assert causal and dropout_p == 0
+    return torch_attention(q, k, v)
+
+
+def version_3(q, k, v, softmax_scale=None, causal=False):
+    return version_2(q, k, v, causal=causal), None
+
+
+def version_3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+    return each_alone(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal), None
+
+
+def version_4_varlen(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False):
+    return version_3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, len(q), len(k), causal=causal)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU with every package of FlashAttention, whose kernels are their definitions, with the kernels' own arguments."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))
-    fake = types.SimpleNamespace(flash_attn_func=None, flash_attn_varlen_func=each_alone)
-    monkeypatch.setitem(sys.modules, 'flash_attn', fake if package else None)
+    monkeypatch.setattr(torch.backends.cudnn, 'is_available', lambda: True)
     monkeypatch.setattr(torch.ops.aten, '_flash_attention_forward', aten_alone)
-    model = perturbed(attn_impl='torch', attn_within_document=True, n_heads=6)
-    flash = MosaicGPT(model.cfg.model_copy(update={'attn_impl': 'flash'}))
+    kernels = {'flash_attn': (version_2, each_alone), 'flash_attn_interface': (version_3, version_3_varlen),
+               'flash_attn.cute': (version_3, version_4_varlen)}
+    for name, (dense, varlen) in kernels.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=varlen))
+    return monkeypatch
+
+
+@pytest.mark.parametrize('documents', [False, True])
+@pytest.mark.parametrize('choice', ['pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'])
+def test_flash_kernels_are_given_what_they_take(choice, documents, hopper):
+    hopper.setattr('src.attention.sdpa_kernel', lambda backend: contextlib.nullcontext())  # it has none for fp32
+    model = perturbed(attn_impl='torch', attn_within_document=documents, n_heads=6)
+    flash = MosaicGPT(model.cfg.model_copy(update={'attn_impl': 'flash', 'flash_kernel': choice}))
     flash.load_state_dict(model.state_dict())
     kernel = flash.get_submodule('transformer.blocks.0.causal_attn').kernel
-    assert kernel == ('flash-attn package' if package else 'PyTorch FlashAttention')
+    assert kernel == ('PyTorch FlashAttention' if choice == 'pytorch' else choice)
     packed = packed_batch()
     for each in (model, flash):
-        each(packed['input_ids'], sequence_id=packed['sequence_id']).square().mean().backward()
+        each(packed['input_ids'], sequence_id=packed['sequence_id'] if documents else None).square().mean().backward()
     want, got = gradients(model), gradients(flash)
     for name, grad in want.items():
         assert (got[name] - grad).norm() <= 2e-6 * grad.norm(), name
+
+
+def test_the_kernel_follows_the_hardware(hopper):
+    def chosen(head_dim=64, **kwargs):
+        return flash_kernel(head_dim, **kwargs)[0]
+
+    assert chosen() == chosen(128) == chosen(choice='cudnn') == 'PyTorch cuDNN'
+    assert chosen(256) == chosen(within_document=True) == 'flash-attn-2'
+    for head_dim, within in ((256, False), (64, True)):
+        with pytest.raises(UserError, match="flash_kernel: 'cudnn' has no kernel for head dimensions above 128 or for"):
+            flash_kernel(head_dim, within, 'cudnn')
+    hopper.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
+    assert chosen() == 'flash-attn-2' and chosen(choice='cudnn') == 'PyTorch cuDNN'
+    for choice in ('flash-attn-3', 'flash-attn-4'):
+        with pytest.raises(UserError, match=f"flash_kernel: '{choice}': it is not made for compute capability 8.0; set auto"):
+            flash_kernel(64, choice=choice)
+    hopper.setitem(sys.modules, 'flash_attn', types.SimpleNamespace())  # what version 4 alone leaves
+    assert chosen() == chosen(choice='pytorch') == 'PyTorch FlashAttention'
+    with pytest.raises(UserError, match="flash_kernel: 'flash-attn-2': its module flash_attn is not installed; set auto, cudnn"):
+        flash_kernel(64, choice='flash-attn-2')
 
 
 def test_pytorchs_flash_operator_takes_what_it_is_given(monkeypatch):
