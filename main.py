@@ -103,7 +103,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
 
     compile_config = c.compile_config.model_dump(exclude={'scope'}) if c.compile_config else None
     if c.compile_config and c.compile_config.scope == 'block':
-        compile_config = sharding.compile_blocks(model.model, compile_config)
+        sharding.compile_blocks(model.model, compile_config)
+        compile_config = None
 
     # Data
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number

@@ -11,19 +11,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from src import processes
+
+if __name__ == '__main__':
+    processes.die_with_launcher()
+
 import main as training  # before Composer, which reads what it sets
 
 # isort: split
 import argparse
+import atexit
 import gc
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -32,18 +38,20 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from composer.core import Engine
 from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 from torch import version as torch_version
 
-from src import builders, config
+from src import builders, config, rendezvous
 from src.attention import CausalAttention
 from src.errors import UserError, positive
 from src.flops import peak_flops, train_flops_per_token
+from src.hf_causal_lm import build_hf_config
 from src.memory import predict
 from src.processes import FailureWatch
-from src.schema import Config
-from src.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals, peak_memory, reset_peak_memory
+from src.schema import Config, HFCausalLMConfig
+from src.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals, peak_memory
 
 PACKAGES = ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers', 'flash-attn')
 VOCAB_SIZE = 50257  # of random tokens for a model that does not say how many it has
@@ -78,28 +86,31 @@ def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, st
     Yields:
         The settings that name them.
     """
-    folder = Path(tempfile.gettempdir(), f'benchmark-{os.getppid() if dist.get_world_size() > 1 else os.getpid()}')
+    made: list[Any] = [tempfile.mkdtemp(prefix='benchmark-') if dist.get_global_rank() == 0 else None]
+    dist.broadcast_object_list(made)  # one name on all nodes, which compare their settings
+    folder, mine = Path(made[0]), dist.get_global_rank() == 0
+    if dist.get_local_rank() == 0 and not mine:
+        with suppress(FileExistsError):  # node 0's, where they share a disk
+            folder.mkdir()
+            mine = True
     try:
-        if dist.get_local_rank() == 0:
+        if mine:
             from streaming import MDSWriter
             from tokenizers import Tokenizer, models
             from transformers import PreTrainedTokenizerFast
 
-            making = folder.with_name(f'{folder.name}-making')
             vocabulary = {f'<{i}>': i for i in range(vocab_size)}
             PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, '<0>')), eos_token='<0>',
-                                    pad_token='<0>').save_pretrained(str(making / 'tokenizer'))
+                                    pad_token='<0>').save_pretrained(str(folder / 'tokenizer'))
             rng, dtype = np.random.default_rng(0), np.min_scalar_type(vocab_size - 1)
             fitting = max(1, min(rows, SYNTHETIC_BYTES // (seq_len * dtype.itemsize)))
-            with MDSWriter(out=str(making / 'train'), columns={'tokens': f'ndarray:{dtype.name}:{seq_len}'}) as writer:
+            with MDSWriter(out=str(folder / 'train'), columns={'tokens': f'ndarray:{dtype.name}:{seq_len}'}) as writer:
                 for _ in range(fitting):
                     writer.write({'tokens': rng.integers(1, vocab_size, seq_len).astype(dtype)})
-            making.rename(folder)
-        while not folder.exists():
-            time.sleep(0.1)
+        dist.barrier()
         yield {'data_remote': str(folder), 'data_local': str(folder), 'tokenizer_name': str(folder / 'tokenizer')}
     finally:
-        if dist.get_local_rank() == 0:
+        if mine:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -113,14 +124,21 @@ def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
     if data:
         dataset = cfg.train_loader.dataset
         dataset.update(remote=data['data_remote'], local=data['data_local'], split='train', shuffle=False, num_canonical_nodes=1,
-                       tokenizer_name=data['tokenizer_name'], epoch_size=steps * cfg.global_train_batch_size)
+                       tokenizer_name=data['tokenizer_name'], epoch_size=steps * cfg.global_train_batch_size, cache_limit=None)
         dataset.pop('streams', None)
         cfg.tokenizer.tokenizer_name = data['tokenizer_name']
     return cfg
 
 
-def run(args: argparse.Namespace, overrides: list[str], failures: Optional[FailureWatch] = None) -> dict[str, Any]:
+def run(args: argparse.Namespace, overrides: list[str], number: int,
+        failures: Optional[FailureWatch] = None) -> dict[str, Any]:
     """One record: what was timed, where, and the figures.
+
+    Args:
+        args: The command line.
+        overrides: Its own, and those of this run of a sweep.
+        number: Of the record.
+        failures: Ends this rank when another fails.
 
     Raises:
         UserError: The YAML or an override does not do.
@@ -128,15 +146,21 @@ def run(args: argparse.Namespace, overrides: list[str], failures: Optional[Failu
     cfg = config.load([args.yaml, *overrides])
     c = config.check(cfg, builders.REGISTRIES, dist.get_world_size(), torch.cuda.is_available())
     steps = args.warmup + args.steps + (PROFILED if args.profile else 0)
-    trace = args.out.with_suffix('.trace.json') if args.profile and dist.get_global_rank() == 0 else None
-    vocab_size = getattr(c.model, 'vocab_size', VOCAB_SIZE)
+    trace = args.out.with_name(f'{args.out.name}.{number}.trace.json') if args.profile and dist.get_global_rank() == 0 else None
+    rendezvous.initialize(c.dist_timeout)
+    if failures:
+        failures.start()
+    vocab_size = getattr(c.model, 'vocab_size', None) or (
+        build_hf_config(c.model).vocab_size if isinstance(c.model, HFCausalLMConfig) else VOCAB_SIZE)
     with nullcontext({}) if args.real_data else synthetic(vocab_size, c.max_seq_len, steps * c.global_train_batch_size) as data:
         watch = Stopwatch(args.warmup, args.steps, build_rivals(args.against, c), trace)
         gc.collect()
-        reset_peak_memory()
-        trainer = training.main(prepare(cfg, steps, data), failures, [watch])
-        record = describe(args, overrides, trainer, c, watch)
-        trainer.close()
+        try:
+            trainer = training.main(prepare(cfg, steps, data), failures, [watch])
+            record = describe(args, overrides, trainer, c, watch)
+            trainer.close()
+        finally:
+            atexit.unregister(Engine._close)  # with which Composer keeps every run's model until the process ends
     return record
 
 
@@ -149,6 +173,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
     rate = 1000 * tokens / ms['total']
     precision = str(trainer.state.precision.value)
     peak = peak_flops(torch.cuda.get_device_name(), precision) if gpu else None
+    hf = getattr(getattr(model.model, 'hf', None), 'config', None)
     kernels = {m.kernel for m in model.modules() if isinstance(m, CausalAttention)}
 
     def mfu(causal: bool) -> Optional[float]:
@@ -162,10 +187,11 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
         'versions': {'python': platform.python_version(), 'cuda': torch_version.cuda if gpu else None} | packages(),
         'parameters': model.n_params, 'seq_len': c.max_seq_len, 'global_batch': c.global_train_batch_size,
         'microbatch': trainer.state.device_train_microbatch_size, 'precision': precision,
-        'attention': ', '.join(kernels) or model.model.hf.config._attn_implementation,
+        'attention': ', '.join(kernels) or getattr(hf, '_attn_implementation', 'its own'),
         'data': 'real' if args.real_data else 'random tokens', 'warmup': args.warmup, 'steps': len(step),
         'ms': ms, 'ms_fastest': min(s['total'] for s in step), 'ms_slowest': max(s['total'] for s in step),
-        'tokens_per_second': rate, 'mfu': mfu(False), 'mfu_causal': mfu(True), 'peak_memory': peak_memory(),
+        'tokens_per_second': rate, 'mfu': mfu(False), 'mfu_causal': mfu(True),
+        'peak_memory': None if args.against else peak_memory(),  # not with the rivals' own
         'predicted_memory': predicted(c, devices, trainer.state.device_train_microbatch_size) if gpu else None,
         'against': {name: statistics.median(ms) for name, ms in watch.rival_ms.items()}, 'profile': watch.table,
     }
@@ -242,19 +268,21 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
         key, _, values = sweep.partition('=')
         if not key or not values:
             raise UserError(f'--sweep: {sweep!r} is not of the form key=a,b,c')
-        swept.append([f'{key}={value}' for value in values.split(',')])
-    target, records = args.out.with_name(args.out.name + '.json'), []
+        swept.append([f'{key}={value}' for value in re.split(r',(?![^\[{]*[\]}])', values)])  # not within brackets
+    target, records = args.out.with_name(f'{args.out.name}.json') if args.out.name else args.out, []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if args.append and target.exists():
             records = json.loads(target.read_text())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir() or not isinstance(records, list) or not os.access(target.parent, os.W_OK):
+            raise ValueError('a folder that may not be written, or another file')
     except (OSError, ValueError) as error:
-        raise UserError(f'--out: {target} cannot be read or made: {error}') from None
+        raise UserError(f'--out: {target} cannot be read or made: {error}; name another') from None
     for chosen in product(*swept):
         try:
-            record = run(args, [*args.overrides, *chosen], failures)
+            record = run(args, [*args.overrides, *chosen], len(records) + 1, failures)
         except UserError as error:
-            if not chosen:
+            if not chosen or dist.get_world_size() > 1:  # the other ranks may not have it
                 raise
             said = [line for line in str(error).splitlines() if not line.endswith('in the config:')]
             record = {'yaml': args.yaml, 'overrides': [*args.overrides, *chosen], 'error': said[0].strip(' -')}

@@ -10,7 +10,7 @@ from typing import Optional
 from src.batch_size import device_batch_size
 from src.data_places import is_copied, is_url, only_copy, stream_errors, streams_of
 from src.errors import UserError
-from src.schema import TIME, Config, DatasetConfig, FSDPConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
+from src.schema import TIME, CompileConfig, Config, DatasetConfig, FSDPConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
 
 
 def fsdp_version(cfg: Optional[FSDPConfig], has_gpu: bool) -> int:
@@ -75,6 +75,9 @@ def _fsdp_errors(c: Config, f: FSDPConfig, has_gpu: bool) -> list[str]:
                    'the model, above 1; without it Composer shards fully')
     if version == 2 and c.device_train_microbatch_size == 'auto' and has_gpu:
         out.append("device_train_microbatch_size: 'auto' is not in fsdp_config.version 2; set a number, or version: 1")
+    if not f.reduce_every_microbatch and version == 1 and f.mixed_precision != 'FULL' and c.precision != 'fp32':
+        out.append('fsdp_config.reduce_every_microbatch: false would sum the gradients in low precision in version 1; set '
+                   'version: 2, or mixed_precision: FULL, or true')
     if not f.reduce_every_microbatch and c.device_train_microbatch_size == 'auto':
         out.append('fsdp_config.reduce_every_microbatch: false needs a number as device_train_microbatch_size, which is '
                    "'auto'; set one, or true")
@@ -183,6 +186,20 @@ def _unit_errors(c: Config) -> list[str]:
     return out
 
 
+def _compile_errors(compiled: CompileConfig) -> list[str]:
+    from torch._dynamo import list_backends  # here: it takes a second
+
+    out, backends = [], list_backends(exclude_tags=())
+    if compiled.backend not in backends:
+        out.append(f'compile_config.backend: {compiled.backend!r} is not one of {", ".join(sorted(backends))}')
+    if compiled.mode and compiled.options:
+        out.append('compile_config.mode and options: torch.compile takes one of the two; set the other to null')
+    if compiled.scope == 'block' and compiled.mode in ('reduce-overhead', 'max-autotune'):
+        out.append(f'compile_config.mode: {compiled.mode!r} takes CUDA graphs, which blocks that are compiled one by one '
+                   'overwrite for each other; set scope: model, or mode: max-autotune-no-cudagraphs')
+    return out
+
+
 def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
     out = []
     micro = c.device_train_microbatch_size
@@ -197,6 +214,7 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
         device_batch_size(c.global_train_batch_size, world_size)
     except UserError as e:
         out.append(str(e))
+    out += _compile_errors(c.compile_config) if c.compile_config else []
     if c.compile_config and c.compile_config.backend == 'inductor' and not has_gpu and not any(
             shutil.which(name) for name in (os.environ.get('CXX', 'c++'), 'g++', 'clang++')):
         out.append('compile_config: torch.compile needs a C++ compiler on a CPU, and there is no c++, g++ or clang++; install '

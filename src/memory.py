@@ -1,11 +1,11 @@
 """Peak memory of a training step on one device, predicted from the config alone: no model is built."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from src.batch_size import device_batch_size, grad_accum
 from src.checks import fsdp_version
 from src.errors import UserError
-from src.schema import Config, HFCausalLMConfig
+from src.schema import Config, HFCausalLMConfig, MosaicGPTConfig
 
 # An estimate, not measured: CUDA context, cuBLAS and NCCL buffers, what the caching allocator cannot hand out again.
 GPU_WORKSPACE = 3 * 2**29
@@ -80,17 +80,17 @@ def shape_of(c: Config, has_gpu: bool) -> Shape:
         UserError: A Hugging Face model that is no GPT-2.
     """
     m, multiple = c.model, 64 if has_gpu else 1
-    if not isinstance(m, HFCausalLMConfig):
+    if isinstance(m, MosaicGPTConfig):
         quadratic = m.attn_impl == 'torch' or m.attn_pdrop > 0 and not has_gpu  # on CPUs no fused kernel drops out
         return Shape(m.n_layers, m.d_model, m.n_heads, m.mlp_ratio * m.d_model, m.vocab_size, m.max_seq_len,
                      quadratic, 2 * (m.resid_pdrop > 0), True, m.loss_chunk_tokens, m.vocab_multiple or multiple,
                      m.loss_impl == 'plain')
     from src.hf_causal_lm import build_hf_config  # here, since it imports transformers
 
-    hf = build_hf_config(m)
-    if hf.model_type != 'gpt2':
-        raise UserError(f'model: the memory of {hf.model_type!r} cannot be predicted; that of mosaic_gpt can, and of '
-                        'hf_causal_lm with model_type gpt2')
+    hf: Any = build_hf_config(m) if isinstance(m, HFCausalLMConfig) else None
+    if hf is None or hf.model_type != 'gpt2':
+        raise UserError(f'model: the memory of {hf.model_type if hf else m.name!r} cannot be predicted; that of mosaic_gpt '
+                        'can, and of hf_causal_lm with model_type gpt2')
     quadratic = hf._attn_implementation == 'eager' or hf.attn_pdrop > 0 and not has_gpu
     return Shape(hf.n_layer, hf.n_embd, hf.n_head, hf.n_inner or 4 * hf.n_embd, hf.vocab_size, hf.n_positions,
                  quadratic, 2 * (hf.resid_pdrop > 0), hf.activation_function == 'gelu', 1024, multiple, False)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from src import schema
 from src.batch_size import grad_accum
 from src.checks import fsdp_version
+from src.errors import UserError
 
 
 def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Optional[dict[str, Any]]:
@@ -61,10 +62,16 @@ def compile_blocks(model: Any, keywords: Any) -> None:
     Args:
         model: Its `fsdp_wrap_fn` says what is a block. Names of parameters do not change.
         keywords: Of `torch.compile`.
+
+    Raises:
+        UserError: The model does not say, or has none.
     """
-    for module in list(model.modules()):
-        if model.fsdp_wrap_fn(module):
-            module.compile(**keywords)
+    is_block = getattr(model, 'fsdp_wrap_fn', lambda module: False)
+    blocks = [module for module in model.modules() if is_block(module)]
+    if not blocks:
+        raise UserError(f"compile_config.scope: 'block', and no fsdp_wrap_fn of {type(model).__name__} names one; set model")
+    for block in blocks:
+        block.compile(**keywords)
 
 
 class ReduceOncePerStep(Callback):

@@ -13,9 +13,8 @@ from composer.utils import dist
 from torch import nn
 
 from src import builders
-from src.causal_lm import next_token_targets
 from src.errors import UserError
-from src.mosaic_gpt import MosaicGPT
+from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.schema import Config, MosaicGPTConfig
 
 PARTS = ('data', 'forward', 'backward', 'update', 'rest')
@@ -38,55 +37,61 @@ class Stopwatch(Callback):
 
     def __init__(self, warmup: int, steps: int, rivals: dict[str, 'BareLoop'], trace: Optional[Path] = None):
         self.warmup, self.steps, self.rivals, self.trace = warmup, steps, rivals, trace
-        self.timelines: list[list[tuple[str, Any]]] = []
+        self.timed: list[dict[str, list[tuple[Any, Any]]]] = []  # for each step, the beginning and the end of each part
         self.rival_ms: dict[str, list[float]] = {name: [] for name in rivals}
         self.table = ''
-        self._marks: list[tuple[str, Any]] = []
+        self._begun: dict[str, Any] = {}
+        self._step: dict[str, list[tuple[Any, Any]]] = {}
         self._profiler: Any = None
 
-    def _mark(self, name: str) -> None:
-        moment: Any = time.perf_counter()
-        if torch.cuda.is_available():
-            moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
-        self._marks.append((name, moment))
+    def _begin(self, part: str) -> None:
+        self._begun[part] = time.perf_counter() if part == 'data' else now()  # for data the host waits, not the GPU
 
-    def before_dataloader(self, state: State, logger: Logger) -> None:
-        if not self._marks:
-            self._mark('start')
-        self._marks.append(('data', time.perf_counter()))  # the host waits, not the GPU
+    def _end(self, part: str) -> None:
+        self._step.setdefault(part, []).append((self._begun[part], time.perf_counter() if part == 'data' else now()))
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:  # once more where an epoch ends
+        if 'total' not in self._begun:
+            self._begin('total')
+        self._begin('data')
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        self._marks.append(('data', time.perf_counter()))
+        self._end('data')
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:  # once more after a microbatch that did not fit
+        self._step = {'data': self._step.get('data', [])}
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        self._mark('forward')
+        self._begin('forward')
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        self._mark('forward')
+        self._end('forward')
 
     def before_backward(self, state: State, logger: Logger) -> None:
-        self._mark('backward')
+        self._begin('backward')
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        self._mark('backward')
+        self._end('backward')
+        self._begin('update')
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._mark('end')
+        self._end('update')
+        self._end('total')
         done = int(state.timestamp.batch)
-        if self.warmup < done <= self.warmup + self.steps:
-            self.timelines.append(self._marks)
-        for name, rival in self.rivals.items():
-            ms = timed(lambda rival=rival: rival.step(state.batch))
-            if self.warmup < done <= self.warmup + self.steps:
-                self.rival_ms[name].append(ms)
+        timed = self.warmup < done <= self.warmup + self.steps
+        if timed:
+            self.timed.append(self._step)
+        if done <= self.warmup + self.steps:
+            for name, rival in self.rivals.items():
+                ms = milliseconds_of(lambda rival=rival: rival.step(state.batch))
+                self.rival_ms[name] += [ms] if timed else []
         if done == self.warmup:
             reset_peak_memory()
         if done == self.warmup + self.steps and self.trace:
             self._profiler = torch.profiler.profile()
             self._profiler.start()
-        self._marks = []
-        self._mark('start')
+        self._step = {}
+        self._begin('total')
 
     def fit_end(self, state: State, logger: Logger) -> None:
         if self._profiler is not None:
@@ -99,32 +104,37 @@ class Stopwatch(Callback):
         """For each step `total` and the PARTS."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return [_parts(marks) for marks in self.timelines]
+        return [_parts(step) for step in self.timed]
 
 
-def _parts(marks: list[tuple[str, Any]]) -> dict[str, float]:
+def now() -> Any:
+    """A moment: of the clock, or in the GPU's queue."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event: Any = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _parts(step: dict[str, list[tuple[Any, Any]]]) -> dict[str, float]:
     def between(a: Any, b: Any) -> float:
         return a.elapsed_time(b) if isinstance(a, torch.cuda.Event) else 1000 * (b - a)
 
-    times = {name: [moment for n, moment in marks if n == name] for name in ('start', 'end', 'data', 'forward', 'backward')}
-    out = {name: sum(between(a, b) for a, b in zip(times[name][::2], times[name][1::2], strict=True))
-           for name in ('data', 'forward', 'backward')}
-    out['total'] = between(times['start'][0], times['end'][0])
-    out['update'] = between(times['backward'][-1], times['end'][0])
-    out['rest'] = out['total'] - sum(out[name] for name in PARTS if name in out)
+    out = {part: sum(between(*pair) for pair in pairs) for part, pairs in step.items()}
+    out['rest'] = 2 * out['total'] - sum(out.values())
     return out
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Milliseconds, until the GPU has finished too."""
-    def now() -> float:
+def milliseconds_of(call: Callable[[], Any]) -> float:
+    """Until the GPU has finished too."""
+    def seconds() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    start = now()
+    start = seconds()
     call()
-    return 1000 * (now() - start)
+    return 1000 * (seconds() - start)
 
 
 def reset_peak_memory() -> None:
@@ -152,11 +162,12 @@ class BareLoop:
     """A training loop as PyTorch's tutorials have it: microbatches, clipping, fused AdamW.
 
     Args:
-        model: Called with `input_ids` and `labels` of shape (batch, seq), returns the loss.
+        model: Whose loss it is.
+        loss: Called with the model and a microbatch, a mapping as the loader makes it.
         c: The same microbatch, precision and learning rate as the run's.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], torch.Tensor], c: Config):
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], c: Config):
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.model, self.loss = model.to(self.device).train(), loss
         self.microbatch = int(c.device_train_microbatch_size)
@@ -167,7 +178,8 @@ class BareLoop:
     def step(self, batch: Any) -> None:
         rows = len(batch['input_ids'])
         for start in range(0, rows, self.microbatch):
-            part = {key: batch[key][start:start + self.microbatch].to(self.device) for key in ('input_ids', 'labels')}
+            part = {key: x[start:start + self.microbatch] for key, x in batch.items()}
+            part = {key: x.to(self.device) if isinstance(x, torch.Tensor) else x for key, x in part.items()}
             with get_precision_context(self.precision):
                 loss = self.loss(self.model, part)
             (loss * (len(part['input_ids']) / rows)).backward()
@@ -177,13 +189,21 @@ class BareLoop:
 
 
 def build_rivals(names: list[str], c: Config) -> dict[str, BareLoop]:
-    """Raises UserError where the run has no like."""
+    """`bare`: the run's own model; `hf`: Hugging Face GPT-2 of its shape.
+
+    Raises:
+        UserError: The run does what a bare loop does not, or has no like.
+    """
     if not names:
         return {}
-    if dist.get_world_size() > 1 or not isinstance(c.model, MosaicGPTConfig) or c.device_train_microbatch_size == 'auto':
-        raise UserError('--against: needs one device, model.name mosaic_gpt and a number as device_train_microbatch_size')
+    if dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.compile_config or c.fsdp_config:
+        raise UserError('--against: a bare loop has one device, a number as device_train_microbatch_size, and neither '
+                        'compile_config nor fsdp_config; set both to null')
     rivals, m = {}, c.model
     if 'hf' in names:
+        if type(m) is not MosaicGPTConfig or m.attn_within_document:
+            raise UserError('--against hf: Hugging Face has no like of this model; of mosaic_gpt without attn_within_document '
+                            'it has')
         from transformers import GPT2Config, GPT2LMHeadModel
 
         shape = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_seq_len, n_embd=m.d_model, n_layer=m.n_layers,
@@ -191,13 +211,13 @@ def build_rivals(names: list[str], c: Config) -> dict[str, BareLoop]:
                            activation_function='gelu' if m.mlp_act == 'gelu' else 'gelu_pytorch_tanh',
                            attn_pdrop=m.attn_pdrop, resid_pdrop=m.resid_pdrop, embd_pdrop=m.emb_pdrop, use_cache=False,
                            attn_implementation='sdpa', bos_token_id=0, eos_token_id=0)
-        rivals['hf'] = BareLoop(GPT2LMHeadModel(shape), lambda model, part: model(**part).loss, c)
+
+        def loss(model: Any, part: Any) -> torch.Tensor:
+            ids = part['input_ids']
+            return model(input_ids=ids, labels=part['labels'][:, :ids.shape[1]], attention_mask=part.get('attention_mask')).loss
+
+        rivals['hf'] = BareLoop(GPT2LMHeadModel(shape), loss, c)
     if 'bare' in names:
-        model = MosaicGPT(m.model_copy(update={'device': 'cpu'}))
-
-        def loss(model: nn.Module, part: Any) -> torch.Tensor:
-            inputs, targets = next_token_targets(part)
-            return model(inputs, targets=targets)
-
-        rivals['bare'] = BareLoop(model, loss, c)
+        model = COMPOSER_MODEL_REGISTRY[m.name](m.model_copy(update={'device': 'cpu'}) if hasattr(m, 'device') else m)
+        rivals['bare'] = BareLoop(model, lambda model, part: model(part)['loss'], c)
     return rivals

@@ -6,9 +6,11 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['TQDM_DISABLE'] = '1'
 
+import logging
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker('gpu'):
                 item.add_marker(pytest.mark.skip(reason='no GPU'))
+
+
+@pytest.fixture(autouse=True)
+def logger_as_it_was() -> Iterator[None]:
+    """A run of main.py keeps its messages from other handlers; the next test may want to read them."""
+    yield
+    logger = logging.getLogger('src')
+    logger.handlers, logger.propagate = [], True
 
 
 @pytest.fixture(autouse=True)

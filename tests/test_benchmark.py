@@ -1,5 +1,6 @@
 """What the benchmark times, counts and writes; and what a step must not do."""
 
+import gc
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from hosts import NODE
 from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +21,7 @@ import main
 from src import benchmark, config
 from src.errors import UserError
 from src.flops import peak_flops, train_flops_per_token
+from src.mosaic_gpt import MosaicGPT
 from src.stopwatch import PARTS, build_rivals
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
@@ -76,16 +79,28 @@ def test_a_record_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert f'{ms["total"]:.1f}' in capsys.readouterr().out
     columns = {line.count('|') for line in page.splitlines() if line.startswith('|')}
     assert len(columns) == 1, page
-    assert not list(Path(benchmark.tempfile.gettempdir()).glob(f'benchmark-{os.getpid()}*'))
+    assert not list(Path(benchmark.tempfile.gettempdir()).glob('benchmark-*'))
 
 
 def test_parts_of_a_step_sum_to_the_step() -> None:
     watch = benchmark.Stopwatch(0, 1, {})
-    watch.timelines = [[('start', 0.0), ('data', 0.5), ('data', 1.0), ('forward', 1.5), ('forward', 3.5), ('backward', 4.0),
-                        ('backward', 8.0), ('forward', 8.0), ('forward', 9.0), ('backward', 9.0), ('backward', 11.0),
-                        ('end', 14.0)]]
+    watch.timed = [{'data': [(0.5, 1.0)], 'forward': [(1.5, 3.5), (8.0, 9.0)], 'backward': [(4.0, 8.0), (9.0, 11.0)],
+                    'update': [(11.0, 14.0)], 'total': [(0.0, 14.0)]}]
     [parts] = watch.milliseconds()
     assert parts == {'data': 500, 'forward': 3000, 'backward': 6000, 'total': 14000, 'update': 3000, 'rest': 1500}
+
+
+def test_epochs_that_end_within_the_timed_steps(mds_root: Path, tmp_path: Path) -> None:
+    small = ['train_loader.dataset.epoch_size=12', 'train_loader.dataset.group_method=truncate', 'model.vocab_size=512',
+             'train_loader.dataset.num_canonical_nodes=1']
+    [record] = run(tmp_path / 'out', '--real_data', f'data_remote={mds_root}', *small)
+    assert record['steps'] == 3 and record['ms']['rest'] > -1
+
+
+def test_no_run_of_a_sweep_is_kept_in_memory(tmp_path: Path) -> None:
+    run(tmp_path / 'out', '--sweep', 'seed=1,2,3')
+    gc.collect()
+    assert sum(isinstance(x, MosaicGPT) for x in gc.get_objects()) <= 1  # the last, until the next begins
 
 
 def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
@@ -100,8 +115,14 @@ def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / 'out.json').read_text())) == 5
     page = (tmp_path / 'out.md').read_text()
     assert len({line.count('|') for line in page.splitlines() if line.startswith('|')}) == 1, page
+    records = run(tmp_path / 'lists', '--sweep', 'optimizer.betas=[0.9,0.95],[0.9,0.99]', '--steps', '1')
+    assert [record['overrides'][-1] for record in records] == ['optimizer.betas=[0.9,0.95]', 'optimizer.betas=[0.9,0.99]']
     with pytest.raises(UserError, match="--sweep: 'lr' is not of the form key=a,b,c"):
         run(tmp_path / 'out', '--sweep', 'lr')
+    (tmp_path / 'other.json').write_text('{}')
+    for out in tmp_path / 'other', Path('.'), tmp_path / 'other.json' / 'x':
+        with pytest.raises(UserError, match='--out: .* cannot be read or made: .*; name another'):
+            run(out, '--append')
 
 
 def test_rivals_are_the_same_model(tmp_path: Path) -> None:
@@ -118,15 +139,27 @@ def test_rivals_are_the_same_model(tmp_path: Path) -> None:
     before = [p.clone() for p in bare.parameters()]
     rivals['bare'].step(batch)
     assert any(not torch.equal(a, b) for a, b in zip(before, bare.parameters(), strict=True)), 'it trains'
-    for override in 'device_train_microbatch_size=auto', 'model.name=hf_causal_lm':
-        with pytest.raises(UserError):
-            run(tmp_path / 'out', '--against', 'hf', override)
+    assert record['peak_memory'] is None, 'it would be theirs too'
+    for override in 'compile_config={}', 'fsdp_config.sharding_strategy=FULL_SHARD':
+        with pytest.raises(UserError, match='--against: a bare loop has one device'):
+            run(tmp_path / 'out', '--against', 'bare', override)
+    with pytest.raises(UserError, match='--against hf: Hugging Face has no like of this model'):
+        run(tmp_path / 'out', '--against', 'hf', 'model.attn_within_document=true')
+
+
+def test_rivals_take_what_the_loader_gives(tokens_root: Path, mds_root: Path, tmp_path: Path) -> None:
+    longer = ['train_loader.dataset.max_seq_len=31', 'max_seq_len=31', 'model.max_seq_len=32', 'model.vocab_size=512']
+    for argv in ([f'data_remote={tokens_root}', *longer], [f'data_remote={mds_root}', 'model.vocab_size=512']):
+        [record] = run(tmp_path / 'out', '--real_data', '--against', 'hf', '--against', 'bare', *argv, '--steps', '1',
+                       'train_loader.dataset.group_method=truncate')
+        assert set(record['against']) == {'hf', 'bare'}
 
 
 def test_a_profile_is_a_trace_and_a_table(tmp_path: Path) -> None:
-    [record] = run(tmp_path / 'out', '--profile')
+    [record] = run(tmp_path / 'out', '--profile', '--against', 'hf')
+    assert 'Optimizer.step#DecoupledAdamW.step' in record['profile'] and '#AdamW.step' not in record['profile']
     assert record['steps'] == 3 and 'aten::addmm' in record['profile'] and 'aten::addmm' in (tmp_path / 'out.md').read_text()
-    events = json.loads((tmp_path / 'out.trace.json').read_text())['traceEvents']
+    events = json.loads((tmp_path / 'out.1.trace.json').read_text())['traceEvents']
     assert any('Optimizer.step' in event.get('name', '') for event in events)
 
 
@@ -153,6 +186,22 @@ def test_two_devices(tmp_path: Path) -> None:
     [record] = json.loads((tmp_path / 'out.json').read_text())
     assert record['devices'] == 2 and record['global_batch'] == 6 and record['parameters'] == 11_648
     assert 'composer -n 2 src/benchmark.py' in record['command']
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path: Path) -> None:
+    if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
+        pytest.skip('no mount namespaces here')
+    port = str(free_port())
+    nodes = [subprocess.Popen([*NODE, str(SCRIPTS / 'composer'), '-n', '1', '--world_size', '2', '--node_rank', str(rank),
+                               '--master_addr', '127.0.0.1', '--master_port', port, 'src/benchmark.py', QUICKSTART, *SMALL,
+                               '--steps', '2', '--warmup', '1', '--out', str(tmp_path / f'out-{rank}')],
+                              cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+             for rank in range(2)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    [record] = json.loads((tmp_path / 'out-0.json').read_text())
+    assert record['devices'] == 2 and not (tmp_path / 'out-1.json').exists()
 
 
 # ---------------------------------------------------------------- what a step must not do
@@ -222,12 +271,13 @@ class WatchGraphs(Watch):
 def test_nothing_is_compiled_after_the_first_step(scope: str, overrides: list[str], mds_root: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), 'Watch', WatchGraphs)
-    plain = watched(mds_root, 'max_duration=5ba', *overrides)
+    overrides = ['model.n_layers=5', 'max_duration=4ba', *overrides]
+    plain = watched(mds_root, *overrides)
     torch._dynamo.reset()
     counters.clear()
-    compiled = watched(mds_root, 'max_duration=5ba', *overrides, f'compile_config.scope={scope}',
+    compiled = watched(mds_root, *overrides, f'compile_config.scope={scope}',
                        'compile_config.backend=aot_eager')
     assert compiled.graphs[0] > 0 and len(set(compiled.graphs)) == 1 and not counters['graph_break']
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
-    if scope == 'block' and 'uneven' not in str(overrides):
-        assert compiled.graphs[0] <= 2, 'the blocks share one'
+    sizes = 2 if 'device_train_microbatch_size=5' in overrides else 1
+    assert scope == 'model' or compiled.graphs[0] <= sizes + ('model.attn_within_document=true' in overrides), 'blocks share one'
