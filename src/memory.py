@@ -1,10 +1,19 @@
-"""Peak memory of a training step on one device, predicted from the config alone: no model is built."""
+"""Peak memory of a training step on one device, predicted from the config alone: no model is built.
 
+    python src/memory.py yamls/mosaic_gpt/1b.yaml [key=value ...] [--devices 8] [--cpu]
+"""
+
+import argparse
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.batch_size import device_batch_size, grad_accum
+if __name__ == '__main__':  # run as `python src/memory.py`: import from the repository's root, not from src
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from src.batch_size import device_batch_size, grad_accum, microbatch_size
 from src.checks import fsdp_version
-from src.errors import UserError
+from src.errors import UserError, positive
 from src.schema import Config, HFCausalLMConfig, MosaicGPTConfig
 
 # An estimate, not measured: CUDA context, cuBLAS and NCCL buffers, what the caching allocator cannot hand out again.
@@ -240,3 +249,36 @@ def table(memory: Memory) -> str:
     parts = memory._asdict() | {'peak': memory.total}
     lines = [f'predicted memory of a device, {parts.pop("moment")}:']
     return '\n'.join(lines + [f'  {name:12}{size / 2**30:9.2f} GiB' for name, size in parts.items()])
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Predict the peak memory of a training step on one device.')
+    parser.add_argument('yaml', metavar='YAML')
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='as for main.py')
+    parser.add_argument('--devices', type=positive, default=1, metavar='N', help='over all nodes; default: %(default)s')
+    parser.add_argument('--cpu', action='store_true', help='they are no GPUs')
+    return parser.parse_intermixed_args(argv)
+
+
+def main(args: argparse.Namespace) -> Memory:
+    """Predicts for a YAML, and prints it.
+
+    Raises:
+        UserError: A mistake in the config, a microbatch of `auto`, or a model that cannot be predicted.
+    """
+    from src import builders, config  # here: importing Composer takes seconds
+
+    c = config.check(config.load([args.yaml, *args.overrides]), builders.REGISTRIES, args.devices, not args.cpu)
+    if not isinstance(c.device_train_microbatch_size, int):
+        raise UserError("device_train_microbatch_size: 'auto' is found by trying; set a number to predict its memory")
+    microbatch = microbatch_size(device_batch_size(c.global_train_batch_size, args.devices), c.device_train_microbatch_size)
+    memory = predict(c, args.devices, not args.cpu, microbatch)
+    print(table(memory))
+    return memory
+
+
+if __name__ == '__main__':
+    try:
+        main(parse_args(sys.argv[1:]))
+    except UserError as e:
+        sys.exit(f'error: {e}')

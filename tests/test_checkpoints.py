@@ -176,7 +176,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', ['workers', 'tokens over epochs', *(
+    pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ('workers', 'tokens over epochs'))])
 def test_a_run_that_stopped_twice_equals_one_that_did_not(kind, mds_root, tokens_root, tmp_path):
     """500 sequences of tokens are 5 batches of 96: batch 5 ends an epoch, batch 8 is inside the next."""
     root = tokens_root if kind.startswith('tokens') else mds_root

@@ -123,7 +123,7 @@ def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
 # ---------------------------------------------------------------- the same from every way
 
 
-@pytest.mark.parametrize('tokens', [False, True], ids=['text', 'tokens'])
+@pytest.mark.parametrize('tokens', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['text', 'tokens'])
 def test_partitions_and_workers_give_the_bytes_of_one_run(tokens: bool, source: Path, tokenizer_dir: Path, tmp_path: Path,
                                                           texts: list[str], capsys: pytest.CaptureFixture) -> None:
     options: dict[str, Any] = {'concat_tokens': 32, 'tokenizer': tokenizer_dir, 'hashes': 'sha1 xxh64'} if tokens else {}
@@ -257,6 +257,7 @@ def test_max_docs_and_train_small_take_the_first(source: Path, tmp_path: Path, t
 # ---------------------------------------------------------------- the hub
 
 
+@pytest.mark.slow
 def test_hub_that_fails_one_time_in_ten_gives_the_same_documents(source: Path, tmp_path: Path) -> None:
     rng, failed, listings = random.Random(5), [], []
 
@@ -295,6 +296,7 @@ def test_another_data_set_of_the_hub(texts: list[str], tmp_path: Path) -> None:
     assert manifest(tmp_path / 'out/train')['source'] == 'some/books old'
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_said(source: Path, tmp_path: Path) -> None:
     cases: dict[str, tuple[list[str], str]] = {
         'no data set': (['--dataset', 'nobody/nothing'], '--source hub: the hub has no nobody/nothing, or not for you'),
@@ -465,6 +467,7 @@ def test_a_part_that_another_machine_finishes_between_two_looks(source: Path, tm
 # ---------------------------------------------------------------- object stores
 
 
+@pytest.mark.slow
 def test_an_object_store_is_looked_through(s3: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = 's3://bucket/404/c4'  # a number that looks like a status
     convert(root, source, 'train')
@@ -545,6 +548,7 @@ def test_a_bucket_that_cannot_be_used(s3: Any, source: Path, monkeypatch: pytest
 # ---------------------------------------------------------------- tokenizers
 
 
+@pytest.mark.slow
 def test_a_tokenizer_trained_on_the_text_is_the_same_in_s3(s3: Any, source: Path, tmp_path: Path, texts: list[str]) -> None:
     from transformers import AutoTokenizer
 

@@ -268,6 +268,7 @@ def test_paragraphs_of_a_docstring(text: str, expected: list[str]) -> None:
     assert list(sample_corpus.paragraphs(text)) == expected
 
 
+@pytest.mark.slow
 def test_sample_has_enough_prose_and_no_paragraph_twice(sample: Path) -> None:
     train, val = read_split(sample / 'train'), read_split(sample / 'val')
     size = {split: sum(len(document['text']) for document in documents) for split, documents in (('train', train), ('val', val))}

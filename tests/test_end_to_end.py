@@ -73,6 +73,7 @@ def same_run(got, want) -> None:
     assert got['time/token'] == want['time/token']
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(losses, logged):
     same_run(logged[1], losses())
     assert set(logged[1]['trainer/grad_accum'].values()) == {1}

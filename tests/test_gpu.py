@@ -4,14 +4,18 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from launch import ranks, tiny
 from runs import train
 
 import main
-from src import config
+from src import benchmark, config
 from src.attention import Documents, choose_attention, torch_attention
+from src.causal_lm import chunked_cross_entropy
 from src.errors import UserError
+from src.memory import GPU_WORKSPACE
 from src.mosaic_gpt import MosaicGPT
+from src.stopwatch import PARTS
 
 pytestmark = pytest.mark.gpu
 KERNELS = ['flash cudnn', 'flash pytorch', 'flash flash-attn-2', 'flash flash-attn-3', 'flash flash-attn-4']
@@ -103,6 +107,15 @@ HELD = {
     'fsdp2': [FSDP, 'fsdp_config.version=2'],
     'fsdp2 from meta': [FSDP, 'fsdp_config.version=2', 'model.device=meta'],
     'fsdp2 checkpointed': [FSDP, 'fsdp_config.version=2', 'model.device=meta', 'fsdp_config.activation_checkpointing=true'],
+    'every other block': [FSDP, 'fsdp_config.version=1', 'fsdp_config.activation_checkpointing=true',
+                          'model.activation_checkpointing_every=2'],
+    'reduced once': [FSDP, 'fsdp_config.version=2', 'fsdp_config.reduce_every_microbatch=false',
+                     'device_train_microbatch_size=5'],
+    'compiled': ['compile_config.scope=model', 'model.loss_impl=plain'],
+    'fsdp1 compiled': [FSDP, 'fsdp_config.version=1', 'compile_config.scope=block'],
+    'fsdp1 compiled, checkpointed': [FSDP, 'fsdp_config.version=1', 'compile_config.scope=block',
+                                     'fsdp_config.activation_checkpointing=true'],
+    'fsdp2 compiled': [FSDP, 'fsdp_config.version=2', 'compile_config.scope=block', 'device_train_microbatch_size=5'],
 }
 
 
@@ -137,6 +150,32 @@ def test_documents_pass_every_wrapper(mds_root, within_on_cpu, attn_impl, held):
     got = train('yamls/quickstart.yaml', *tiny(mds_root, *WITHIN, f'model.attn_impl={attn_impl}', *HELD[held]))
     assert got['batches'] == within_on_cpu['batches']
     assert got['losses'] == pytest.approx(within_on_cpu['losses'], rel=1e-2)
+
+
+@pytest.mark.parametrize('multiple', [None, 1, 128])
+def test_the_loss_with_a_padded_vocabulary(multiple):
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 300, 64, device='cuda', requires_grad=True)
+    weight = (0.2 * torch.randn(50257, 64, device='cuda')).requires_grad_()
+    targets = torch.randint(0, 50257, (4, 300), device='cuda')
+    want = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
+    want_grads = torch.autograd.grad(want, (hidden, weight))
+    with torch.autocast('cuda', torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, weight, targets, 256, multiple)
+    assert loss.item() == pytest.approx(want.item(), rel=5e-3)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want_grads):
+        assert a.shape == b.shape and (a - b).norm() < 2e-2 * b.norm()
+
+
+@pytest.mark.parametrize('microbatch', [2, 8])
+def test_a_benchmark_counts_as_the_gpu_does(tmp_path, microbatch):
+    argv = ['yamls/mosaic_gpt/125m.yaml', 'model.n_layers=4', 'global_train_batch_size=8',
+            f'device_train_microbatch_size={microbatch}', 'train_loader.num_workers=0', 'train_loader.prefetch_factor=null',
+            'train_loader.persistent_workers=false']
+    [record] = benchmark.main(benchmark.parse_args([*argv, '--steps', '5', '--warmup', '3', '--out', str(tmp_path / 'out')]))
+    ms = record['ms']
+    assert ms['total'] > 0 and all(ms[part] > -0.05 * ms['total'] for part in PARTS)
+    assert record['predicted_memory'] - GPU_WORKSPACE == pytest.approx(record['peak_memory'], rel=0.1)
 
 
 @pytest.mark.parametrize('version', [1, 2])

@@ -18,6 +18,7 @@ from composer.distributed import prepare_distributed
 from composer.distributed.mosaic_parallelism import BACKWARD_PREFETCH_MAP, SHARDING_MAP, get_mixed_precision
 from composer.distributed.prepare_distributed import parallelize_composer_model
 from composer.models import ComposerModel
+from launch import ROOT
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
@@ -30,7 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src import config
+from src import config, memory
 from src.builders import build_optimizer, resolve_precision
 from src.checks import fsdp_version
 from src.errors import UserError
@@ -292,7 +293,8 @@ GPU = {  # YAML, devices, accumulation, overrides; the microbatch is the YAML's
 }
 
 
-@pytest.mark.parametrize('case', GPU)
+@pytest.mark.parametrize('case', [case if case in ('125m FSDP1', '1b checkpointed', '350m kept') else
+                                  pytest.param(case, marks=pytest.mark.slow) for case in GPU])
 def test_mixed_precision_by_tensors_without_data(case, processes, without_data):
     yaml, world_size, accum, *overrides = GPU[case]
     c = parsed(yaml, *overrides)
@@ -366,3 +368,21 @@ def test_the_table_adds_up():
     assert [line.split() for line in lines[1:]] == [
         ['weights', '1.00', 'GiB'], ['gradients', '2.00', 'GiB'], ['optimizer', '3.00', 'GiB'], ['activations', '4.00', 'GiB'],
         ['logits', '5.00', 'GiB'], ['workspace', '6.00', 'GiB'], ['peak', '21.00', 'GiB']]
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_the_command_line(capsys):
+    yaml = str(ROOT / 'yamls/mosaic_gpt/1b.yaml')
+    one = memory.main(memory.parse_args([yaml, 'device_train_microbatch_size=4']))
+    eight = memory.main(memory.parse_args([yaml, '--devices', '8', 'device_train_microbatch_size=4']))
+    assert eight.weights < one.weights and eight.optimizer == pytest.approx(one.optimizer / 8, rel=1e-3)
+    assert f'peak {eight.total / 2**30:16.2f} GiB' in capsys.readouterr().out
+    # A microbatch of more than a device's samples is cut to them, as in a run.
+    most = memory.main(memory.parse_args([yaml, '--devices', '128', 'device_train_microbatch_size=64']))
+    assert most == memory.main(memory.parse_args([yaml, '--devices', '128', 'device_train_microbatch_size=4']))
+    for override, message in (('device_train_microbatch_size=auto', "'auto' is found by trying"),
+                              ('model.d_modle=3', 'model.d_modle: no such key')):
+        with pytest.raises(UserError, match=message):
+            memory.main(memory.parse_args([yaml, override]))

@@ -307,6 +307,7 @@ def one_rank(mds_root, tmp_path_factory):
     return list(read_scalars(folder)['loss/train/total'].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('by_argument', [True, pytest.param(False, marks=pytest.mark.slow)], ids=['arguments', 'variables'])
 def test_two_hosts_train_as_one_rank_does(two_hosts, mds_root, one_rank, by_argument):
     losses = train_on(two_hosts, mds_root, by_argument)

@@ -364,6 +364,7 @@ def test_a_mistake_of_the_user_is_one_message(start, tmp_path: Path, ranks: tupl
     assert 'Traceback' not in ''.join(texts)
 
 
+@pytest.mark.slow
 def test_composers_launcher_returns_soon_and_shows_the_traceback_of_a_rank_above_0(tmp_path: Path) -> None:
     script = tmp_path / 'rank.py'
     script.write_text(PRELUDE + RANK.replace('BODY', CRASH.format(culprit=1)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import benchmark, builders, config, processes, report
+from src import benchmark, builders, config, memory, processes, report
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
@@ -58,6 +58,7 @@ CHECKED = {
         'test_benchmark.py::test_a_sweep_has_a_row_for_each_combination',
     'python src/benchmark.py yamls/quickstart.yaml --profile': 'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
     'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_benchmark.py::test_two_devices does it on CPUs',
+    'python src/memory.py yamls/mosaic_gpt/1b.yaml --devices 8': 'test_memory.py::test_the_command_line',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
     'pip install flash-attn==2.8.3 --no-build-isolation': 'GPU: test_flash_attn_command_is_that_of_the_requirements',
     'python convert_c4.py --out_root ./my-copy-c4 --splits val':
@@ -126,6 +127,9 @@ def test_its_arguments_are_valid(command: str):
     elif argv[:1] == ['src/benchmark.py']:
         args = benchmark.parse_args(argv[1:])
         config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, world_size=8, has_gpu=True)
+    elif argv[:1] == ['src/memory.py']:
+        args = memory.parse_args(argv[1:])
+        config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, args.devices, has_gpu=True)
     elif argv[:1] == ['src/plot_loss.py']:
         assert argv[1:] == ['runs/*', '--out', 'loss.png']
     elif program in ('composer', 'torchrun'):
@@ -178,6 +182,7 @@ def test_loader_copies_shards(mds_root, tmp_path):
     assert shards(tmp_path / 'cache-c4' / 'val') == shards(mds_root / 'val')
 
 
+@pytest.mark.slow
 def test_loader_from_s3(mds_root, tmp_path, monkeypatch):
     import boto3
     from moto.server import ThreadedMotoServer

@@ -144,7 +144,8 @@ def test_workers_give_the_same_batches(build, want, num_workers: int, persistent
     assert [take(loader) for _ in range(3)] == want
 
 
-@pytest.mark.parametrize('workers', [(0, 0, 0), pytest.param((3, 2, 0), marks=pytest.mark.slow), (1, 3, 3)], ids=str)
+@pytest.mark.parametrize('workers', [(0, 0, 0), *(pytest.param(n, marks=pytest.mark.slow) for n in ((3, 2, 0), (1, 3, 3)))],
+                         ids=str)
 def test_resumes_exactly_after_any_number_of_stops(build, want, workers: tuple[int, ...]):
     def resume(state: dict, n: int):
         loader = build(n, persistent_workers=n == 3)
