@@ -322,6 +322,7 @@ def corpus_and_tokenizer(folder: Path) -> str:
     return hashlib.sha256(json.dumps(corpus).encode() + files).hexdigest()
 
 
+@pytest.mark.slow
 def test_sample_and_tokenizer_are_the_same_in_every_run(tmp_path: Path) -> None:
     here = corpus_and_tokenizer(tmp_path / 'here')
     code = ('import sys; from pathlib import Path; from test_convert_c4 import corpus_and_tokenizer; '

@@ -170,6 +170,7 @@ def one_error(text: str, *parts: str) -> None:
         assert part in text, text[-3000:]
 
 
+@pytest.mark.slow
 def test_mistakes_are_reported_once_on_two_ranks():
     result = composer(QUICKSTART, 'max_duraton=1ba', 'optimizer.lr=fast', ranks=2)
     assert result.returncode == 1

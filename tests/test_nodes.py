@@ -260,6 +260,7 @@ def far(two_hosts):
     return got
 
 
+@pytest.mark.slow
 def test_hosts_meet_though_their_names_have_no_address(far):
     """gloo alone would offer the other host the address of the loopback device."""
     for text, _ in far['well']:

@@ -46,7 +46,7 @@ def same_end(got: dict, want: dict) -> None:
     assert got['dataset_state'] == want['dataset_state'] and got['schedulers'] == want['schedulers']
 
 
-@pytest.mark.parametrize('when', ['batch', 'evaluation'])
+@pytest.mark.parametrize('when', ['batch', pytest.param('evaluation', marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_with_its_batch_saved(mds_root, tmp_path, monkeypatch, when):
     monkeypatch.setitem(builders.CALLBACKS, 'signal', Signal)
     argv = tiny(mds_root, 'run_name=one', 'autoresume=true', 'save_interval=100ba', 'log_to_console=false', 'eval_interval=7ba',

@@ -162,7 +162,7 @@ def test_a_shard_that_vanishes_in_place(build, data: Path):
         rows(loader)
 
 
-@pytest.mark.parametrize('keep_zip', [False, True])
+@pytest.mark.parametrize('keep_zip', [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=SLOW)])
 def test_compressed_shards(build, data: Path, whole, tmp_path: Path, keep_zip: bool, num_workers: int):
     with_hashes(data, ['xxh64'], 'zstd')
@@ -549,6 +549,7 @@ def test_a_missing_shard_names_its_stream(mixed: Path, mix, tmp_path: Path):
         rows(loader)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_covers_all_streams(mix):
     prints = [mix(streams, batch_size=4).dataset.fingerprint for streams in (
         {'web': {}}, {'web': {}, 'books': {}}, {'books': {}, 'web': {}}, {'web': {'repeat': 0.5}, 'books': {}}, THIRDS)]
