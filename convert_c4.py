@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Optional
 
-from src.conversion import Job, Options, Place, all_done, convert, file_info, unfinished
+from src.conversion import Job, Options, Place, all_done, convert, folder_info, unfinished
 from src.data_places import is_url
 from src.errors import UserError, positive
 from src.manifest import TRAINED, check_strangers, merge, verify
@@ -222,8 +222,7 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     try:
         staging = place.staging('tokenizer')
         train_tokenizer(texts, staging, vocab_size)
-        files = {path.name: file_info(path) for path in sorted(staging.iterdir())}
-        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': files}))
+        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}))
         place.commit(staging, 'tokenizer', 'tokenizer.json')
     except OSError as error:
         raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '

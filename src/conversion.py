@@ -314,7 +314,7 @@ def convert(job: Job) -> dict[str, Any]:
     try:
         staging = place.staging(job.name)
         counts = _write(job, staging)
-        files = {path.name: file_info(path) for path in sorted(staging.iterdir())}
+        files = folder_info(staging)
         part = {'made_from': job.identity, **counts, 'files': files}
         (staging / PART).write_text(json.dumps(part, sort_keys=True))
         if not done(job):  # by another run at the same time
@@ -341,6 +341,11 @@ def file_info(path: Path) -> dict[str, Any]:
 
     data = path.read_bytes()
     return {'bytes': len(data), HASH: get_hash(HASH, data)}
+
+
+def folder_info(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of each file of a folder."""
+    return {path.name: file_info(path) for path in sorted(folder.iterdir())}
 
 
 def _write(job: Job, out: Path) -> dict[str, Any]:
