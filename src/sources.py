@@ -125,14 +125,16 @@ class HubSource:
 
     def __init__(self, dataset: str = C4, config: Optional[str] = None, revision: Optional[str] = None) -> None:
         from datasets import load_dataset_builder
+        from huggingface_hub import HfApi
 
         self.config = config or ('en' if dataset == C4 else None)
         self.is_c4 = (dataset, self.config) == (C4, 'en')
         self.name = f'{dataset} {self.config or ""}'.strip()
         self.columns = C4_COLUMNS if dataset == C4 else C4_COLUMNS[:1]
+        # asked first: `datasets` takes 25 s to find that nobody is there, and does not say so
+        retried(lambda: HfApi().dataset_info(dataset, revision=revision, timeout=30), self.name, attempts=3)
         try:
-            # attempts: one that finds nobody takes 25 s, in which the client itself tries five times
-            builder = retried(lambda: load_dataset_builder(dataset, self.config, revision=revision), self.name, attempts=2)
+            builder = retried(lambda: load_dataset_builder(dataset, self.config, revision=revision), self.name)
         except UserError:
             raise
         except (ValueError, RuntimeError) as error:  # a config that is not there, no files that are known, a script
