@@ -174,6 +174,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
     precision = str(trainer.state.precision.value)
     peak = peak_flops(torch.cuda.get_device_name(), precision) if gpu else None
     hf = getattr(getattr(model.model, 'hf', None), 'config', None)
+    fp8 = ', linear layers fp8' if getattr(c.model, 'linear_impl', 'plain') == 'fp8' else ''
     kernels = {m.kernel for m in model.modules() if isinstance(m, CausalAttention)}
 
     def mfu(causal: bool) -> Optional[float]:
@@ -186,7 +187,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
         'device': torch.cuda.get_device_name() if gpu else cpu_name(), 'devices': devices, 'threads': torch.get_num_threads(),
         'versions': {'python': platform.python_version(), 'cuda': torch_version.cuda if gpu else None} | packages(),
         'parameters': model.n_params, 'seq_len': c.max_seq_len, 'global_batch': c.global_train_batch_size,
-        'microbatch': trainer.state.device_train_microbatch_size, 'precision': precision,
+        'microbatch': trainer.state.device_train_microbatch_size, 'precision': precision + fp8,
         'attention': ', '.join(kernels) or getattr(hf, '_attn_implementation', 'its own'),
         'data': 'real' if args.real_data else 'random tokens', 'warmup': args.warmup, 'steps': len(step),
         'ms': ms, 'ms_fastest': min(s['total'] for s in step), 'ms_slowest': max(s['total'] for s in step),

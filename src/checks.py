@@ -51,6 +51,20 @@ def _model_errors(c: Config, has_gpu: bool) -> list[str]:
         elif model.attn_impl == 'flash' and c.precision == 'fp32':
             out.append("model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'; set model.attn_impl=auto, "
                        'or precision=amp_bf16')
+        odd = [f'{key} {n}' for key, n in (('model.d_model', model.d_model), ('max_seq_len', c.max_seq_len)) if n % 16]
+        if model.linear_impl == 'fp8' and odd:
+            out.append(f"model.linear_impl: 'fp8' takes multiples of 16, and {' and '.join(odd)} is none; change that, or set "
+                       'plain')
+        if c.precision == 'amp_fp8':
+            out.append("precision: 'amp_fp8' is for Transformer Engine's layers, which mosaic_gpt does not have; set amp_bf16 "
+                       'and model.linear_impl=fp8')
+        if model.loss_impl == 'plain':
+            out += [f"model.{key}: {getattr(model, key)} is of loss_impl chunked, and that is 'plain'; remove it, or set "
+                    'loss_impl=chunked' for key in ('loss_chunk_tokens', 'vocab_multiple')
+                    if getattr(model, key) != MosaicGPTConfig.model_fields[key].default]
+        if model.activation_checkpointing_every > 1 and not (c.fsdp_config and c.fsdp_config.activation_checkpointing):
+            out.append(f'model.activation_checkpointing_every: {model.activation_checkpointing_every} does nothing without '
+                       'fsdp_config.activation_checkpointing; set that to true, or this to 1')
         if model.flash_kernel != 'auto' and model.attn_impl not in ('flash', 'auto'):
             out.append(f'model.flash_kernel: {model.flash_kernel!r} is of attn_impl flash, and that is {model.attn_impl!r}; set '
                        'model.attn_impl=flash, or flash_kernel=auto')
@@ -219,7 +233,8 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
             shutil.which(name) for name in (os.environ.get('CXX', 'c++'), 'g++', 'clang++')):
         out.append('compile_config: torch.compile needs a C++ compiler on a CPU, and there is no c++, g++ or clang++; install '
                    'one, set the variable CXX, or set compile_config=null')
-    if c.precision == 'amp_fp8' and importlib.util.find_spec('transformer_engine') is None:
+    if (c.precision == 'amp_fp8' and not isinstance(c.model, MosaicGPTConfig)
+            and importlib.util.find_spec('transformer_engine') is None):
         out.append("precision: 'amp_fp8' needs the package transformer-engine, which is not installed; set amp_bf16")
     if c.autoresume and (c.save_folder is None or run_name(c) is None):
         out.append('autoresume: true needs save_folder and run_name, so that a later start finds the checkpoints')

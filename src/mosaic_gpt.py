@@ -58,6 +58,30 @@ class GPTBlock(nn.Module):
         return x + self.resid_dropout(self.mlp(self.ln_2(x)))
 
 
+def compute_in_fp8(blocks: nn.Module) -> str:
+    """Has torchao compute the linear layers of the blocks in 8 bits, scaled anew for each tensor (Micikevicius et al. 2022).
+
+    Parameters keep their names, type and values. A CPU computes the same rounding in a slower way.
+
+    Returns:
+        What computes them, for the log.
+
+    Raises:
+        UserError: The package is not installed, or the GPU has no such matrix products.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as e:
+        raise UserError(f"model.linear_impl: 'fp8' needs the package torchao ({e}): pip install torchao==0.12.0, or set "
+                        'plain') from e
+    has_gpu = torch.cuda.is_available()
+    if has_gpu and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError(f"model.linear_impl: 'fp8' needs a GPU of compute capability 8.9 or above, and "
+                        f'{torch.cuda.get_device_name()} has {".".join(map(str, torch.cuda.get_device_capability()))}; set plain')
+    convert_to_float8_training(blocks, config=Float8LinearConfig(emulate=not has_gpu))
+    return 'fp8 by torchao' if has_gpu else 'fp8 by torchao, emulated on the CPU'
+
+
 class MosaicGPT(nn.Module):
     """The model. `fsdp_wrap_fn`, `activation_checkpointing_fn` and `param_init_fn` are what Composer's FSDP asks for.
 
@@ -81,6 +105,8 @@ class MosaicGPT(nn.Module):
             'blocks': nn.ModuleList([GPTBlock(cfg) for _ in range(cfg.n_layers)]),
             'ln_f': nn.LayerNorm(cfg.d_model, device=cfg.device),
         })
+        if cfg.linear_impl == 'fp8':
+            log.info('linear layers: %s', compute_in_fp8(self.transformer['blocks']))
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)
         self.tie_weights()
         # Wrappers (FSDP, compile, activation checkpointing) change the names of parameters, never this one.

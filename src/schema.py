@@ -47,6 +47,7 @@ class MosaicGPTConfig(Section):
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    linear_impl: Literal['plain', 'fp8'] = 'plain'  # of the blocks' linear layers
     loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits of a microbatch at once, for torch.compile to fuse
     loss_chunk_tokens: int = Field(default=1024, gt=0)  # tokens whose logits exist at one time
     vocab_multiple: Optional[int] = Field(default=None, gt=0)  # of the chunked loss's logits' width; null: 64 on a GPU, else 1

@@ -176,9 +176,21 @@ def test_a_typo_does_not_hide_impossible_combinations():
         assert part in str(e.value)
 
 
-def test_fp8_needs_its_package():
-    with pytest.raises(UserError, match="precision: 'amp_fp8' needs the package transformer-engine"):
+def test_fp8():
+    with pytest.raises(UserError, match=r"precision: 'amp_fp8' is for Transformer Engine's layers.*model.linear_impl=fp8"):
         check('precision=amp_fp8', has_gpu=True)
+    with pytest.raises(UserError, match=r"model.linear_impl: 'fp8' takes multiples of 16, and max_seq_len 40 is none"):
+        check('model.linear_impl=fp8', 'max_seq_len=40')
+    assert check('model.linear_impl=fp8').model.linear_impl == 'fp8'
+
+
+def test_settings_that_would_do_nothing():
+    for overrides, message in ((['model.activation_checkpointing_every=2'], 'activation_checkpointing_every: 2 does nothing'),
+                               (['model.loss_impl=plain', 'model.vocab_multiple=8'], 'model.vocab_multiple: 8 is of loss_impl'),
+                               (['model.loss_impl=plain', 'model.loss_chunk_tokens=8'], 'model.loss_chunk_tokens: 8 is of')):
+        with pytest.raises(UserError, match=message):
+            check(*overrides)
+    assert check('model.loss_impl=plain').model.loss_impl == 'plain'
 
 
 def test_autoresume_takes_the_run_name_of_the_environment(monkeypatch):

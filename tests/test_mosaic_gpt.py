@@ -535,3 +535,62 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
     ids, _ = batch('none', 16)
     assert not torch.equal(model.train()(ids), model(ids))
     assert torch.equal(model.eval()(ids), model(ids))
+
+
+# ---------------------------------------------------------------- 8 bits
+
+
+FP8 = dict(d_model=64, n_heads=2, n_layers=1, max_seq_len=64, vocab_size=128, attn_impl='torch')
+
+
+def losses(model: MosaicGPT, steps: int) -> list[float]:
+    """Of training on sequences in which each token has one of four successors."""
+    rng, out = torch.Generator().manual_seed(0), []
+    successors = torch.randint(0, 128, (128, 4), generator=rng)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(steps):
+        ids = torch.randint(0, 128, (8, 65), generator=rng)
+        for t in range(64):
+            ids[:, t + 1] = successors[ids[:, t], ids[:, t + 1] % 4]
+        loss = model(ids[:, :-1], targets=ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        out.append(loss.item())
+    return out
+
+
+def test_linear_layers_in_8_bits_learn_as_plain_ones_do(caplog):
+    caplog.set_level('INFO')
+    plain, eight = MosaicGPT(FP8), MosaicGPT(FP8 | {'linear_impl': 'fp8', 'device': 'meta'}).materialize('cpu')
+    assert 'linear layers: fp8 by torchao, emulated on the CPU' in caplog.text
+    weights = eight.state_dict()
+    assert plain.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in plain.state_dict().items())
+    assert eight.lm_head.weight is eight.transformer['wte'].weight
+    ours, theirs = losses(eight, 30), losses(plain, 30)
+    differences = [abs(a - b) for a, b in zip(ours, theirs)]
+    assert theirs[-1] < theirs[0] - 1
+    assert 1e-5 < max(differences) < 0.03
+    plain.load_state_dict(eight.state_dict())
+
+
+def test_linear_layers_in_8_bits_compile_to_one_graph():
+    eager, compiled = (MosaicGPT(FP8 | {'linear_impl': 'fp8'}) for _ in range(2))
+    for block in compiled.transformer['blocks']:
+        block.compile(backend='aot_eager', fullgraph=True)
+    assert losses(compiled, 3) == losses(eager, 3)
+
+
+def test_8_bits_need_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchao.float8', None)
+    with pytest.raises(UserError, match="model.linear_impl: 'fp8' needs the package torchao .*pip install torchao"):
+        MosaicGPT(FP8 | {'linear_impl': 'fp8'})
+
+
+def test_8_bits_need_a_gpu_that_has_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'NVIDIA A100-SXM4-80GB')
+    with pytest.raises(UserError, match='needs a GPU of compute capability 8.9 or above, and NVIDIA A100-SXM4-80GB has 8.0'):
+        MosaicGPT(FP8 | {'linear_impl': 'fp8'})
