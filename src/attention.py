@@ -41,15 +41,26 @@ class Documents:
         self.positions = self.index - self.first  # (batch, seq), from 0 in each document
         # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot.
         self._mask: Optional[Tensor] = None
+        self._bias: Optional[Tensor] = None
         self._cu_seqlens: Optional[Tensor] = None
 
     @property
     def mask(self) -> Tensor:
         """(batch, 1, seq, seq): whether a query (third dimension) sees a key (fourth)."""
         if self._mask is None:
-            causal = self.index <= self.index[:, None]
-            self._mask = (causal & (self.index >= self.first[:, :, None]))[:, None]
+            self._mask = self._visible()
         return self._mask
+
+    def _visible(self) -> Tensor:
+        causal = self.index <= self.index[:, None]
+        return (causal & (self.index >= self.first[:, :, None]))[:, None]
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """The mask as PyTorch's fused attention adds it to the scores, 0 or -inf: given the mask, it would make one a layer."""
+        if self._bias is None or self._bias.dtype != dtype:
+            hidden = ~self._visible()
+            self._bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float('-inf'))
+        return self._bias
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -78,7 +89,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, doc
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
     """PyTorch's fused attention; PyTorch picks the kernel."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, seq, head_dim)
-    mask = documents.mask if documents else None
+    mask = documents.bias(q.dtype) if documents else None
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None).transpose(1, 2)
 
 

@@ -48,13 +48,14 @@ from src.attention import CausalAttention
 from src.errors import UserError, positive
 from src.flops import peak_flops, train_flops_per_token
 from src.hf_causal_lm import build_hf_config
-from src.memory import predict
+from src.memory import GPU_WORKSPACE, predict
 from src.processes import FailureWatch
 from src.schema import Config, HFCausalLMConfig
 from src.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals, peak_memory
 
 PACKAGES = ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers', 'flash-attn')
 VOCAB_SIZE = 50257  # of random tokens for a model that does not say how many it has
+DOCUMENT = 512  # random tokens to an end of a document, on average
 SYNTHETIC_BYTES = 64_000_000  # of random tokens, at most; they are read again where the steps need more
 
 
@@ -81,7 +82,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, str]]:
-    """Random tokens and a tokenizer of as many, in a temporary folder that the ranks of a node share.
+    """Random tokens in documents of random lengths, and a tokenizer of as many, in a temporary folder of each node.
 
     Yields:
         The settings that name them.
@@ -106,7 +107,8 @@ def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, st
             fitting = max(1, min(rows, SYNTHETIC_BYTES // (seq_len * dtype.itemsize)))
             with MDSWriter(out=str(folder / 'train'), columns={'tokens': f'ndarray:{dtype.name}:{seq_len}'}) as writer:
                 for _ in range(fitting):
-                    writer.write({'tokens': rng.integers(1, vocab_size, seq_len).astype(dtype)})
+                    tokens = rng.integers(1, vocab_size, seq_len) * (rng.random(seq_len) > 1 / DOCUMENT)  # 0 ends a document
+                    writer.write({'tokens': tokens.astype(dtype)})
         dist.barrier()
         yield {'data_remote': str(folder), 'data_local': str(folder), 'tokenizer_name': str(folder / 'tokenizer')}
     finally:
@@ -117,15 +119,18 @@ def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, st
 def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
     """The run that is timed: the YAML's, but that it ends after `steps`, evaluates, saves, logs and resumes nothing."""
     changed: dict[str, Any] = {'max_duration': f'{steps}ba', 'scheduler.t_warmup': '1ba', 'scheduler.t_max': '1dur',
-                               'eval_loader': None, 'save_folder': None, 'load_path': None, 'autoresume': False, 'loggers': {},
-                               'callbacks': {}, 'progress_bar': False, 'log_to_console': False, **data}
+                               'eval_loader': None, 'save_folder': None, 'load_path': None, 'load_weights_only': False,
+                               'autoresume': False, 'loggers': {}, 'callbacks': {}, 'progress_bar': False,
+                               'log_to_console': False, **data}
     for key, value in changed.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     if data:
         dataset = cfg.train_loader.dataset
-        dataset.update(remote=data['data_remote'], local=data['data_local'], split='train', shuffle=False, num_canonical_nodes=1,
-                       tokenizer_name=data['tokenizer_name'], epoch_size=steps * cfg.global_train_batch_size, cache_limit=None)
-        dataset.pop('streams', None)
+        dataset.update(remote=data['data_remote'], local=data['data_local'], split='train', shuffle=False,
+                       num_canonical_nodes=1, tokenizer_name=data['tokenizer_name'],
+                       epoch_size=steps * cfg.global_train_batch_size)
+        for key in 'streams', 'cache_limit', 'validate_hash':  # which belong to the YAML's data
+            dataset.pop(key, None)
         cfg.tokenizer.tokenizer_name = data['tokenizer_name']
     return cfg
 
@@ -152,9 +157,12 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
         failures.start()
     vocab_size = getattr(c.model, 'vocab_size', None) or (
         build_hf_config(c.model).vocab_size if isinstance(c.model, HFCausalLMConfig) else VOCAB_SIZE)
-    with nullcontext({}) if args.real_data else synthetic(vocab_size, c.max_seq_len, steps * c.global_train_batch_size) as data:
+    rows = steps * c.global_train_batch_size
+    made = nullcontext({}) if args.real_data else synthetic(vocab_size, c.train_loader.dataset.max_seq_len, rows)
+    with made as data:
         watch = Stopwatch(args.warmup, args.steps, build_rivals(args.against, c), trace)
         gc.collect()
+        torch._dynamo.reset()  # else what the run before compiled serves this one, or keeps it from compiling
         try:
             trainer = training.main(prepare(cfg, steps, data), failures, [watch])
             record = describe(args, overrides, trainer, c, watch)
@@ -169,8 +177,8 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
     model = getattr(model, 'module', model)  # DDP's
     step = watch.milliseconds()
     ms = {name: statistics.median(s[name] for s in step) for name in ('total', *PARTS)}
-    tokens = c.global_train_batch_size * c.max_seq_len
-    rate = 1000 * tokens / ms['total']
+    seq_len = c.train_loader.dataset.max_seq_len
+    rate = 1000 * c.global_train_batch_size * seq_len / ms['total']
     precision = str(trainer.state.precision.value)
     peak = peak_flops(torch.cuda.get_device_name(), precision) if gpu else None
     hf = getattr(getattr(model.model, 'hf', None), 'config', None)
@@ -178,7 +186,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
     kernels = {m.kernel for m in model.modules() if isinstance(m, CausalAttention)}
 
     def mfu(causal: bool) -> Optional[float]:
-        flops = train_flops_per_token(model.n_params, model.n_layers, model.d_model, c.max_seq_len, causal)
+        flops = train_flops_per_token(model.n_params, model.n_layers, model.d_model, seq_len, causal)
         return peak and flops * rate / devices / peak
 
     launcher = ['python'] if devices == 1 else ['composer', '-n', str(dist.get_local_world_size())]
@@ -186,13 +194,14 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
         'yaml': args.yaml, 'overrides': overrides, 'command': shlex.join([*launcher, 'src/benchmark.py', *sys.argv[1:]]),
         'device': torch.cuda.get_device_name() if gpu else cpu_name(), 'devices': devices, 'threads': torch.get_num_threads(),
         'versions': {'python': platform.python_version(), 'cuda': torch_version.cuda if gpu else None} | packages(),
-        'parameters': model.n_params, 'seq_len': c.max_seq_len, 'global_batch': c.global_train_batch_size,
+        'parameters': model.n_params, 'seq_len': seq_len, 'global_batch': c.global_train_batch_size,
         'microbatch': trainer.state.device_train_microbatch_size, 'precision': precision + fp8,
         'attention': ', '.join(kernels) or getattr(hf, '_attn_implementation', 'its own'),
         'data': 'real' if args.real_data else 'random tokens', 'warmup': args.warmup, 'steps': len(step),
         'ms': ms, 'ms_fastest': min(s['total'] for s in step), 'ms_slowest': max(s['total'] for s in step),
         'tokens_per_second': rate, 'mfu': mfu(False), 'mfu_causal': mfu(True),
-        'peak_memory': None if args.against else peak_memory(),  # not with the rivals' own
+        # Not with the rivals' own, nor of a process that has grown with earlier runs
+        'peak_memory': None if args.against or not gpu and args.sweep else peak_memory(),
         'predicted_memory': predicted(c, devices, trainer.state.device_train_microbatch_size) if gpu else None,
         'against': {name: statistics.median(ms) for name, ms in watch.rival_ms.items()}, 'profile': watch.table,
     }
@@ -200,7 +209,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
 
 def predicted(c: Config, devices: int, microbatch: int) -> Optional[int]:
     with suppress(UserError):  # a model of another kind
-        return predict(c, devices, True, microbatch).total
+        return predict(c, devices, True, microbatch).total - GPU_WORKSPACE  # which the allocator does not count
 
 
 def packages() -> dict[str, str]:
@@ -244,7 +253,8 @@ def table(records: list[dict[str, Any]], first: int = 1) -> str:
         how = (f'`{r["command"]}` on {r["devices"]} × {r["device"]}, {r["threads"]} threads; {says}; {r["data"]}; median of '
                f'{r["steps"]} steps after {r["warmup"]}')
         made.setdefault(how, []).append(str(i))
-    return '\n'.join([*(f'| {" | ".join(row)} |' for row in rows), '',
+    lines = [' | '.join(cell.replace('|', '\\|') for cell in row) for row in rows]
+    return '\n'.join([*(f'| {line} |' for line in lines), '',
                       *(f'- {", ".join(numbers)}: {how}' for how, numbers in made.items())])
 
 
@@ -275,7 +285,9 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
         if args.append and target.exists():
             records = json.loads(target.read_text())
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir() or not isinstance(records, list) or not os.access(target.parent, os.W_OK):
+        files = target, target.with_suffix('.md')
+        known = isinstance(records, list) and all(isinstance(record, dict) and 'yaml' in record for record in records)
+        if not known or any(file.is_dir() for file in files) or not os.access(target.parent, os.W_OK):
             raise ValueError('a folder that may not be written, or another file')
     except (OSError, ValueError) as error:
         raise UserError(f'--out: {target} cannot be read or made: {error}; name another') from None

@@ -16,7 +16,17 @@ from composer.utils import MissingConditionalImportError, format_name_with_dist
 
 from src.callbacks import UnigramBaseline
 from src.errors import UserError
+from src.flops import peak_flops
 from src.schema import OptimizerConfig, Plugins, SchedulerConfig
+
+
+class SpeedMonitor(callbacks.SpeedMonitor):
+    """Composer's, whose MFU is of the kit's own table of GPUs: a GPU that it does not name, or a part of one, has none."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        if self.gpu_flops_available is None and torch.cuda.is_available():
+            self.gpu_flops_available = peak_flops(torch.cuda.get_device_name(), str(state.precision.value)) or 0
+        super().init(state, logger)
 
 
 class FileLogger(loggers.FileLogger):
@@ -31,7 +41,6 @@ class FileLogger(loggers.FileLogger):
         super().init(state, logger)
 
 
-
 ALGORITHMS = {
     'gradient_clipping': algorithms.GradientClipping,
     'ema': algorithms.EMA,
@@ -39,7 +48,7 @@ ALGORITHMS = {
     'swa': algorithms.SWA,
 }
 CALLBACKS = {
-    'speed_monitor': callbacks.SpeedMonitor,
+    'speed_monitor': SpeedMonitor,
     'lr_monitor': callbacks.LRMonitor,
     'memory_monitor': callbacks.MemoryMonitor,
     'runtime_estimator': callbacks.RuntimeEstimator,
@@ -69,11 +78,14 @@ def _fused(optimizer: torch.optim.Optimizer) -> None:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, fused."""
+    """torch's, fused unless `fuses` is false."""
+
+    fuses = True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        _fused(self)
+        if self.fuses:
+            _fused(self)
         return super().step(closure)
 
 
@@ -85,9 +97,12 @@ class DecoupledAdamW(composer.optim.DecoupledAdamW):
     optimizer state and log entries by it.
     """
 
+    fuses = True
+
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
-        _fused(self)
+        if self.fuses:
+            _fused(self)
         decays = [group['weight_decay'] for group in self.param_groups]
         for group in self.param_groups:
             group['weight_decay'] /= group['initial_lr']
@@ -101,7 +116,9 @@ class DecoupledAdamW(composer.optim.DecoupledAdamW):
 def build_optimizer(cfg: OptimizerConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """`decoupled_adamw` (weight decay as a factor of its own) or `adamw` (times the learning rate)."""
     settings: dict[str, Any] = {'lr': cfg.lr, 'betas': tuple(cfg.betas), 'eps': cfg.eps, 'weight_decay': cfg.weight_decay}
-    return DecoupledAdamW(params, **settings) if cfg.name == 'decoupled_adamw' else AdamW(params, **settings)
+    optimizer = DecoupledAdamW(params, **settings) if cfg.name == 'decoupled_adamw' else AdamW(params, **settings)
+    optimizer.fuses = cfg.fused
+    return optimizer
 
 
 def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:

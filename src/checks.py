@@ -1,6 +1,5 @@
 """Settings that are valid one by one and impossible together, on this machine, or with what lies on the disk."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -55,17 +54,15 @@ def _model_errors(c: Config, has_gpu: bool) -> list[str]:
         if model.linear_impl == 'fp8' and odd:
             out.append(f"model.linear_impl: 'fp8' takes multiples of 16, and {' and '.join(odd)} is none; change that, or set "
                        'plain')
-        if c.precision == 'amp_fp8':
-            out.append("precision: 'amp_fp8' is for Transformer Engine's layers, which mosaic_gpt does not have; set amp_bf16 "
-                       'and model.linear_impl=fp8')
         if model.loss_impl == 'plain':
             out += [f"model.{key}: {getattr(model, key)} is of loss_impl chunked, and that is 'plain'; remove it, or set "
                     'loss_impl=chunked' for key in ('loss_chunk_tokens', 'vocab_multiple')
                     if getattr(model, key) != MosaicGPTConfig.model_fields[key].default]
-        if model.activation_checkpointing_every > 1 and not (c.fsdp_config and c.fsdp_config.activation_checkpointing):
+        f = c.fsdp_config
+        if model.activation_checkpointing_every > 1 and not (f and (f.activation_checkpointing or f.activation_cpu_offload)):
             out.append(f'model.activation_checkpointing_every: {model.activation_checkpointing_every} does nothing without '
-                       'fsdp_config.activation_checkpointing; set that to true, or this to 1')
-        if model.flash_kernel != 'auto' and model.attn_impl not in ('flash', 'auto'):
+                       'fsdp_config.activation_checkpointing or activation_cpu_offload; set one of them, or this to 1')
+        if model.flash_kernel != 'auto' and model.attn_impl != 'flash':
             out.append(f'model.flash_kernel: {model.flash_kernel!r} is of attn_impl flash, and that is {model.attn_impl!r}; set '
                        'model.attn_impl=flash, or flash_kernel=auto')
         if model.flash_kernel in ('flash-attn-3', 'flash-attn-4') and model.attn_pdrop:
@@ -200,17 +197,30 @@ def _unit_errors(c: Config) -> list[str]:
     return out
 
 
-def _compile_errors(compiled: CompileConfig) -> list[str]:
+def _compile_errors(c: Config, compiled: CompileConfig) -> list[str]:
     from torch._dynamo import list_backends  # here: it takes a second
 
     out, backends = [], list_backends(exclude_tags=())
+    options = {key.replace('-', '_'): value for key, value in (compiled.options or {}).items()}  # as torch.compile reads them
     if compiled.backend not in backends:
         out.append(f'compile_config.backend: {compiled.backend!r} is not one of {", ".join(sorted(backends))}')
     if compiled.mode and compiled.options:
         out.append('compile_config.mode and options: torch.compile takes one of the two; set the other to null')
-    if compiled.scope == 'block' and compiled.mode in ('reduce-overhead', 'max-autotune'):
-        out.append(f'compile_config.mode: {compiled.mode!r} takes CUDA graphs, which blocks that are compiled one by one '
-                   'overwrite for each other; set scope: model, or mode: max-autotune-no-cudagraphs')
+    elif options and compiled.backend == 'inductor':
+        import torch._inductor
+
+        if unknown := sorted(options.keys() - {*torch._inductor.list_options()}):
+            out.append(f'compile_config.options: {", ".join(unknown)}: inductor has no such option; '
+                       'torch._inductor.list_options() names those that it has')
+    graphs = {'mode': compiled.mode if compiled.mode in ('reduce-overhead', 'max-autotune') else None,
+              'backend': compiled.backend if compiled.backend == 'cudagraphs' else None,
+              'options': options if options.get('triton.cudagraphs') else None}
+    if compiled.scope == 'block':
+        out += [f'compile_config.{key}: {value!r} takes CUDA graphs, which blocks that are compiled one by one overwrite for '
+                'each other; set scope: model, or mode: max-autotune-no-cudagraphs' for key, value in graphs.items() if value]
+    elif c.fsdp_config and c.fsdp_config.activation_checkpointing:
+        out.append("compile_config.scope: 'model' leaves blocks whose activations are checkpointed as they are; set block, or "
+                   'fsdp_config.activation_checkpointing=false')
     return out
 
 
@@ -228,14 +238,11 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
         device_batch_size(c.global_train_batch_size, world_size)
     except UserError as e:
         out.append(str(e))
-    out += _compile_errors(c.compile_config) if c.compile_config else []
+    out += _compile_errors(c, c.compile_config) if c.compile_config else []
     if c.compile_config and c.compile_config.backend == 'inductor' and not has_gpu and not any(
             shutil.which(name) for name in (os.environ.get('CXX', 'c++'), 'g++', 'clang++')):
         out.append('compile_config: torch.compile needs a C++ compiler on a CPU, and there is no c++, g++ or clang++; install '
                    'one, set the variable CXX, or set compile_config=null')
-    if (c.precision == 'amp_fp8' and not isinstance(c.model, MosaicGPTConfig)
-            and importlib.util.find_spec('transformer_engine') is None):
-        out.append("precision: 'amp_fp8' needs the package transformer-engine, which is not installed; set amp_bf16")
     if c.autoresume and (c.save_folder is None or run_name(c) is None):
         out.append('autoresume: true needs save_folder and run_name, so that a later start finds the checkpoints')
     if c.save_num_checkpoints_to_keep == 0:

@@ -6,7 +6,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 if __name__ == '__main__':  # run as `python src/memory.py`: import from the repository's root, not from src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -67,6 +67,9 @@ class Shape(NamedTuple):
     positions: int
     softmax_is_kept: bool  # by autograd: memory quadratic in the sequence length, else linear
     dropouts: int  # per block, over the residual stream
+    attn_dropout: bool
+    embed_dropout: bool
+    documents: Optional[str]  # how attention stays within them: every block keeps a `mask`, or all share one `bias`
     plain_gelu: bool  # one operator; else Hugging Face's `gelu_new`, written out in seven
     loss_chunk_tokens: int
     vocab_multiple: int
@@ -91,9 +94,11 @@ def shape_of(c: Config, has_gpu: bool) -> Shape:
     m, multiple = c.model, 64 if has_gpu else 1
     if isinstance(m, MosaicGPTConfig):
         quadratic = m.attn_impl == 'torch' or m.attn_pdrop > 0 and not has_gpu  # on CPUs no fused kernel drops out
-        return Shape(m.n_layers, m.d_model, m.n_heads, m.mlp_ratio * m.d_model, m.vocab_size, m.max_seq_len,
-                     quadratic, 2 * (m.resid_pdrop > 0), True, m.loss_chunk_tokens, m.vocab_multiple or multiple,
-                     m.loss_impl == 'plain')
+        documents = None if not m.attn_within_document else 'mask' if m.attn_impl == 'torch' else 'bias'
+        documents = None if documents == 'bias' and has_gpu and m.attn_impl != 'sdpa' else documents  # flash needs neither
+        return Shape(m.n_layers, m.d_model, m.n_heads, m.mlp_ratio * m.d_model, m.vocab_size, m.max_seq_len, quadratic,
+                     2 * (m.resid_pdrop > 0), m.attn_pdrop > 0, m.emb_pdrop > 0, documents, True, m.loss_chunk_tokens,
+                     m.vocab_multiple or multiple, m.loss_impl == 'plain')
     from src.hf_causal_lm import build_hf_config  # here, since it imports transformers
 
     hf: Any = build_hf_config(m) if isinstance(m, HFCausalLMConfig) else None
@@ -102,7 +107,8 @@ def shape_of(c: Config, has_gpu: bool) -> Shape:
                         'can, and of hf_causal_lm with model_type gpt2')
     quadratic = hf._attn_implementation == 'eager' or hf.attn_pdrop > 0 and not has_gpu
     return Shape(hf.n_layer, hf.n_embd, hf.n_head, hf.n_inner or 4 * hf.n_embd, hf.vocab_size, hf.n_positions,
-                 quadratic, 2 * (hf.resid_pdrop > 0), hf.activation_function == 'gelu', 1024, multiple, False)
+                 quadratic, 2 * (hf.resid_pdrop > 0), hf.attn_pdrop > 0, hf.embd_pdrop > 0, None,
+                 hf.activation_function == 'gelu', 1024, multiple, False)
 
 
 def block_activations(s: Shape, tokens: int, seq_len: int, low: int, stream: int, has_gpu: bool) -> tuple[int, int]:
@@ -120,7 +126,9 @@ def block_activations(s: Shape, tokens: int, seq_len: int, low: int, stream: int
     norm = 4 * td + 8 * tokens  # its input in fp32, mean and 1 / standard deviation
     attention = 5 * low * td  # what Wqkv reads, q, k, v, and what out_proj reads
     if s.softmax_is_kept:
-        attention += (4 + low % 4) * pairs + seq_len**2  # with a low-precision copy, and the causal mask
+        # With a low-precision copy, and the causal mask
+        attention += (4 + low % 4) * pairs + seq_len * (tokens if s.documents == 'mask' else seq_len)
+        attention += s.attn_dropout * (low + (1 if has_gpu else low)) * pairs  # what it makes of the softmax, and its mask
     else:
         attention += 4 * tokens * s.n_heads  # logsumexp
     gelu = 2 * low * th if s.plain_gelu else (12 + 2 * low) * th  # input and output; else also tanh, 1 + tanh, x / 2
@@ -128,7 +136,8 @@ def block_activations(s: Shape, tokens: int, seq_len: int, low: int, stream: int
     dropout = s.dropouts * td * (1 if has_gpu else low)
     passing = stream * td + (low * td if stream != low else 0)  # the gradient of the residual stream, and its cast
     in_mlp = passing + (low if s.plain_gelu else 8) * th
-    in_attention = passing + 8 * pairs - norm - mlp if s.softmax_is_kept else 0  # where the MLP's are freed
+    # Where the MLP's are freed, and what dropout made
+    in_attention = passing + (8 - low * s.attn_dropout) * pairs - norm - mlp if s.softmax_is_kept else 0
     return 2 * norm + attention + mlp + dropout, max(in_mlp, in_attention)
 
 
@@ -159,7 +168,8 @@ def sharding_of(c: Config, world_size: int, has_gpu: bool, low: int) -> Sharding
 def moments(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> list[Memory]:
     """The moments of a step that can be its peak.
 
-    Not counted: batches and metrics, `algorithms` that copy the model (ema, swa), what `compile_config` saves or adds.
+    Not counted: batches and metrics, `algorithms` that copy the model (ema, swa), what `compile_config` and `linear_impl: fp8`
+    save or add, FSDP1's `keep_low_precision_grads` and `limit_all_gathers: false`.
 
     Args:
         c: The config.
@@ -182,12 +192,15 @@ def moments(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> list[
     master, grads, adam = 4 * params // shards, 4 * params // shards, 8 * params // shards + 4 * (12 * n_layers + 4)
     buckets = 4 * params if ddp else 0
     accumulates = grad_accum(device_batch_size(c.global_train_batch_size, world_size), microbatch) > 1
-    summed = grads if f is None or f.reduce_every_microbatch else (reduce if version == 2 else weight) * params
+    whole_sums = f is not None and not f.reduce_every_microbatch and weight > 0
+    summed = (reduce if version == 2 else weight) * params if whole_sums else grads
     before = buckets + (summed if accumulates else 0)
     first = buckets + (summed if accumulates else 4 * block * (n_layers - 1) // shards)  # as the first block's turn comes
 
     # Activations, and the casts of weights that autograd keeps with them
     whole, passing = block_activations(s, tokens, c.train_loader.dataset.max_seq_len, low, held, has_gpu)
+    always = held * td * s.embed_dropout if not has_gpu else td * s.embed_dropout  # from the embeddings to their gradient
+    always += low * tokens * c.train_loader.dataset.max_seq_len * (s.documents == 'bias')
     whole_casts = low * block if low < held else 0
     checkpointed, offloaded = (f.activation_checkpointing, f.activation_cpu_offload and has_gpu) if f and version else (0, 0)
     light = 0 if offloaded else held * td if checkpointed else whole
@@ -209,7 +222,8 @@ def moments(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> list[
     root_grads = (weight + max(weight, reduce)) * s.root_params or (2 if accumulates else 1) * 4 * vd
 
     def at(moment: str, weights: int, gradients: int, activations: int, logits: int = 0) -> Memory:
-        return Memory(moment, master + weights, gradients, adam, activations, logits, GPU_WORKSPACE if has_gpu else 0)
+        return Memory(moment, master + weights, gradients, adam, activations + (always if activations else 0), logits,
+                      GPU_WORKSPACE if has_gpu else 0)
 
     return [
         at('in the loss', in_loss + casts * n_layers, before, kept + 8 * td, loss_bytes(s, tokens, low, held)),

@@ -71,7 +71,9 @@ def out_of_memory(c: Config, e: BaseException) -> UserError:
         steps.append(f'device_train_microbatch_size: {micro}; set {micro // 2}' if isinstance(micro, int) else
                      "device_train_microbatch_size: 'auto'; set 1")
         steps[0] += ' (the maths stays the same), and device_eval_batch_size likewise'
-    if c.model.name == 'mosaic_gpt' and (chunk := getattr(c.model, 'loss_chunk_tokens', 0)) > 256:
+    if getattr(c.model, 'loss_impl', None) == 'plain':
+        steps.append("model.loss_impl: 'plain'; set chunked, which never holds all logits")
+    elif (chunk := getattr(c.model, 'loss_chunk_tokens', 0)) > 256:
         steps.append(f'model.loss_chunk_tokens: {chunk}; set {chunk // 4}')
     if f is None or f.sharding_strategy != 'FULL_SHARD':
         steps.append('fsdp_config.sharding_strategy: set FULL_SHARD, which divides the weights and all that belongs to them')

@@ -133,6 +133,7 @@ class OptimizerConfig(Section):
     betas: list[float] = [0.9, 0.95]
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    fused: bool = True  # all parameters in one kernel
 
 
 class SchedulerConfig(Section):
@@ -208,7 +209,7 @@ class Config(Section):
     global_train_batch_size: int = Positive  # the maths
     device_train_microbatch_size: Union[int, Literal['auto']]  # the execution
     device_eval_batch_size: int = Positive
-    precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8'] = 'auto'
+    precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16'] = 'auto'
     fsdp_config: Optional[FSDPConfig] = None
     compile_config: Optional[CompileConfig] = None  # {}: torch.compile with its defaults; null: without
     dist_timeout: float = Field(default=600.0, gt=0)  # seconds

@@ -10,6 +10,7 @@ import logging
 import random
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,21 @@ def tokens_root(mds_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
-def orphaned_blocks() -> list[str]:
-    """Streaming's shared-memory blocks that no living process maps: other runs on this machine have blocks of their own."""
-    blocks = {path.name for path in Path('/dev/shm').glob('*') if re.match(r'\d{6}_[a-z_]+$', path.name)}
+def orphans(pattern: str = r'\d{6}_[a-z_]+') -> set[str]:
+    """Shared memory that no living process maps, by default streaming's blocks: other runs on this machine have their own."""
+    found = {path.name for path in Path('/dev/shm').glob('*') if re.fullmatch(pattern, path.name)}
     mapped: set[str] = set()
     for maps in Path('/proc').glob('[0-9]*/maps'):
         try:
-            mapped |= set(re.findall(r'/dev/shm/(\d{6}_[a-z_]+)$', maps.read_text(errors='replace'), re.MULTILINE))
+            mapped |= set(re.findall(r'/dev/shm/(\S+)$', maps.read_text(errors='replace'), re.MULTILINE))
         except OSError:
             continue
-    return sorted(blocks - mapped)
+    return found - mapped
+
+
+def leaves_no_orphans(before: set[str]) -> bool:
+    """Waits, since a test beside this one may just have killed a run whose memory its next start removes."""
+    deadline = time.monotonic() + 120
+    while orphans() - before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not orphans() - before

@@ -20,7 +20,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
-from conftest import documents, orphaned_blocks, write_mds
+from conftest import documents, leaves_no_orphans, orphans, write_mds
 from launch import free_port
 from streaming import StreamingDataLoader
 from tokenizers import Tokenizer
@@ -83,11 +83,11 @@ def stray_locks(folder: Path) -> list[str]:
 @pytest.fixture
 def temp(tmp_path: Path):
     """The temporary folder of the programs of a test, which must leave no lock file in it and no shared memory."""
-    before = set(orphaned_blocks())
+    before = orphans()
     (tmp_path / 'tmp').mkdir()
     yield tmp_path / 'tmp'
     assert stray_locks(tmp_path / 'tmp') == []
-    assert set(orphaned_blocks()) <= before
+    assert leaves_no_orphans(before)
 
 
 # ---------------------------------------------------------------- what samples hold
@@ -655,7 +655,7 @@ def test_works_at_once_after_sigkill_and_spares_other_jobs(mds_root: Path, tmp_p
     kept = {path: path.stat().st_ino for folder in (Path('/dev/shm'), temp) for path in folder.glob(f'{second:06}_*')}
     stale = block.stat().st_ino
     assert lock.exists() and len(kept) >= 8
-    wait_until(lambda: block.name in orphaned_blocks())  # its worker may take a moment longer to die
+    wait_until(lambda: block.name in orphans())  # its worker may take a moment longer to die
 
     done = run(['src/data_c4.py', str(mds_root), str(free), '--split', 'train', '--group_method', 'concat',
                 '--num_workers', '2', '--max_seq_len', '64'], temp)

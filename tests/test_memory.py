@@ -119,6 +119,8 @@ def two_steps(c: Config, microbatch: int, amp: bool, wrap: Optional[Wrap] = None
     for group in optimizer.param_groups:
         group['initial_lr'] = group['lr']
     batch = {key: torch.zeros(microbatch, c.max_seq_len, dtype=torch.long) for key in ('input_ids', 'labels')}
+    if getattr(c.model, 'attn_within_document', False):
+        batch['sequence_id'] = torch.zeros(microbatch, c.max_seq_len, dtype=torch.long)
     for _ in range(2):
         if live:
             live.peak = live.now
@@ -163,6 +165,14 @@ CPU = {  # d_model, layers, vocab, seq, microbatch, accumulation: where it peaks
     'softmax kept': (64, 2, 512, 512, 1, 1, 'model.attn_impl=torch', "in the last block's backward"),
     'softmax kept, deep': (64, 6, 512, 256, 2, 1, 'model.attn_impl=torch', "in the last block's backward"),
     'dropout': (128, 4, 512, 128, 2, 1, 'model.resid_pdrop=0.1', 'model.loss_chunk_tokens=64', "in the last block's backward"),
+    'dropout of embeddings': (128, 2, 512, 128, 2, 1, 'model.emb_pdrop=0.1', 'model.loss_chunk_tokens=64',
+                              "in the last block's backward"),
+    'dropout of attention': (64, 4, 512, 256, 2, 1, 'model.attn_pdrop=0.1', 'in the loss'),
+    'dropout of attention, torch': (64, 4, 512, 256, 2, 1, 'model.attn_pdrop=0.1', 'model.attn_impl=torch', 'in the loss'),
+    'documents': (64, 4, 512, 256, 2, 1, 'model.attn_within_document=true', 'in the loss'),
+    'documents, deep': (64, 8, 512, 512, 4, 1, 'model.attn_within_document=true', 'in the loss'),
+    'documents, torch': (64, 4, 512, 256, 2, 1, 'model.attn_within_document=true', 'model.attn_impl=torch',
+                         "in the last block's backward"),
     'plain loss': (64, 2, 8192, 128, 2, 1, 'model.loss_impl=plain', 'start of the backward pass'),
     'weights alone': (256, 4, 512, 64, 1, 2, "end of the last block's backward"),
     'embeddings': (256, 4, 8192, 64, 1, 1, 'model.loss_chunk_tokens=8', "embeddings' backward"),
@@ -280,6 +290,10 @@ GPU = {  # YAML, devices, accumulation, overrides; the microbatch is the YAML's
     '350m kept': ('mosaic_gpt/350m', 8, 1, FEW, V2, 'fsdp_config.sharding_strategy=SHARD_GRAD_OP'),
     '350m fp32': ('mosaic_gpt/350m', 16, 2, FEW, 'precision=fp32'),
     '350m softmax kept': ('mosaic_gpt/350m', 8, 1, FEW, 'model.attn_impl=torch', 'model.device=cpu'),
+    '350m documents': ('mosaic_gpt/350m', 8, 1, FEW, 'model.attn_impl=sdpa', 'model.attn_within_document=true',
+                       'model.device=cpu'),
+    '350m summed': ('mosaic_gpt/350m', 1, 2, FEW, 'fsdp_config.mixed_precision=FULL',
+                    'fsdp_config.reduce_every_microbatch=false'),
     '1b checkpointed': ('mosaic_gpt/1b', 8, 1),
     '1b checkpointed, FSDP2': ('mosaic_gpt/1b', 64, 2, FEW, V2),
     '1b every other block': ('mosaic_gpt/1b', 8, 1, 'model.activation_checkpointing_every=2', 'device_train_microbatch_size=2'),
