@@ -47,12 +47,17 @@ def big(x: Optional[float]) -> str:
     return f'{mantissa}e{int(exponent)}' if x else 'unknown'
 
 
+def rounded(hours: Optional[float]) -> str:
+    return 'unknown' if hours is None else f'{hours:,.0f}' if hours >= 100 else f'{hours:.2g}'
+
+
 def gigabytes(x: float) -> str:
-    return f'{x / 1e12:.2f} TB' if x >= 1e12 else f'{x / 1e9:.2f} GB'
+    unit, name = next((u, n) for u, n in ((1e12, 'TB'), (1e9, 'GB'), (0, 'MB')) if x >= u)
+    return f'{x / (unit or 1e6):.2f} {name}'
 
 
 def gib(x: float) -> str:
-    return f'{x / 2**30:.2f} GiB'
+    return f'{x / 2**30:.2f} GiB' if x >= 2**27 else f'{x / 2**20:.2f} MiB'
 
 
 def report(e: Estimate, price: Optional[float] = None) -> str:
@@ -60,7 +65,7 @@ def report(e: Estimate, price: Optional[float] = None) -> str:
     rows = [('parameters N', f'{e.n_params:,}', f'{e.shape.n_layers} blocks x {e.shape.block_params:,} + {e.shape.root_params:,} '
              'of embeddings and the last LayerNorm'),
             *device_rows(e), *memory_rows(e), *time_rows(e, price), *byte_rows(e)]
-    return '\n'.join(f'{what:22}{figure:>14}   {formula}'.rstrip() if figure else what for what, figure, formula in rows)
+    return '\n'.join(f'{what:22}{figure:>14}   {formula}'.rstrip() if formula else what for what, figure, formula in rows)
 
 
 Row = tuple[str, str, str]
@@ -68,48 +73,53 @@ Row = tuple[str, str, str]
 
 def device_rows(e: Estimate) -> list[Row]:
     c, n, micro = e.c, e.devices, e.c.device_train_microbatch_size
+    first, whose = (1, '1: it is auto') if isinstance(micro, str) else (micro, f"{micro}, the config's")
     below = [k for k in counts(c) if k < (e.smallest or 0)]
-    less = f'; {below[-1]} would need {gib(needs(c, e.card, below[-1], 1 if micro == "auto" else micro).total)}' if below else ''
-    number = f'that divides the batch of {c.global_train_batch_size} and fits'
-    of = 'a microbatch of 1, for auto' if micro == 'auto' else f'microbatch {micro}, the config\'s'
-    larger = [m for m in divisors(c.global_train_batch_size // n) if m > (e.largest_microbatch or 0)]
-    more = f'; {larger[0]} would need {gib(needs(c, e.card, n, larger[0]).total)}' if larger else ''
+    less = f'; {below[-1]} would need {gib(needs(c, e.card, below[-1], first).total)}' if below else ''
+    samples = c.global_train_batch_size // n
+    above = [m for m in divisors(samples) if m > (e.largest_microbatch or 0)]
+    more = f'; {above[0]} would need {gib(needs(c, e.card, n, above[0]).total)}' if above else ''
+    given = 'as given' if e.smallest or n < max(counts(c)) else f'the most that divide the batch of {c.global_train_batch_size}'
     return [
         ('rule of thumb', gigabytes(RULE * e.n_params),
          f'{RULE} bytes x N over all devices' + (f', which {e.rule} x {gigabytes(e.card.memory)} exceed' if e.rule else '')),
         ('usable memory', gib(e.card.usable), f'{USABLE} x {gigabytes(e.card.memory)} of each device ({e.card.name})'),
-        ('fewest devices', str(e.smallest or 'none'), f'the smallest number {number}, with {of}{less}'),
-        ('  with microbatch 1', str(e.smallest_of_one or 'none'), f'the smallest number {number}, with a microbatch of 1'),
-        ('devices', str(n), 'the fewest' if n == e.smallest else 'as given' if e.smallest else 'the most that divide the batch'),
+        ('fewest devices', str(e.smallest or 'none'), 
+         f'that divide the batch of {c.global_train_batch_size} and fit a microbatch of {whose}{less}'),
+        ('  with microbatch 1', str(e.smallest_of_one or 'none'), 'the same with a microbatch of 1'),
+        ('devices', str(n), 'the fewest' if n == e.smallest else given),
         ('largest microbatch', str(e.largest_microbatch or 'none'),
-         f'of the divisors of {c.global_train_batch_size} / {n} samples of a device{more}')]
+         f"that fits, of the divisors of a device's {samples} = {c.global_train_batch_size} / {n} samples{more}")]
 
 
 def memory_rows(e: Estimate) -> list[Row]:
-    c, seq_len = e.c, e.c.train_loader.dataset.max_seq_len
-    stays = moments(c, e.devices, e.card.is_gpu, e.microbatch)[-1]  # from step to step
-    shards = max(1, round(4 * e.n_params / stays.weights))
+    c, stays = e.c, moments(e.c, e.devices, e.card.is_gpu, e.microbatch)[-1]  # what stays from step to step
+    shards = round(4 * e.n_params / stays.weights)
     by = f'N / {shards}' if shards > 1 else 'N'
-    gathered, passing = e.memory.weights - stays.weights, e.memory.gradients - stays.gradients
+    passing = e.memory.gradients - stays.gradients
+    buckets = ' + 4 N of buckets' if stays.gradients > 1.5 * stays.weights else ''
     f = c.fsdp_config if fsdp_version(c.fsdp_config, e.card.is_gpu) else None
     kept = 'offloaded' if f and f.activation_cpu_offload else 'checkpointed' if f and f.activation_checkpointing else 'kept'
     chunk = getattr(c.model, 'loss_chunk_tokens', None) if getattr(c.model, 'loss_impl', None) != 'plain' else None
-    formulas = [f'4 {by} = {gib(stays.weights)} in fp32 + {gib(gathered)} of copies to compute with',
-                f'4 {by} = {gib(stays.gradients)} in fp32 ' + (f'+ {gib(passing)} of blocks before and in reduction' if passing >= 0
-                                                               else f'- {gib(-passing)} that are not there yet'),
-                f'8 {by}: Adam\'s two moments in fp32',
-                f'of {e.microbatch} x {seq_len} tokens in {e.shape.n_layers} blocks, {kept}',
-                f'of the loss, {chunk} tokens at a time' if chunk else 'of the loss',
-                'a constant: CUDA, its libraries, NCCL' if e.memory.workspace else 'none on a CPU',
-                f'the sum, {e.memory.total / e.card.usable:.0%} of what is usable' + ('' if e.fits else ': IT DOES NOT FIT')]
+    formulas = [
+        f'4 {by} = {gib(stays.weights)} in fp32, + {gib(e.memory.weights - stays.weights)} of copies to compute with',
+        f'4 {by}{buckets} = {gib(stays.gradients)} in fp32, ' +
+        (f'+ {gib(passing)} of blocks before and in reduction' if passing >= 0 else f'- {gib(-passing)} that are not there yet'),
+        f"8 {by}: Adam's two moments in fp32",
+        f'of {e.microbatch} x {c.train_loader.dataset.max_seq_len} tokens in {e.shape.n_layers} blocks, {kept}',
+        'of the loss' + (f', {chunk} tokens at a time' if chunk else ''),
+        'a constant: CUDA, its libraries, NCCL' if e.memory.workspace else 'none on a CPU',
+        f'the sum, {e.memory.total / e.card.usable:.0%} of what is usable' + ('' if e.fits else ': DOES NOT FIT')]
     head, *lines = table(e.memory).splitlines()
     micro = grad_accum(device_batch_size(c.global_train_batch_size, e.devices), e.microbatch)
-    rows = [(f'{head} (microbatch {e.microbatch}, {micro} a step)', '', '')]
+    rows = [(f'{head[:-1]}, with {micro} microbatch{"es" * (micro > 1)} of {e.microbatch} a step:', '', '')]
     rows += [(f'  {name}', f'{size} {unit}', formula) for (name, size, unit), formula in zip(map(str.split, lines), formulas)]
     if not e.fits:
-        rows.append(('set, one after another, until it fits:', '', ''))
-        rows += [(f'  {setting}', f'{gib(peak)}', '' if peak > e.card.usable else 'fits') for setting, peak in remedies(e)]
-        rows += [(f'or take {e.smallest} devices', '', '')] if e.smallest else []
+        rows.append(('what to set, each with those before it:', '', ''))
+        rows += [('', gib(peak), setting + (': fits' if peak <= e.card.usable else '')) for setting, peak in remedies(e)]
+        enough = e.smallest or e.smallest_of_one
+        rows.append(('', '', f'or take {enough} devices' + (', and a microbatch of 1' if not e.smallest else '') if enough else
+                     'or take a larger card, or a smaller model: as it is, no number of these is enough'))
     return rows
 
 
@@ -117,12 +127,11 @@ def time_rows(e: Estimate, price: Optional[float]) -> list[Row]:
     c, seq_len = e.c, e.c.train_loader.dataset.max_seq_len
     steps = f'{e.batches:,} batches x {c.global_train_batch_size} x {seq_len}' if e.batches else f'max_duration {c.max_duration}'
     if e.tokens is None:
-        steps += ', which is a length that the data decide; set batches (ba) to have figures'
+        steps += ': the data decide how long that is; set a number of batches (ba) to know'
     peak = f'FLOPs / ({e.devices} x {big(e.peak)} FLOP/s x {e.mfu:g}) / 3600, the peak and the part of it that is reached'
-    hours = f'{e.hours:,.1f}' if e.hours else 'unknown'
     rows = [('tokens', big(e.tokens), steps),
             ('FLOPs', big(e.flops), f'tokens x (6 N + 12 x {e.shape.n_layers} x {e.shape.d_model} x {seq_len})'),
-            ('hours', hours, peak if e.peak else f'src/flops.py has no peak for {e.card.driver} with precision {c.precision}')]
+            ('hours', rounded(e.hours), peak if e.peak else f'src/flops.py has no peak for {e.card.driver} with precision {c.precision}')]
     if price is not None:
         rows.append(('cost', f'{e.hours * e.devices * price:,.0f} $' if e.hours else 'unknown',
                      f'hours x {e.devices} x {price:g} $ an hour'))
@@ -138,7 +147,7 @@ def byte_rows(e: Estimate) -> list[Row]:
         kept = saves if c.save_num_checkpoints_to_keep == -1 else min(saves, c.save_num_checkpoints_to_keep)
         count = f'; {kept} kept: {gigabytes(kept * CHECKPOINT * e.n_params)}' + ('' if c.save_folder else ', with a save_folder')
     share = e.tokens / C4_TOKENS if e.tokens else 0
-    of_c4 = f'{share:.1%} of C4' if share <= 1 else f'{share:.1f} times C4, which takes {gigabytes(C4_TOKENS * e.token_bytes)}'
+    of_c4 = f'{100 * share:.3g}% of C4' if share <= 1 else f'{share:.1f} times C4, which takes {gigabytes(C4_TOKENS * e.token_bytes)}'
     return [('checkpoint', gigabytes(CHECKPOINT * e.n_params), f'{CHECKPOINT} bytes x N: fp32 weights, two moments{count}'),
             ('data', gigabytes(e.tokens * e.token_bytes) if e.tokens else 'unknown',
              f'tokens x {e.token_bytes} bytes, packed' + (f'; {of_c4} ({big(C4_TOKENS)} tokens)' if e.tokens else ''))]
@@ -149,14 +158,14 @@ def byte_rows(e: Estimate) -> list[Row]:
 
 def overview(estimates: dict[str, Estimate], price: Optional[float] = None) -> str:
     """A table, and what its columns are computed from."""
-    rows = [['run', 'parameters N', 'GPUs', 'microbatch', 'GiB each', 'largest', 'GPUs at 1', f'{RULE} N', 'GPUs by it', 'tokens',
-             'FLOPs', 'hours', *(['cost'] if price is not None else []), 'checkpoint', 'data']]
+    rows = [['run', 'N', 'GPUs', 'micro', 'GiB', 'up to', 'at 1', f'{RULE} N', 'rule', 'tokens', 'FLOPs', 'hours',
+             *['cost'] * (price is not None), 'saved', 'data']]
     for name, e in estimates.items():
-        cost = f'{e.hours * e.devices * price:,.0f} $' if e.hours and price is not None else 'unknown'
-        rows.append([name, f'{e.n_params:,}', str(e.devices), str(e.microbatch), f'{e.memory.total / 2**30:.2f}{"" if e.fits else "!"}',
-                     str(e.largest_microbatch or 'none'), str(e.smallest_of_one or 'none'), gigabytes(RULE * e.n_params),
-                     str(e.rule or 'none'), big(e.tokens), big(e.flops), f'{e.hours:,.0f}' if e.hours else 'unknown',
-                     *([cost] if price is not None else []), gigabytes(CHECKPOINT * e.n_params),
+        cost = [f'{e.hours * e.devices * price:,.0f} $' if e.hours else 'unknown'] if price is not None else []
+        rows.append([name, f'{e.n_params / 1e9:.3f}B', str(e.devices), str(e.microbatch),
+                     f'{e.memory.total / 2**30:.2f}{"!" * (not e.fits)}', str(e.largest_microbatch or 'none'),
+                     str(e.smallest_of_one or 'none'), gigabytes(RULE * e.n_params), str(e.rule or 'none'), big(e.tokens),
+                     big(e.flops), rounded(e.hours), *cost, gigabytes(CHECKPOINT * e.n_params),
                      gigabytes(e.tokens * e.token_bytes) if e.tokens else 'unknown'])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['| ' + ' | '.join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + ' |'
@@ -165,21 +174,24 @@ def overview(estimates: dict[str, Estimate], price: Optional[float] = None) -> s
     some = next(iter(estimates.values()))
     card, hour = some.card, f'{big(some.peak)} FLOP/s x {some.mfu:g}'
     legend = {
-        'GPUs': 'of type ' + card.name + ('; the fewest that divide the global batch and fit, with the microbatch beside it'),
-        'GiB each': f'the predicted peak (src/memory.py); usable are {USABLE} x {gigabytes(card.memory)} = {gib(card.usable)}',
-        'largest': 'the largest microbatch that fits and divides the samples of a GPU',
-        'GPUs at 1': 'the fewest with a microbatch of 1',
-        f'{RULE} N': f'bytes over all GPUs, the rule of thumb; GPUs by it: the fewest that have more and divide the batch',
+        'N': 'parameters, tied ones once',
+        'GPUs': f"the fewest {card.name} that divide the global batch and fit the config's microbatch (micro), or --gpus",
+        'GiB': f'of each GPU, the predicted peak (src/memory.py); usable are {USABLE} x {gigabytes(card.memory)} = '
+               f'{gib(card.usable)}',
+        'up to': "the largest microbatch that fits and divides a GPU's samples, global batch / GPUs",
+        'at 1': 'the fewest GPUs with a microbatch of 1',
+        f'{RULE} N': 'bytes over all GPUs, the rule of thumb',
+        'rule': f'the fewest GPUs with more than that, at {gigabytes(card.memory)} each',
         'tokens': 'batches x global batch x sequence length',
         'FLOPs': 'tokens x (6 N + 12 x layers x width x sequence length)',
         'hours': f'FLOPs / (GPUs x {hour}) / 3600: the peak, and the part of it that is assumed to be reached (--mfu)',
         **({'cost': f'hours x GPUs x {price:g} $'} if price is not None else {}),
-        'checkpoint': f'{CHECKPOINT} bytes x N: fp32 weights and Adam\'s two moments',
+        'saved': f"a checkpoint, {CHECKPOINT} bytes x N: fp32 weights and Adam's two moments",
         'data': f'tokens x {some.token_bytes} bytes, packed; C4 has {big(C4_TOKENS)} tokens, and what exceeds them is read again',
     }
     if not all(e.fits for e in estimates.values()):
         legend['!'] = 'does not fit; the estimate of that YAML alone says what to set'
-    return '\n'.join([*lines, '', *(f'{key:12}{text}' for key, text in legend.items())])
+    return '\n'.join([*lines, '', *(f'{key:8}{text}' for key, text in legend.items())])
 
 
 def main(args: argparse.Namespace) -> list[Estimate]:

@@ -12,7 +12,7 @@ from src.schema import TIME, Config, FSDPConfig, MosaicGPTConfig
 # Of a card's memory; the rest is for an allocator in fragments, and for a prediction that is within 5% of what tensors take. What
 # CUDA and NCCL take is in the prediction. GB are 10^9 bytes: HBM has up to 7% more, a reserve; of GDDR6, ECC takes as much.
 USABLE = 0.95
-# An assumption: Chowdhery et al. 2022 (PaLM), table 3, has models from 0.21 (GPT-3) to 0.46 (PaLM); measure with src/benchmark.py.
+# An assumption; src/benchmark.py measures it. Chowdhery et al. 2022 (PaLM), table 3: from 0.21 (GPT-3) to 0.46 (PaLM).
 MFU = 0.4
 C4_TOKENS = 170e9  # of the split train, by GPT-2's tokenizer, roughly
 RULE = 16  # bytes a parameter: fp32 weights 4, gradients 4, Adam's moments 8
@@ -153,7 +153,7 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
 
 
 def remedies(e: Estimate) -> Iterator[tuple[str, int]]:
-    """What to set where it does not fit, one after another, and the peak with all of them so far."""
+    """What to set where it does not fit, one after another until it does, and the peak with all of them so far."""
     c, f = e.c, e.c.fsdp_config or FSDPConfig()
     steps: list[tuple[str, dict[str, Any]]] = []
     if isinstance(c.model, MosaicGPTConfig) and c.model.loss_chunk_tokens > 256:
@@ -162,8 +162,11 @@ def remedies(e: Estimate) -> Iterator[tuple[str, int]]:
         if c.fsdp_config is None or getattr(f, key) != value:
             f = f.model_copy(update={key: value})
             steps.append((f'fsdp_config.{key}={str(value).lower() if value is True else value}', {'fsdp_config': f}))
-    if e.microbatch > 1:
-        yield 'device_train_microbatch_size=1', needs(c, e.card, e.devices, 1).total
-    for setting, update in steps:
-        c = c.model_copy(update=update)
-        yield setting, needs(c, e.card, e.devices, 1).total
+    peak = e.memory.total
+    for setting, update in [('device_train_microbatch_size=1', {}), *steps]:
+        c, before = c.model_copy(update=update), peak
+        peak = needs(c, e.card, e.devices, 1).total
+        if peak < before:
+            yield setting, peak
+        if peak <= e.card.usable:
+            return
