@@ -75,10 +75,10 @@ def device_rows(e: Estimate) -> list[Row]:
     c, n, micro = e.c, e.devices, e.c.device_train_microbatch_size
     first, whose = (1, '1: it is auto') if isinstance(micro, str) else (micro, f"{micro}, the config's")
     below = [k for k in counts(c) if k < (e.smallest or 0)]
-    less = f'; {below[-1]} would need {gib(needs(c, e.card, below[-1], first).total)}' if below else ''
+    less = f'; {below[-1]} need{"s" * (below[-1] == 1)} {gib(needs(c, e.card, below[-1], first).total)}' if below else ''
     samples = c.global_train_batch_size // n
     above = [m for m in divisors(samples) if m > (e.largest_microbatch or 0)]
-    more = f'; {above[0]} would need {gib(needs(c, e.card, n, above[0]).total)}' if above else ''
+    more = f'; {above[0]} needs {gib(needs(c, e.card, n, above[0]).total)}' if above else ''
     given = 'as given' if e.smallest or n < max(counts(c)) else f'the most that divide the batch of {c.global_train_batch_size}'
     return [
         ('rule of thumb', gigabytes(RULE * e.n_params),
@@ -145,10 +145,11 @@ def byte_rows(e: Estimate) -> list[Row]:
     if run and every and run[2] == every[2]:
         saves = math.ceil(int(run[1]) / int(every[1]))
         kept = saves if c.save_num_checkpoints_to_keep == -1 else min(saves, c.save_num_checkpoints_to_keep)
-        count = f'; {kept} kept: {gigabytes(kept * CHECKPOINT * e.n_params)}' + ('' if c.save_folder else ', with a save_folder')
+        count = f'; {kept} kept: {gigabytes(kept * e.checkpoint)}' + ('' if c.save_folder else ', with a save_folder')
     share = e.tokens / C4_TOKENS if e.tokens else 0
     of_c4 = f'{100 * share:.3g}% of C4' if share <= 1 else f'{share:.1f} times C4, which takes {gigabytes(C4_TOKENS * e.token_bytes)}'
-    return [('checkpoint', gigabytes(CHECKPOINT * e.n_params), f'{CHECKPOINT} bytes x N: fp32 weights, two moments{count}'),
+    twice = f', + 4 x {e.shape.vocab_size} x {e.shape.d_model}: the tied embedding again' if e.sharded else ''
+    return [('checkpoint', gigabytes(e.checkpoint), f'{CHECKPOINT} bytes x N: fp32 weights, two moments{twice}{count}'),
             ('data', gigabytes(e.tokens * e.token_bytes) if e.tokens else 'unknown',
              f'tokens x {e.token_bytes} bytes, packed' + (f'; {of_c4} ({big(C4_TOKENS)} tokens)' if e.tokens else ''))]
 
@@ -165,7 +166,7 @@ def overview(estimates: dict[str, Estimate], price: Optional[float] = None) -> s
         rows.append([name, f'{e.n_params / 1e9:.3f}B', str(e.devices), str(e.microbatch),
                      f'{e.memory.total / 2**30:.2f}{"!" * (not e.fits)}', str(e.largest_microbatch or 'none'),
                      str(e.smallest_of_one or 'none'), gigabytes(RULE * e.n_params), str(e.rule or 'none'), big(e.tokens),
-                     big(e.flops), rounded(e.hours), *cost, gigabytes(CHECKPOINT * e.n_params),
+                     big(e.flops), rounded(e.hours), *cost, gigabytes(e.checkpoint),
                      gigabytes(e.tokens * e.token_bytes) if e.tokens else 'unknown'])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['| ' + ' | '.join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + ' |'
@@ -186,7 +187,7 @@ def overview(estimates: dict[str, Estimate], price: Optional[float] = None) -> s
         'FLOPs': 'tokens x (6 N + 12 x layers x width x sequence length)',
         'hours': f'FLOPs / (GPUs x {hour}) / 3600: the peak, and the part of it that is assumed to be reached (--mfu)',
         **({'cost': f'hours x GPUs x {price:g} $'} if price is not None else {}),
-        'saved': f"a checkpoint, {CHECKPOINT} bytes x N: fp32 weights and Adam's two moments",
+        'saved': f"a checkpoint, {CHECKPOINT} bytes x N: fp32 weights and Adam's two moments (a sharded one has the tied embedding twice)",
         'data': f'tokens x {some.token_bytes} bytes, packed; C4 has {big(C4_TOKENS)} tokens, and what exceeds them is read again',
     }
     if not all(e.fits for e in estimates.values()):
@@ -216,7 +217,7 @@ def main(args: argparse.Namespace) -> list[Estimate]:
         print(f'{args.yaml} on {args.gpu}\n\n{report(e, args.price)}')
         return [e]
     estimates = {}
-    for path in YAMLS.glob('*.yaml'):
+    for path in sorted(YAMLS.glob('*.yaml')):
         try:
             estimates[path.stem] = of(str(path))
         except UserError as error:

@@ -90,6 +90,17 @@ class Estimate(NamedTuple):
         return self.flops / (self.devices * self.peak * self.mfu) / 3600 if self.flops and self.peak else None
 
     @property
+    def sharded(self) -> bool:
+        """Whether checkpoints are."""
+        f = self.c.fsdp_config
+        return f is not None and f.state_dict_type == 'sharded'
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one. A full one is a pickle, which has what is tied once; a sharded one has it under each of its names."""
+        return CHECKPOINT * self.n_params + 4 * self.shape.vocab_size * self.shape.d_model * self.sharded
+
+    @property
     def token_bytes(self) -> int:
         """Of a packed token."""
         return 2 if self.shape.vocab_size <= 2**16 else 4
