@@ -16,7 +16,7 @@ from src.schema import Config
 from src.sizing import Card, estimate
 
 MAKE_EXPERIMENTS = ('cometml', 'mlflow')  # loggers that write as soon as they are made
-SHOWN = 600  # characters of the first sample
+SHOWN = 300  # characters of the first sample
 
 
 def config_text(c: Config) -> str:

@@ -128,10 +128,11 @@ def time_rows(e: Estimate, price: Optional[float]) -> list[Row]:
     steps = f'{e.batches:,} batches x {c.global_train_batch_size} x {seq_len}' if e.batches else f'max_duration {c.max_duration}'
     if e.tokens is None:
         steps += ': the data decide how long that is; set a number of batches (ba) to know'
-    peak = f'FLOPs / ({e.devices} x {big(e.peak)} FLOP/s x {e.mfu:g}) / 3600, the peak and the part of it that is reached'
+    how = f'FLOPs / ({e.devices} x {big(e.peak)} FLOP/s x {e.mfu:g}) / 3600, the peak and the part of it that is reached'
+    unknown = f'src/flops.py has no peak of {e.card.driver} with precision {c.precision}'
     rows = [('tokens', big(e.tokens), steps),
             ('FLOPs', big(e.flops), f'tokens x (6 N + 12 x {e.shape.n_layers} x {e.shape.d_model} x {seq_len})'),
-            ('hours', rounded(e.hours), peak if e.peak else f'src/flops.py has no peak for {e.card.driver} with precision {c.precision}')]
+            ('hours', rounded(e.hours), how if e.peak else unknown)]
     if price is not None:
         rows.append(('cost', f'{e.hours * e.devices * price:,.0f} $' if e.hours else 'unknown',
                      f'hours x {e.devices} x {price:g} $ an hour'))
@@ -147,9 +148,9 @@ def byte_rows(e: Estimate) -> list[Row]:
         kept = saves if c.save_num_checkpoints_to_keep == -1 else min(saves, c.save_num_checkpoints_to_keep)
         count = f'; {kept} kept: {gigabytes(kept * e.checkpoint)}' + ('' if c.save_folder else ', with a save_folder')
     share = e.tokens / C4_TOKENS if e.tokens else 0
-    of_c4 = f'{100 * share:.3g}% of C4' if share <= 1 else f'{share:.1f} times C4, which takes {gigabytes(C4_TOKENS * e.token_bytes)}'
-    twice = f', + 4 x {e.shape.vocab_size} x {e.shape.d_model}: the tied embedding again' if e.sharded else ''
-    return [('checkpoint', gigabytes(e.checkpoint), f'{CHECKPOINT} bytes x N: fp32 weights, two moments{twice}{count}'),
+    of_c4 = f'{100 * share:.3g}% of C4' if share <= 1 else f'{share:.1f} times C4, {gigabytes(C4_TOKENS * e.token_bytes)}'
+    twice = f' + {gigabytes(e.checkpoint - CHECKPOINT * e.n_params)} tied' if e.sharded else ''
+    return [('checkpoint', gigabytes(e.checkpoint), f'{CHECKPOINT} bytes x N: fp32, Adam\'s moments{twice}{count}'),
             ('data', gigabytes(e.tokens * e.token_bytes) if e.tokens else 'unknown',
              f'tokens x {e.token_bytes} bytes, packed' + (f'; {of_c4} ({big(C4_TOKENS)} tokens)' if e.tokens else ''))]
 
@@ -187,7 +188,7 @@ def overview(estimates: dict[str, Estimate], price: Optional[float] = None) -> s
         'FLOPs': 'tokens x (6 N + 12 x layers x width x sequence length)',
         'hours': f'FLOPs / (GPUs x {hour}) / 3600: the peak, and the part of it that is assumed to be reached (--mfu)',
         **({'cost': f'hours x GPUs x {price:g} $'} if price is not None else {}),
-        'saved': f"a checkpoint, {CHECKPOINT} bytes x N: fp32 weights and Adam's two moments (a sharded one has the tied embedding twice)",
+        'saved': f"a checkpoint, {CHECKPOINT} bytes x N: fp32 weights and Adam's moments; sharded, the tied embedding twice",
         'data': f'tokens x {some.token_bytes} bytes, packed; C4 has {big(C4_TOKENS)} tokens, and what exceeds them is read again',
     }
     if not all(e.fits for e in estimates.values()):

@@ -45,7 +45,8 @@ def test_7b_by_hand():
     assert e.card.usable == 0.95 * 40e9
     assert e.tokens == 63_900 * 1024 * 2048 == 134_008_012_800
     assert e.flops_per_token == 6 * e.n_params + 12 * layers * d * 2048 == 43_171_651_584
-    assert e.hours == pytest.approx(134_008_012_800 * 43_171_651_584 / (4 * 312e12 * 0.4) / 3600) == pytest.approx(3219.2, abs=0.1)
+    assert e.hours == pytest.approx(134_008_012_800 * 43_171_651_584 / (4 * 312e12 * 0.4) / 3600)
+    assert e.hours == pytest.approx(3219.2, abs=0.1)
     assert sized('7b', devices=8, mfu=0.5).hours == pytest.approx(3219.2 * 4 / 8 * 0.4 / 0.5, abs=0.1)
 
 
@@ -168,7 +169,7 @@ def test_bytes_of_data_and_checkpoints():
     text = program.report(sized('13b', 'a100-40gb', 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
     tokens = 124_000 * 1024 * 2048
     assert f'{2 * tokens / 1e9:.2f} GB' == '520.09 GB' and '520.09 GB' in text
-    assert f'{tokens / C4_TOKENS:.1f} times C4, which takes 340.00 GB' in text and '1.5 times' in text
+    assert f'{tokens / C4_TOKENS:.1f} times C4, 340.00 GB' in text and '1.5 times' in text
     assert '154.24 GB' in text and '3 kept: 462.72 GB' in text  # 12 N; 3 times that
     assert '25 kept: 3.86 TB, with a save_folder' in program.report(sized('13b'))  # 124000 / 5000, and the end
     assert sized('125m', 'l4', 'model.vocab_size=100000').token_bytes == 4
@@ -185,9 +186,9 @@ def test_the_table_has_every_yaml_by_size(capsys):
     assert {len(line) for line in out.splitlines() if line.startswith('|')} == {len(out.splitlines()[0])}
     assert rows[0] == ['run', 'N', 'GPUs', 'micro', 'GiB', 'up to', 'at 1', '16 N', 'rule', 'tokens', 'FLOPs', 'hours', 'cost',
                        'saved', 'data']
-    e = estimates[5]
-    assert rows[7] == ['7b', '6.658B', '4', '8', f'{e.memory.total / 2**30:.2f}', '8', '4', '106.53 GB', '4', '1.34e11', '5.79e21',
-                       '3,219', f'{3219.2 * 4 * 1.5:,.0f} $'[:-4] + rows[7][12][-4:], '79.90 GB', '268.02 GB']
+    peak = f'{estimates[5].memory.total / 2**30:.2f}'
+    assert rows[7] == ['7b', '6.658B', '4', '8', peak, '8', '4', '106.53 GB', '4', '1.34e11', '5.79e21', '3,219', '19,315 $',
+                       '79.90 GB', '268.02 GB']  # 3219.2 x 4 x 1.5 $
     legend = out.split('\n\n')[1]
     assert all(re.search(rf'^{head}  ', legend, re.MULTILINE) for head in rows[0][1:] if head != 'micro')
 
@@ -198,9 +199,9 @@ def test_one_yaml_is_a_report(capsys):
     out = capsys.readouterr().out
     assert e == estimate(parsed('7b', 'device_train_microbatch_size=4'), CARDS['a100-40gb'], 64, 0.5)
     assert e.hours == pytest.approx(3219.2 * 4 / 64 * 0.4 / 0.5, abs=0.01)
-    for what, figure in (('parameters N', '6,658,404,352'), ('rule of thumb', '106.53 GB'), ('devices', '64'), ('tokens', '1.34e11'),
-                         ('fewest devices', '4'), ('hours', '161'), ('cost', f'{e.hours * 64 * 2:,.0f} $'),
-                         ('largest microbatch', '16')):
+    figures = {'parameters N': '6,658,404,352', 'rule of thumb': '106.53 GB', 'devices': '64', 'tokens': '1.34e11',
+               'hours': '161', 'fewest devices': '4', 'cost': f'{e.hours * 64 * 2:,.0f} $', 'largest microbatch': '16'}
+    for what, figure in figures.items():
         assert re.search(rf'^{what} +{re.escape(figure)}   ', out, re.MULTILINE), what
     for line in memory.table(e.memory).splitlines()[1:]:
         name, size, unit = line.split()
@@ -217,7 +218,7 @@ def test_settings_without_a_yaml_are_for_all():
     'mfu': (['--mfu', '1.5'], '--mfu: 1.5 must be above 0 and at most 1'),
     'no mfu': (['--mfu', 'nan'], '--mfu: nan must be above 0'),
     'price': (['--price', '-1'], '--price: -1 must be a number of dollars, 0 or more'),
-    'gpus': (['yamls/mosaic_gpt/7b.yaml', '--gpus', '3'], '1024 does not divide by 3 devices; nearest that do: 1023, 1026 \\(or run'),
+    'gpus': (['yamls/mosaic_gpt/7b.yaml', '--gpus', '3'], '1024 does not divide by 3 devices; nearest that do: 1023, 1026'),
     'one of all': (['--gpus', '512'], '125m.yaml: .*\n.*256 does not divide by 512 devices'),
     'key': (['yamls/mosaic_gpt/7b.yaml', 'model.d_modle=3'], 'model.d_modle: no such key'),
     'yaml': (['yamls/mosaic_gpt/8b.yaml'], 'no such file. Did you mean'),
