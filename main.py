@@ -1,6 +1,6 @@
 """YAML in, trained model out.
 
-    composer main.py yamls/quickstart.yaml [key=value ...]
+    composer main.py yamls/quickstart.yaml [key=value ...] [--dry_run]
 
 `main` reads as the list of what a run consists of; each part is built in `src/`.
 """
@@ -36,6 +36,7 @@ from src.checkpoint_writer import CheckpointWriter
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
 from src.checks import check_save_folder, check_seq_len, run_name
 from src.data_c4 import build_c4_dataloader, get_num_tokens_in_batch
+from src.dry_run import check_plugins, config_text, rehearsal
 from src.errors import UserError, first_line
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
@@ -44,13 +45,15 @@ from src.schema import Config
 from src.tokenizer import TOKENIZER_REGISTRY, check_vocab
 
 
-def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Iterable[Callback] = ()) -> Trainer:
+def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Iterable[Callback] = (),
+         dry_run: bool = False) -> Trainer:
     """Trains one model.
 
     Args:
         cfg: A config as in `yamls/`, interpolations allowed.
         watch: Ends this process when another rank fails; begins with the process group.
         callbacks: In addition to the config's.
+        dry_run: Build everything, say what it is, and train, save and log nothing.
 
     Returns:
         The Trainer, after `fit`.
@@ -88,7 +91,11 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     start = find_start(c.save_folder, run_name(c), c.autoresume, c.load_path, c.load_weights_only)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
     over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
-    if over:
+    asked = c
+    if dry_run:
+        log.info('%s', config_text(c))
+        check_plugins(c)
+    if over or dry_run:
         c = c.model_copy(update={'loggers': {}, 'callbacks': {}, 'save_folder': None, 'log_to_console': False})
 
     # Model, on meta until it is sharded
@@ -155,6 +162,9 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     trainer.logger.log_hyperparameters(config.masked(config.plain(c)))
     log.info('%s', plan(c, model, start, device_batch, microbatch, str(precision.value)))
 
+    if dry_run:
+        log.info('%s', rehearsal(asked, train_loader, tokenizer.tokenizer))
+        return trainer
     if trainer.state.max_duration is not None and trainer.state.timestamp >= trainer.state.max_duration:
         log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to go on', c.max_duration)
         return trainer
@@ -213,7 +223,8 @@ def guarded(work: Callable[[FailureWatch], Any]) -> int:
 
 def cli(argv: list[str]) -> int:
     """Runs `main` with a command line."""
-    return guarded(lambda watch: main(config.load(argv), watch).engine.close())
+    settings = [arg for arg in argv if arg != '--dry_run']
+    return guarded(lambda watch: main(config.load(settings), watch, dry_run=settings != argv).engine.close())
 
 
 def leave(code: int) -> NoReturn:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import benchmark, builders, config, memory, processes, report
+from src import benchmark, builders, config, estimate, memory, processes, report
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
@@ -59,6 +59,10 @@ CHECKED = {
     'python src/benchmark.py yamls/quickstart.yaml --profile': 'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
     'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_benchmark.py::test_two_devices does it on CPUs',
     'python src/memory.py yamls/mosaic_gpt/1b.yaml --devices 8': 'test_memory.py::test_the_command_line',
+    'python src/estimate.py': 'test_estimate.py::test_it_starts_fast_and_a_mistake_is_one_message',
+    'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
+        'test_estimate.py::test_one_yaml_is_a_report',
+    'composer main.py yamls/quickstart.yaml --dry_run': 'test_dry_run.py::test_two_ranks_say_it_once',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
     'pip install flash-attn==2.8.3 --no-build-isolation': 'GPU: test_flash_attn_command_is_that_of_the_requirements',
     'python convert_c4.py --out_root ./my-copy-c4 --splits val':
@@ -130,11 +134,13 @@ def test_its_arguments_are_valid(command: str):
     elif argv[:1] == ['src/memory.py']:
         args = memory.parse_args(argv[1:])
         config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, args.devices, has_gpu=True)
+    elif argv[:1] == ['src/estimate.py']:
+        assert estimate.main(estimate.parse_args([str(ROOT / arg) if arg.endswith('.yaml') else arg for arg in argv[1:]]))
     elif argv[:1] == ['src/plot_loss.py']:
         assert argv[1:] == ['runs/*', '--out', 'loss.png']
     elif program in ('composer', 'torchrun'):
         start = argv.index('main.py')
-        launcher, (_, file, *overrides) = argv[:start], argv[start:]
+        launcher, (_, file, *overrides) = argv[:start], [arg for arg in argv[start:] if arg != '--dry_run']
         size = ['--world_size'] if program == 'composer' else ['--nnodes', '--nproc_per_node']
         assert launcher[::2] == [*size, '--node_rank', '--master_addr', '--master_port'][:len(launcher) // 2]
         if 'model.name=parallel_gpt' not in overrides:  # that name is the worked example's
