@@ -167,7 +167,9 @@ def remedies(e: Estimate) -> Iterator[tuple[str, int]]:
     """What to set where it does not fit, one after another until it does, and the peak with all of them so far."""
     c, f = e.c, e.c.fsdp_config or FSDPConfig()
     steps: list[tuple[str, dict[str, Any]]] = []
-    if isinstance(c.model, MosaicGPTConfig) and c.model.loss_chunk_tokens > 256:
+    if isinstance(c.model, MosaicGPTConfig) and c.model.loss_impl == 'plain':
+        steps.append(('model.loss_impl=chunked', {'model': c.model.model_copy(update={'loss_impl': 'chunked'})}))
+    elif isinstance(c.model, MosaicGPTConfig) and c.model.loss_chunk_tokens > 256:
         steps.append(('model.loss_chunk_tokens=256', {'model': c.model.model_copy(update={'loss_chunk_tokens': 256})}))
     for key, value in (('sharding_strategy', 'FULL_SHARD'), ('activation_checkpointing', True), ('activation_cpu_offload', True)):
         if c.fsdp_config is None or getattr(f, key) != value:
