@@ -227,7 +227,8 @@ def read_weights(path: str, setting: str = 'load_path') -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as e:
         unsafe = re.search(r'GLOBAL (\S+)', str(e))
         why = f'it holds {unsafe[1]}, and loading that would run code' if unsafe else f'{type(e).__name__}: {first_line(e)}'
-        raise UserError(f'{setting}: {path} cannot be loaded as the weights of a checkpoint: {why}') from None
+        raise UserError(f'{setting}: {path} cannot be loaded as the weights of a checkpoint: {why}; '
+                        'take another checkpoint') from None
 
 
 def same_names(own: Collection[str]) -> Callable[[dict[str, Any]], None]:

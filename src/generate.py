@@ -15,7 +15,6 @@ if __name__ == '__main__':  # run as `python src/generate.py`: import from the r
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
@@ -37,7 +36,7 @@ def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
     try:
         model, info = load(path, trust_remote_code=False, local_files_only=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError) as e:
+    except Exception as e:  # each library that reads a part has error classes of its own, or none
         raise UserError(f'CHECKPOINT_OR_FOLDER: {path} cannot be loaded as a model: {type(e).__name__}: {first_line(e)}; '
                         'a folder with config, weights and tokenizer; write one with src/export_hf.py') from None
     if info['missing_keys']:  # which transformers would draw at random
@@ -88,8 +87,8 @@ def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], m
         raise UserError(f'PROMPT: number {lengths.index(0) + 1} is empty; a text of at least one token to go on from')
     context = getattr(model.config, 'max_position_embeddings', None) or math.inf
     if (room := context - max(lengths)) < (max_new_tokens or 1):
-        raise UserError(f'PROMPT: number {lengths.index(max(lengths)) + 1} has {max(lengths)} tokens, and the model takes {context}, '
-                        f'new ones included; shorten it{f", or set --max_new_tokens={room} or less" if room > 0 else ""}')
+        raise UserError(f'PROMPT: number {lengths.index(max(lengths)) + 1} has {max(lengths)} tokens, and the model takes '
+                        f'{context}, new ones included; shorten it{f", or set --max_new_tokens={room} or less" if room > 0 else ""}')
     tokenizer.padding_side = 'left'
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from src.config import parse
-from src.errors import UserError, first_line
+from src.errors import UserError
 from src.hf_causal_lm import build_hf_config
 from src.schema import MODEL_CONFIGS, HFCausalLMConfig, MosaicGPTConfig
 
@@ -78,7 +78,7 @@ def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) ->
     try:
         result, info = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     except RuntimeError as e:
-        raise UserError(f'{misfit}: {first_line(e)}; give the YAML and overrides of the run: --yaml YAML key=value ...') from None
+        raise UserError(f'{misfit}: {" ".join(str(e).split())[:300]}; give the YAML and overrides of the run: --yaml YAML key=value ...') from None
     if wrong := [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]:
         raise UserError(f'{misfit}: {len(wrong)} are missing or not known, such as {min(map(str, wrong))}; give the YAML and '
                         'overrides of the run: --yaml YAML key=value ...')
