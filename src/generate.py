@@ -87,8 +87,9 @@ def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], m
         raise UserError(f'PROMPT: number {lengths.index(0) + 1} is empty; a text of at least one token to go on from')
     context = getattr(model.config, 'max_position_embeddings', None) or math.inf
     if (room := context - max(lengths)) < (max_new_tokens or 1):
+        mend = f'shorten it, or set --max_new_tokens={room} or less' if room > 0 else 'shorten it'
         raise UserError(f'PROMPT: number {lengths.index(max(lengths)) + 1} has {max(lengths)} tokens, and the model takes '
-                        f'{context}, new ones included; shorten it{f", or set --max_new_tokens={room} or less" if room > 0 else ""}')
+                        f'{context}, new ones included; {mend}')
     tokenizer.padding_side = 'left'
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -78,7 +78,8 @@ def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) ->
     try:
         result, info = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     except RuntimeError as e:
-        raise UserError(f'{misfit}: {" ".join(str(e).split())[:300]}; give the YAML and overrides of the run: --yaml YAML key=value ...') from None
+        raise UserError(f'{misfit}: {" ".join(str(e).split())[:300]}; give the YAML and overrides of the run: '
+                        '--yaml YAML key=value ...') from None
     if wrong := [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]:
         raise UserError(f'{misfit}: {len(wrong)} are missing or not known, such as {min(map(str, wrong))}; give the YAML and '
                         'overrides of the run: --yaml YAML key=value ...')

@@ -223,7 +223,7 @@ def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path
     assert refused(bare, tmp_path / 'out').startswith('--yaml: none given, and no manifest beside')
     said = refused(bare, tmp_path / 'out', '--yaml', QUICKSTART, f'data_remote={mds_root}')
     assert said.startswith('--yaml: the weights are not those') and '128' in said
-    overrides = [arg for arg in tiny(mds_root, *EVERY)]
+    overrides = tiny(mds_root, *EVERY)
     assert 'layers' not in said and 'h.2' in refused(bare, tmp_path / 'out', '--yaml', QUICKSTART, *overrides, 'model.n_layers=3')
     assert not (tmp_path / 'out').exists()
     export(bare, tmp_path / 'out', '--yaml', QUICKSTART, *overrides)
@@ -269,8 +269,12 @@ def test_out_is_never_overwritten_and_whole_or_absent(full, tmp_path, monkeypatc
     (tmp_path / 'mine' / 'precious').touch()
     assert refused(checkpoint, tmp_path / 'mine').startswith(f'OUT: {tmp_path / "mine"} is there already')
     assert refused(checkpoint, 's3://bucket/out').startswith('OUT: s3://bucket/out; a folder on a disk')
+
+    def full_disk(*_):
+        raise OSError(28, 'No space left on device')
+
     with monkeypatch.context() as patch:
-        patch.setattr('transformers.PreTrainedTokenizerBase.save_pretrained', lambda *_: (_ for _ in ()).throw(OSError(28, 'full')))
+        patch.setattr('transformers.PreTrainedTokenizerBase.save_pretrained', full_disk)
         assert refused(checkpoint, tmp_path / 'out').startswith(f'OUT: {tmp_path / "out"} cannot be written: ')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['mine'], 'nothing is left'
     (tmp_path / 'out').mkdir()

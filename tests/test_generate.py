@@ -117,7 +117,7 @@ def test_it_fills_the_context_and_no_more(loaded):
     assert len(generate(model, tokenizer, [prompt], temperature=0)[0]) == 4
     with pytest.raises(UserError, match=r'^PROMPT: number 2 has 60 tokens, and the model takes 64, .*--max_new_tokens=4 or less'):
         generate(model, tokenizer, ['a', prompt], 5)
-    with pytest.raises(UserError, match=r'^PROMPT: number 1 has 80 tokens, and the model takes 64, new ones included; shorten it$'):
+    with pytest.raises(UserError, match=r'^PROMPT: number 1 has 80 tokens, and the model takes 64, new ones.*shorten it$'):
         generate(model, tokenizer, ['a' + ' a' * 79])
 
 
@@ -142,8 +142,8 @@ def test_several_are_printed_one_after_another(folder, loaded, capsys):
 
 def test_a_checkpoint_and_its_export_say_the_same(mds_root, tmp_path, capsys):
     from src import export_hf
-    train('yamls/quickstart.yaml', *tiny(mds_root, 'max_duration=2ba', 'scheduler.t_warmup=1ba', 'eval_loader=null', 'run_name=one',
-                                         f'save_folder={tmp_path}/ck'))
+    train('yamls/quickstart.yaml', *tiny(mds_root, 'max_duration=2ba', 'scheduler.t_warmup=1ba', 'eval_loader=null',
+                                         'run_name=one', f'save_folder={tmp_path}/ck'))
     capsys.readouterr()
     export_hf.main(export_hf.parse_args([f'{tmp_path}/ck', f'{tmp_path}/out']))
     capsys.readouterr()
@@ -192,7 +192,8 @@ def test_weights_that_are_missing_are_not_drawn(folder, tmp_path):
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
-    for argv in (['src/generate.py', str(tmp_path / 'none'), 'a'], ['src/export_hf.py', str(tmp_path / 'none'), str(tmp_path / 'o')]):
-        done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1 and done.stdout == '' and done.stderr.startswith('error: CHECKPOINT')
-        assert done.stderr.count('\n') == 1
+    started = [subprocess.Popen([sys.executable, f'src/{name}.py', str(tmp_path / 'none'), 'out'], cwd=ROOT, env=clean_env(),
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name in ('generate', 'export_hf')]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 1 and out == '' and err.startswith('error: CHECKPOINT') and err.count('\n') == 1
