@@ -126,7 +126,10 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     nodes.agree('data', {f'{name}.dataset': dataset.fingerprint for name, dataset in datasets.items()})
 
     # Everything else
-    writer = CheckpointWriter(c.save_folder, c.save_interval, c.save_num_checkpoints_to_keep, start) if c.save_folder else None
+    writer = None
+    if c.save_folder:
+        writer = CheckpointWriter(c.save_folder, c.save_interval, c.save_num_checkpoints_to_keep, start,
+                                  model.described_by or c.model.model_dump(), c.tokenizer.tokenizer_name)
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': builders.resume_wandb(c.loggers, name, c.save_folder)})
     with explained(start, c):

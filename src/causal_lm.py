@@ -168,7 +168,12 @@ class ComposerCausalLM(ComposerModel):
         vocab_size: Token ids that it has embeddings for.
         max_seq_len: The longest sequence that it takes; None: any.
         attn_within_document: Batches have `sequence_id`, which numbers the documents of each sample.
+
+    Attributes:
+        described_by: What a checkpoint's manifest says of the model, where it is not section `model` of the config.
     """
+
+    described_by: Optional[dict[str, Any]] = None
 
     def __init__(self, model: nn.Module, n_layers: int, d_model: int, vocab_size: int, max_seq_len: Optional[int],
                  attn_within_document: bool = False):

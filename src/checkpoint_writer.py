@@ -50,10 +50,14 @@ class CheckpointWriter(Callback):
         save_interval: As in Composer.
         keep: How many whole checkpoints stay; -1: all.
         start: Where the run started.
+        model: Section `model` of the config, for the manifests.
+        tokenizer_name: Also for them.
     """
 
-    def __init__(self, save_folder: str, save_interval: str, keep: int = -1, start: Start = FRESH):
+    def __init__(self, save_folder: str, save_interval: str, keep: int = -1, start: Start = FRESH,
+                 model: Optional[dict[str, Any]] = None, tokenizer_name: str = ''):
         self.save_folder, self.keep = save_folder, keep
+        self.config = {'model': model or {}, 'tokenizer_name': tokenizer_name}
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(save_interval)
         self.last_batch = -1
         self.local = ''  # where Composer writes; known once the run has a name
@@ -185,7 +189,8 @@ class CheckpointWriter(Callback):
         sizes = {file: size for part in dist.all_gather_object({f: os.path.getsize(Path(self.local, f)) for f in files})
                  for file, size in part.items()}
         t, folder = state.timestamp, self.folder
-        self.unfinished = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token), dist.get_world_size(), sizes)
+        self.unfinished = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token), dist.get_world_size(), sizes,
+                                   **self.config)
         if isinstance(folder, RemoteFolder):
             self.sending = in_background(lambda: self._send(folder, files))
         else:

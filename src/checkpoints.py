@@ -12,7 +12,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, Optional
 
@@ -50,6 +50,9 @@ class Manifest:
     token: int
     world_size: int
     files: dict[str, int]  # relative to the folder: bytes
+    # What the weights alone do not tell, for whoever uses them: section `model` of the config, and tokenizer_name.
+    model: dict[str, Any] = field(default_factory=dict)
+    tokenizer_name: str = ''
 
     @property
     def path(self) -> str:
@@ -168,20 +171,31 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
         raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set autoresume=true; '
                         'to start afresh set another run_name or save_folder, or move them away')
     if load_path:
-        return _given(load_path.replace('{rank}', '0').rstrip('/'), 'weights' if weights_only else 'resume', folder)
+        return given_start(load_path.replace('{rank}', '0').rstrip('/'), 'weights' if weights_only else 'resume', folder)
     return FRESH
 
 
-def _given(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder]) -> Start:
+def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder] = None, setting: str = 'load_path') -> Start:
+    """A checkpoint that somebody names.
+
+    Args:
+        path: Its file or folder, local or a URI.
+        kind: What it is for.
+        own: The folder of the run.
+        setting: Where it is named, for messages.
+
+    Raises:
+        UserError: It is not there, or not whole.
+    """
     parent, _, name = path.rpartition('/')
     folder = open_folder(parent or '.')
     sharded = folder.size(f'{name}/.metadata') >= 0
     if not sharded and folder.size(name) < 0:
-        raise UserError(f'load_path: {path}: no such file, and no folder of a sharded checkpoint')
+        raise UserError(f'{setting}: {path}: no such file, and no folder of a sharded checkpoint; give one of them')
     step = STEP.match(name)
     manifest = read_manifest(folder, step[0]) if step else None
     if manifest and not manifest.is_whole(folder):
-        raise UserError(f'load_path: {path} is not whole: its files are not those that {manifest.name}.json lists')
+        raise UserError(f'{setting}: {path} is not whole: its files are not those that {manifest.name}.json lists')
     where = own and os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)
     is_own = where == (os.path.realpath(parent or '.') if '://' not in path else parent)
     return Start(kind, path, sharded, manifest, is_own)
@@ -194,11 +208,12 @@ SAFE = [timedelta, TorchVersion, np.ndarray, np.dtype, type(np.dtype('uint32')),
         np.array(0).__reduce__()[0]]
 
 
-def read_weights(path: str) -> dict[str, Any]:
+def read_weights(path: str, setting: str = 'load_path') -> dict[str, Any]:
     """The model's state dict out of a full checkpoint, without running what a pickle may hold.
 
     Args:
         path: A local file.
+        setting: Where it is named, for messages.
 
     Returns:
         Tensors on the CPU, mapped from the file.
@@ -212,7 +227,8 @@ def read_weights(path: str) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as e:
         unsafe = re.search(r'GLOBAL (\S+)', str(e))
         why = f'it holds {unsafe[1]}, and loading that would run code' if unsafe else f'{type(e).__name__}: {first_line(e)}'
-        raise UserError(f'load_path: {path} cannot be loaded as the weights of a checkpoint: {why}') from None
+        raise UserError(f'{setting}: {path} cannot be loaded as the weights of a checkpoint: {why}; '
+                        'take another checkpoint') from None
 
 
 def same_names(own: Collection[str]) -> Callable[[dict[str, Any]], None]:

@@ -120,3 +120,9 @@ class ComposerHFCausalLM(ComposerCausalLM):
         log.info('attention: Hugging Face %s', config._attn_implementation)
         super().__init__(HFCausalLM(model), config.num_hidden_layers, config.hidden_size, vocab_size=config.vocab_size,
                          max_seq_len=getattr(config, 'max_position_embeddings', None))
+        # The shape itself rather than a name: whoever uses a checkpoint may have neither the hub nor the folder.
+        known = type(config)()
+        shape = {key: value for key, value in config.to_diff_dict().items() if hasattr(known, key) and key != '_name_or_path'}
+        self.described_by = cfg.model_copy(update={
+            'pretrained_model_name_or_path': None, 'pretrained': False,
+            'config_overrides': shape | {'model_type': config.model_type}}).model_dump()

@@ -51,7 +51,7 @@ def _load(name: str) -> PreTrainedTokenizerBase:
         # Documents longer than a sample are the loader's to cut: without the length, no warning about them. A document that
         # spells a special token is text: the id of EOS is where a document ends, and nowhere else.
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, model_max_length=int(1e30), split_special_tokens=True)
-    except (OSError, ValueError, KeyError, ImportError) as e:
+    except Exception as e:  # of a damaged file, tokenizers raises just that
         raise UserError(_why_not(name, e)) from None
     finally:
         if several and get_local_rank() == 0:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -105,6 +106,24 @@ def tokens_root(mds_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         packed = np.array(tokens[:len(tokens) // 32 * 32], np.uint16).reshape(-1, 32)[:limit]
         write_mds(root / split, [{'tokens': row} for row in packed], {'tokens': 'ndarray:uint16'}, size_limit=1 << 12)
     return root
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of an S3 server on this machine, with an empty `bucket`."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    for key, value in (('AWS_ACCESS_KEY_ID', 'none'), ('AWS_SECRET_ACCESS_KEY', 'none'), ('AWS_DEFAULT_REGION', 'us-east-1')):
+        monkeypatch.setenv(key, value)
+    server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+    server.start()
+    url = 'http://{}:{}'.format(*server.get_host_and_port())
+    monkeypatch.setenv('S3_ENDPOINT_URL', url)
+    client = boto3.client('s3', endpoint_url=url)
+    client.create_bucket(Bucket='bucket')
+    yield client
+    urlopen(f'{url}/moto-api/reset', data=b'')  # the next server in this process would still have the bucket
+    server.stop()
 
 
 def orphans(pattern: str = r'\d{6}_[a-z_]+') -> set[str]:

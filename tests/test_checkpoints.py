@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 import torch
@@ -346,23 +345,6 @@ def test_a_full_checkpoint_into_a_sharded_run_is_refused(mds_root, folder, tmp_p
 
 
 # ---------------------------------------------------------------- S3
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    import boto3
-    from moto.server import ThreadedMotoServer
-    for key, value in (('AWS_ACCESS_KEY_ID', 'none'), ('AWS_SECRET_ACCESS_KEY', 'none'), ('AWS_DEFAULT_REGION', 'us-east-1')):
-        monkeypatch.setenv(key, value)
-    server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
-    server.start()
-    url = 'http://{}:{}'.format(*server.get_host_and_port())
-    monkeypatch.setenv('S3_ENDPOINT_URL', url)
-    client = boto3.client('s3', endpoint_url=url)
-    client.create_bucket(Bucket='bucket')
-    yield client
-    urlopen(f'{url}/moto-api/reset', data=b'')  # the next server in this process would still have the bucket
-    server.stop()
 
 
 @pytest.mark.parametrize('sharded', [False, True], ids=['full', 'sharded'])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import benchmark, builders, config, estimate, memory, processes, report
+from src import benchmark, builders, config, estimate, export_hf, generate, memory, processes, report
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
@@ -101,6 +101,20 @@ CHECKED = {
         'test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console reads its files',
     'composer main.py yamls/mosaic_gpt/125m.yaml loggers.wandb.project=my-project':
         'GPU: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
+    'python src/export_hf.py checkpoints/first ./my-gpt':
+        'test_export_hf.py::test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary',
+    'python src/export_hf.py s3://my-bucket/first/ep0-ba4800 ./my-gpt': 'test_export_hf.py::test_from_s3',
+    'python src/generate.py ./my-gpt "The class of an object"': 'test_generate.py::test_one_prompt_streams',
+    'python src/generate.py checkpoints/first "The class" "A function is" --max_new_tokens 50 --temperature 0.8 --top_k 50 '
+    '--top_p 0.95 --seed 1':
+        'test_generate.py::test_a_checkpoint_and_its_export_say_the_same',
+    'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=./my-gpt model.pretrained=true '
+    'tokenizer_name=./my-gpt max_seq_len=128 optimizer.lr=1e-4 max_duration=500ba run_name=tuned '
+    'save_folder=checkpoints/{run_name}':
+        'GPU: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
+    'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained=true max_seq_len=1024 optimizer.lr=3e-5 '
+    'max_duration=500ba run_name=tuned save_folder=checkpoints/{run_name}':
+        'network: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml': 'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=./my-gpt2 model.pretrained=true '
     'max_seq_len=1024':
@@ -136,6 +150,11 @@ def test_its_arguments_are_valid(command: str):
         config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, args.devices, has_gpu=True)
     elif argv[:1] == ['src/estimate.py']:
         assert estimate.main(estimate.parse_args([str(ROOT / arg) if arg.endswith('.yaml') else arg for arg in argv[1:]]))
+    elif argv[:1] == ['src/export_hf.py']:
+        export_hf.parse_args(argv[1:])
+    elif argv[:1] == ['src/generate.py']:
+        args = generate.parse_args(argv[1:])
+        generate.check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     elif argv[:1] == ['src/plot_loss.py']:
         assert argv[1:] == ['runs/*', '--out', 'loss.png']
     elif program in ('composer', 'torchrun'):
@@ -353,7 +372,7 @@ def test_messages_in_the_troubleshooting_table_are_the_codes():
                  'and none is whole', 'is not the folder of node 0', 'nothing to do: the checkpoint',
                  'had a loss or gradient that is not finite', 'out of memory: ', 'the ranks do not meet',
                  'ranks (WORLD_SIZE) joined', 'the nodes disagree', 'is too small for tokenizer_name', 'Reused local directory',
-                 'is where another dataset that is still open copies its'):
+                 'is where another dataset that is still open copies its', 'none given, and no manifest beside '):
         assert part in code, part
     shown = ' '.join(symptom for symptom, *_ in table('README.md', '| symptom | cause | what to do |'))
     for part in ('cannot reach allenai/c4', 'could not be loaded from the Hugging Face hub', 'does not divide by',
