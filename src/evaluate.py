@@ -37,7 +37,7 @@ from torchmetrics import Metric
 
 from src import builders, config, nodes, rendezvous, sharding
 from src.causal_lm import IGNORE, next_token_targets
-from src.checkpoints import FRESH, Start, check_loadable, find_start, finish_loading, same_names
+from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
 from src.data_c4 import StreamingC4, build_c4_dataloader, get_num_tokens_in_batch
 from src.errors import UserError, first_line
 from src.processes import FailureWatch
@@ -121,7 +121,7 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     reproducibility.seed_all(c.seed)
     has_gpu = torch.cuda.is_available()
 
-    start = find_start(None, None, False, c.load_path, True) if c.load_path else FRESH
+    start = find_start(None, None, False, c.load_path, weights_only=True)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
     model, parallelism = training.build_model(c, start, has_gpu)
     loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
