@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from src import builders, config, rendezvous, sharding
 from src.batch_size import device_batch_size, microbatch_size
 from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
+from src.causal_lm import ComposerCausalLM
 from src.checkpoint_writer import CheckpointWriter
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
 from src.checks import check_save_folder, check_seq_len, run_name
@@ -98,16 +99,9 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     if over or dry_run:
         c = c.model_copy(update={'loggers': {}, 'callbacks': {}, 'save_folder': None, 'log_to_console': False})
 
-    # Model, on meta until it is sharded
+    # Model
     tokenizer = TOKENIZER_REGISTRY[c.tokenizer.name](c.tokenizer.tokenizer_name, c.tokenizer.max_seq_len)
-    with explained(start, c):
-        model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
-    check_vocab(tokenizer, model.vocab_size)
-    check_seq_len(c, model.max_seq_len)
-    parallelism = sharding.build_parallelism(c.fsdp_config, has_gpu)
-    if any(p.is_meta for p in model.parameters()) and not (parallelism and has_gpu):
-        model.model.materialize('cpu')  # Composer's FSDP would give it GPU memory
-
+    model, parallelism = build_model(c, tokenizer, start, has_gpu)
     compile_config = c.compile_config.model_dump(exclude={'scope'}) if c.compile_config else None
     if c.compile_config and c.compile_config.scope == 'block':
         sharding.compile_blocks(model.model, compile_config)
@@ -182,6 +176,22 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             raise
     log.info('%s', summary(trainer, c, writer.newest if writer else None, time.monotonic() - started))
     return trainer
+
+
+def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple[ComposerCausalLM, Optional[dict[str, Any]]]:
+    """The model, on meta until it is sharded, and what the Trainer is to know of the sharding.
+
+    Raises:
+        UserError: It cannot be built, or does not go with the tokenizer or the length of the samples.
+    """
+    with explained(start, c):
+        model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
+    check_vocab(tokenizer, model.vocab_size)
+    check_seq_len(c, model.max_seq_len)
+    parallelism = sharding.build_parallelism(c.fsdp_config, has_gpu)
+    if any(p.is_meta for p in model.parameters()) and not (parallelism and has_gpu):
+        model.model.materialize('cpu')  # Composer's FSDP would give it GPU memory
+    return model, parallelism
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Tokenizers: Hugging Face's, from the hub or from a folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,37 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
     for array, ids in zip(out, documents, strict=True):
         array[:-1] = ids
     return out
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> NDArray[np.float64]:
+    """How many UTF-8 bytes of text each token id stands for: 0 for special tokens, such as EOS.
+
+    In a byte-level BPE every character of a token stands for one byte (Radford et al. 2019, section 2.2), so the lengths are
+    exact, also of tokens that hold part of a character. Of a tokenizer that normalises its text, they are of the result.
+
+    Args:
+        tokenizer: Hugging Face's own object.
+        vocab_size: Ids that the model has embeddings for.
+
+    Returns:
+        Of shape (vocab_size,); NaN where it is not known: ids without a token, added tokens that swallow the spaces beside
+        them, and every token of a tokenizer that is no byte-level BPE, or one that puts a space before each document.
+    """
+    lengths = np.full(vocab_size, np.nan)
+    if not tokenizer.is_fast:
+        return lengths
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    parts = json.loads(backend.to_str())
+    model, splits = parts['model'], json.dumps(parts['pre_tokenizer'])
+    if (model['type'] != 'BPE' or model['continuing_subword_prefix'] or model['end_of_word_suffix']
+            or '"ByteLevel"' not in splits or '"add_prefix_space": true' in splits):
+        return lengths
+    for token, i in model['vocab'].items():
+        lengths[i] = len(token)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        swallows = token.lstrip or token.rstrip
+        lengths[i] = 0 if token.special else np.nan if swallows else len(token.content.encode())
+    return lengths
 
 
 def check_vocab(tokenizer: HFTokenizer, model_vocab_size: int) -> None:

@@ -1,6 +1,7 @@
 """Several runs in one set of real ranks: `composer -n 2 tests/runs.py FILE`.
 
 FILE is JSON: a list of [name, arguments of main.py]. Rank 0 writes for each run NAME.pt beside it, with what `record` returns.
+Arguments that begin with src/evaluate.py are of that program, and what is written are its figures.
 Importing Composer takes seconds in every rank, so one launch does what several would.
 """
 
@@ -20,7 +21,7 @@ from composer.utils import dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import main
-from src import builders, config, rendezvous
+from src import builders, config, evaluate, rendezvous
 
 builders.LOGGERS['memory'] = InMemoryLogger
 reductions = 0  # of gradients that FSDP shards
@@ -74,7 +75,7 @@ def train(*argv: str) -> dict[str, Any]:
 if __name__ == '__main__':
     path = Path(sys.argv[1])
     for name, argv in json.loads(path.read_text()):
-        result = train(*argv)
+        result = evaluate.main(evaluate.parse_args(argv[1:])) if argv[0] == 'src/evaluate.py' else train(*argv)
         if dist.get_global_rank() == 0:
             torch.save(result, path.with_name(f'{name}.pt'))
     rendezvous.leave()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import benchmark, builders, config, estimate, export_hf, generate, memory, processes, report
+from src import benchmark, builders, config, estimate, evaluate, export_hf, generate, memory, processes, report
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
@@ -58,11 +58,18 @@ CHECKED = {
         'test_benchmark.py::test_a_sweep_has_a_row_for_each_combination',
     'python src/benchmark.py yamls/quickstart.yaml --profile': 'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
     'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_benchmark.py::test_two_devices does it on CPUs',
+    'python src/evaluate.py yamls/quickstart.yaml load_path=checkpoints/first/ep0-ba1200-rank0.pt':
+        'test_evaluate.py::test_text_is_what_a_plain_loop_finds',
+    'composer src/evaluate.py yamls/mosaic_gpt/125m.yaml load_path=s3://my-bucket/first/ep0-ba4800-rank0.pt --out val.json':
+        'GPU: test_evaluate.py::test_every_sample_counts_once_on_any_number_of_ranks does it on CPUs',
     'python src/memory.py yamls/mosaic_gpt/1b.yaml --devices 8': 'test_memory.py::test_the_command_line',
     'python src/estimate.py': 'test_estimate.py::test_it_starts_fast_and_a_mistake_is_one_message',
     'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
         'test_estimate.py::test_one_yaml_is_a_report',
     'composer main.py yamls/quickstart.yaml --dry_run': 'test_dry_run.py::test_two_ranks_say_it_once',
+    'pip install "lm_eval[hf]==0.4.13"': 'network: pip. The rest: test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds',
+    'lm_eval --model hf --model_args pretrained=./my-gpt --tasks hellaswag,lambada_openai --batch_size 8':
+        'network: the tasks. test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds has one of its own',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
     'pip install flash-attn==2.8.3 --no-build-isolation': 'GPU: test_flash_attn_command_is_that_of_the_requirements',
     'python convert_c4.py --out_root ./my-copy-c4 --splits val':
@@ -145,6 +152,9 @@ def test_its_arguments_are_valid(command: str):
     elif argv[:1] == ['src/benchmark.py']:
         args = benchmark.parse_args(argv[1:])
         config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, world_size=8, has_gpu=True)
+    elif argv[:1] == ['src/evaluate.py']:
+        args = evaluate.parse_args([str(ROOT / argv[1]), *argv[2:]])
+        config.check(evaluate.load(args), builders.REGISTRIES, world_size=1, has_gpu=True)
     elif argv[:1] == ['src/memory.py']:
         args = memory.parse_args(argv[1:])
         config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, args.devices, has_gpu=True)
@@ -168,7 +178,7 @@ def test_its_arguments_are_valid(command: str):
     elif program == 'pip':
         assert argv[0] == 'install' and (argv[1] != '-r' or (ROOT / argv[2]).is_file())
     else:
-        assert program in ('python3', 'source', 'export', 'pytest', 'tensorboard')
+        assert program in ('python3', 'source', 'export', 'pytest', 'tensorboard', 'lm_eval')
 
 
 def test_flash_attn_command_is_that_of_the_requirements():
