@@ -19,8 +19,8 @@ GPT2_ACTIVATIONS = {'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}
 # document attention and positions are GPT-2's, so `attn_within_document` is exported as a model of single documents.
 GPT2_HAS = {'name', 'd_model', 'n_heads', 'n_layers', 'mlp_ratio', 'max_seq_len', 'vocab_size', 'init_std', 'mlp_act',
             'attn_pdrop', 'resid_pdrop', 'emb_pdrop'}
-TRAINING_ALONE = {'device', 'init_seed', 'attn_impl', 'flash_kernel', 'attn_within_document', 'loss_impl', 'loss_chunk_tokens',
-                  'vocab_multiple', 'activation_checkpointing_every'}
+TRAINING_ALONE = {'device', 'init_seed', 'attn_impl', 'flash_kernel', 'attn_within_document', 'linear_impl', 'loss_impl',
+                  'loss_chunk_tokens', 'vocab_multiple', 'activation_checkpointing_every'}
 
 
 def gpt2_config(cfg: MosaicGPTConfig) -> GPT2Config:
