@@ -71,10 +71,14 @@ REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGE
 PACKAGES = {'wandb': 'wandb', 'tensorboard': 'tensorboard', 'cometml': 'comet_ml', 'mlflow': 'mlflow', 'neptune': 'neptune'}
 
 
-def _fused(optimizer: torch.optim.Optimizer) -> None:
-    """Has torch update all parameters in one kernel; set at each step, since they may be on meta when they are handed over."""
+def _fuse(optimizer: Any) -> None:
+    """Has torch update all parameters in one kernel where `fuses` says so.
+
+    Set at each step: parameters may be on meta when they are handed over, and a checkpoint brings the value of its run.
+    """
     for group in optimizer.param_groups:
-        group['fused'] = all(p.is_floating_point() and p.device.type in ('cpu', 'cuda') for p in group['params'])
+        group['fused'] = optimizer.fuses and all(p.is_floating_point() and p.device.type in ('cpu', 'cuda')
+                                                 for p in group['params'])
 
 
 class AdamW(torch.optim.AdamW):
@@ -84,8 +88,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if self.fuses:
-            _fused(self)
+        _fuse(self)
         return super().step(closure)
 
 
@@ -101,8 +104,7 @@ class DecoupledAdamW(composer.optim.DecoupledAdamW):
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
-        if self.fuses:
-            _fused(self)
+        _fuse(self)
         decays = [group['weight_decay'] for group in self.param_groups]
         for group in self.param_groups:
             group['weight_decay'] /= group['initial_lr']

@@ -224,7 +224,7 @@ def read_weights(path: str, setting: str = 'load_path') -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(SAFE):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['state']['model']
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError, OSError) as e:
         unsafe = re.search(r'GLOBAL (\S+)', str(e))
         why = f'it holds {unsafe[1]}, and loading that would run code' if unsafe else f'{type(e).__name__}: {first_line(e)}'
         raise UserError(f'{setting}: {path} cannot be loaded as the weights of a checkpoint: {why}; '

@@ -50,7 +50,9 @@ def _model_errors(c: Config, has_gpu: bool) -> list[str]:
         elif model.attn_impl == 'flash' and c.precision == 'fp32':
             out.append("model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'; set model.attn_impl=auto, "
                        'or precision=amp_bf16')
-        odd = [f'{key} {n}' for key, n in (('model.d_model', model.d_model), ('max_seq_len', c.max_seq_len)) if n % 16]
+        lengths = {f'{name}.dataset.max_seq_len': loader.dataset.max_seq_len for name, loader in
+                   (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)) if loader}
+        odd = [f'{key} {n}' for key, n in {'model.d_model': model.d_model, **lengths}.items() if n % 16]
         if model.linear_impl == 'fp8' and odd:
             out.append(f"model.linear_impl: 'fp8' takes multiples of 16, and {' and '.join(odd)} is none; change that, or set "
                        'plain')

@@ -48,7 +48,7 @@ def big(x: Optional[float]) -> str:
 
 
 def rounded(hours: Optional[float]) -> str:
-    return 'unknown' if hours is None else f'{hours:,.0f}' if hours >= 100 else f'{hours:.2g}'
+    return 'unknown' if hours is None else f'{hours:,.0f}' if hours >= 99.5 else f'{hours:.2g}'
 
 
 def gigabytes(x: float) -> str:

@@ -68,7 +68,8 @@ def load(args: argparse.Namespace) -> DictConfig:
     changed = {'allow_same_split': True, 'global_train_batch_size': dist.get_world_size(), 'device_train_microbatch_size': 1,
                'max_duration': '1ba', 'scheduler': {'t_warmup': '0dur'}, 'algorithms': {}, 'callbacks': {}, 'loggers': {},
                'save_folder': None, 'autoresume': False, 'compile_config': None,
-               'load_weights_only': cfg.get('load_path') is not None, 'eval_loader.drop_last': False}
+               'load_weights_only': cfg.get('load_path') is not None, 'eval_loader.drop_last': False,
+               'eval_loader.eval_samples': cfg.eval_samples}
     for key, value in {**changed, **({'eval_loader.dataset.split': args.split} if args.split else {})}.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg
@@ -196,8 +197,11 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
         UserError: Everything in the command line, the config or the data that the user can mend.
     """
     nodes.check_environment(os.environ)
-    if args.out and not args.out.absolute().parent.is_dir():
-        raise UserError(f'--out: {args.out}: there is no folder {args.out.parent}')
+    if args.out and dist.get_global_rank() == 0:  # which writes it
+        if not args.out.absolute().parent.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
+            raise UserError(f'--out: {args.out}: there is no folder {args.out.parent} that may be written')
+        if args.out.exists():
+            raise UserError(f'--out: {args.out} is there already; name another, or move it away')
     c = config.check(load(args), builders.REGISTRIES, dist.get_world_size(), torch.cuda.is_available())
     log_to_stderr()
     found = evaluate(c, watch)

@@ -57,7 +57,13 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
                         'the run did')
     hf = hf_model(model, weights, '--yaml' if yaml else path)
     kit = HFTokenizer(name, 2)
-    check_vocab(kit, hf.config.vocab_size)
+    try:
+        check_vocab(kit, hf.config.vocab_size)
+    except UserError as e:
+        if not tokenizer_name:
+            raise
+        raise UserError(f'--tokenizer: {tokenizer_name} is not that of this model, whose vocabulary has {hf.config.vocab_size} '
+                        'tokens; name the one that it was trained with') from e
     tokenizer = kit.tokenizer
     tokenizer.split_special_tokens = False  # as Hugging Face's are; the kit's own is for documents
     tokenizer.model_max_length = getattr(hf.config, 'max_position_embeddings', None) or int(1e30)
@@ -93,7 +99,7 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
         part.mkdir(parents=True)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        for file in part.iterdir():
+        for file in filter(Path.is_file, part.iterdir()):
             shutil.copymode(part / 'config.json', file)  # safetensors' are for their owner alone
         os.replace(part, path)
     except (OSError, SafetensorError) as e:

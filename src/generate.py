@@ -39,6 +39,9 @@ def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
     except Exception as e:  # each library that reads a part has error classes of its own, or none
         raise UserError(f'CHECKPOINT_OR_FOLDER: {path} cannot be loaded as a model: {type(e).__name__}: {first_line(e)}; '
                         'a folder with config, weights and tokenizer; write one with src/export_hf.py') from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f'CHECKPOINT_OR_FOLDER: the tokenizer in {path} has no EOS token, at which a text ends; set eos_token '
+                        'in its tokenizer_config.json')
     if info['missing_keys']:  # which transformers would draw at random
         raise UserError(f'CHECKPOINT_OR_FOLDER: {path} lacks weights, such as {min(info["missing_keys"])}; a whole model; export '
                         'or copy it again')
@@ -127,6 +130,9 @@ def main(args: argparse.Namespace) -> None:
     """
     check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     if Path(args.model, 'config.json').is_file():
+        for option, given in (('--tokenizer', args.tokenizer), ('--yaml', args.yaml)):
+            if given:
+                raise UserError(f'{option}: {given}; {args.model} has a model and a tokenizer of its own; leave it out')
         model, tokenizer = load_folder(args.model)
     else:
         model, tokenizer, _ = load_checkpoint(args.model, args.tokenizer, args.yaml, 'CHECKPOINT_OR_FOLDER')

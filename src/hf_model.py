@@ -66,7 +66,10 @@ def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) ->
     if model.get('name', 'mosaic_gpt') == 'mosaic_gpt':
         config, weights = gpt2_config(parse(MosaicGPTConfig, model)), gpt2_weights(weights)
     elif model['name'] == 'hf_causal_lm':
-        config = build_hf_config(parse(HFCausalLMConfig, model).model_copy(update={'trust_remote_code': False}))
+        parsed = parse(HFCausalLMConfig, model)
+        # Keys with an underscore are no part of the shape; one of them names code on the hub.
+        shape = {key: value for key, value in parsed.config_overrides.items() if not key.startswith('_')}
+        config = build_hf_config(parsed.model_copy(update={'trust_remote_code': False, 'config_overrides': shape}))
         weights = {name.removeprefix('hf.'): weight for name, weight in weights.items()}
     else:
         raise UserError(f'model.name: {model["name"]!r}; what can be exported is {", ".join(MODEL_CONFIGS)}; a model of your own '

@@ -157,6 +157,9 @@ def sharding_of(c: Config, world_size: int, has_gpu: bool, low: int) -> Sharding
         return Sharding(1, world_size > 1, 0, 0, 0)
     replicas = f.data_parallel_replicate_degree or 1
     shards = 1 if f.sharding_strategy == 'NO_SHARD' else f.data_parallel_shard_degree
+    if shards == -1 and world_size % replicas:
+        raise UserError(f'fsdp_config.data_parallel_replicate_degree: {replicas} copies of the model do not divide {world_size} '
+                        'devices; set a number that does')
     shards = world_size // replicas if shards == -1 else shards
     weight = 4 if f.mixed_precision == 'FULL' else low
     if version == 1 and shards == 1 and weight == 4:

@@ -77,7 +77,8 @@ def out_of_memory(c: Config, e: BaseException) -> UserError:
         steps.append(f'model.loss_chunk_tokens: {chunk}; set {chunk // 4}')
     if f is None or f.sharding_strategy != 'FULL_SHARD':
         steps.append('fsdp_config.sharding_strategy: set FULL_SHARD, which divides the weights and all that belongs to them')
-    if f is None or not f.activation_checkpointing:
+    whole = c.compile_config is not None and c.compile_config.scope == 'model'  # which takes no checkpointed activations
+    if (f is None or not f.activation_checkpointing) and not whole:
         steps.append('fsdp_config.activation_checkpointing: set true (slower)')
     if f is None or not f.activation_cpu_offload:
         steps.append('fsdp_config.activation_cpu_offload: set true (slower still)')

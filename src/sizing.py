@@ -142,12 +142,15 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
     """
     auto = c.device_train_microbatch_size == 'auto'
     wanted = 1 if isinstance(c.device_train_microbatch_size, str) else c.device_train_microbatch_size
+    if not counts(c):
+        raise UserError('fsdp_config.data_parallel_replicate_degree, data_parallel_shard_degree: no number of devices that '
+                        f'divides the batch of {c.global_train_batch_size} has whole copies of the model; change one of them')
     if devices and devices not in counts(c):
         device_batch_size(c.global_train_batch_size, devices)
         raise UserError(f'fsdp_config.data_parallel_replicate_degree, data_parallel_shard_degree: not with {devices} devices; '
                         f'with {", ".join(map(str, counts(c))) or "no number of them"}')
     fewest, fewest_of_one = smallest(c, card, wanted), smallest(c, card, 1)
-    n = devices or fewest or max(counts(c), default=1)
+    n = devices or fewest or max(counts(c))
     device_batch = device_batch_size(c.global_train_batch_size, n)
     fitting = [m for m in divisors(device_batch) if needs(c, card, n, m).total <= card.usable]
     largest = max(fitting, default=None)
@@ -172,6 +175,8 @@ def remedies(e: Estimate) -> Iterator[tuple[str, int]]:
     elif isinstance(c.model, MosaicGPTConfig) and c.model.loss_chunk_tokens > 256:
         steps.append(('model.loss_chunk_tokens=256', {'model': c.model.model_copy(update={'loss_chunk_tokens': 256})}))
     for key, value in (('sharding_strategy', 'FULL_SHARD'), ('activation_checkpointing', True), ('activation_cpu_offload', True)):
+        if key == 'activation_checkpointing' and c.compile_config and c.compile_config.scope == 'model':
+            continue  # they do not go together
         if c.fsdp_config is None or getattr(f, key) != value:
             f = f.model_copy(update={key: value})
             steps.append((f'fsdp_config.{key}={str(value).lower() if value is True else value}', {'fsdp_config': f}))

@@ -58,7 +58,8 @@ class Losses(Callback):
 def train(root: str, steps: int, overrides: list[str]) -> np.ndarray:
     losses = Losses()
     argv = [str(ROOT / 'yamls/quickstart.yaml'), f'data_remote={root}', f'max_duration={steps}ba', 'eval_loader=null',
-            'loggers.tensorboard=false', 'callbacks.unigram_baseline=false', 'log_to_console=false', 'progress_bar=false']
+            'save_folder=null', 'loggers.tensorboard=false', 'callbacks.unigram_baseline=false', 'log_to_console=false',
+            'progress_bar=false']
     torch._dynamo.reset()
     main.main(config.load([*argv, *overrides]), callbacks=[losses]).close()
     return np.array(losses.values)

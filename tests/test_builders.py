@@ -34,6 +34,9 @@ def test_fused_decoupled_adamw_is_composers_update(weight_decay):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert mine.param_groups[0]['weight_decay'] == weight_decay
     assert mine.param_groups[0]['fused'] is True
+    mine.fuses = False  # as the config of a run that goes on from this one's checkpoint may have it
+    mine.step()
+    assert mine.param_groups[0]['fused'] is False
 
 
 def test_decay_does_not_scale_with_the_peak_learning_rate():

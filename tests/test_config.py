@@ -177,9 +177,21 @@ def test_a_typo_does_not_hide_impossible_combinations():
 
 
 def test_fp8():
-    with pytest.raises(UserError, match=r"model.linear_impl: 'fp8' takes multiples of 16, and max_seq_len 40 is none"):
+    with pytest.raises(UserError, match=r"model.linear_impl: 'fp8' takes multiples of 16, and train_loader.*_seq_len 40"):
         check('model.linear_impl=fp8', 'max_seq_len=40')
     assert check('model.linear_impl=fp8').model.linear_impl == 'fp8'
+
+
+@pytest.mark.parametrize('overrides, message', [
+    (['compile_config.options={triton.cudagraphs: true}'], r"compile_config.options: .* takes CUDA graphs"),
+    (['compile_config.backend=cudagraphs'], "compile_config.backend: 'cudagraphs' takes CUDA graphs"),
+    (['compile_config.options={nonsense: 1}'], 'compile_config.options: nonsense: inductor has no such option'),
+    (['compile_config.scope=model', 'fsdp_config.activation_checkpointing=true'], "compile_config.scope: 'model' leaves blocks"),
+    (['model.flash_kernel=cudnn'], "model.flash_kernel: 'cudnn' is of attn_impl flash, and that is 'auto'")])
+def test_what_would_not_be_as_asked(overrides, message):
+    with pytest.raises(UserError, match=message):
+        check(*overrides)
+    assert check('compile_config.options={max_autotune: true}').compile_config
 
 
 def test_settings_that_would_do_nothing():

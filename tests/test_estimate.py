@@ -93,6 +93,10 @@ def test_copies_of_the_model_take_whole_groups_of_devices():
     assert (e.smallest, e.devices) == (16, 16)  # 4 copies on the 4 that one takes
     with pytest.raises(UserError, match='data_parallel_replicate_degree.*not with 2 devices; with 4, 8, 16'):
         sized('7b', 'a100-40gb', *hybrid, devices=2)
+    for none in (['fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=3'],
+                 [*hybrid, 'fsdp_config.data_parallel_shard_degree=6']):
+        with pytest.raises(UserError, match='no number of devices that divides the batch of 1024 has whole copies'):
+            sized('7b', 'a100-40gb', *none)
     degree = sized('7b', 'a100-40gb', *hybrid, 'fsdp_config.data_parallel_shard_degree=8')
     assert counts(degree.c) == [32]
 

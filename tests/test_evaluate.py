@@ -210,6 +210,13 @@ def test_without_bytes_the_loss_is_still_told(mds_root, tmp_path, capfd):
     assert json.loads((tmp_path / 'found.json').read_text())['bits_per_byte'] is None
 
 
+def test_settings_written_as_numbers(checkpoint, mds_root, tmp_path):
+    yaml = tmp_path / 'numbers.yaml'
+    yaml.write_text((ROOT / 'yamls/quickstart.yaml').read_text().replace('eval_samples: ${eval_samples}', 'eval_samples: 256'))
+    found = evaluate.main(evaluate.parse_args([str(yaml), *argv(mds_root)[1:], f'load_path={checkpoint[0]}']))
+    assert found['documents'] == 90
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -223,6 +230,7 @@ def test_without_bytes_the_loss_is_still_told(mds_root, tmp_path, capfd):
     (['eval_samples=0'], ['eval_samples: 0 would evaluate nothing']),
     (['eval_loader.dataset.group_method=concat'], ["group_method: 'concat' has no fixed set of samples"]),
     (['--out', '/nowhere/x.json'], ['--out: /nowhere/x.json: there is no folder /nowhere']),
+    (['--out', '{checkpoint}'], ['--out: ', 'is there already; name another']),
 ], ids=lambda values: values[0].split('=')[0])
 def test_mistakes_end_in_one_message(checkpoint, mds_root, capfd, overrides, parts):
     fails(argv(mds_root, *(o.format(checkpoint=checkpoint[0]) for o in overrides)), capfd, *parts)

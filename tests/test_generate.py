@@ -1,5 +1,6 @@
 """Generation: the cache and the batch change nothing, sampling does what it says, and mistakes are named."""
 
+import json
 import subprocess
 import sys
 
@@ -179,6 +180,17 @@ def test_what_is_no_model_is_named(folder, tmp_path):
         for file in folder.iterdir():
             (copy / file.name).write_bytes(change if file.name == name else file.read_bytes())
         assert refused(copy, 'a').startswith(f'CHECKPOINT_OR_FOLDER: {copy} cannot be loaded as a model: '), name
+
+
+def test_a_folder_without_eos_and_options_for_checkpoints_are_named(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name in 'tokenizer_config.json', 'special_tokens_map.json':
+        if (tmp_path / name).exists():
+            held = json.loads((tmp_path / name).read_text())
+            (tmp_path / name).write_text(json.dumps({k: v for k, v in held.items() if k not in ('eos_token', 'pad_token')}))
+    assert 'has no EOS token' in refused(tmp_path, 'a', 'b')
+    assert refused(folder, 'a', '--tokenizer', 'gpt2').startswith('--tokenizer: gpt2; ')
 
 
 def test_weights_that_are_missing_are_not_drawn(folder, tmp_path):

@@ -355,6 +355,11 @@ def test_what_is_sharded_is_divided_among_those_who_share_it():
     assert step(64, 'fsdp_config=null').gradients == 2 * whole.gradients  # DDP's buckets
 
 
+def test_copies_that_the_devices_do_not_divide_into_are_named():
+    with pytest.raises(UserError, match='data_parallel_replicate_degree: 3 copies of the model do not divide 64 devices'):
+        step(64, 'fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=3')
+
+
 def test_offloaded_activations_do_not_grow_with_depth():
     shallow, deep, kept = (predict(parsed('mosaic_gpt/1b', f'fsdp_config.activation_cpu_offload={x}', f'model.n_layers={n}'),
                                    64, True, 16) for x, n in (('true', 8), ('true', 80), ('false', 80)))

@@ -67,7 +67,7 @@ CHECKED = {
     'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
         'test_estimate.py::test_one_yaml_is_a_report',
     'composer main.py yamls/quickstart.yaml --dry_run': 'test_dry_run.py::test_two_ranks_say_it_once',
-    'pip install "lm_eval[hf]==0.4.13"': 'network: pip. The rest: test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds',
+    'pip install "lm_eval[hf]==0.4.13"': 'network: by hand, then test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds',
     'lm_eval --model hf --model_args pretrained=./my-gpt --tasks hellaswag,lambada_openai --batch_size 8':
         'network: the tasks. test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds has one of its own',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
@@ -110,7 +110,7 @@ CHECKED = {
         'GPU: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
     'python src/export_hf.py checkpoints/first ./my-gpt':
         'test_export_hf.py::test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary',
-    'python src/export_hf.py s3://my-bucket/first/ep0-ba4800 ./my-gpt': 'test_export_hf.py::test_from_s3',
+    'python src/export_hf.py s3://my-bucket/first/ep0-ba4800 ./my-125m': 'test_export_hf.py::test_from_s3',
     'python src/generate.py ./my-gpt "The class of an object"': 'test_generate.py::test_one_prompt_streams',
     'python src/generate.py checkpoints/first "The class" "A function is" --max_new_tokens 50 --temperature 0.8 --top_k 50 '
     '--top_p 0.95 --seed 1':
@@ -120,7 +120,7 @@ CHECKED = {
     'save_folder=checkpoints/{run_name}':
         'GPU: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained=true max_seq_len=1024 optimizer.lr=3e-5 '
-    'max_duration=500ba run_name=tuned save_folder=checkpoints/{run_name}':
+    'max_duration=500ba run_name=tuned-gpt2 save_folder=checkpoints/{run_name}':
         'network: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml': 'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=./my-gpt2 model.pretrained=true '
