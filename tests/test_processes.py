@@ -131,7 +131,7 @@ def test_a_later_signal_ends_a_blocked_process_at_once(start, after: str, signum
     time.sleep(processes.SAME_REQUEST_S + 0.1)
     assert process.poll() is None
     process.send_signal(signum)
-    assert process.wait(timeout=2) == 128 + signum
+    assert process.wait(timeout=20) == 128 + signum
 
 
 @pytest.mark.parametrize('reaped', [False, True], ids=['zombie', 'reaped'])
@@ -146,7 +146,7 @@ def test_the_first_signal_after_the_death_of_a_sibling_is_no_request(start, reap
     else:
         wait_for(lambda: not alive(sibling.pid))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=2) == 1
+    assert process.wait(timeout=20) == 1
     assert process.stdout.read() == ''
 
 
@@ -211,12 +211,12 @@ def test_loader_workers_survive_signals_and_end_with_their_iterator(start, persi
     time.sleep(0.2)
     print(file=process.stdin, flush=True)
     says(process, 'undisturbed')
-    assert float(process.stdout.readline()) < 1  # torch gives a worker 5 s before it sends SIGTERM
-    wait_for(lambda: not any(map(alive, workers)), 2)
+    assert float(process.stdout.readline()) < 4  # torch gives a worker 5 s before it sends SIGTERM
+    wait_for(lambda: not any(map(alive, workers)), 4)
     began = time.monotonic()
     print(file=process.stdin, flush=True)
-    assert process.wait(timeout=5) == 0
-    assert time.monotonic() - began < 2
+    assert process.wait(timeout=20) == 0
+    assert time.monotonic() - began < 4
     assert process.stderr.read() == ''
 
 
@@ -225,8 +225,8 @@ def test_loader_workers_end_with_an_interpreter_that_leaves_them_running(start) 
     process.stdin.write('\n\n')
     process.stdin.close()
     began = time.monotonic()
-    assert process.wait(timeout=10) == 0
-    assert time.monotonic() - began < 3
+    assert process.wait(timeout=20) == 0
+    assert time.monotonic() - began < 4
     assert not any(map(alive, workers))
 
 
@@ -236,7 +236,7 @@ def test_busy_loader_workers_die_with_a_killed_rank(start) -> None:
     says(process, 'undisturbed')
     time.sleep(0.5)  # until they are at the items that take a minute
     process.kill()
-    wait_for(lambda: not any(map(alive, workers)), 2)
+    wait_for(lambda: not any(map(alive, workers)), 4)
 
 
 # FailureWatch
