@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections import Counter
@@ -81,12 +82,12 @@ def stray_locks(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def temp(tmp_path: Path):
+def temp():
     """The temporary folder of the programs of a test, which must leave no lock file in it and no shared memory."""
     before = orphans()
-    (tmp_path / 'tmp').mkdir()
-    yield tmp_path / 'tmp'
-    assert stray_locks(tmp_path / 'tmp') == []
+    with tempfile.TemporaryDirectory() as folder:  # `tmp_path` may be too long for the sockets of multiprocessing below it
+        yield Path(folder)
+        assert stray_locks(Path(folder)) == []
     assert leaves_no_orphans(before)
 
 
@@ -649,13 +650,14 @@ def test_works_at_once_after_sigkill_and_spares_other_jobs(mds_root: Path, tmp_p
     # The second to look for a prefix has met the blocks of the first, and must not hold on to them.
     (first, killed), (second, living) = sorted(((int(run.stdout.readline()), run) for run in runs), key=lambda pair: pair[0])
     free = tmp_path / ('a' if killed is runs[0] else 'b')
+    stale = Path(f'/dev/shm/{first:06}_locals').stat().st_ino
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     block, lock = Path(f'/dev/shm/{first:06}_locals'), temp / f'{first:06}_barrier_filelock'
     kept = {path: path.stat().st_ino for folder in (Path('/dev/shm'), temp) for path in folder.glob(f'{second:06}_*')}
-    stale = block.stat().st_ino
     assert lock.exists() and len(kept) >= 8
-    wait_until(lambda: block.name in orphans())  # its worker may take a moment longer to die
+    # Its worker may take a moment longer to die; a run of another test may remove what it leaves before the one below does.
+    wait_until(lambda: block.name in orphans() or not block.exists())
 
     done = run(['src/data_c4.py', str(mds_root), str(free), '--split', 'train', '--group_method', 'concat',
                 '--num_workers', '2', '--max_seq_len', '64'], temp)
