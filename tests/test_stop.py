@@ -102,7 +102,7 @@ def test_logs_go_on_across_starts(mds_root, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
     """SIGTERM to the launcher, Ctrl-C to the group, SIGTERM to the ranks alone; each start goes on from the one before."""
-    argv = tiny(tokens_root, 'run_name=one', 'autoresume=true', 'save_interval=1000ba', 'eval_loader=null', 'max_duration=400ba',
+    argv = tiny(tokens_root, 'run_name=one', 'autoresume=true', 'save_interval=1000ba', 'eval_loader=null', 'max_duration=160ba',
                 'global_train_batch_size=24', 'train_loader.num_workers=2', 'model.resid_pdrop=0.1')
 
     def start(*overrides: str) -> subprocess.Popen:
@@ -117,7 +117,7 @@ def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
         lines = []
         for line in run.stdout:
             lines.append(line)
-            if (match := re.match(r'\[batch=(\d+)/400\]', line)) and int(match[1]) >= (reached[-1] if reached else 0) + 20:
+            if (match := re.match(r'\[batch=(\d+)/160\]', line)) and int(match[1]) >= (reached[-1] if reached else 0) + 20:
                 break
         sent = time.monotonic()
         send(run.pid)
@@ -128,12 +128,12 @@ def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
         assert saved == max(console(output)['trainer/global_step']), 'the batch in flight was the last'
         assert f'stopped on request after batch {saved}' in output
         reached.append(saved)
-    assert 0 < reached[0] < reached[1] < reached[2] < 400
+    assert 0 < reached[0] < reached[1] < reached[2] < 160
     for name in ('stopped', 'whole'):
         run = start(f'save_folder={tmp_path}/{name}', 'log_to_console=false')
         output = run.communicate(timeout=300)[0]
         assert run.returncode == 0, output[-3000:]
-    same_end(end(tmp_path / 'stopped', 400), end(tmp_path / 'whole', 400))
+    same_end(end(tmp_path / 'stopped', 160), end(tmp_path / 'whole', 160))
 
 
 def test_a_finished_trainer_is_returned_too(mds_root, tmp_path):
