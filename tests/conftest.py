@@ -5,6 +5,8 @@ import os
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['TQDM_DISABLE'] = '1'
+if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes with a thread for each of two cores wait for each other most of the time
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import logging
 import random
