@@ -84,7 +84,7 @@ def device_rows(e: Estimate) -> list[Row]:
         ('rule of thumb', gigabytes(RULE * e.n_params),
          f'{RULE} bytes x N over all devices' + (f', which {e.rule} x {gigabytes(e.card.memory)} exceed' if e.rule else '')),
         ('usable memory', gib(e.card.usable), f'{USABLE} x {gigabytes(e.card.memory)} of each device ({e.card.name})'),
-        ('fewest devices', str(e.smallest or 'none'), 
+        ('fewest devices', str(e.smallest or 'none'),
          f'that divide the batch of {c.global_train_batch_size} and fit a microbatch of {whose}{less}'),
         ('  with microbatch 1', str(e.smallest_of_one or 'none'), 'the same with a microbatch of 1'),
         ('devices', str(n), 'the fewest' if n == e.smallest else given),

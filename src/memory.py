@@ -94,8 +94,8 @@ def shape_of(c: Config, has_gpu: bool) -> Shape:
     m, multiple = c.model, 64 if has_gpu else 1
     if isinstance(m, MosaicGPTConfig):
         quadratic = m.attn_impl == 'torch' or m.attn_pdrop > 0 and not has_gpu  # on CPUs no fused kernel drops out
-        documents = None if not m.attn_within_document else 'mask' if m.attn_impl == 'torch' else 'bias'
-        documents = None if documents == 'bias' and has_gpu and m.attn_impl != 'sdpa' else documents  # flash needs neither
+        flash = has_gpu and m.attn_impl not in ('torch', 'sdpa')  # which needs neither
+        documents = None if flash or not m.attn_within_document else 'mask' if m.attn_impl == 'torch' else 'bias'
         return Shape(m.n_layers, m.d_model, m.n_heads, m.mlp_ratio * m.d_model, m.vocab_size, m.max_seq_len, quadratic,
                      2 * (m.resid_pdrop > 0), m.attn_pdrop > 0, m.emb_pdrop > 0, documents, True, m.loss_chunk_tokens,
                      m.vocab_multiple or multiple, m.loss_impl == 'plain')
@@ -202,7 +202,7 @@ def moments(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> list[
 
     # Activations, and the casts of weights that autograd keeps with them
     whole, passing = block_activations(s, tokens, c.train_loader.dataset.max_seq_len, low, held, has_gpu)
-    always = held * td * s.embed_dropout if not has_gpu else td * s.embed_dropout  # from the embeddings to their gradient
+    always = s.embed_dropout * td * (1 if has_gpu else held)  # from the embeddings to their gradient
     always += low * tokens * c.train_loader.dataset.max_seq_len * (s.documents == 'bias')
     whole_casts = low * block if low < held else 0
     checkpointed, offloaded = (f.activation_checkpointing, f.activation_cpu_offload and has_gpu) if f and version else (0, 0)

@@ -106,12 +106,15 @@ class Estimate(NamedTuple):
         return 2 if self.shape.vocab_size <= 2**16 else 4
 
 
+def divisors(n: int) -> list[int]:
+    return [m for m in range(1, n + 1) if n % m == 0]
+
+
 def counts(c: Config) -> list[int]:
     """The numbers of devices that divide the global batch, and that the copies of `fsdp_config` divide."""
     f = c.fsdp_config
     copies, shards = (f.data_parallel_replicate_degree or 1, f.data_parallel_shard_degree) if f else (1, -1)
-    return [n for n in range(1, c.global_train_batch_size + 1) if c.global_train_batch_size % n == 0
-            and n % copies == 0 and (shards == -1 or n == copies * shards)]
+    return [n for n in divisors(c.global_train_batch_size) if n % copies == 0 and (shards == -1 or n == copies * shards)]
 
 
 def needs(c: Config, card: Card, n: int, microbatch: int) -> Memory:
@@ -122,10 +125,6 @@ def needs(c: Config, card: Card, n: int, microbatch: int) -> Memory:
 def smallest(c: Config, card: Card, microbatch: int) -> Optional[int]:
     """The smallest number of devices that fits."""
     return next((n for n in counts(c) if needs(c, card, n, microbatch).total <= card.usable), None)
-
-
-def divisors(n: int) -> list[int]:
-    return [m for m in range(1, n + 1) if n % m == 0]
 
 
 def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = MFU) -> Estimate:
@@ -142,15 +141,16 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
     """
     auto = c.device_train_microbatch_size == 'auto'
     wanted = 1 if isinstance(c.device_train_microbatch_size, str) else c.device_train_microbatch_size
-    if not counts(c):
+    possible = counts(c)
+    if not possible:
         raise UserError('fsdp_config.data_parallel_replicate_degree, data_parallel_shard_degree: no number of devices that '
                         f'divides the batch of {c.global_train_batch_size} has whole copies of the model; change one of them')
-    if devices and devices not in counts(c):
+    if devices and devices not in possible:
         device_batch_size(c.global_train_batch_size, devices)
         raise UserError(f'fsdp_config.data_parallel_replicate_degree, data_parallel_shard_degree: not with {devices} devices; '
-                        f'with {", ".join(map(str, counts(c))) or "no number of them"}')
+                        f'with {", ".join(map(str, possible))}')
     fewest, fewest_of_one = smallest(c, card, wanted), smallest(c, card, 1)
-    n = devices or fewest or max(counts(c))
+    n = devices or fewest or max(possible)
     device_batch = device_batch_size(c.global_train_batch_size, n)
     fitting = [m for m in divisors(device_batch) if needs(c, card, n, m).total <= card.usable]
     largest = max(fitting, default=None)
