@@ -20,6 +20,10 @@ from src.processes import Stopped, StopRequest
 log = logging.getLogger('src')
 
 
+NO_BATCH = ('train_loader: an epoch holds not one full batch for each device and worker; use more data, a smaller '
+            'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false')
+
+
 class StepCounters(Callback):
     """Logs `trainer/grad_accum` (microbatches per step) and `trainer/global_step` with every batch.
 
@@ -30,8 +34,7 @@ class StepCounters(Callback):
         # Not by what `epoch_start` saw: it does not come again for an epoch that a resumed run only finishes.
         assert state.previous_timestamp is not None
         if int(state.previous_timestamp.batch_in_epoch) == 0:
-            raise UserError('train_loader: an epoch holds not one full batch for each device and worker; use more data, a '
-                            'smaller global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false')
+            raise UserError(NO_BATCH)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert state.device_train_microbatch_size is not None

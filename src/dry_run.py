@@ -10,6 +10,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from src import builders, config
+from src.callbacks import NO_BATCH
 from src.errors import UserError
 from src.estimate import report
 from src.schema import Config
@@ -58,8 +59,7 @@ def rehearsal(c: Config, loader: DataLoader, tokenizer: Any) -> str:
     """
     batch = next(iter(loader), None)
     if batch is None:
-        raise UserError('train_loader: an epoch holds not one full batch; use more data, a smaller global_train_batch_size, or '
-                        'fewer train_loader.num_workers')
+        raise UserError(NO_BATCH)
     try:
         estimated = report(estimate(c, this_machine(), dist.get_world_size()))
     except UserError as e:  # a model that trains all the same
