@@ -23,6 +23,7 @@ import main
 from src import benchmark, builders, config, estimate, evaluate, export_hf, generate, memory, processes, report
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
+from src.errors import UserError
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
 from src.schema import FSDPConfig
 
@@ -37,15 +38,25 @@ def blocks(language: str, text: str) -> list[str]:
     return [textwrap.dedent(block) for _, block in found]
 
 
-def commands() -> list[str]:
-    """Every command of every `bash` block."""
-    lines = [line for text in DOCS.values() for block in blocks('bash', text) for line in block.splitlines()]
-    return list(dict.fromkeys(line for line in lines if line.strip() and not line.startswith('#')))
+def commands() -> dict[str, list[str]]:
+    """Every command of every `bash` block, and what each of its places says that it needs: its line, or the comment above."""
+    found: dict[str, list[str]] = {}
+    for paragraph in (part for text in DOCS.values() for block in blocks('bash', text) for part in block.split('\n\n')):
+        above = ''
+        for line in filter(None, paragraph.splitlines()):
+            command, _, comment = line.partition('#')
+            needs = re.search(r'\bneeds (.+)$', comment)
+            if command:
+                found.setdefault(command.rstrip(), []).append(needs[1] if needs else above)
+            else:
+                above = needs[1] if needs else ''
+    return found
 
 
-# How each command is checked. `test_...`: run by that test, here or in the file named, in a small form. Other words say what
-# it needs beyond a test; what can be checked of it without that is checked by `test_its_arguments_are_valid`.
-BY_ARG = BY_ENV = 'test_nodes.py::test_two_hosts_train_as_one_rank_does'
+# How each command is checked. `test_...`: run by that test, here or in the file named, in a small form. `needs ...: ` in front
+# is what the documentation says of it, and other words what it needs as well; what can be checked of it without that is
+# checked by `test_its_arguments_are_valid`.
+BY_ARG = BY_ENV = 'needs GPUs, two nodes: test_nodes.py::test_two_hosts_train_as_one_rank_does'
 CHECKED = {
     'python3 -m venv .venv && source .venv/bin/activate': 'network: .ci/run does it',
     'pip install -r requirements.txt && python convert_c4.py --source sample --out_root ./my-copy-c4 '
@@ -54,14 +65,17 @@ CHECKED = {
     'python src/plot_loss.py runs/* --out loss.png': 'test_plot_loss.py::test_the_picture_is_drawn_in_both_themes',
     'python src/benchmark.py yamls/quickstart.yaml --against hf --against bare':
         'test_benchmark.py::test_rivals_are_the_same_model',
-    'python src/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8':
+    'python src/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8 '
+    '--append':
         'test_benchmark.py::test_a_sweep_has_a_row_for_each_combination',
-    'python src/benchmark.py yamls/quickstart.yaml --profile': 'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
-    'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_benchmark.py::test_two_devices does it on CPUs',
+    'python src/benchmark.py yamls/quickstart.yaml --profile --out benchmark.profile':
+        'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
+    'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml --out benchmark.125m':
+        'needs GPUs: test_benchmark.py::test_two_devices does it on CPUs',
     'python src/evaluate.py yamls/quickstart.yaml load_path=checkpoints/first/ep0-ba1200-rank0.pt':
         'test_evaluate.py::test_text_is_what_a_plain_loop_finds',
     'composer src/evaluate.py yamls/mosaic_gpt/125m.yaml load_path=s3://my-bucket/first/ep0-ba4800-rank0.pt --out val.json':
-        'GPU: test_evaluate.py::test_every_sample_counts_once_on_any_number_of_ranks does it on CPUs',
+        'needs GPUs, a bucket: test_evaluate.py::test_every_sample_counts_once_on_any_number_of_ranks does it on CPUs',
     'python src/memory.py yamls/mosaic_gpt/1b.yaml --devices 8': 'test_memory.py::test_the_command_line',
     'python src/estimate.py': 'test_estimate.py::test_it_starts_fast_and_a_mistake_is_one_message',
     'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
@@ -69,48 +83,50 @@ CHECKED = {
     'composer main.py yamls/quickstart.yaml --dry_run': 'test_dry_run.py::test_two_ranks_say_it_once',
     'pip install "lm_eval[hf]==0.4.13"': 'network: by hand, then test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds',
     'lm_eval --model hf --model_args pretrained=./my-gpt --tasks hellaswag,lambada_openai --batch_size 8':
-        'network: the tasks. test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds has one of its own',
+        'needs the hub: the tasks. test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds has one of its own',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
-    'pip install flash-attn==2.8.3 --no-build-isolation': 'GPU: test_flash_attn_command_is_that_of_the_requirements',
+    'pip install flash-attn==2.8.3 --no-build-isolation': 'needs GPUs: test_flash_attn_command_is_that_of_the_requirements',
     'python convert_c4.py --out_root ./my-copy-c4 --splits val':
-        'test_conversion.py::test_hub_that_fails_one_time_in_ten_gives_the_same_documents',
+        'needs the hub: test_conversion.py::test_hub_that_fails_one_time_in_ten_gives_the_same_documents',
     'python convert_c4.py --out_root ./my-copy-c4 --splits train':
-        'test_conversion.py::test_hub_that_fails_one_time_in_ten_gives_the_same_documents',
+        'needs the hub: test_conversion.py::test_hub_that_fails_one_time_in_ten_gives_the_same_documents',
     'python convert_c4.py --source /data/c4/en --out_root ./my-copy-c4 --splits train val':
-        'test_convert_c4.py::test_folder_is_converted_in_order',
+        'needs these files: test_convert_c4.py::test_folder_is_converted_in_order',
     'python convert_c4.py --out_root s3://my-bucket/my-c4-gpt2 --concat_tokens 2048 --tokenizer gpt2':
-        'test_conversion.py::test_s3_killed_then_in_partitions_holds_what_a_disk_would',
+        'needs the hub, a bucket: test_conversion.py::test_s3_killed_then_in_partitions_holds_what_a_disk_would',
     'python convert_c4.py --out_root s3://my-bucket/my-copy-c4 --splits train --merge':
-        'test_conversion.py::test_s3_killed_then_in_partitions_holds_what_a_disk_would',
+        'needs the hub, a bucket: test_conversion.py::test_s3_killed_then_in_partitions_holds_what_a_disk_would',
     'python convert_c4.py --verify ./my-copy-c4':
         'test_conversion.py::test_verify_names_what_is_damaged_and_the_same_command_mends_it',
     'python convert_c4.py --source sample --out_root ./my-copy-c4':
         'test_convert_c4.py::test_sample_has_enough_prose_and_no_paragraph_twice',
+    'mv my-copy-c4 my-sample': 'test_the_sample_makes_room_for_c4',
+    'composer main.py yamls/quickstart.yaml data_remote=./my-sample': 'test_the_sample_makes_room_for_c4',
     'composer main.py yamls/mosaic_gpt/125m.yaml train_loader.dataset.split=val allow_same_split=true':
-        'GPU: test_training_on_val_alone',
+        'needs GPUs: test_training_on_val_alone',
     'python src/data_c4.py ./my-copy-c4 ./my-copy-c4': 'test_loader_in_place',
     'python src/data_c4.py ./my-copy-c4 /tmp/cache-c4': 'test_loader_copies_shards',
-    'python src/data_c4.py s3://my-bucket/my-copy-c4 /tmp/cache-c4': 'test_loader_from_s3',
+    'python src/data_c4.py s3://my-bucket/my-copy-c4 /tmp/cache-c4': 'needs a bucket: test_loader_from_s3',
     'composer main.py yamls/mosaic_gpt/125m.yaml data_remote=s3://my-bucket/my-copy-c4 data_local=/tmp/cache-c4':
-        'GPU: test_loader_from_s3 reads such data',
-    'composer main.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
+        'needs GPUs, a bucket: test_loader_from_s3 reads such data',
+    'composer main.py yamls/mosaic_gpt/125m.yaml': 'needs GPUs: test_yamls.py::test_shrunk_yaml_trains_two_steps',
     'composer --world_size 16 --node_rank 0 --master_addr 10.0.0.1 --master_port 7501 main.py yamls/mosaic_gpt/125m.yaml': BY_ARG,
     'composer --world_size 16 --node_rank 1 --master_addr 10.0.0.1 --master_port 7501 main.py yamls/mosaic_gpt/125m.yaml': BY_ARG,
     'torchrun --nnodes 2 --nproc_per_node 8 --node_rank 0 --master_addr 10.0.0.1 --master_port 7501 main.py '
     'yamls/mosaic_gpt/125m.yaml':
-        'test_nodes.py::test_two_nodes_by_torchrun',
+        'needs GPUs, two nodes: test_nodes.py::test_two_nodes_by_torchrun',
     'export WORLD_SIZE=16 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=7501': BY_ENV,
     'export WORLD_SIZE=16 NODE_RANK=1 MASTER_ADDR=10.0.0.1 MASTER_PORT=7501': BY_ENV,
     'composer main.py yamls/quickstart.yaml run_name=first autoresume=true': 'test_autoresume_starts_then_goes_on',
     'composer main.py yamls/mosaic_gpt/125m.yaml loggers.tensorboard.log_dir=./runs':
-        'GPU: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
+        'needs GPUs: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
     'tensorboard --logdir ./runs': 'a server: '
         'test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console reads its files',
     'composer main.py yamls/mosaic_gpt/125m.yaml loggers.wandb.project=my-project':
-        'GPU: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
+        'needs GPUs, a W&B account: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
     'python src/export_hf.py checkpoints/first ./my-gpt':
         'test_export_hf.py::test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary',
-    'python src/export_hf.py s3://my-bucket/first/ep0-ba4800 ./my-125m': 'test_export_hf.py::test_from_s3',
+    'python src/export_hf.py s3://my-bucket/first/ep0-ba4800 ./my-125m': 'needs a bucket: test_export_hf.py::test_from_s3',
     'python src/generate.py ./my-gpt "The class of an object"': 'test_generate.py::test_one_prompt_streams',
     'python src/generate.py checkpoints/first "The class" "A function is" --max_new_tokens 50 --temperature 0.8 --top_k 50 '
     '--top_p 0.95 --seed 1':
@@ -118,17 +134,18 @@ CHECKED = {
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=./my-gpt model.pretrained=true '
     'tokenizer_name=./my-gpt max_seq_len=128 optimizer.lr=1e-4 max_duration=500ba run_name=tuned '
     'save_folder=checkpoints/{run_name}':
-        'GPU: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
+        'needs GPUs: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained=true max_seq_len=1024 optimizer.lr=3e-5 '
     'max_duration=500ba run_name=tuned-gpt2 save_folder=checkpoints/{run_name}':
-        'network: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
-    'composer main.py yamls/hf_causal_lm/gpt2-small.yaml': 'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
+        'needs GPUs, the hub: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
+    'composer main.py yamls/hf_causal_lm/gpt2-small.yaml':
+        'needs GPUs, the hub: test_yamls.py::test_shrunk_yaml_trains_two_steps',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=./my-gpt2 model.pretrained=true '
     'max_seq_len=1024':
-        'GPU: test_causal_lm.py::test_hf_pretrained_weights_load_from_a_folder',
+        'needs GPUs: test_causal_lm.py::test_hf_pretrained_weights_load_from_a_folder',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=null '
     'model.config_overrides.model_type=gpt2 tokenizer_name=./my-copy-c4/tokenizer':
-        'GPU: test_yamls.py::test_shrunk_yaml_trains_two_steps',
+        'needs GPUs: test_yamls.py::test_shrunk_yaml_trains_two_steps',
     'composer main.py yamls/quickstart.yaml model.name=parallel_gpt': 'test_worked_example',
 }
 
@@ -138,7 +155,14 @@ def test_every_command_is_accounted_for():
     for how in CHECKED.values():
         for file, name in re.findall(r'(?:(test_\w+\.py)::)?(test_\w+)(?!\w*\.py)', how):
             assert f'def {name}(' in (ROOT / 'tests' / (file or 'test_readme.py')).read_text(), how
-        assert how.startswith('test_') or re.match(r'network: |GPU: |a server: ', how)
+        assert how.startswith('test_') or re.match(r'network: |needs [^:]+: |a server: ', how)
+
+
+def test_what_a_command_needs_is_said_beside_it():
+    for command, said in commands().items():
+        needs = re.match(r'(?:needs ([^:]+): )?', CHECKED[command])[1] or ''
+        assert min(said, key=len) == needs, f'{command}: {said} in the documentation, {needs!r} here'
+        assert all(set(needs.split(', ')) <= set(place.split(', ')) for place in said if needs), command
 
 
 @pytest.mark.parametrize('command', [part for command in commands() for part in command.split(' && ')])
@@ -178,7 +202,7 @@ def test_its_arguments_are_valid(command: str):
     elif program == 'pip':
         assert argv[0] == 'install' and (argv[1] != '-r' or (ROOT / argv[2]).is_file())
     else:
-        assert program in ('python3', 'source', 'export', 'pytest', 'tensorboard', 'lm_eval')
+        assert program in ('python3', 'source', 'export', 'mv', 'pytest', 'tensorboard', 'lm_eval')
 
 
 def test_flash_attn_command_is_that_of_the_requirements():
@@ -188,6 +212,24 @@ def test_flash_attn_command_is_that_of_the_requirements():
 def test_training_on_val_alone(mds_root, tmp_path):
     val_alone = ['train_loader.dataset.split=val', 'allow_same_split=true', f'loggers.tensorboard.log_dir={tmp_path}']
     assert main.cli([str(ROOT / QUICKSTART), *tiny(mds_root, *SHORT, 'log_to_console=false', *val_alone)]) == 0
+
+
+def test_the_sample_makes_room_for_c4(mds_root, tmp_path, monkeypatch):
+    """C4 does not overwrite what was made from something else; moved, the sample trains from where it is."""
+    def convert(source: str) -> None:
+        Path(source).mkdir(exist_ok=True)
+        Path(source, 'train.jsonl').write_text(f'{{"text": "{source}"}}\n')
+        convert_c4.main(convert_c4.parse_args(['--source', source, '--out_root', './my-copy-c4', '--splits', 'train']))
+
+    monkeypatch.chdir(tmp_path)
+    convert('sample')
+    with pytest.raises(UserError, match='name another --out_root, or delete ./my-copy-c4/train'):
+        convert('c4')
+    Path('my-copy-c4').rename('my-old-sample')
+    convert('c4')
+    shutil.copytree(mds_root, 'my-sample')
+    argv = [arg for arg in tiny(mds_root) if not arg.startswith('data_remote=')]
+    assert main.cli([str(ROOT / QUICKSTART), 'data_remote=./my-sample', *argv, '--dry_run']) == 0
 
 
 # ---------------------------------------------------------------- the loader
