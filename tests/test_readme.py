@@ -1,5 +1,7 @@
 """The documentation: every command is run here or accounted for, links lead somewhere, and tables agree with the code."""
 
+import ast
+import os
 import re
 import shlex
 import shutil
@@ -7,6 +9,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
@@ -15,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from composer.utils import FSDP2Config
-from launch import ROOT, SCRIPTS, clean_env, console, tiny
+from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
 from torch import Tensor, nn
 
 import convert_c4
@@ -24,8 +28,9 @@ from src import benchmark, builders, config, estimate, evaluate, export_hf, gene
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
 from src.errors import UserError
+from src.flops import train_flops_per_token
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
-from src.schema import FSDPConfig
+from src.schema import Config, FSDPConfig
 
 DOCS = {name: (ROOT / name).read_text() for name in ('README.md', 'src/README.md')}
 QUICKSTART = 'yamls/quickstart.yaml'
@@ -100,6 +105,17 @@ CHECKED = {
         'test_conversion.py::test_verify_names_what_is_damaged_and_the_same_command_mends_it',
     'python convert_c4.py --source sample --out_root ./my-copy-c4':
         'test_convert_c4.py::test_sample_has_enough_prose_and_no_paragraph_twice',
+    'python convert_c4.py --source sample --out_root ./my-bpe --train_tokenizer 2048': 'test_another_tokenizer',
+    'composer main.py yamls/quickstart.yaml data_remote=./my-bpe model.vocab_size=2048': 'test_another_tokenizer',
+    'docker build -t starter-kit .': 'needs Docker, the network: test_the_dockerfile_is_that_of_the_kit',
+    'docker run --rm --gpus all --ipc=host -v "$PWD/my-copy-c4:/kit/my-copy-c4" -v "$PWD/checkpoints:/kit/checkpoints" '
+    'starter-kit composer main.py yamls/mosaic_gpt/125m.yaml save_folder=checkpoints/{run_name}':
+        'needs Docker, GPUs: test_the_dockerfile_is_that_of_the_kit',
+    'composer main.py yamls/mosaic_gpt/125m.yaml run_name=spot autoresume=true save_folder=s3://my-bucket/{run_name} '
+    'save_interval=200ba save_num_checkpoints_to_keep=2':
+        'needs GPUs, a bucket: test_kill.py::test_8_kills_with_data_and_checkpoints_on_a_failing_s3',
+    'pip install py-spy==0.4.3': 'network: by hand',
+    'py-spy dump --pid PID': 'needs a PID: by hand, on the ranks of test_a_rank_that_stands_still_ends_the_run_in_time',
     'mv my-copy-c4 my-sample': 'test_the_sample_makes_room_for_c4',
     'composer main.py yamls/quickstart.yaml data_remote=./my-sample': 'test_the_sample_makes_room_for_c4',
     'composer main.py yamls/mosaic_gpt/125m.yaml train_loader.dataset.split=val allow_same_split=true':
@@ -147,6 +163,7 @@ CHECKED = {
     'model.config_overrides.model_type=gpt2 tokenizer_name=./my-copy-c4/tokenizer':
         'needs GPUs: test_yamls.py::test_shrunk_yaml_trains_two_steps',
     'composer main.py yamls/quickstart.yaml model.name=parallel_gpt': 'test_worked_example',
+    'composer main.py yamls/quickstart.yaml optimizer.name=lion optimizer.lr=3e-4': 'test_the_guides_optimizer',
 }
 
 
@@ -169,6 +186,8 @@ def test_what_a_command_needs_is_said_beside_it():
 def test_its_arguments_are_valid(command: str):
     """Every program, file and key that a command names is there."""
     program, *argv = shlex.split(command)
+    if program == 'docker' and argv[0] == 'run':
+        program, *argv = argv[argv.index('starter-kit') + 1:]
     if argv[:1] == ['convert_c4.py']:
         convert_c4.parse_args(argv[1:])
     elif argv[:1] == ['src/data_c4.py']:
@@ -196,13 +215,13 @@ def test_its_arguments_are_valid(command: str):
         launcher, (_, file, *overrides) = argv[:start], [arg for arg in argv[start:] if arg != '--dry_run']
         size = ['--world_size'] if program == 'composer' else ['--nnodes', '--nproc_per_node']
         assert launcher[::2] == [*size, '--node_rank', '--master_addr', '--master_port'][:len(launcher) // 2]
-        if 'model.name=parallel_gpt' not in overrides:  # that name is the worked example's
+        if not {'model.name=parallel_gpt', 'optimizer.name=lion'} & {*overrides}:  # the guide's own
             config.check(config.load([str(ROOT / file), *overrides]), builders.REGISTRIES, world_size=16 if launcher else 8,
                          has_gpu=True)
     elif program == 'pip':
         assert argv[0] == 'install' and (argv[1] != '-r' or (ROOT / argv[2]).is_file())
     else:
-        assert program in ('python3', 'source', 'export', 'mv', 'pytest', 'tensorboard', 'lm_eval')
+        assert program in ('python3', 'source', 'export', 'mv', 'pytest', 'tensorboard', 'lm_eval', 'docker', 'py-spy')
 
 
 def test_flash_attn_command_is_that_of_the_requirements():
@@ -230,6 +249,66 @@ def test_the_sample_makes_room_for_c4(mds_root, tmp_path, monkeypatch):
     shutil.copytree(mds_root, 'my-sample')
     argv = [arg for arg in tiny(mds_root) if not arg.startswith('data_remote=')]
     assert main.cli([str(ROOT / QUICKSTART), 'data_remote=./my-sample', *argv, '--dry_run']) == 0
+
+
+# ---------------------------------------------------------------- the recipes
+
+
+@pytest.mark.slow
+def test_another_tokenizer(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    convert_c4.main(convert_c4.parse_args(['--source', 'sample', '--out_root', './my-bpe', '--train_tokenizer', '2048']))
+    argv = [str(ROOT / QUICKSTART), 'data_remote=./my-bpe', '--dry_run']
+    assert main.cli([*argv, 'model.vocab_size=2048']) == 0
+    assert main.cli([*argv, 'model.vocab_size=2047']) == 1
+    assert 'model.vocab_size: 2047 is too small for tokenizer_name' in capfd.readouterr().err
+
+
+def test_the_dockerfile_is_that_of_the_kit():
+    """By inspection: the torch that is pinned, nothing installed that is not, and every file that the programs read."""
+    [text] = blocks('dockerfile', DOCS['README.md'])
+    steps = [line.split() for line in text.splitlines()]
+    image = steps[0][1]
+    pin = re.search(r'^torch==(\S+)', (ROOT / 'requirements.txt').read_text(), re.MULTILINE)
+    assert steps[0][0] == 'FROM' and image.split(':')[1].split('-')[0] == pin[1]
+    assert DOCS['README.md'].count(image) == 2  # the one of the prerequisites
+    assert [' '.join(step) for step in steps if step[0] == 'RUN'] == ['RUN pip install --no-cache-dir -r requirements.txt']
+    copied = [(source, step[-1]) for step in steps if step[0] == 'COPY' for source in step[1:-1]]
+    assert all((ROOT / source).exists() for source, _ in copied)
+    assert all(target == ('./' if (ROOT / source).is_file() else f'./{source}') for source, target in copied)
+    assert {source for source, _ in copied} == {'requirements.txt', 'main.py', 'convert_c4.py', 'src', 'yamls'}
+    assert all(re.search(r'==\d', line) for line in (ROOT / 'requirements.txt').read_text().splitlines() if line[:1] not in '#')
+    run = next(command for command in commands() if command.startswith('docker run'))
+    [folder] = [step[1] for step in steps if step[0] == 'WORKDIR']
+    assert re.findall(r'\$PWD/(\S+):(\S+)"', run) == [(name, f'{folder}/{name}') for name in ('my-copy-c4', 'checkpoints')]
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_ends_the_run_in_time(mds_root):
+    argv = tiny(mds_root, 'max_duration=100000ba', 'eval_loader=null', 'dist_timeout=20', 'scheduler.t_warmup=1ba')
+    command = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port()), 'main.py', QUICKSTART, *argv]
+    run = subprocess.Popen(command, cwd=ROOT, env=clean_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = []
+    for line in run.stdout:
+        lines.append(line)
+        if line.startswith('[batch=20/'):
+            break
+    children = subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True)
+    ranks = [int(pid) for pid in children.stdout.split()]
+    assert len(ranks) == 2, ''.join(lines)
+    os.kill(max(ranks), signal.SIGSTOP)
+    output = run.communicate(timeout=200)[0]
+    assert run.returncode == 1 and 'Timed out waiting 20000ms' in output, output[-3000:]
+
+
+def test_how_much_of_mfu_is_causal():
+    said = re.search(r'it is ([\d.]+) of MFU for 125m and ([\d.]+) for 7b', DOCS['README.md'])
+    for name, share in zip(('125m', '7b'), said.groups(), strict=True):
+        text = (ROOT / f'yamls/mosaic_gpt/{name}.yaml').read_text()
+        n_params = int(re.findall(r'# ([\d,]+) parameters', text)[0].replace(',', ''))
+        model = yaml.safe_load(text)['model']
+        shape = n_params, model['n_layers'], model['d_model'], yaml.safe_load(text)['max_seq_len']
+        assert f'{train_flops_per_token(*shape, causal=True) / train_flops_per_token(*shape):.2f}' == share
 
 
 # ---------------------------------------------------------------- the loader
@@ -296,13 +375,17 @@ def test_autoresume_starts_then_goes_on(mds_root, tmp_path, capfd):
 # ---------------------------------------------------------------- the guide's code
 
 
+def copy_of_the_kit(folder: Path) -> None:
+    shutil.copy(ROOT / 'main.py', folder)
+    for name in ('src', 'yamls'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+
+
 @pytest.mark.slow
 def test_worked_example(mds_root, tmp_path):
     """The three edits, in a copy of the kit, make a model that trains."""
     schema, model, registry = blocks('python', DOCS['src/README.md'])[:3]
-    shutil.copy(ROOT / 'main.py', tmp_path)
-    for folder in ('src', 'yamls'):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns('__pycache__'))
+    copy_of_the_kit(tmp_path)
     old = (ROOT / 'src/schema.py').read_text()
     assert len(re.findall('^ModelConfig = .*$', old, re.MULTILINE)) == 1
     (tmp_path / 'src/schema.py').write_text(re.sub('^ModelConfig = .*\n', lambda _: schema, old, flags=re.MULTILINE))
@@ -317,6 +400,49 @@ def test_worked_example(mds_root, tmp_path):
     assert f'model: parallel_gpt, {n_params:,} parameters' in text
     losses = [float(v) for v in console(text)['loss/train/total'].values()]
     assert len(losses) == 20 and losses[0] == pytest.approx(6.24, abs=0.1) and losses[-1] < losses[0] - 0.1  # ln 512
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_guides_optimizer(mds_root, tmp_path):
+    """Its edits, in a copy of the kit, train, and go on from a checkpoint, sharded over two ranks."""
+    name, lion, build = next(found[i:i + 3] for found in [blocks('python', DOCS['src/README.md'])] for i in range(len(found))
+                             if 'lion' in found[i])
+    copy_of_the_kit(tmp_path)
+    schema, builder = tmp_path / 'src/schema.py', tmp_path / 'src/builders.py'
+    old, line = schema.read_text(), "    name: Literal['decoupled_adamw', 'adamw'] = 'decoupled_adamw'\n"
+    assert old.count(line) == 1
+    schema.write_text(old.replace(line, textwrap.indent(name, '    ')))
+    old = builder.read_text()
+    start, end = old.index('def build_optimizer('), old.index('def build_scheduler(')
+    builder.write_text(f'{old[:start]}{lion}\n\n{build}\n\n{old[end:]}')
+
+    def train(duration: str, *argv: str) -> dict[int, float]:
+        command = [str(SCRIPTS / 'composer'), '-n', '2', 'main.py', QUICKSTART, *tiny(mds_root), 'optimizer.name=lion',
+                   'optimizer.lr=3e-3', 'scheduler.name=constant_with_warmup', 'run_name=lion', f'max_duration={duration}', *argv]
+        done = subprocess.run(command, cwd=tmp_path, env=clean_env(), capture_output=True, text=True, timeout=480)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {batch: float(loss) for batch, loss in console(done.stdout + done.stderr)['loss/train/total'].items()}
+
+    sharded = ['fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded', 'autoresume=true',
+               'save_folder=checkpoints/{run_name}', 'save_interval=10ba']
+    straight, begun, ended = train('20ba', sharded[0]), train('10ba', *sharded), train('20ba', *sharded)
+    assert sorted(begun) == list(range(1, 11)) and sorted(ended) == list(range(11, 21))
+    assert begun | ended == pytest.approx(straight, abs=1e-6) and straight[20] < straight[1] - 0.1
+
+
+def test_the_guides_optimizer_takes_steps_of_one_size():
+    namespace = {'torch': torch, 'Optional': Optional, 'Callable': Callable}
+    exec(next(b for b in blocks('python', DOCS['src/README.md']) if b.startswith('class Lion')), namespace)
+    w, idle = torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.nn.Parameter(torch.ones(1))
+    optimizer = namespace['Lion']([w, idle], {'lr': 0.1, 'betas': (0.5, 0.75), 'weight_decay': 0.5})
+    w.grad = torch.tensor([4.0, -8.0])
+    optimizer.step()
+    assert w.tolist() == pytest.approx([1 * 0.95 - 0.1, -2 * 0.95 + 0.1])
+    w.grad = torch.tensor([-2.0, 0.0])  # 0.5 * 1 - 0.5 * 2 < 0, and 0.5 * -2 < 0: the momentum's
+    optimizer.step()
+    assert w.tolist() == pytest.approx([0.85 * 0.95 + 0.1, -1.8 * 0.95 + 0.1])
+    assert optimizer.state[w]['exp_avg'].tolist() == [0.25, -1.5] and idle.item() == 1
 
 
 def test_the_guides_attention_is_causal_and_windowed():
@@ -420,22 +546,41 @@ def test_mixed_precision_is_what_the_guide_says():
     assert set(rows) == {'DEFAULT', 'PURE', 'FULL'}
 
 
-def test_messages_in_the_troubleshooting_table_are_the_codes():
-    """What a user searches the table for is what the code prints."""
-    code = ''.join(p.read_text() for p in [*ROOT.glob('*.py'), *ROOT.glob('src/*.py')])
-    for part in (': cannot reach ', 'could not be loaded from the Hugging Face hub', 'does not divide by',
-                 "'flash' needs a GPU", 'could not be had in ', 'does not go with ', 'are not whole: copy them again',
-                 'needs a GPU; on a CPU set auto or fp32', 'is also what train_loader reads', 'already holds checkpoints',
-                 'and none is whole', 'is not the folder of node 0', 'nothing to do: the checkpoint',
-                 'had a loss or gradient that is not finite', 'out of memory: ', 'the ranks do not meet',
-                 'ranks (WORLD_SIZE) joined', 'the nodes disagree', 'is too small for tokenizer_name', 'Reused local directory',
-                 'is where another dataset that is still open copies its', 'none given, and no manifest beside '):
-        assert part in code, part
-    shown = ' '.join(symptom for symptom, *_ in table('README.md', '| symptom | cause | what to do |'))
-    for part in ('cannot reach allenai/c4', 'could not be loaded from the Hugging Face hub', 'does not divide by',
-                 'already holds checkpoints', 'and none is whole', 'is not the folder of node 0', 'out of memory',
-                 'the ranks do not meet', 'ranks (WORLD_SIZE) joined', 'the nodes disagree'):
-        assert part in shown, part
+FOREIGN = {  # symptoms that others print
+    'Timed out waiting': 'gloo', 'Watchdog caught collective operation timeout': 'torch, for NCCL',
+    'FileExistsError': 'Python', 'Reused local directory': 'streaming',
+}
+
+
+def messages() -> list[str]:
+    """Every string in the code, in which a gap stands for what an f-string puts there."""
+    found = []
+    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/*.py')]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append(''.join(str(part.value) if isinstance(part, ast.Constant) else '\0' for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_symptoms_in_the_troubleshooting_table_are_the_codes():
+    """What a user searches the table for is what is printed; each row says what to do."""
+    rows, code = table('README.md', '| symptom | cause | command, or what to do |'), messages()
+    symptoms = [symptom for first, *_ in rows for symptom in re.findall('`([^`]+)`', first) if symptom != '/dev/shm']
+    assert len(symptoms) >= len(rows) > 25
+    for symptom in symptoms:
+        pieces = [piece.strip() for piece in symptom.split('...') if piece.strip()]
+        pattern = re.compile('.*'.join(map(re.escape, pieces)), re.DOTALL)
+        assert symptom in FOREIGN or any(map(pattern.search, code)), symptom
+    assert set(FOREIGN) <= set(symptoms)
+    keys = {key for *_, what in rows for key in re.findall(r'`([a-z_.]+)=[^`]*`', what)}
+    assert len(keys) > 10
+    for key in keys:  # a setting that is not there is a KeyError
+        section = Config
+        for name in key.split('.'):
+            kinds = typing.get_args(section.model_fields[name].annotation) or (section.model_fields[name].annotation,)
+            section = next((kind for kind in kinds if hasattr(kind, 'model_fields')), None)
 
 
 def test_every_exit_code_is_in_the_table():
