@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import torch
 from composer.core import Algorithm, Callback, Event, Precision, State, get_precision_context
-from composer.loggers import Logger
+from composer.loggers import ConsoleLogger, Logger
 from composer.utils import dist, ensure_tuple, model_eval_mode
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Replicate
@@ -126,8 +126,11 @@ class TextSamples(Callback):
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Not `eval_end`: there EMA has taken back the weights that are evaluated."""
-        logger.log_table(['prompt', 'text'], [[prompt, self._tokenizer.decode(ids, skip_special_tokens=True)]
-                                              for prompt, ids in zip(self.prompts, self._continued(state))], 'text_samples')
+        rows = [[prompt, self._tokenizer.decode(ids, skip_special_tokens=True)]
+                for prompt, ids in zip(self.prompts, self._continued(state))]
+        for destination in logger.destinations:
+            if not isinstance(destination, ConsoleLogger):  # which would print them again with every line
+                destination.log_table(['prompt', 'text'], rows, 'text_samples', int(state.timestamp.batch))
 
     @torch.no_grad()
     def _continued(self, state: State) -> list[list[int]]:

@@ -64,7 +64,7 @@ def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:
             'flops_per_token': train_flops_per_token(model.n_params, model.n_layers, model.d_model, c.max_seq_len),
             'devices': dist.get_world_size(), 'nodes': dist.get_world_size() // dist.get_local_world_size(),
             'device': gpu or f'CPU ({platform.machine()}), {torch.get_num_threads()} threads each',
-            'cuda': torch.version.cuda if gpu else None, 'python': platform.python_version(), 'git_commit': commit or None,
+            'python': platform.python_version(), 'git_commit': commit or None,
             **{name: version(name) for name in ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers')}}
 
 
