@@ -130,6 +130,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     for callback in chosen:
         if isinstance(callback, TextSamples):
             callback.prepare(tokenizer.tokenizer, c.max_seq_len)
+            if c.eval_loader is None:
+                log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
     with explained(start, c):
         trainer = Trainer(
             model=model,

@@ -155,9 +155,6 @@ def _split_errors(c: Config) -> list[str]:
         out.append(f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; '
                    'set it for eval_loader, and train_loader.dataset.epoch_size for training')
     if c.eval_loader is None:
-        if c.callbacks.get('text_samples', False) is not False:
-            out.append('callbacks.text_samples: writes at each evaluation, and eval_loader is null; set an eval_loader, or '
-                       'callbacks.text_samples=false')
         return out
     if c.eval_loader.eval_samples != c.eval_samples:
         out.append(f'eval_samples: {c.eval_samples} is not what eval_loader.eval_samples says, {c.eval_loader.eval_samples}; '

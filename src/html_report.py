@@ -47,7 +47,8 @@ h3 {{ margin: 1.2rem 0 .4rem; font-size: 1rem }} .soft, th {{ color: var(--soft)
 svg {{ width: 100%; height: auto; color: var(--ink) }} svg text {{ font-family: system-ui, sans-serif !important }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }}
 .curves > .wide {{ grid-column: 1/-1 }}
-table {{ border-collapse: collapse; margin-bottom: .8rem }} td, th {{ padding: .15rem 1.2rem .15rem 0; text-align: left; vertical-align: top;
+table {{ border-collapse: collapse; margin-bottom: .8rem }}
+td, th {{ padding: .15rem 1.2rem .15rem 0; text-align: left; vertical-align: top;
   overflow-wrap: anywhere; border-bottom: 1px solid var(--line) }}
 .number {{ text-align: right; font-variant-numeric: tabular-nums }}
 pre, blockquote {{ background: var(--box); padding: .7rem 1rem; margin: .4rem 0; border-radius: 6px; overflow-x: auto }}
