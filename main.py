@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from src import builders, config, rendezvous, sharding
 from src.batch_size import device_batch_size, microbatch_size
-from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
+from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters, TextSamples
 from src.causal_lm import ComposerCausalLM
 from src.checkpoint_writer import CheckpointWriter
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
@@ -41,7 +41,7 @@ from src.dry_run import check_plugins, config_text, rehearsal
 from src.errors import UserError, first_line
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
-from src.report import is_out_of_memory, log, log_to_stderr, out_of_memory, plan, summary
+from src.report import environment, is_out_of_memory, log, log_to_stderr, out_of_memory, plan, summary
 from src.schema import Config
 from src.tokenizer import TOKENIZER_REGISTRY, check_vocab
 
@@ -126,6 +126,12 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
                                   model.described_by or c.model.model_dump(), c.tokenizer.tokenizer_name)
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': builders.resume_wandb(c.loggers, name, c.save_folder)})
+    chosen = builders.build_all('callbacks', c.callbacks)
+    for callback in chosen:
+        if isinstance(callback, TextSamples):
+            callback.prepare(tokenizer.tokenizer, c.max_seq_len)
+            if c.eval_loader is None:
+                log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
     with explained(start, c):
         trainer = Trainer(
             model=model,
@@ -134,8 +140,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
             schedulers=builders.build_scheduler(c.scheduler),
             algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
-            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *builders.build_all('callbacks', c.callbacks),
-                       *callbacks, *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
+            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *chosen, *callbacks,
+                       *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
             loggers=builders.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=microbatch,
@@ -156,7 +162,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         )
     sharding.average_gradients(trainer.state.model)
     finish_loading(start, trainer)
-    trainer.logger.log_hyperparameters(config.masked(config.plain(c)))
+    trainer.logger.log_hyperparameters({**config.masked(config.plain(c)), 'environment': environment(c, model)})
     log.info('%s', plan(c, model, start, device_batch, microbatch, str(precision.value)))
 
     if dry_run:

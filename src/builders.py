@@ -1,7 +1,9 @@
 """Optimizer, scheduler, algorithms, callbacks and loggers by their names in the YAML."""
 
+import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from hashlib import sha256
 from typing import Any, Optional
@@ -12,9 +14,9 @@ from composer import algorithms, callbacks, loggers
 from composer.core import Precision, State
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
-from composer.utils import MissingConditionalImportError, format_name_with_dist
+from composer.utils import MissingConditionalImportError, dist, format_name_with_dist
 
-from src.callbacks import UnigramBaseline
+from src.callbacks import TextSamples, UnigramBaseline
 from src.errors import UserError
 from src.flops import peak_flops
 from src.schema import OptimizerConfig, Plugins, SchedulerConfig
@@ -29,8 +31,30 @@ class SpeedMonitor(callbacks.SpeedMonitor):
         super().init(state, logger)
 
 
+def _json(value: Any, indent: Optional[int] = None) -> str:
+    """What a logger is given, exactly: a tensor as its number, what JSON does not know as text."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, default=lambda v: v.item() if hasattr(v, 'item') else str(v))
+
+
 class FileLogger(loggers.FileLogger):
-    """Composer's, which would empty the file of the start before: each start writes one of its own, `log.2.txt`, `log.3.txt`."""
+    """Composer's, which would empty the file of the start before: each start writes one of its own, `log.2.txt`, `log.3.txt`.
+
+    A line for each value, in JSON, where Composer's would round to four decimals: `[metric][batch=5]: loss/train/total: 3.25`.
+    """
+
+    def log_metrics(self, metrics: dict[str, float], step: Optional[int] = None) -> None:
+        for name, value in metrics.items():
+            self._line(f'[metric][batch={step}]: {name}: {_json(value)}')
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        for name, value in hyperparameters.items():
+            self._line(f'[hyperparameter]: {name}: {_json(value)}')
+
+    def log_table(self, columns: list[str], rows: list[list[Any]], name: str = 'Table', step: Optional[int] = None) -> None:
+        self._line(f'[table][batch={step}]: {name}: {_json([dict(zip(columns, row)) for row in rows])}')
+
+    def _line(self, text: str) -> None:
+        self.write('', ('' if self._is_newline else '\n') + text + '\n')  # what is printed may stop in the middle of a line
 
     def init(self, state: State, logger: Logger) -> None:
         stem, ending = os.path.splitext(self.filename_format)
@@ -39,6 +63,33 @@ class FileLogger(loggers.FileLogger):
             start += 1
             self.filename_format = f'{stem}.{start}{ending}'
         super().init(state, logger)
+
+
+class TensorboardLogger(loggers.TensorboardLogger):
+    """Composer's, whose hyperparameters are rounded and wait for an evaluation; here they and tables are texts of JSON too."""
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        super().log_hyperparameters(hyperparameters)
+        self._waiting: dict[str, Any] = {**getattr(self, '_waiting', {}), **hyperparameters}
+        if self.writer is not None:
+            self._text('hyperparameters', self._waiting, 0)
+            self._waiting = {}
+
+    def log_table(self, columns: list[str], rows: list[list[Any]], name: str = 'Table', step: Optional[int] = None) -> None:
+        self._text(name, [dict(zip(columns, row)) for row in rows], step)
+
+    def _text(self, name: str, value: Any, step: Optional[int]) -> None:
+        if self.writer is not None and not (self.rank_zero_only and dist.get_global_rank()):
+            self.writer.add_text(name, textwrap.indent(_json(value, indent=1), '    '), step)  # indented: Markdown's code
+
+
+class WandBLogger(loggers.WandBLogger):
+    """Composer's, which would end a run that goes on with another setting or on other devices."""
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        if self._enabled:
+            import wandb
+            wandb.config.update(hyperparameters, allow_val_change=True)
 
 
 ALGORITHMS = {
@@ -58,10 +109,11 @@ CALLBACKS = {
     'early_stopper': callbacks.EarlyStopper,
     'memory_snapshot': callbacks.MemorySnapshot,
     'unigram_baseline': UnigramBaseline,
+    'text_samples': TextSamples,
 }
 LOGGERS = {
-    'wandb': loggers.WandBLogger,
-    'tensorboard': loggers.TensorboardLogger,
+    'wandb': WandBLogger,
+    'tensorboard': TensorboardLogger,
     'cometml': loggers.CometMLLogger,
     'mlflow': loggers.MLFlowLogger,
     'neptune': loggers.NeptuneLogger,

@@ -1,6 +1,10 @@
 """What a run says of itself: its plan before training, its summary after."""
 
 import logging
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -13,6 +17,7 @@ from src.causal_lm import ComposerCausalLM
 from src.checkpoints import Start
 from src.checks import fsdp_version, packs_on_the_fly
 from src.errors import UserError, first_line
+from src.flops import train_flops_per_token
 from src.schema import TIME, Config
 
 log = logging.getLogger('src')
@@ -45,6 +50,22 @@ def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, mi
                      'first reads again what its epoch has read; packed tokens do neither')
     lines.append(f'start: {start}')
     return '\n'.join(lines)
+
+
+def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:
+    """What the config does not say of a run, for its logs; `flops_per_token` as in src/flops.py."""
+    git = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        commit = ''
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {'n_params': model.n_params,
+            'flops_per_token': train_flops_per_token(model.n_params, model.n_layers, model.d_model, c.max_seq_len),
+            'devices': dist.get_world_size(), 'nodes': dist.get_world_size() // dist.get_local_world_size(),
+            'device': gpu or f'CPU ({platform.machine()}), {torch.get_num_threads()} threads each',
+            'python': platform.python_version(), 'git_commit': commit or None,
+            **{name: version(name) for name in ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers')}}
 
 
 def _sharding(c: Config) -> str:

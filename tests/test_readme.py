@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import benchmark, builders, config, estimate, evaluate, export_hf, generate, memory, processes, report
+from src import benchmark, builders, config, estimate, evaluate, export_hf, generate, memory, plot_loss, processes, report
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
 from src.errors import UserError
@@ -69,6 +69,9 @@ CHECKED = {
     '&& composer main.py yamls/quickstart.yaml':
         'network: pip. The rest: test_quickstart.py::test_the_quick_start_learns_the_sample',
     'python src/plot_loss.py runs/* --out loss.png': 'test_plot_loss.py::test_the_picture_is_drawn_in_both_themes',
+    'python src/plot_loss.py runs/* --x flops --log --smooth 20 --envelope --theme both --out loss.svg':
+        'test_plot_loss.py::test_what_is_drawn_is_these_numbers',
+    'python src/plot_loss.py runs/* --html reports': 'test_plot_loss.py::test_runs_of_one_name_are_told_apart',
     'python src/benchmark.py yamls/quickstart.yaml --against hf --against bare':
         'test_benchmark.py::test_rivals_are_the_same_model',
     'python src/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8 '
@@ -210,7 +213,7 @@ def test_its_arguments_are_valid(command: str):
         args = generate.parse_args(argv[1:])
         generate.check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     elif argv[:1] == ['src/plot_loss.py']:
-        assert argv[1:] == ['runs/*', '--out', 'loss.png']
+        plot_loss.parse_args(argv[1:])
     elif program in ('composer', 'torchrun'):
         start = argv.index('main.py')
         launcher, (_, file, *overrides) = argv[:start], [arg for arg in argv[start:] if arg != '--dry_run']
