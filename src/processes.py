@@ -37,13 +37,18 @@ class Stopped(Exception):
     """Ends `trainer.fit()` once a requested stop has been carried out."""
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
     parent = os.getppid()
     prctl = getattr(ctypes.CDLL(None), 'prctl', None)
     if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(by))
         if os.getppid() != parent:  # it died before the kernel knew
             os._exit(1)
+
+
+def stop_with_parent() -> None:
+    """A subprocess's `preexec_fn`: when its parent dies, it is asked to stop."""
+    _die_with_parent(signal.SIGTERM)
 
 
 def die_with_launcher() -> None:
