@@ -49,11 +49,11 @@ def run(tmp_path):
 
 @pytest.fixture(scope='module')
 def logs(mds_root, tmp_path_factory):
-    """A run with all three loggers, which ended after batch 12, lost all checkpoints but that of 5, and went on to 15."""
+    """A run with all three loggers, that ended after batch 12, lost its checkpoints but that of 5, and went on."""
     folder = tmp_path_factory.mktemp('logs')
     argv = tiny(mds_root, 'run_name=one', 'autoresume=true', f'save_folder={folder}/save', 'save_interval=5ba',
-                'save_num_checkpoints_to_keep=-1', 'eval_interval=6ba', f'loggers.tensorboard.log_dir={folder}/tb', 'loggers.wandb.project=kit',
-                f'loggers.file.filename={folder}/log.txt',
+                'save_num_checkpoints_to_keep=-1', 'eval_interval=6ba', f'loggers.tensorboard.log_dir={folder}/tb',
+                'loggers.wandb.project=kit', f'loggers.file.filename={folder}/log.txt',
                 'loggers.wandb.init_kwargs.settings.api_key=' + 'a' * 40, 'log_to_console=false')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('WANDB_DIR', str(folder))
