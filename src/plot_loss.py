@@ -65,7 +65,7 @@ def draw(runs: list[Run], x: str = 'tokens', y: str = 'both', log: bool = False,
         color = f'C{i}'
         if y != 'eval':
             if smooth > 1:
-                axes.plot(c.x, c.raw, color=color, lw=0.6, alpha=0.3)
+                axes.plot(c.x, c.raw, color=color, lw=0.6, alpha=0.4)
             axes.plot(c.x, c.smooth, marker='o' if len(c.x) == 1 else '', color=color, lw=1.6 if smooth > 1 else 0.8,
                       label=f'{name}, training')
         if y != 'train' and len(c.eval_x):

@@ -36,10 +36,9 @@ def sampled(callback: TextSamples, model: Any) -> list[list[str]]:
     log: Any = InMemoryLogger()
     log.log_table = lambda columns, rows, name, step: seen.append((columns, rows, name, step))
     seen: list[Any] = []
-    state: Any = SimpleNamespace(model=SimpleNamespace(model=model, modules=model.modules, train=model.train, training=True,
-                                                       named_modules=model.named_modules),
-                                 is_model_ddp=False, precision=Precision.FP32, precision_config=None, timestamp=SimpleNamespace(
-                                     batch=7), device=SimpleNamespace(tensor_to_device=lambda x: x))
+    state: Any = SimpleNamespace(model=torch.nn.ModuleDict({'model': model}), is_model_ddp=False, precision=Precision.FP32,
+                                 precision_config=None, timestamp=SimpleNamespace(batch=7),
+                                 device=SimpleNamespace(tensor_to_device=lambda x: x))
     callback.eval_start(state, SimpleNamespace(destinations=[log]))  # type: ignore[arg-type]
     assert [(columns, name, step) for columns, _, name, step in seen] == [(['prompt', 'text'], 'text_samples', 7)]
     return seen[0][1]
@@ -77,7 +76,7 @@ def test_a_text_ends_at_eos_and_at_the_models_length(tokenizer):
     callback.prepare(tokenizer, 26)
     short, long = (len(tokenizer(prompt)['input_ids']) for prompt in PROMPTS)
     said = sampled(callback, Says())
-    assert [len(tokenizer(text)['input_ids']) for _, text in said] == [21 - short, 21 - long]
+    assert [text for _, text in said] == [tokenizer.decode([7] * (21 - n)) for n in (short, long)]
     assert widths == [(2, 26)] * (26 - long), 'as many passes whatever is said, all of one width'
 
 
