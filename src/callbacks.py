@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -11,6 +12,7 @@ from composer.loggers import Logger
 from composer.utils import dist, ensure_tuple
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils.data import DistributedSampler
 
 from src.batch_size import grad_accum
 from src.causal_lm import IGNORE, next_token_targets
@@ -46,7 +48,8 @@ class StepCounters(Callback):
 class UnigramBaseline(Callback):
     """Logs `baseline/unigram_entropy`, once: the entropy in nats of the token frequencies of the evaluation set.
 
-    It is the loss of the best model that ignores all context; one that learns anything falls below it.
+    It is the loss of the best model that ignores all context; one that learns anything falls below it. Each sample counts once,
+    on any number of ranks.
     """
 
     def __init__(self):
@@ -59,9 +62,17 @@ class UnigramBaseline(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.entropy = state['entropy']
 
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self._counts = torch.zeros(0, dtype=torch.int64)
+        sampler = getattr(state.dataloader, 'sampler', None)
+        # Where the samples do not divide by the ranks, the sampler repeats some, as the last of those ranks.
+        self._rows_left = (len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # pyright: ignore
+                           if isinstance(sampler, DistributedSampler) else sys.maxsize)
+
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         if self.entropy is None:
             _, targets = next_token_targets(state.batch)
+            self._rows_left, targets = self._rows_left - len(targets), targets[:self._rows_left]
             counts = torch.bincount(targets[targets != IGNORE].cpu(), minlength=len(self._counts))
             counts[:len(self._counts)] += self._counts
             self._counts = counts
