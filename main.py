@@ -126,6 +126,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
                                   model.described_by or c.model.model_dump(), c.tokenizer.tokenizer_name)
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': builders.resume_wandb(c.loggers, name, c.save_folder)})
+    chosen = builders.build_all('callbacks', c.callbacks)
+    profiler = next((cb for cb in chosen if isinstance(cb, builders.Profiler)), None)  # an argument of its own
     with explained(start, c):
         trainer = Trainer(
             model=model,
@@ -134,7 +136,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
             schedulers=builders.build_scheduler(c.scheduler),
             algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
-            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *builders.build_all('callbacks', c.callbacks),
+            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *(cb for cb in chosen if cb is not profiler),
                        *callbacks, *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
             loggers=builders.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
@@ -150,6 +152,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             log_to_console=c.log_to_console and dist.get_global_rank() == 0,
             console_log_interval=c.console_log_interval,
             log_traces=c.log_traces,
+            profiler=profiler,
             load_path=None if start.weights_of_a_file else start.path,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=same_names(model.state_dict().keys()),

@@ -57,6 +57,8 @@ CHECKED = {
     'python src/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8':
         'test_benchmark.py::test_a_sweep_has_a_row_for_each_combination',
     'python src/benchmark.py yamls/quickstart.yaml --profile': 'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
+    'composer main.py yamls/quickstart.yaml callbacks.profiler={} max_duration=20ba scheduler.t_warmup=1ba':
+        'test_builders.py::test_the_profiler_traces_the_active_batches_and_changes_no_loss',
     'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml': 'GPU: test_benchmark.py::test_two_devices does it on CPUs',
     'python src/evaluate.py yamls/quickstart.yaml load_path=checkpoints/first/ep0-ba1200-rank0.pt':
         'test_evaluate.py::test_text_is_what_a_plain_loop_finds',
