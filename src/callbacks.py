@@ -13,11 +13,13 @@ from composer.utils import dist, ensure_tuple
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.data import DistributedSampler
+from tqdm import tqdm
 
 from src.batch_size import grad_accum
 from src.causal_lm import IGNORE, next_token_targets
 from src.errors import UserError
 from src.processes import Stopped, StopRequest
+from src.progress import progress
 
 log = logging.getLogger('src')
 
@@ -29,8 +31,24 @@ NO_BATCH = ('train_loader: an epoch holds not one full batch for each device and
 class StepCounters(Callback):
     """Logs `trainer/grad_accum` (microbatches per step) and `trainer/global_step` with every batch.
 
-    Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever.
+    Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever. Shows how a resumed run reads up to
+    where it was, which Composer does in silence.
     """
+
+    _reading: Optional[tqdm] = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if behind := int(state.timestamp.batch_in_epoch):
+            self._reading = progress('reading up to the checkpoint', behind + 1, ' batches', delay=2)
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        if self._reading is not None:
+            self._reading.update()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         # Not by what `epoch_start` saw: it does not come again for an epoch that a resumed run only finishes.
