@@ -194,7 +194,7 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
     """
     total = 0
     with tempfile.TemporaryDirectory() as folder:
-        found = (documents(fetched(file, Path(folder)), ['text'], args.text_column, file.path) for file in files)
+        found = (documents(fetched(file, Path(folder), quiet=False), ['text'], args.text_column, file.path) for file in files)
         for document in islice(chain.from_iterable(found), args.max_docs):
             if isinstance(document, Bad):
                 if not args.skip_bad_docs:
@@ -347,9 +347,10 @@ def convert_split(split: str, jobs: list[Job], there: list[Optional[dict[str, An
         print(f'{split}: {sum(map(bool, there[mine]))} of {len(jobs[mine])} parts were there before')
     if not args.merge:
         tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
-        # no smoothing: parts come in batches, one of each worker
+        # no smoothing: parts come in batches, one of each worker; in a file of logs a line a minute
         with tqdm(desc=split, total=jobs[0].max_docs if in_order else None if args.partition else total, initial=before,
-                  unit=' documents', unit_scale=True, smoothing=0) as bar:
+                  unit=' documents', unit_scale=True, smoothing=0,
+                  mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
             def report(part: dict[str, Any]) -> None:
                 bar.update(part['documents'])
 

@@ -132,6 +132,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             callback.prepare(tokenizer.tokenizer, c.max_seq_len)
             if c.eval_loader is None:
                 log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
+    profiler = next((cb for cb in chosen if isinstance(cb, builders.Profiler)), None)  # an argument of its own
     with explained(start, c):
         trainer = Trainer(
             model=model,
@@ -140,8 +141,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
             schedulers=builders.build_scheduler(c.scheduler),
             algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
-            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *chosen, *callbacks,
-                       *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
+            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *(cb for cb in chosen if cb is not profiler),
+                       *callbacks, *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
             loggers=builders.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=microbatch,
@@ -156,6 +157,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             log_to_console=c.log_to_console and dist.get_global_rank() == 0,
             console_log_interval=c.console_log_interval,
             log_traces=c.log_traces,
+            profiler=profiler,
             load_path=None if start.weights_of_a_file else start.path,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=same_names(model.state_dict().keys()),

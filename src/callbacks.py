@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -11,11 +12,14 @@ from composer.loggers import ConsoleLogger, Logger
 from composer.utils import dist, ensure_tuple, model_eval_mode
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils.data import DistributedSampler
+from tqdm import tqdm
 
 from src.batch_size import grad_accum
 from src.causal_lm import IGNORE, next_token_targets
 from src.errors import UserError
 from src.processes import Stopped, StopRequest
+from src.progress import progress
 
 log = logging.getLogger('src')
 
@@ -27,11 +31,25 @@ NO_BATCH = ('train_loader: an epoch holds not one full batch for each device and
 class StepCounters(Callback):
     """Logs `trainer/grad_accum` (microbatches per step) and `trainer/global_step` with every batch, `trainer/devices` at a start.
 
-    Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever.
+    Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever. Shows how a resumed run reads up to
+    where it was, which Composer does in silence.
     """
+
+    _reading: Optional[tqdm] = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
         logger.log_metrics({'trainer/devices': dist.get_world_size()})
+        if behind := int(state.timestamp.batch_in_epoch):
+            self._reading = progress('reading up to the checkpoint', behind + 1, ' batches', delay=2)
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        if self._reading is not None:
+            self._reading.update()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         # Not by what `epoch_start` saw: it does not come again for an epoch that a resumed run only finishes.
@@ -49,7 +67,8 @@ class StepCounters(Callback):
 class UnigramBaseline(Callback):
     """Logs `baseline/unigram_entropy`, once: the entropy in nats of the token frequencies of the evaluation set.
 
-    It is the loss of the best model that ignores all context; one that learns anything falls below it.
+    It is the loss of the best model that ignores all context; one that learns anything falls below it. Each sample counts once,
+    on any number of ranks.
     """
 
     def __init__(self):
@@ -62,9 +81,17 @@ class UnigramBaseline(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.entropy = state['entropy']
 
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self._counts = torch.zeros(0, dtype=torch.int64)
+        sampler = getattr(state.dataloader, 'sampler', None)
+        # Where the samples do not divide by the ranks, the sampler repeats some, as the last of those ranks.
+        self._rows_left = (len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # pyright: ignore
+                           if isinstance(sampler, DistributedSampler) else sys.maxsize)
+
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         if self.entropy is None:
             _, targets = next_token_targets(state.batch)
+            self._rows_left, targets = self._rows_left - len(targets), targets[:self._rows_left]
             counts = torch.bincount(targets[targets != IGNORE].cpu(), minlength=len(self._counts))
             counts[:len(self._counts)] += self._counts
             self._counts = counts

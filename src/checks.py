@@ -240,6 +240,12 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
         device_batch_size(c.global_train_batch_size, world_size)
     except UserError as e:
         out.append(str(e))
+    chosen = {name for name, kwargs in c.callbacks.items() if kwargs is not False}
+    out += [f'callbacks.{name}: needs a GPU, whose memory it records; set callbacks.{name}=false'
+            for name in ('memory_snapshot', 'oom_observer') if name in chosen and not has_gpu]
+    if 'profiler' in chosen and micro == 'auto':
+        out.append("callbacks.profiler: does not go with device_train_microbatch_size: 'auto'; set a number, or "
+                   'callbacks.profiler=false')
     out += _compile_errors(c, c.compile_config) if c.compile_config else []
     if c.compile_config and c.compile_config.backend == 'inductor' and not has_gpu and not any(
             shutil.which(name) for name in (os.environ.get('CXX', 'c++'), 'g++', 'clang++')):

@@ -143,7 +143,7 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
             parallelism_config=parallelism,
             dist_timeout=c.dist_timeout,
             seed=c.seed,
-            progress_bar=c.progress_bar and dist.get_global_rank() == 0,
+            progress_bar=sys.stderr.isatty() and dist.get_global_rank() == 0,
             load_path=None if start.weights_of_a_file else start.path,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=same_names(model.state_dict().keys()),

@@ -39,6 +39,8 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
     Raises:
         UserError: All that the user can mend.
     """
+    if sys.stderr.isatty():
+        print(f'reading {path}', file=sys.stderr)
     from src import weights as checkpoint  # here: importing Composer takes seconds
     from src.config import load, plain
     from src.hf_model import hf_model

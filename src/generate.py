@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from src.errors import UserError, first_line
 from src.export_hf import add_arguments, load_checkpoint
+from src.progress import progress
 
 DEFAULT_TOKENS = 100
 
@@ -76,7 +77,7 @@ def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], m
         top_p: Sample from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         seed: Of the sampling: the same batch and seed give the same text on one machine.
         use_cache: Keep keys and values; without it, every step computes the whole text anew.
-        streamer: Takes tokens as they come; for one prompt.
+        streamer: Takes tokens as they come; transformers' own is for one prompt.
 
     Returns:
         Of each prompt the new token ids, up to EOS, which is left out.
@@ -109,6 +110,20 @@ def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], m
     return [ids[:ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids for ids in new]
 
 
+class TokenBar:
+    """A streamer that shows how many tokens a batch has; transformers has none for more than one prompt."""
+
+    def __init__(self, tokens: Optional[int]):
+        self.bar, self.put_prompts = progress('tokens', tokens, ' tokens'), False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.bar.update(self.put_prompts)  # the first are the prompts
+        self.put_prompts = True
+
+    def end(self) -> None:
+        self.bar.close()
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Continue prompts.')
     parser.add_argument('model', metavar='CHECKPOINT_OR_FOLDER', help='as for src/export_hf.py, or what that wrote')
@@ -137,10 +152,11 @@ def main(args: argparse.Namespace) -> None:
     else:
         model, tokenizer, _ = load_checkpoint(args.model, args.tokenizer, args.yaml, 'CHECKPOINT_OR_FOLDER')
     model.to('cuda' if torch.cuda.is_available() else 'cpu')  # pyright: ignore
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if len(args.prompts) == 1 else None  # pyright: ignore
+    streamer: Any = (TokenBar(args.max_new_tokens) if len(args.prompts) > 1 else
+                     TextStreamer(tokenizer, skip_special_tokens=True))  # pyright: ignore
     texts = generate(model, tokenizer, args.prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
                      streamer=streamer)
-    if streamer is None:
+    if len(args.prompts) > 1:
         for i, (prompt, ids) in enumerate(zip(args.prompts, texts), 1):
             print(f'[{i}] {prompt}{tokenizer.decode(ids, skip_special_tokens=True)}')
 

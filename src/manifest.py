@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from src.conversion import HASH, PART, Job, Place, all_done, file_info
 from src.errors import UserError
+from src.progress import progress
 from src.sources import Source
 
 INDEX, MANIFEST, TRAINED = 'index.json', 'manifest.json', 'trained.json'  # the last: of a tokenizer
@@ -129,9 +130,11 @@ def verify(root: str) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split: it writes it '
                             'anew') from error
-        with ThreadPoolExecutor(4) as threads:
-            found = list(threads.map(lambda item: _damage(*item), [(path.parent / name, info) for name, info in files.items()]))
-        bad = [line for line in found if line]
+        bad, checked = [], [(path.parent / name, info) for name, info in files.items()]
+        with ThreadPoolExecutor(4) as threads, progress(str(path.parent), sum(info['bytes'] for info in files.values())) as bar:
+            for (_, info), line in zip(checked, threads.map(lambda item: _damage(*item), checked)):
+                bad += [line] if line else []
+                bar.update(info['bytes'])
         print(f'{path.parent}: {made} in {len(files):,} files: {f"{len(bad)} damaged" if bad else "whole"}')
         damage += bad
     return damage

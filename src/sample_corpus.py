@@ -9,9 +9,12 @@ order and split depend on the installed versions only, and so does the tokenizer
 import hashlib
 import importlib.util
 import re
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from src.progress import progress
 
 # What requirements.txt installs, in the order in which it fills the corpus. One that is absent is skipped.
 PACKAGES = [
@@ -98,7 +101,7 @@ def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
     """
     splits: dict[str, list[dict[str, str]]] = {'train': [], 'val': []}
     seen: set[str] = set()
-    total = 0
+    total, bar = 0, progress('sample', max_bytes)
     for name, texts in sources():
         chunks: list[list[str]] = [[]]
         for text in texts:
@@ -113,11 +116,13 @@ def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
             text = '\n'.join(chunk)
             if len(text) >= MIN_DOCUMENT:
                 total += len(text.encode())
+                bar.update(len(text.encode()))
                 split = 'train' if int(hashlib.sha256(text.encode()).hexdigest(), 16) % VAL_ONE_IN else 'val'
                 url = f'python://{name}' + (f'?part={number + 1}' if number else '')
                 splits[split].append({'text': text, 'timestamp': TIMESTAMP, 'url': url})
         if total >= max_bytes:
             break
+    bar.close()
     return splits
 
 
@@ -134,7 +139,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[end], show_progress=False,  # pyright: ignore
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[end], show_progress=sys.stderr.isatty(),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(texts, trainer)
     # `save_pretrained` writes this file again, in Rust, where a full disk is a bare Exception; here it is an OSError.

@@ -241,7 +241,7 @@ def _said(error: Exception) -> str:
     return f'{type(error).__name__}: {public(first_line(error))}'
 
 
-def fetched(file: SourceFile, folder: Path) -> Path:
+def fetched(file: SourceFile, folder: Path, quiet: bool = True) -> Path:
     """The file on this disk. One of the hub is downloaded below `folder`, and goes on where an earlier attempt was cut.
 
     Raises:
@@ -251,9 +251,9 @@ def fetched(file: SourceFile, folder: Path) -> Path:
     if not is_url(file.path):
         return Path(file.path)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
-    disable_progress_bars()  # one for each worker, over one another
+    (disable_progress_bars if quiet else enable_progress_bars)()  # not one for each worker, over one another
     repo, revision, path = _hub_parts(file.path)
     return Path(retried(lambda: hf_hub_download(repo, path, revision=revision, repo_type='dataset', local_dir=folder), file.path))
 

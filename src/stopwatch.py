@@ -15,6 +15,7 @@ from torch import nn
 from src import builders
 from src.errors import UserError
 from src.model_registry import COMPOSER_MODEL_REGISTRY
+from src.progress import progress
 from src.schema import Config, MosaicGPTConfig
 
 PARTS = ('data', 'forward', 'backward', 'update', 'rest')
@@ -77,6 +78,7 @@ class Stopwatch(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         self._end('update')
         self._end('total')
+        self._bar.update()  # between two steps, as the rivals are
         done = int(state.timestamp.batch)
         timed = self.warmup < done <= self.warmup + self.steps
         if timed:
@@ -93,7 +95,12 @@ class Stopwatch(Callback):
         self._step = {}
         self._begin('total')
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        assert state.max_duration is not None
+        self._bar = progress('steps', int(state.max_duration.value), ' steps')
+
     def fit_end(self, state: State, logger: Logger) -> None:
+        self._bar.close()
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self.trace))

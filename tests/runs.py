@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import main
 from src import builders, config, evaluate, rendezvous
+from src.callbacks import UnigramBaseline
 
 builders.LOGGERS['memory'] = InMemoryLogger
 reductions = 0  # of gradients that FSDP shards
@@ -58,6 +59,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
     return {'losses': {int(t.batch): float(v) for t, v in data.get('loss/train/total', [])},
             'lrs': {int(t.batch): float(v) for t, v in data.get('lr-DecoupledAdamW/group0', [])},
             'batches': next((cb.batches for cb in trainer.state.callbacks if isinstance(cb, Samples)), []),
+            'unigram': next((cb.entropy for cb in trainer.state.callbacks if isinstance(cb, UnigramBaseline)), None),
             'weights': {k: v.clone() for k, v in weights.items()},
             'batch': int(trainer.state.timestamp.batch), 'reductions': reductions}
 

@@ -1,12 +1,21 @@
 """The optimizer's arithmetic, and every name that a YAML may use."""
 
 import copy
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import composer.optim
 import pytest
 import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from launch import ROOT, tiny
 
-from src import builders
+import main
+from src import builders, config
 from src.builders import DecoupledAdamW
 from src.errors import UserError
 from src.schema import OptimizerConfig, SchedulerConfig
@@ -96,3 +105,94 @@ def test_a_value_that_the_class_refuses_is_named():
 @pytest.mark.parametrize('name,has_gpu,want', [('auto', False, 'fp32'), ('auto', True, 'amp_bf16'), ('fp32', True, 'fp32')])
 def test_precision(name, has_gpu, want):
     assert builders.resolve_precision(name, has_gpu).value == want
+
+
+# ---------------------------------------------------------------- profiler
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        assert isinstance(state.loss, torch.Tensor)
+        self.seen.append(state.loss.item())
+
+
+def trained(root: Path, *overrides: str) -> list[float]:
+    """The losses of each batch's last microbatch, of two; an epoch has 33 batches."""
+    losses = Losses()
+    trainer = main.main(config.load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(
+        root, 'eval_loader=null', 'callbacks.unigram_baseline=false', 'log_to_console=false', 'device_train_microbatch_size=6',
+        'scheduler.t_warmup=2ba', *overrides)]), callbacks=[losses])
+    trainer.close()
+    return losses.seen
+
+
+def events(trace: Path) -> Counter:
+    """How often each complete event is in a Chrome trace."""
+    return Counter(event['name'] for event in json.loads(trace.read_text())['traceEvents'] if event['ph'] == 'X')
+
+
+def test_the_profiler_traces_the_active_batches_and_changes_no_loss(
+        mds_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / 'traces'
+    profiled = trained(mds_root, 'max_duration=12ba', f'callbacks.profiler.folder={folder}/{{run_name}}', 'run_name=tiny',
+                       *(f'callbacks.profiler.{key}' for key in ('skip_first=3', 'wait=1', 'warmup=1', 'active=2', 'repeat=2')))
+    assert 'skipping profiling metadata' not in capfd.readouterr().err, 'a line for each batch'
+    assert profiled == trained(mds_root, 'max_duration=12ba') and len(profiled) == 12
+    # The batches 4 and 8 (from 1) are waited for, 5 and 9 warm up, 6 and 7, 10 and 11 are active; torch counts from 0.
+    for last, steps in ((7, (5, 6)), (11, (9, 10))):
+        seen = events(folder / 'tiny' / f'rank0.{last}.pt.trace.json')
+        assert {name for name in seen if name.startswith('ProfilerStep')} == {f'ProfilerStep#{i}' for i in steps}
+        assert (seen['forward'], seen['loss'], seen['backward']) == (4, 4, 4), 'two microbatches in each of two batches'
+        assert seen['Optimizer.step#DecoupledAdamW.step'] == 2
+        assert seen['aten::addmm'] >= 4 * 2 * 4, 'four linear layers in each of two blocks'
+    assert len(list(folder.rglob('*'))) == 3
+
+
+def test_a_trace_that_the_end_of_a_run_cuts_off_is_written_and_another_start_overwrites_none(
+        mds_root: Path, tmp_path: Path) -> None:
+    argv = [f'callbacks.profiler.folder={tmp_path}/traces/{{run_name}}', 'callbacks.profiler.skip_first=1',
+            'callbacks.profiler.active=5', 'run_name=again', f'save_folder={tmp_path}/saves', 'autoresume=true']
+    for duration in ('5ba', '8ba'):
+        trained(mds_root, *argv, f'max_duration={duration}', 'scheduler.t_max=8ba')
+    first, second = tmp_path / 'traces/again', tmp_path / 'traces/again.2'
+    assert [path.name for path in first.iterdir()] == ['rank0.5.pt.trace.json']
+    assert events(first / 'rank0.5.pt.trace.json')['forward'] == 3 * 2, 'the batches 3 to 5'
+    assert [path.name for path in second.iterdir()] == ['rank0.8.pt.trace.json']
+    assert events(second / 'rank0.8.pt.trace.json')['forward'] == 1 * 2, 'the one batch after the skipped and the warm-up'
+
+
+@pytest.mark.parametrize(('kwargs', 'says'), [
+    ({'active': 0}, 'active: 0 must be at least 1'), ({'warmup': 0}, 'warmup: 0 must be at least 1'),
+    ({'skip_first': -1}, 'skip_first: -1 must be at least 0'), ({'repeat': -2}, 'repeat: -2 must be at least 0')], ids=str)
+def test_a_profiler_that_would_trace_nothing_is_refused(kwargs: dict[str, int], says: str) -> None:
+    with pytest.raises(UserError, match=f'^callbacks.profiler: {says}$'):
+        builders.build_all('callbacks', {'profiler': kwargs})
+
+
+def test_each_start_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    folder = f'{tmp_path}/{{run_name}}/torch_traces'
+    assert builders.unused(folder, 'a') == folder
+    (tmp_path / 'a/torch_traces').mkdir(parents=True)
+    assert builders.unused(folder, 'a') == folder, 'it is empty'
+    for name in ('torch_traces', 'torch_traces.2'):
+        (tmp_path / 'a' / name).mkdir(exist_ok=True)
+        (tmp_path / 'a' / name / 'rank0.7.memory_snapshot.pickle').touch()
+    assert builders.unused(folder, 'a') == f'{folder}.3' and builders.unused(folder, 'b') == folder
+
+
+@pytest.mark.parametrize('plugin', [builders.MemorySnapshot, builders.OOMObserver])
+def test_what_records_memory_writes_into_a_folder_of_each_start(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a model that is not on a CPU, so far as this machine can tell."""
+    monkeypatch.setattr(torch.cuda.memory, '_record_memory_history', lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch._C, '_cuda_attach_out_of_memory_observer', lambda observer: None, raising=False)
+    state: Any = SimpleNamespace(model=torch.nn.Linear(1, 1, device='meta'), run_name='a')
+    for number in ('', '.2'):
+        callback = plugin(folder=f'{tmp_path}/{{run_name}}')
+        callback.init(state, Logger(state))
+        assert callback.folder_name == f'{tmp_path}/a{number}'
+        (Path(callback.folder_name) / 'file').touch()
+    with pytest.raises(FileExistsError):
+        plugin.__mro__[1](folder=f'{tmp_path}/{{run_name}}').init(state, Logger(state))

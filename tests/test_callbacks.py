@@ -3,8 +3,10 @@
 import copy
 import json
 import logging
+import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -18,7 +20,9 @@ from composer.loggers import InMemoryLogger, Logger
 from composer.models import ComposerModel
 from composer.optim import LinearScheduler
 from composer.utils import dist
-from launch import ROOT, clean_env, free_port
+from conftest import EOS, documents
+from launch import ROOT, clean_env, free_port, ranks, tiny
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
@@ -94,6 +98,24 @@ def gradient_norm(batch: Any) -> float:
     model = Line()
     model.loss(model(batch), batch).backward()
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+
+
+# UnigramBaseline
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_the_baseline_counts_each_sample_once_on_any_number_of_ranks(n: int, mds_root: Path, tmp_path: Path) -> None:
+    """Where the samples do not divide, ranks have one twice: at the end of a batch, alone in one, or instead of any."""
+    cases = {'in a batch': (31, 8), 'alone': (25, 4), 'one sample': (1, 8)}
+    found = ranks(n, {name: ['yamls/quickstart.yaml', *tiny(
+        mds_root, 'max_duration=1ba', 'eval_interval=1ba', 'scheduler.t_warmup=1ba', f'eval_samples={samples}',
+        f'device_eval_batch_size={batch}')] for name, (samples, batch) in cases.items()}, tmp_path)
+    tokenizer = Tokenizer.from_file(str(mds_root / 'tokenizer' / 'tokenizer.json'))
+    for name, (samples, _) in cases.items():
+        rows = [[*tokenizer.encode(text).ids, tokenizer.token_to_id(EOS)][:32] for text in documents('val')[:samples]]
+        counts = Counter(token for row in rows for token in row[1:])
+        p = [count / counts.total() for count in counts.values()]
+        assert found[name]['unigram'] == pytest.approx(-sum(x * math.log(x) for x in p), rel=1e-12), name
 
 
 # NonFiniteGuard
@@ -403,15 +425,15 @@ def test_two_ranks_skip_the_same_batches_and_stop_after_the_same_one(tmp_path: P
     script = tmp_path / 'two_ranks.py'
     script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / 'tests')))
     port = str(free_port())
-    ranks = [subprocess.Popen([sys.executable, str(script), str(tmp_path / 'out')], text=True, stderr=subprocess.PIPE,
+    processes = [subprocess.Popen([sys.executable, str(script), str(tmp_path / 'out')], text=True, stderr=subprocess.PIPE,
                               env=clean_env(RANK=str(i), WORLD_SIZE='2', LOCAL_RANK=str(i), LOCAL_WORLD_SIZE='2', NODE_RANK='0',
                                             MASTER_ADDR='127.0.0.1', MASTER_PORT=port)) for i in range(2)]
     try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=120)[1] for rank in processes]
     finally:
-        for rank in ranks:
+        for rank in processes:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert [rank.returncode for rank in processes] == [0, 0], errors
     a, b = [json.loads((tmp_path / f'out{i}').read_text()) for i in range(2)]
     assert a == b
     assert a['changed'] == [True, False, False, True, True]

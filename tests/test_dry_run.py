@@ -99,7 +99,8 @@ def test_a_model_without_an_estimate_is_no_mistake(mds_root, capfd):
 
 MISTAKES = {
     'key': ['model.d_modle=3'],
-    'callback': ['callbacks.memory_snapshot.interval=soon'],
+    'callback': ['callbacks.speed_monitor.time_unit=parsecs'],
+    'a GPU': ['callbacks.memory_snapshot={}'],
     'logger': ['loggers.cometml={}'],
     'another logger': ['loggers.neptune={}'],
     'vocabulary': ['model.vocab_size=100'],
@@ -122,7 +123,8 @@ def test_mistakes_are_those_of_a_run(case, mds_root, capfd):
         said = capfd.readouterr().err
         messages.append(said[said.index('error: '):])
     assert messages[0] == messages[1]
-    named = {'callback': 'memory_snapshot', 'vocabulary': 'vocab_size', 'data': 'nowhere',
+    named = {'callback': 'speed_monitor', 'a GPU': 'callbacks.memory_snapshot: needs a GPU',
+             'vocabulary': 'vocab_size', 'data': 'nowhere',
              'flag': "'--dryrun' is not of the form key=value"}
     assert named.get(case, MISTAKES[case][0].split('=')[0].split('.')[-1]) in messages[1]
     assert 'Traceback' not in messages[1]

@@ -79,6 +79,8 @@ CHECKED = {
         'test_benchmark.py::test_a_sweep_has_a_row_for_each_combination',
     'python src/benchmark.py yamls/quickstart.yaml --profile --out benchmark.profile':
         'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
+    'composer main.py yamls/quickstart.yaml callbacks.profiler={} max_duration=20ba scheduler.t_warmup=1ba':
+        'test_builders.py::test_the_profiler_traces_the_active_batches_and_changes_no_loss',
     'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml --out benchmark.125m':
         'needs GPUs: test_benchmark.py::test_two_devices does it on CPUs',
     'python src/evaluate.py yamls/quickstart.yaml load_path=checkpoints/first/ep0-ba1200-rank0.pt':
@@ -90,7 +92,7 @@ CHECKED = {
     'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
         'test_estimate.py::test_one_yaml_is_a_report',
     'composer main.py yamls/quickstart.yaml --dry_run': 'test_dry_run.py::test_two_ranks_say_it_once',
-    'pip install "lm_eval[hf]==0.4.13"': 'network: by hand, then test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds',
+    'pip install "lm_eval[hf]==0.4.13"': 'network: .ci/run does it, in tests/requirements.txt',
     'lm_eval --model hf --model_args pretrained=./my-gpt --tasks hellaswag,lambada_openai --batch_size 8':
         'needs the hub: the tasks. test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds has one of its own',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
