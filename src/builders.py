@@ -5,6 +5,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Optional
@@ -130,6 +131,16 @@ class TorchProfiler(composer.profiler.TorchProfiler):
         self.profiler.step()
 
 
+class NoMarker(nullcontext):
+    """In place of Composer's marks of events, which nothing writes."""
+
+    def start(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 class Profiler(composer.profiler.Profiler):
     """Composer's, which writes torch's Chrome traces, one a rank and cycle, with `forward`, `loss` and `backward` in them.
 
@@ -158,6 +169,9 @@ class Profiler(composer.profiler.Profiler):
                                             profile_memory=profile_memory, with_stack=with_stack)
         self._callbacks = [self.torch_profiler]
         self._ranges: dict[str, torch.profiler.record_function] = {}
+
+    def marker(self, *args: Any, **kwargs: Any) -> Any:
+        return NoMarker()  # Composer's own fail where a resumed run drops batches that it has seen
 
     def init(self, state: State, logger: Logger) -> None:
         self.torch_profiler.folder = unused(self.torch_profiler.folder, state.run_name)

@@ -42,7 +42,7 @@ class StepCounters(Callback):
         if behind := int(state.timestamp.batch_in_epoch):
             self._reading = progress('reading up to the checkpoint', behind + 1, ' batches', delay=2)
 
-    def after_dataloader(self, state: State, logger: Logger) -> None:
+    def before_dataloader(self, state: State, logger: Logger) -> None:  # what is after it does not come for what is dropped
         if self._reading is not None:
             self._reading.update()
 
