@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from src import builders, config, rendezvous, sharding
 from src.batch_size import device_batch_size, microbatch_size
-from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters, TextSamples
+from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
 from src.causal_lm import ComposerCausalLM
 from src.checkpoint_writer import CheckpointWriter
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
@@ -39,6 +39,7 @@ from src.checks import check_save_folder, check_seq_len, run_name
 from src.data_c4 import build_c4_dataloader, get_num_tokens_in_batch
 from src.dry_run import check_plugins, config_text, rehearsal
 from src.errors import UserError, first_line
+from src.loggers import resume_wandb
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
 from src.report import environment, is_out_of_memory, log, log_to_stderr, out_of_memory, plan, summary
@@ -95,12 +96,13 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     asked = c
     if dry_run:
         log.info('%s', config_text(c))
-        check_plugins(c)
     if over or dry_run:
         c = c.model_copy(update={'loggers': {}, 'callbacks': {}, 'save_folder': None, 'log_to_console': False})
 
     # Model
     tokenizer = TOKENIZER_REGISTRY[c.tokenizer.name](c.tokenizer.tokenizer_name, c.tokenizer.max_seq_len)
+    if dry_run:
+        check_plugins(asked, tokenizer.tokenizer)
     model, parallelism = build_model(c, tokenizer, start, has_gpu)
     compile_config = c.compile_config.model_dump(exclude={'scope'}) if c.compile_config else None
     if c.compile_config and c.compile_config.scope == 'block':
@@ -125,14 +127,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         writer = CheckpointWriter(c.save_folder, c.save_interval, c.save_num_checkpoints_to_keep, start,
                                   model.described_by or c.model.model_dump(), c.tokenizer.tokenizer_name)
     if c.autoresume and c.save_folder and (name := run_name(c)):
-        c = c.model_copy(update={'loggers': builders.resume_wandb(c.loggers, name, c.save_folder)})
-    chosen = builders.build_all('callbacks', c.callbacks)
-    for callback in chosen:
-        if isinstance(callback, TextSamples):
-            callback.prepare(tokenizer.tokenizer, c.max_seq_len)
-            if c.eval_loader is None:
-                log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
-    profiler = next((cb for cb in chosen if isinstance(cb, builders.Profiler)), None)  # an argument of its own
+        c = c.model_copy(update={'loggers': resume_wandb(c.loggers, name, c.save_folder)})
+    chosen, profiler = builders.build_callbacks(c, tokenizer.tokenizer)
     with explained(start, c):
         trainer = Trainer(
             model=model,
@@ -141,8 +137,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
             schedulers=builders.build_scheduler(c.scheduler),
             algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
-            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *(cb for cb in chosen if cb is not profiler),
-                       *callbacks, *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
+            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *chosen, *callbacks,
+                       *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
             loggers=builders.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=microbatch,

@@ -26,13 +26,13 @@ def config_text(c: Config) -> str:
     return f'dry run: nothing is trained, saved or logged\nconfig:\n{_indented(text)}'
 
 
-def check_plugins(c: Config) -> None:
+def check_plugins(c: Config, tokenizer: Any) -> None:
     """Builds the callbacks and loggers, which a dry run leaves out, as far as that writes nothing.
 
     Raises:
         UserError: One of them cannot be built.
     """
-    builders.build_all('callbacks', c.callbacks)
+    builders.build_callbacks(c, tokenizer)
     builders.build_all('loggers', {name: kwargs for name, kwargs in c.loggers.items() if name not in MAKE_EXPERIMENTS})
     for name in MAKE_EXPERIMENTS:
         if c.loggers.get(name, False) is not False and importlib.util.find_spec(builders.PACKAGES[name]) is None:

@@ -22,11 +22,11 @@ if __name__ == '__main__':  # run as `python src/ladder.py`: import from the rep
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from src import plot_loss, processes
 from src.errors import UserError, positive
 from src.flops import train_flops_per_token
+from src.progress import progress
 from src.run_logs import EVAL, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +157,7 @@ def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int, overrides: Se
     waiting = sorted((rung for rung in rungs if rung.loss(out) is None), key=lambda rung: rung.flops)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     running: dict[Rung, subprocess.Popen[bytes]] = {}
-    bar = tqdm(total=sum(rung.tokens for rung in waiting), unit='tok', unit_scale=True, desc=f'{len(waiting)} models')
+    bar = progress(f'{len(waiting)} models', sum(rung.tokens for rung in waiting), ' tokens')
     done = dict.fromkeys(waiting, 0)
     try:
         while waiting or running:

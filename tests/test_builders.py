@@ -15,7 +15,7 @@ from composer.loggers import Logger
 from launch import ROOT, tiny
 
 import main
-from src import builders, config
+from src import builders, config, profiling
 from src.builders import DecoupledAdamW
 from src.errors import UserError
 from src.schema import OptimizerConfig, SchedulerConfig
@@ -176,16 +176,16 @@ def test_a_profiler_that_would_trace_nothing_is_refused(kwargs: dict[str, int], 
 
 def test_each_start_has_a_folder_of_its_own(tmp_path: Path) -> None:
     folder = f'{tmp_path}/{{run_name}}/torch_traces'
-    assert builders.unused(folder, 'a') == folder
+    assert profiling.unused(folder, 'a') == folder
     (tmp_path / 'a/torch_traces').mkdir(parents=True)
-    assert builders.unused(folder, 'a') == folder, 'it is empty'
+    assert profiling.unused(folder, 'a') == folder, 'it is empty'
     for name in ('torch_traces', 'torch_traces.2'):
         (tmp_path / 'a' / name).mkdir(exist_ok=True)
         (tmp_path / 'a' / name / 'rank0.7.memory_snapshot.pickle').touch()
-    assert builders.unused(folder, 'a') == f'{folder}.3' and builders.unused(folder, 'b') == folder
+    assert profiling.unused(folder, 'a') == f'{folder}.3' and profiling.unused(folder, 'b') == folder
 
 
-@pytest.mark.parametrize('plugin', [builders.MemorySnapshot, builders.OOMObserver])
+@pytest.mark.parametrize('plugin', [profiling.MemorySnapshot, profiling.OOMObserver])
 def test_what_records_memory_writes_into_a_folder_of_each_start(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a model that is not on a CPU, so far as this machine can tell."""
     monkeypatch.setattr(torch.cuda.memory, '_record_memory_history', lambda *args, **kwargs: None)

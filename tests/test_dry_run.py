@@ -101,6 +101,8 @@ MISTAKES = {
     'key': ['model.d_modle=3'],
     'callback': ['callbacks.speed_monitor.time_unit=parsecs'],
     'a GPU': ['callbacks.memory_snapshot={}'],
+    'prompts': ['callbacks.text_samples={prompts: [""]}'],
+    'a long prompt': ['callbacks.text_samples={prompts: ["' + 'word ' * 300 + '"]}'],
     'logger': ['loggers.cometml={}'],
     'another logger': ['loggers.neptune={}'],
     'vocabulary': ['model.vocab_size=100'],
@@ -123,7 +125,7 @@ def test_mistakes_are_those_of_a_run(case, mds_root, capfd):
         said = capfd.readouterr().err
         messages.append(said[said.index('error: '):])
     assert messages[0] == messages[1]
-    named = {'callback': 'speed_monitor', 'a GPU': 'callbacks.memory_snapshot: needs a GPU',
+    named = {'callback': 'speed_monitor', 'prompts': 'callbacks.text_samples: prompts', 'a long prompt': 'leave room for more', 'a GPU': 'callbacks.memory_snapshot: needs a GPU',
              'vocabulary': 'vocab_size', 'data': 'nowhere',
              'flag': "'--dryrun' is not of the form key=value"}
     assert named.get(case, MISTAKES[case][0].split('=')[0].split('.')[-1]) in messages[1]

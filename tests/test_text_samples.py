@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 import main
 from src import builders, config
-from src.callbacks import TextSamples
 from src.errors import UserError
 from src.mosaic_gpt import MosaicGPT
 from src.run_logs import EVAL, TRAIN, Run, read_run
+from src.text_samples import TextSamples
 
 QUICKSTART = 'yamls/quickstart.yaml'
 PROMPTS = ['The river', 'A letter was written slowly by the']
