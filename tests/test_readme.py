@@ -88,6 +88,7 @@ CHECKED = {
     'composer src/evaluate.py yamls/mosaic_gpt/125m.yaml load_path=s3://my-bucket/first/ep0-ba4800-rank0.pt --out val.json':
         'needs GPUs, a bucket: test_evaluate.py::test_every_sample_counts_once_on_any_number_of_ranks does it on CPUs',
     'python src/memory.py yamls/mosaic_gpt/1b.yaml --devices 8': 'test_memory.py::test_the_command_line',
+    'python src/ladder.py': 'test_ladder.py::test_a_ladder_is_stopped_and_goes_on',
     'python src/estimate.py': 'test_estimate.py::test_it_starts_fast_and_a_mistake_is_one_message',
     'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
         'test_estimate.py::test_one_yaml_is_a_report',
