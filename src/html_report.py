@@ -26,8 +26,8 @@ STYLE: dict[str, Any] = {
     **dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color'), INK),
     **dict.fromkeys(('figure.facecolor', 'axes.facecolor', 'savefig.facecolor'), 'none'),
     'svg.fonttype': 'none', 'font.size': 9}
-CURVES = {'learning rate': 'lr-', 'tokens per second': 'throughput/tokens_per_sec', 'gradient norm, before clipping':
-          'trainer/grad_norm', 'MFU': 'throughput/device/mfu'}
+CURVES = {'learning rate': 'lr-', 'tokens per second': 'throughput/tokens_per_sec', 'gradient norm': 'trainer/grad_norm',
+          'MFU': 'throughput/device/mfu'}
 THROUGHPUT = ('throughput/tokens_per_sec', 'throughput/device/tokens_per_sec', 'throughput/batches_per_sec',
               'throughput/device/flops_per_sec', 'throughput/device/mfu')
 
