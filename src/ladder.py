@@ -1,4 +1,4 @@
-"""A ladder of models: `python src/ladder.py [--out ./ladder] [--sizes 64x2 80x3 ...] [--jobs 2] [key=value ...]`.
+"""A ladder of models: `python src/ladder.py [--out ./ladder] [--sizes 64x2 80x3 ...] [--jobs 2]`.
 
 Trains each size on about 20 tokens a parameter (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) of the sample, fits a
 power law to loss against compute, and holds each size's loss against what the smaller ones predict. The same command goes on
@@ -6,7 +6,6 @@ with a ladder that was stopped.
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -86,32 +85,39 @@ class Rung(NamedTuple):
 # ---------------------------------------------------------------- the power law
 
 
-def fit(flops: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """Scale and exponent of `loss = scale * flops ** -exponent`, by least squares of the logarithms.
+def fit(flops: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:
+    """Floor, scale and exponent of `loss = floor + scale * flops ** -exponent`.
 
-    The form of Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361) for the best loss at a given compute. It has no
-    irreducible loss: a few points over two orders of magnitude do not tell one from the exponent.
+    The form of Henighan et al. 2020 (https://arxiv.org/abs/2010.14701) for the best loss at a given compute. Of 1000 floors from
+    0 to the lowest loss the one whose power law, fitted to the logarithms of what is above it, comes nearest to the losses.
+    Three numbers take three points to fit, and more to tell anything.
     """
-    slope, intercept = np.polyfit(np.log(flops), np.log(losses), 1)
-    return float(np.exp(intercept)), -float(slope)
+    x, y = np.log(flops), np.asarray(losses)
+
+    def law(floor: float) -> tuple[float, float, float, float]:
+        slope, intercept = np.polyfit(x, np.log(y - floor), 1)
+        error = np.square(np.log(floor + np.exp(intercept + slope * x)) - np.log(y)).sum()
+        return float(error), float(floor), float(np.exp(intercept)), -float(slope)
+
+    return min(map(law, np.linspace(0, y.min(), 1000, endpoint=False)))[1:]
 
 
 def table(rungs: Sequence[Rung], losses: Sequence[float]) -> str:
-    """Each size with its loss and, from the third on, what the sizes before it predict; then the law over all of them."""
+    """Each size with its loss and, from the fourth on, what the sizes before it predict; then the law over all of them."""
     lines = [f'{"width x layers":>14} {"parameters":>11} {"tokens":>12} {"FLOPs":>9} {"loss":>7}   predicted by the smaller ones']
     flops = [rung.flops for rung in rungs]
     for i, (rung, loss) in enumerate(zip(rungs, losses, strict=True)):
         predicted = ''
-        if i > 1:
-            scale, exponent = fit(flops[:i], losses[:i])
-            guess = scale * flops[i] ** -exponent
+        if i > 2:
+            floor, scale, exponent = fit(flops[:i], losses[:i])
+            guess = floor + scale * flops[i] ** -exponent
             predicted = f'   {guess:.4f} ({guess / loss - 1:+.1%})'
         lines.append(f'{f"{rung.d_model} x {rung.n_layers}":>14} {rung.n_params:>11,} {rung.tokens:>12,} {rung.flops:>9.2e} '
                      f'{loss:>7.4f}{predicted}')
-    if len(rungs) > 1:
-        scale, exponent = fit(flops, losses)
-        lines.append(f'loss = {scale * 1e12 ** -exponent:.3f} * (FLOPs / 1e12) ** -{exponent:.4f}; at ten times the FLOPs of '
-                     f'the largest {scale * (10 * flops[-1]) ** -exponent:.3f}')
+    if len(rungs) > 2:
+        floor, scale, exponent = fit(flops, losses)
+        lines.append(f'loss = {floor:.3f} + {scale * 1e12 ** -exponent:.3f} * (FLOPs / 1e12) ** -{exponent:.4f}; at ten times '
+                     f'the FLOPs of the largest {floor + scale * (10 * flops[-1]) ** -exponent:.3f}')
     return '\n'.join(lines)
 
 
@@ -129,15 +135,6 @@ def prepare(out: Path) -> Path:
     return data
 
 
-def check_overrides(out: Path, overrides: Sequence[str]) -> None:
-    """Raises a UserError if the runs in `out` have other settings."""
-    written = out / 'overrides.json'
-    before = json.loads(written.read_text()) if written.exists() else list(overrides)
-    if before != list(overrides):
-        raise UserError(f'--out: the models in {out} have the settings {before}, not {list(overrides)}; name another folder')
-    written.write_text(json.dumps(before))
-
-
 def tail(path: Path) -> str:
     return '\n'.join(path.read_text(errors='replace').splitlines()[-12:])
 
@@ -148,7 +145,7 @@ def trained_batches(path: Path) -> int:
     return int(found) if found.isdigit() else 0
 
 
-def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int, overrides: Sequence[str]) -> None:
+def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
     """Trains what is not finished, the largest first, `jobs` at a time with as many threads each as there are cores for it.
 
     Raises:
@@ -163,10 +160,10 @@ def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int, overrides: Se
         while waiting or running:
             while waiting and len(running) < jobs:
                 rung = waiting.pop()
-                with (out / f'{rung.name}.log').open('wb') as log:
+                with (out / f'{rung.name}.log').open('ab') as log:
                     running[rung] = subprocess.Popen(
-                        [sys.executable, 'main.py', *rung.arguments(data, out), *overrides], cwd=ROOT, stdout=log,
-                        stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+                        [sys.executable, 'main.py', *rung.arguments(data, out)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                        env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
                         preexec_fn=processes.stop_with_parent)
             time.sleep(1)
             for rung, process in list(running.items()):
@@ -194,27 +191,37 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(layers)
 
 
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f'{text} is not a number above 0')
+    return float(text)
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('overrides', nargs='*', metavar='key=value', help='as for main.py, for each run')
     add('--out', type=Path, default='./ladder', help='folder of data, logs and checkpoints; default: %(default)s')
     add('--sizes', nargs='+', type=parse_size, default=[parse_size(size) for size in SIZES], metavar='WIDTHxLAYERS',
         help=f'default: {" ".join(SIZES)}')
-    add('--tokens_per_parameter', type=float, default=20.0, metavar='N', help='default: %(default)g')
+    add('--tokens_per_parameter', type=above_zero, default=20.0, metavar='N', help='default: %(default)g')
     add('--jobs', type=positive, default=1 if torch.cuda.is_available() else 2, metavar='N',
         help='runs at a time; default: %(default)s')
-    return parser.parse_intermixed_args(argv)
+    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'--out: {out} cannot be made: {e.strerror}') from None
     rungs = sorted({Rung(width, layers, args.tokens_per_parameter) for width, layers in args.sizes}, key=lambda r: r.flops)
-    check_overrides(out, args.overrides)
-    climb(rungs, prepare(out), out, args.jobs, args.overrides)
-    losses = [loss for rung in rungs if (loss := rung.loss(out)) is not None]
-    print(table(rungs, losses))
+    climb(rungs, prepare(out), out, args.jobs)
+    losses = {rung: rung.loss(out) for rung in rungs}
+    for rung in [rung for rung, loss in losses.items() if loss is None]:  # killed after its last save
+        raise UserError(f'{rung.name}: has ended without its last evaluation; delete {out}/checkpoints/{rung.name} and '
+                        f'{out}/runs/{rung.name}, and give the same command again')
+    print(table(rungs, [loss for loss in losses.values() if loss is not None]))
     runs = [read_run(str(out / 'runs' / rung.name)) for rung in rungs]
     for theme in ('light', 'dark'):
         picture = str(out / f'loss-curve-{theme}.png')
@@ -229,4 +236,5 @@ if __name__ == '__main__':
     except UserError as e:
         sys.exit(f'error: {e}')
     except KeyboardInterrupt:
-        sys.exit('stopped; the same command goes on')
+        print('stopped; the same command goes on', file=sys.stderr)
+        sys.exit(processes.EXIT_STOPPED)

@@ -42,6 +42,9 @@ class FileLogger(loggers.FileLogger):
 
     def init(self, state: State, logger: Logger) -> None:
         stem, ending = os.path.splitext(self.filename_format)
+        if dist.get_global_rank() and '{rank}' not in self.filename_format:  # or it would write into rank 0's
+            stem += '-rank{rank}'
+            self.filename_format = stem + ending
         start = 1
         while os.path.exists(format_name_with_dist(self.filename_format, state.run_name)):
             start += 1

@@ -61,7 +61,7 @@ def draw(runs: list[Run], x: str = 'tokens', y: str = 'both', log: bool = False,
     if log and not any((np.concatenate([c.x, c.eval_x]) > 0).any() for c in curves):
         raise UserError(f'{", ".join(run.name for run in runs)}: no point with {x} above 0, so none on a logarithmic axis')
     for i, (run, c) in enumerate(zip(runs, curves)):
-        name = run.name.replace('$', r'\$')
+        name = (' ' if run.name.startswith('_') else '') + run.name.replace('$', r'\$')  # matplotlib hides what begins with _
         color = f'C{i}'
         if y != 'eval':
             if smooth > 1:
@@ -121,6 +121,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _read(paths: list[str]) -> list[Run]:
+    """Of several, one that has logged nothing is said and left out; unless none is left."""
+    runs, said = [], []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except UserError as e:
+            if not Path(path).exists():
+                raise
+            said.append(str(e))
+    if not runs:
+        raise UserError('\n'.join(said))
+    for text in said:
+        print(f'left out: {text}', file=sys.stderr)
+    return runs
+
+
 def main(args: argparse.Namespace) -> None:
     """Draws, writes, and says what.
 
@@ -132,10 +149,14 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f'--out: {out}; its ending says the format: {", ".join(FORMATS)}')
     if args.envelope and args.x != 'flops':
         raise UserError(f'--envelope: is of compute, and --x is {args.x}; add --x flops')
-    runs = list({run.files: run for run in map(read_run, args.runs)}.values())  # a run's starts may each have been named
+    if args.html and not args.out and (args.envelope or args.theme != 'light'):
+        raise UserError('--envelope, --theme: are of the picture, which --html writes only with --out FILE beside it')
+    runs = list({run.files: run for run in _read(args.runs)}.values())  # a run's starts may each have been named
     names = [run.name for run in runs]
     runs = [run if names.count(run.name) == 1 else run._replace(name=f'{run.files[0].parent.parent.name}/{run.name}')
             for run in runs]
+    names = [run.name for run in runs]
+    runs = [run if names.count(run.name) == 1 else run._replace(name=f'{run.name}-{i}') for i, run in enumerate(runs, 1)]
     if out:
         for theme in ('light', 'dark') if args.theme == 'both' else (args.theme,):
             file = str(out.with_name(f'{out.stem}-{theme}{out.suffix}') if args.theme == 'both' else out)

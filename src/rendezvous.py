@@ -92,7 +92,7 @@ def _meet(timeout: float, deadline: float) -> Any:
         arrived = {r.rank for r in ranks}
         absent = [str(n) for n in sorted({r // int(env['LOCAL_WORLD_SIZE']) for r in set(range(world)) - arrived})]
         store.compare_set('meet/verdict', '', f'{len(arrived)} of {world} ranks (WORLD_SIZE) joined at {address}:{port} within '
-                          f'dist_timeout, {timeout:g} s: {places(ranks, ranks)}; missing are ranks of node '
+                          f'dist_timeout, {timeout:g} s: {places(ranks, sorted(ranks))}; missing are ranks of node '
                           f'{", ".join(absent[:8])}{" and more" * (len(absent) > 8)}; {CHECK}')
     verdict = store.get('meet/verdict').decode()
     read = store.add('meet/read', 1)

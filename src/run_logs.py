@@ -39,6 +39,7 @@ def read_run(path: str) -> Run:
     Raises:
         UserError: There is no such path, no log, more than one run, or no training loss.
     """
+    path = str(Path(path).resolve()) if Path(path).is_symlink() else path  # such as W&B's latest-run
     if not Path(path).exists():
         raise UserError(f'{path}: no such file or folder; a run logs to loggers.tensorboard.log_dir or loggers.file.filename')
     kinds = ((_tensorboard_files, _tensorboard), (_wandb_files, _wandb), (_log_files, _log_file))
@@ -74,7 +75,8 @@ def _joined(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[
                 for later in [b for b in values if b > batch]:
                     del values[later]
         if isinstance(value, list):
-            samples[batch] = [{key: str(row.get(key, '')) for key in ('prompt', 'text')} for row in value]
+            if name == TEXTS:
+                samples[batch] = [{key: str(row.get(key, '')) for key in ('prompt', 'text')} for row in value]
         else:
             scalars.setdefault(name, {})[batch] = value
     return {name: dict(sorted(values.items())) for name, values in scalars.items()}, hparams, dict(sorted(samples.items()))
@@ -185,10 +187,12 @@ LINE = re.compile(r'\[(?P<kind>metric|hyperparameter|table)\](?:\[batch=(?P<batc
 
 
 def _parts(file: Path) -> tuple[str, int]:
-    """The file of the first start, and the number of this one."""
+    """The file of the first start, if that is there, and the number of this one."""
     match = START.fullmatch(file.name)
     assert match
-    return str(file.with_name(match['stem'] + (match['ending'] or ''))), int(match['start'] or 1)
+    first = file.with_name(match['stem'] + (match['ending'] or ''))
+    start = int(match['start'] or 1)
+    return (str(first), start) if start > 1 and first.exists() else (str(file), 1)
 
 
 def _log_files(path: Path) -> dict[str, list[Path]]:
@@ -196,11 +200,17 @@ def _log_files(path: Path) -> dict[str, list[Path]]:
     runs: dict[str, list[tuple[int, Path]]] = {}
     for file in near:
         if file.is_file() and (path.is_dir() or _parts(file)[0] == _parts(path)[0]):
-            with open(file, 'rb') as opened:
-                if re.match(rb'\[(metric|hyperparameter|table|trace|stdout|stderr)\]', opened.read(40)):
-                    first, start = _parts(file)
-                    if path.is_file() or not re.search(r'rank[1-9]', file.name):  # all ranks log the same
-                        runs.setdefault(first, []).append((start, file))
+            try:
+                with open(file, 'rb') as opened:
+                    begins = opened.read(40)
+            except OSError as e:
+                if path.is_dir():
+                    continue
+                raise UserError(f'{file}: cannot be read: {e.strerror}') from None
+            if re.match(rb'\[(metric|hyperparameter|table|trace|stdout|stderr)\]', begins):
+                first, start = _parts(file)
+                if path.is_file() or not re.search(r'rank[1-9]', file.name):  # all ranks log the same
+                    runs.setdefault(first, []).append((start, file))
     if len(runs) == 1 and path.is_dir():
         runs = {str(path): next(iter(runs.values()))}
     return {first: [file for _, file in sorted(starts)] for first, starts in runs.items()}

@@ -87,7 +87,8 @@ def test_builders_by_name():
 
 @pytest.mark.parametrize('name', list(builders.CALLBACKS))
 def test_every_callback_builds_with_its_defaults(name):
-    kwargs = {'early_stopper': {'monitor': 'loss', 'dataloader_label': 'eval'}}.get(name, {})
+    needed = {'early_stopper': {'monitor': 'loss', 'dataloader_label': 'eval'}, 'text_samples': {'prompts': ['The']}}
+    kwargs = needed.get(name, {})
     assert isinstance(builders.build_all('callbacks', {name: kwargs})[0], builders.CALLBACKS[name])
 
 
@@ -146,7 +147,7 @@ def test_the_profiler_traces_the_active_batches_and_changes_no_loss(
         seen = events(folder / 'tiny' / f'rank0.{last}.pt.trace.json')
         assert {name for name in seen if name.startswith('ProfilerStep')} == {f'ProfilerStep#{i}' for i in steps}
         assert (seen['forward'], seen['loss'], seen['backward']) == (4, 4, 4), 'two microbatches in each of two batches'
-        assert seen['Optimizer.step#DecoupledAdamW.step'] == 2
+        assert seen['Optimizer.step#DecoupledAdamW.step'] in (2, 4), 'twice where torch has hooked AdamW.step, too'
         assert seen['aten::addmm'] >= 4 * 2 * 4, 'four linear layers in each of two blocks'
     assert len(list(folder.rglob('*'))) == 3
 
@@ -198,3 +199,15 @@ def test_what_records_memory_writes_into_a_folder_of_each_start(plugin: Any, tmp
         (Path(callback.folder_name) / 'file').touch()
     with pytest.raises(FileExistsError):
         plugin.__mro__[1](folder=f'{tmp_path}/{{run_name}}').init(state, Logger(state))
+
+
+@pytest.mark.parametrize(('rank', 'name', 'file'), [(0, 'log.txt', 'log.2.txt'), (1, 'log.txt', 'log-rank1.txt'),
+                                                    (1, 'log-{rank}.txt', 'log-1.txt')])
+def test_each_rank_has_a_log_of_its_own(rank: int, name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`log.2.txt` is rank 0's second start, never another rank."""
+    (tmp_path / 'log.txt').touch()
+    monkeypatch.setenv('RANK', str(rank))
+    logger = builders.LOGGERS['file'](filename=f'{tmp_path}/{name}', capture_stdout=False, capture_stderr=False)
+    logger.init(SimpleNamespace(run_name='a'), None)
+    assert (tmp_path / file).exists()
+    logger.file.close()

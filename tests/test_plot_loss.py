@@ -263,3 +263,54 @@ def test_runs_of_one_name_are_told_apart(run, tmp_path, capsys):
 def test_mistakes_of_the_command_line(run, tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
         plot(run, *(arg.format(tmp=tmp_path) for arg in argv))
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def a_log(path: Path, loss: float) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(f'[metric][batch={i}]: {TOKENS}: {i}\n[metric][batch={i}]: {TRAIN}: {loss}\n' for i in range(3)))
+    return path
+
+
+def test_runs_of_one_name_keep_apart(tmp_path, capsys):
+    first, second = a_log(tmp_path / 'x/a/log.txt', 4.0), a_log(tmp_path / 'x/b/log.txt', 5.0)
+    plot(first, second, '--html', tmp_path / 'pages')
+    assert len(list((tmp_path / 'pages').iterdir())) == 2
+    assert capsys.readouterr().out.count('report of') == 2
+
+
+def test_numbered_logs_without_a_first_are_runs_of_their_own(tmp_path):
+    logs = [a_log(tmp_path / f'seed.{i}.txt', i) for i in (1, 2)]
+    assert [read_run(str(log)).scalars[TRAIN][0] for log in logs] == [1, 2]
+    a_log(tmp_path / 'seed.txt', 3)
+    assert [file.name for file in read_run(str(logs[1])).files] == ['seed.txt', 'seed.2.txt'], 'its second start'
+
+
+def test_of_several_runs_one_that_cannot_be_drawn_is_left_out(tmp_path, capsys):
+    good, died = a_log(tmp_path / 'good.txt', 4.0), tmp_path / 'died.txt'
+    died.write_text(f'[metric][batch=0]: {DEVICES}: 1\n')
+    plot(good, died, '--out', tmp_path / 'loss.png')
+    said = capsys.readouterr()
+    assert 'loss of good\n' in said.out and said.err.startswith(f'left out: {died}: has no {TRAIN}')
+    with pytest.raises(UserError, match='has no loss/train/total'):
+        plot(died, '--out', tmp_path / 'loss.png')
+
+
+def test_other_tables_are_no_samples(tmp_path):
+    log = a_log(tmp_path / 'log.txt', 4.0)
+    with open(log, 'a') as file:
+        file.write('[table][batch=1]: text_samples: [{"prompt": "a", "text": "b"}]\n[table][batch=1]: other: [[1, 2]]\n')
+    assert read_run(str(log)).samples == {1: [{'prompt': 'a', 'text': 'b'}]}
+
+
+def test_a_link_to_a_run_is_the_run(tmp_path):
+    a_log(tmp_path / 'one/log.txt', 4.0)
+    (tmp_path / 'latest-run').symlink_to(tmp_path / 'one')
+    assert read_run(str(tmp_path / 'latest-run')).name == 'one'
+
+
+def test_what_html_alone_does_not_draw_is_refused(tmp_path):
+    with pytest.raises(UserError, match='--envelope, --theme: .* only with --out FILE'):
+        plot(a_log(tmp_path / 'log.txt', 4.0), '--html', tmp_path, '--theme', 'dark')

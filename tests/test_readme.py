@@ -24,7 +24,20 @@ from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import benchmark, builders, config, estimate, evaluate, export_hf, generate, memory, plot_loss, processes, report
+from src import (
+    benchmark,
+    builders,
+    config,
+    estimate,
+    evaluate,
+    export_hf,
+    generate,
+    ladder,
+    memory,
+    plot_loss,
+    processes,
+    report,
+)
 from src.attention import Documents, torch_attention
 from src.data_c4 import parse_args
 from src.errors import UserError
@@ -217,6 +230,8 @@ def test_its_arguments_are_valid(command: str):
         generate.check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     elif argv[:1] == ['src/plot_loss.py']:
         plot_loss.parse_args(argv[1:])
+    elif argv[:1] == ['src/ladder.py']:
+        ladder.parse_args(argv[1:])
     elif program in ('composer', 'torchrun'):
         start = argv.index('main.py')
         launcher, (_, file, *overrides) = argv[:start], [arg for arg in argv[start:] if arg != '--dry_run']
@@ -585,6 +600,10 @@ def test_symptoms_in_the_troubleshooting_table_are_the_codes():
     assert len(keys) > 10
     for key in keys:  # a setting that is not there is a KeyError
         section = Config
+        if key.partition('.')[0] in builders.REGISTRIES:
+            part, name = key.split('.')
+            assert name in builders.REGISTRIES[part]
+            continue
         for name in key.split('.'):
             kinds = typing.get_args(section.model_fields[name].annotation) or (section.model_fields[name].annotation,)
             section = next((kind for kind in kinds if hasattr(kind, 'model_fields')), None)
