@@ -206,7 +206,7 @@ def test_what_records_memory_writes_into_a_folder_of_each_start(plugin: Any, tmp
 def test_each_rank_has_a_log_of_its_own(rank: int, name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`log.2.txt` is rank 0's second start, never another rank."""
     (tmp_path / 'log.txt').touch()
-    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setattr('composer.utils.dist.get_global_rank', lambda: rank)
     logger = builders.LOGGERS['file'](filename=f'{tmp_path}/{name}', capture_stdout=False, capture_stderr=False)
     logger.init(SimpleNamespace(run_name='a'), None)
     assert (tmp_path / file).exists()
