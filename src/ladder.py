@@ -163,7 +163,7 @@ def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
                 with (out / f'{rung.name}.log').open('ab') as log:
                     running[rung] = subprocess.Popen(
                         [sys.executable, 'main.py', *rung.arguments(data, out)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                        env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+                        env={**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'},
                         preexec_fn=processes.stop_with_parent)
             time.sleep(1)
             for rung, process in list(running.items()):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional, Union
 from urllib.request import urlopen
@@ -405,7 +406,8 @@ def test_20_kills_at_random_moments(big: Path, big_whole: dict[str, bytes], tmp_
                 time.sleep(rng.uniform(0, 0.8))
             else:
                 time.sleep(rng.uniform(0, 8))
-            (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have come to its end before
+                (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
             process.communicate()
         assert group_is_gone(process.pid), 'no worker outlives its parent'
         reached.append(len(list(out.glob('train/[0-9]*'))))

@@ -51,10 +51,17 @@ def below(pid: int) -> list[int]:
     return family
 
 
+def is_rank(pid: int) -> bool:
+    """And not a helper that a library has started, such as inductor's pool."""
+    with contextlib.suppress(OSError):
+        return b'\0main.py\0' in Path(f'/proc/{pid}/cmdline').read_bytes()
+    return False
+
+
 def kill_one(launcher: subprocess.Popen, rng: random.Random) -> str:
     """Kills the launcher, or one of its ranks; returns once all of them are gone."""
     family = below(launcher.pid)
-    ranks = [pid for pid, parent in parents().items() if parent == launcher.pid]
+    ranks = [pid for pid, parent in parents().items() if parent == launcher.pid and is_rank(pid)]
     victim = rng.choice([launcher.pid, *ranks])
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)

@@ -315,7 +315,7 @@ def test_a_rank_that_stands_still_ends_the_run_in_time(mds_root):
         lines.append(line)
         if line.startswith('[batch=20/'):
             break
-    children = subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True)
+    children = subprocess.run(['pgrep', '-P', str(run.pid), '-f', ' main.py '], capture_output=True, text=True)
     ranks = [int(pid) for pid in children.stdout.split()]
     assert len(ranks) == 2, ''.join(lines)
     os.kill(max(ranks), signal.SIGSTOP)
