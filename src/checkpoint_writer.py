@@ -78,7 +78,7 @@ class CheckpointWriter(Callback):
         Path(self.local).mkdir(parents=True, exist_ok=True)
         dist.barrier()
 
-    def fit_start(self, state: State, logger: Logger) -> None:
+    def after_load(self, state: State, logger: Logger) -> None:
         later: list[Any] = [None]
         if dist.get_global_rank() == 0:
             later = [[m.name for m in manifests(self.folder) if m.batch > int(state.timestamp.batch) and m.is_whole(self.folder)]]

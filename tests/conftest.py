@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -30,6 +31,7 @@ WORDS = """the a of and to in is was that for it with on as by at from river mou
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker('timeout') is None)  # the longest first, with the others beside them
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('gpu'):
@@ -110,9 +112,9 @@ def tokens_root(mds_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of an S3 server on this machine, with an empty `bucket`."""
+@contextmanager
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of an S3 server on this machine, with an empty `bucket`; programs that are started meanwhile find it too."""
     import boto3
     from moto.server import ThreadedMotoServer
     for key, value in (('AWS_ACCESS_KEY_ID', 'none'), ('AWS_SECRET_ACCESS_KEY', 'none'), ('AWS_DEFAULT_REGION', 'us-east-1')):
@@ -126,6 +128,13 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield client
     urlopen(f'{url}/moto-api/reset', data=b'')  # the next server in this process would still have the bucket
     server.stop()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """As `s3_server`, for one test."""
+    with s3_server(monkeypatch) as client:
+        yield client
 
 
 def orphans(pattern: str = r'\d{6}_[a-z_]+') -> set[str]:

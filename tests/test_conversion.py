@@ -394,6 +394,7 @@ def test_stopped_in_parallel_then_run_again(how: str, status: int, says: str, bi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_20_kills_at_random_moments(big: Path, big_whole: dict[str, bytes], tmp_path: Path) -> None:
     rng, ends, reached = random.Random(3), 0, []
     out = tmp_path / 'out0'

@@ -88,6 +88,7 @@ def test_a_model_that_ended_without_its_last_evaluation_is_named(tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_ladder_is_stopped_and_goes_on(tmp_path):
     command = [sys.executable, 'src/ladder.py', '--out', str(tmp_path), '--sizes', '16x1', '32x1', '48x1',
                '--tokens_per_parameter', '10']

@@ -316,6 +316,30 @@ def test_two_hosts_train_as_one_rank_does(two_hosts, mds_root, one_rank, by_argu
     assert list(map(float, losses.values())) == pytest.approx(one_rank, abs=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('shared', [True, False], ids=['shared', 'each its own'])
+def test_checkpoints_go_to_a_folder_that_all_nodes_share(mds_root, tmp_path, shared):
+    if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
+        pytest.skip('needs the right to make a mount namespace: two nodes have a /dev/shm each')
+    folder, port = tmp_path / 'saves', str(free_port())
+    folder.mkdir()
+    own = [] if shared else ['sh', '-c', 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folder)]
+    argv = ['main.py', QUICKSTART, *tiny(mds_root, *SHORT, f'save_folder={folder}', 'save_interval=4ba', 'dist_timeout=60')]
+    address = ['--master_addr', '127.0.0.1', '--master_port', port, '--world_size', '2', '-n', '1']
+    running = [start([*NODE, *own, str(SCRIPTS / 'composer'), *address, '--node_rank', n, *argv]) for n in '01']
+    texts = outputs(running)
+    print(*texts)
+    said = [text.count(f'save_folder: {folder} on node 1 is not the folder of node 0; name one that all nodes share')
+            for text in texts]
+    assert 'Traceback' not in texts[0] + texts[1]
+    if shared:
+        assert ([node.returncode for node in running], said) == ([0, 0], [0, 0])
+        assert sorted(path.name for path in folder.iterdir()) == ['ep0-ba4-rank0.pt', 'ep0-ba4.json']
+    else:
+        assert all(node.returncode for node in running) and said == [1, 1], 'node 1 says what node 0 does'
+        assert 'Eval batch' not in texts[0], 'before anything is computed'
+
+
 # ---------------------------------------------------------------- other launchers
 
 

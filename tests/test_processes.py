@@ -307,7 +307,8 @@ class Launched:
 @pytest.mark.parametrize('culprit', [0, 1])
 def test_the_failure_of_one_rank_ends_all_and_is_shown_on_the_terminal(start, tmp_path: Path, culprit: int) -> None:
     run = Launched(start, tmp_path, CRASH.format(culprit=culprit))
-    assert run.codes(5) == [1, 1]
+    # The launcher's SIGTERM may find a rank past its `with`, on the way out with its own 1.
+    assert (codes := run.codes(5)) in ([1, 1], [1, -signal.SIGTERM], [-signal.SIGTERM, 1]), codes
     texts = run.texts()
     who = f'rank {culprit} on node 0 ({HOST})'
     line = f'{who} failed: ValueError: boom; this rank ({1 - culprit} on node 0) stops\n'
@@ -333,8 +334,7 @@ def test_a_killed_rank_ends_the_others(start, tmp_path: Path, culprit: int, node
         if i == culprit:
             assert code == -signal.SIGKILL
             continue
-        # The launcher's SIGTERM may find a rank past its `with`, on the way out with its own 1.
-        assert code in (1, -signal.SIGTERM)
+        assert code in (1, -signal.SIGTERM), 'see above'
         assert f'rank {culprit} on node {node_of[culprit]} (' in text and ') failed: its process ' in text
         assert f'; this rank ({i} on node {node_of[i]}) stops\n' in text
         assert 'Traceback' not in text

@@ -100,6 +100,7 @@ def test_logs_go_on_across_starts(mds_root, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
     """SIGTERM to the launcher, Ctrl-C to the group, SIGTERM to the ranks alone; each start goes on from the one before."""
     argv = tiny(tokens_root, 'run_name=one', 'autoresume=true', 'save_interval=1000ba', 'eval_loader=null', 'max_duration=160ba',

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from conftest import s3_server
 from launch import ranks, tiny
 
 FSDP = 'fsdp_config.sharding_strategy'
@@ -48,7 +49,10 @@ def runs(tokens_root, mds_root, tmp_path_factory):
               'text': argv(mds_root, 'global_train_batch_size=12', f'{FSDP}=FULL_SHARD')}
     sharded = argv(tokens_root, f'{FSDP}=FULL_SHARD', 'fsdp_config.state_dict_type=sharded', 'save_interval=10ba', 'run_name=one',
                    'save_num_checkpoints_to_keep=-1')
-    loads = {'loads': [*sharded, f'load_path={folder}/saves/ep0-ba10']}
+    loads = {'loads': [*sharded, f'load_path={folder}/saves/ep0-ba10'],
+             'loads from s3': [*sharded, 'load_path=s3://bucket/runs/one/ep0-ba10']}
+    saves = {'saves': [*sharded, f'save_folder={folder}/saves'],
+             'saves to s3': [*sharded, 'save_folder=s3://bucket/runs/{run_name}']}
 
     @cache
     def on(n: int):
@@ -57,10 +61,11 @@ def runs(tokens_root, mds_root, tmp_path_factory):
             on(2)  # whose shards are loaded
             return ranks(1, {'one': argv(tokens_root), 'full shard': held['full shard'], **shared, **loads}, folder)
         if n == 2:
-            return ranks(2, {**held, **shared, 'saves': [*sharded, f'save_folder={folder}/saves']}, folder)
+            return ranks(2, {**held, **shared, **saves}, folder)
         on(2)
         return ranks(n, {**held, **shared, **loads}, folder)
-    return on
+    with pytest.MonkeyPatch.context() as env, s3_server(env):
+        yield on
 
 
 pytestmark = pytest.mark.slow
@@ -92,11 +97,13 @@ def test_one_device_sharded_is_one_device(runs):
     close(runs(1)['full shard'], runs(1)['one'])
 
 
+@pytest.mark.parametrize('place', ['', ' s3'], ids=['folder', 's3'])
 @pytest.mark.parametrize('n', [1, 4])
-def test_what_two_ranks_saved_in_shards_loads_on_other_numbers(runs, n):
-    close(runs(2)['saves'], runs(1)['one'])
-    close(runs(n)['loads'], runs(1)['one'], start=10)
-    assert runs(n)['loads']['batches'] == runs(1)['one']['batches'][10:]
+def test_what_two_ranks_saved_in_shards_loads_on_other_numbers(runs, n, place):
+    saves, loads = (f'saves{" to" * bool(place)}{place}', f'loads{" from" * bool(place)}{place}')
+    close(runs(2)[saves], runs(1)['one'])
+    close(runs(n)[loads], runs(1)['one'], start=10)
+    assert runs(n)[loads]['batches'] == runs(1)['one']['batches'][10:]
 
 
 def test_gradients_are_reduced_once_a_step(runs):
