@@ -12,6 +12,7 @@ import logging
 import random
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,29 @@ WORDS = """the a of and to in is was that for it with on as by at from river mou
     never perhaps quietly built found carried wrote asked kept opened changed learned grew""".split()  # noqa: SIM905
 
 
+SEMAPHORES = r'sem\.(mp|loky)-.*'
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps what libraries and killed programs leave in a temporary folder of the whole session, which is gone at its end."""
+    if hasattr(config, 'workerinput'):
+        return
+    os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', tempfile.gettempdir())  # the folders of failed tests stay
+    folder, before = tempfile.TemporaryDirectory(prefix='kit-tests-', ignore_cleanup_errors=True), orphans(SEMAPHORES)
+    os.environ['TMPDIR'] = tempfile.tempdir = folder.name
+
+    def tidy() -> None:
+        tempfile.tempdir = None
+        folder.cleanup()
+        for name in orphans(SEMAPHORES) - before:
+            Path('/dev/shm', name).unlink(missing_ok=True)
+
+    config.add_cleanup(tidy)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker('timeout') is None)  # the longest first, with the others beside them
+    limits = [mark.args[0] if (mark := item.get_closest_marker('timeout')) else 0 for item in items]
+    items[:] = [items[i] for i in sorted(range(len(items)), key=lambda i: -limits[i])]  # the longest first, the others beside them
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('gpu'):

@@ -68,7 +68,7 @@ def runs(tokens_root, mds_root, tmp_path_factory):
         yield on
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first has all runs made
 
 
 def close(got, want, start: int = 0) -> None:
