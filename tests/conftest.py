@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     limits = [mark.args[0] if (mark := item.get_closest_marker('timeout')) else 0 for item in items]
-    items[:] = [items[i] for i in sorted(range(len(items)), key=lambda i: -limits[i])]  # the longest first, the others beside them
+    items[:] = [items[i] for i in sorted(range(len(items)), key=lambda i: -limits[i])]  # the longest first
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('gpu'):
