@@ -106,7 +106,7 @@ CHECKED = {
     'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
         'test_estimate.py::test_one_yaml_is_a_report',
     'composer main.py yamls/quickstart.yaml --dry_run': 'test_dry_run.py::test_two_ranks_say_it_once',
-    'pip install "lm_eval[hf]==0.4.13"': 'network: .ci/run does it, in tests/requirements.txt',
+    'pip install "lm_eval[hf]==0.4.13"': 'network: .ci/run does it, but for peft, in tests/requirements.txt',
     'lm_eval --model hf --model_args pretrained=./my-gpt --tasks hellaswag,lambada_openai --batch_size 8':
         'needs the hub: the tasks. test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds has one of its own',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
