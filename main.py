@@ -172,6 +172,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     started = time.monotonic()
     with stop, explained(start, c, writer, training=True):
         try:
+            if writer:
+                writer.check(trainer.state)
             if c.eval_first and c.eval_loader and start.kind != 'resume':
                 trainer.eval()
             trainer.fit()

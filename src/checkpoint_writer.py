@@ -78,7 +78,12 @@ class CheckpointWriter(Callback):
         Path(self.local).mkdir(parents=True, exist_ok=True)
         dist.barrier()
 
-    def after_load(self, state: State, logger: Logger) -> None:
+    def check(self, state: State) -> None:
+        """Before anything is computed: that the folder can take the checkpoints of this run. On all ranks.
+
+        Raises:
+            UserError: It holds later ones already, or is another folder on another node.
+        """
         later: list[Any] = [None]
         if dist.get_global_rank() == 0:
             later = [[m.name for m in manifests(self.folder) if m.batch > int(state.timestamp.batch) and m.is_whole(self.folder)]]

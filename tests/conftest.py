@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -35,7 +35,7 @@ SEMAPHORES = r'sem\.(mp|loky)-.*'
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps what libraries and killed programs leave in a temporary folder of the whole session, which is gone at its end."""
+    """Gives the session a temporary folder of its own, deleted at its end with what libraries and killed programs left in it."""
     if hasattr(config, 'workerinput'):
         return
     os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', tempfile.gettempdir())  # the folders of failed tests stay
@@ -45,15 +45,18 @@ def pytest_configure(config: pytest.Config) -> None:
     def tidy() -> None:
         tempfile.tempdir = None
         folder.cleanup()
-        for name in orphans(SEMAPHORES) - before:
-            Path('/dev/shm', name).unlink(missing_ok=True)
+        for path in (Path('/dev/shm', name) for name in orphans(SEMAPHORES) - before):
+            with suppress(OSError):  # it has just gone
+                if path.stat().st_uid == os.getuid():
+                    path.unlink()
 
     config.add_cleanup(tidy)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     limits = [mark.args[0] if (mark := item.get_closest_marker('timeout')) else 0 for item in items]
-    items[:] = [items[i] for i in sorted(range(len(items)), key=lambda i: -limits[i])]  # the longest first
+    # The longest first: the first worker then has them one after another, while the second takes the others, also of the first's.
+    items[:] = [items[i] for i in sorted(range(len(items)), key=lambda i: -limits[i])]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('gpu'):
@@ -171,9 +174,16 @@ def orphans(pattern: str = r'\d{6}_[a-z_]+') -> set[str]:
     return found - mapped
 
 
-def leaves_no_orphans(before: set[str]) -> bool:
-    """Waits, since a test beside this one may just have killed a run whose memory its next start removes."""
-    deadline = time.monotonic() + 120
-    while orphans() - before and time.monotonic() < deadline:
+def leaves_no_orphans(below: Path, before: frozenset[str] = frozenset()) -> bool:
+    """Of datasets below this folder: a test beside this one may just have killed a run, whose memory its next removes."""
+
+    def ours(block: str) -> bool:
+        try:
+            return str(below).encode() in Path('/dev/shm', f'{block[:6]}_locals').read_bytes()
+        except OSError:
+            return True
+
+    deadline = time.monotonic() + 20
+    while (left := {*filter(ours, orphans() - before)}) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not orphans() - before
+    return not left

@@ -20,7 +20,7 @@ def clean_env(**extra: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'NODE_RANK',
                                                            'MASTER_ADDR', 'MASTER_PORT', 'COMPOSER_RUN_NAME', 'RUN_NAME')}
     return env | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline',
-                  'TORCH_WARM_POOL': '0',  # torchao, where it is installed, would have each process start a pool of inductor's
+                  'TORCH_WARM_POOL': '0',  # torchao would have each process start inductor's compile workers
                   'PATH': f'{SCRIPTS}{os.pathsep}{env["PATH"]}'} | extra
 
 

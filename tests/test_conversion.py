@@ -148,7 +148,7 @@ def test_partitions_and_workers_give_the_bytes_of_one_run(tokens: bool, source: 
     from streaming import StreamingDataset
     rows = [dict(row) for row in StreamingDataset(local=str(tmp_path / 'zstd/train'), batch_size=1)]
     assert str(rows) == str(read_split(tmp_path / 'one/train')) and len(rows) > 100
-    assert leaves_no_orphans(set())
+    assert leaves_no_orphans(tmp_path)
 
 
 def test_the_hash_of_the_texts_is_the_sum_of_their_hashes(source: Path, tmp_path: Path, texts: list[str]) -> None:

@@ -333,7 +333,7 @@ def test_checkpoints_go_to_a_folder_that_all_nodes_share(mds_root, tmp_path, sha
             for text in texts]
     assert 'Traceback' not in texts[0] + texts[1]
     if shared:
-        assert ([node.returncode for node in running], said) == ([0, 0], [0, 0])
+        assert ([node.returncode for node in running], said) == ([0, 0], [0, 0]) and 'Eval batch' in texts[0]
         assert sorted(path.name for path in folder.iterdir()) == ['ep0-ba4-rank0.pt', 'ep0-ba4.json']
     else:
         assert all(node.returncode for node in running) and said == [1, 1], 'node 1 says what node 0 does'

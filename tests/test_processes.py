@@ -268,6 +268,7 @@ KILLED = """dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
         {wait}"""
 HOST = os.uname().nodename
+ENDED = (1, -signal.SIGTERM)  # the launcher's SIGTERM may find a rank past its `with`, on the way out with its own 1
 
 
 class Launched:
@@ -307,8 +308,7 @@ class Launched:
 @pytest.mark.parametrize('culprit', [0, 1])
 def test_the_failure_of_one_rank_ends_all_and_is_shown_on_the_terminal(start, tmp_path: Path, culprit: int) -> None:
     run = Launched(start, tmp_path, CRASH.format(culprit=culprit))
-    # The launcher's SIGTERM may find a rank past its `with`, on the way out with its own 1.
-    assert (codes := run.codes(5)) in ([1, 1], [1, -signal.SIGTERM], [-signal.SIGTERM, 1]), codes
+    assert all(code in ENDED for code in run.codes(5))
     texts = run.texts()
     who = f'rank {culprit} on node 0 ({HOST})'
     line = f'{who} failed: ValueError: boom; this rank ({1 - culprit} on node 0) stops\n'
@@ -334,7 +334,7 @@ def test_a_killed_rank_ends_the_others(start, tmp_path: Path, culprit: int, node
         if i == culprit:
             assert code == -signal.SIGKILL
             continue
-        assert code in (1, -signal.SIGTERM), 'see above'
+        assert code in ENDED
         assert f'rank {culprit} on node {node_of[culprit]} (' in text and ') failed: its process ' in text
         assert f'; this rank ({i} on node {node_of[i]}) stops\n' in text
         assert 'Traceback' not in text
@@ -356,7 +356,7 @@ MISTAKE = """from src.errors import UserError
 @pytest.mark.parametrize('ranks', [(0, 1), (1,)], ids=['all', 'one'])
 def test_a_mistake_of_the_user_is_one_message(start, tmp_path: Path, ranks: tuple[int, ...]) -> None:
     run = Launched(start, tmp_path, 'import src.processes; src.processes.ALONE_S = 3.0\n        ' + MISTAKE.format(ranks=ranks))
-    assert run.codes(5) == [1, 1]
+    assert all(code in ENDED for code in run.codes(5))
     texts = run.texts()
     message = 'error: optimizer.lr: -1 is not above 0\n'
     assert texts[0].startswith(message if 0 in ranks else f'rank 1 on node 0 ({HOST}):\n{message}')
