@@ -73,7 +73,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def run(args: list[str], temp: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=environment(temp), capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=environment(temp), capture_output=True, text=True, timeout=300)
 
 
 def stray_locks(folder: Path) -> list[str]:
