@@ -29,8 +29,6 @@ N_DOCUMENTS = {'train': 400, 'val': 90}
 WORDS = """the a of and to in is was that for it with on as by at from river mountain engine letter winter garden number
     children market science music history light water measure question answer city forest machine story slowly often
     never perhaps quietly built found carried wrote asked kept opened changed learned grew""".split()  # noqa: SIM905
-
-
 SEMAPHORES = r'sem\.(mp|loky)-.*'
 
 
@@ -54,9 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    limits = [mark.args[0] if (mark := item.get_closest_marker('timeout')) else 0 for item in items]
+    def limit(item: pytest.Item) -> float:
+        mark = item.get_closest_marker('timeout')
+        return mark.args[0] if mark else 0
+
     # The longest first: the first worker then has them one after another, while the second takes the others, also of the first's.
-    items[:] = [items[i] for i in sorted(range(len(items)), key=lambda i: -limits[i])]
+    items.sort(key=limit, reverse=True)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('gpu'):

@@ -15,8 +15,13 @@ from launch import ROOT, SCRIPTS, clean_env
 # Two nodes do not share /dev/shm: each gets one of its own, in a mount namespace.
 NODE = ['unshare', '--mount', '--map-root-user', 'sh', '-c', 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', 'sh']
 
-
 MARK = f'test-{uuid.uuid4()}'  # in the environment of all that is started here: a launcher's orphans have no other trace
+
+
+def need_nodes() -> None:
+    """Skips the test where `NODE` is not allowed."""
+    if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
+        pytest.skip('needs the right to make a mount namespace: two nodes have a /dev/shm each')
 
 
 def start(command: Sequence[str], **env: str) -> subprocess.Popen:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
-from hosts import NODE
+from hosts import NODE, need_nodes
 from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
 from torch._dynamo import register_backend
 from torch._dynamo.utils import counters
@@ -240,8 +240,7 @@ def test_two_devices(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path: Path) -> None:
-    if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
-        pytest.skip('no mount namespaces here')
+    need_nodes()
     port = str(free_port())
     nodes = [subprocess.Popen([*NODE, str(SCRIPTS / 'composer'), '-n', '1', '--world_size', '2', '--node_rank', str(rank),
                                '--master_addr', '127.0.0.1', '--master_port', port, 'src/benchmark.py', QUICKSTART, *SMALL,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import NODE, Host, hosts, outputs, start
+from hosts import NODE, Host, hosts, need_nodes, outputs, start
 from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
 
 from src import nodes
@@ -319,8 +319,7 @@ def test_two_hosts_train_as_one_rank_does(two_hosts, mds_root, one_rank, by_argu
 @pytest.mark.slow
 @pytest.mark.parametrize('shared', [True, False], ids=['shared', 'each its own'])
 def test_checkpoints_go_to_a_folder_that_all_nodes_share(mds_root, tmp_path, shared):
-    if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
-        pytest.skip('needs the right to make a mount namespace: two nodes have a /dev/shm each')
+    need_nodes()
     folder, port = tmp_path / 'saves', str(free_port())
     folder.mkdir()
     own = [] if shared else ['sh', '-c', 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folder)]
@@ -345,8 +344,7 @@ def test_checkpoints_go_to_a_folder_that_all_nodes_share(mds_root, tmp_path, sha
 
 @pytest.mark.slow
 def test_two_nodes_by_torchrun(tmp_path):
-    if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
-        pytest.skip('needs the right to make a mount namespace: two nodes have a /dev/shm each')
+    need_nodes()
     script = tmp_path / 'ranks.py'
     script.write_text(f'import os, sys\nsys.path[0] = {str(ROOT)!r}\nfrom src import nodes, rendezvous\n'
                       'nodes.check_environment(os.environ)\n'
