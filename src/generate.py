@@ -102,10 +102,14 @@ def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], m
     config = GenerationConfig(do_sample=temperature > 0, max_new_tokens=max_new_tokens or int(min(DEFAULT_TOKENS, room)),
                               use_cache=use_cache, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
                               **sampling)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        rows = model.generate(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], generation_config=config,
-                              use_model_defaults=False, streamer=streamer)  # pyright: ignore
+    own, model.generation_config = model.generation_config, config  # from which transformers fills in what it takes for unset
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            rows = model.generate(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'],
+                                  generation_config=config, streamer=streamer)  # pyright: ignore
+    finally:
+        model.generation_config = own
     new = rows[:, batch['input_ids'].shape[1]:].tolist()
     return [ids[:ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids for ids in new]
 

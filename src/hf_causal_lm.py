@@ -6,6 +6,7 @@ from typing import Any, Optional, Union
 
 import torch
 from composer.utils import dist
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -69,7 +70,7 @@ def build_hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
             with dist.run_local_rank_zero_first():  # the others find it in the cache
                 base = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
                 stored, _ = PretrainedConfig.get_config_dict(name)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as e:
         raise UserError(f'model.pretrained_model_name_or_path: {name!r}: {first_line(e)}\n'
                         '  Give a folder, a model of the hub (which must be reachable, or the model in its cache), or leave it '
                         'out and set model.config_overrides.model_type, as in gpt2') from None
@@ -80,8 +81,9 @@ def build_hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
     try:
         # Made anew rather than changed: what is derived from other keys, such as a head dimension, is derived again.
         config = type(base)(**(stored | overrides))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: {first_line(e)}') from None
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:  # the last is transformers' from 5 on
+        raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: '
+                        f'{" ".join(str(e).split())}') from None
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
         raise UserError(f'model: {name or config.model_type!r} sees the tokens that it has to predict, as encoders do; choose a '
                         'causal model such as gpt2, or set model.config_overrides.is_decoder=true')
@@ -112,7 +114,7 @@ class ComposerHFCausalLM(ComposerCausalLM):
                 with torch.random.fork_rng():
                     torch.manual_seed(cfg.init_seed)
                     model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, ZeroDivisionError, StrictDataclassError) as e:
             raise UserError(f'model: {name or config.model_type!r} cannot be built as a causal language model: '
                             f'{first_line(e)}') from None
         head = model.get_output_embeddings()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GPT2Config, PretrainedConfig, PreTrainedModel
 
@@ -77,13 +78,14 @@ def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) ->
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f'model: {config.model_type!r} needs code that is not in transformers; only what is can be exported')
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    misfit = f'{setting}: the weights are not those of the model that it describes'
-    try:
+    with torch.device('meta'):
+        expected = {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
+    wrong = [f'{name} of {tuple(weight.shape)} in place of {expected[name]}' for name, weight in weights.items()
+             if tuple(weight.shape) != expected.get(name, tuple(weight.shape))]
+    if not wrong:
         result, info = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
-    except RuntimeError as e:
-        raise UserError(f'{misfit}: {" ".join(str(e).split())[:300]}; give the YAML and overrides of the run: '
-                        '--yaml YAML key=value ...') from None
-    if wrong := [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]:
-        raise UserError(f'{misfit}: {len(wrong)} are missing or not known, such as {min(map(str, wrong))}; give the YAML and '
-                        'overrides of the run: --yaml YAML key=value ...')
+        wrong = [f'{name} ({what})' for what in ('missing', 'unexpected') for name in info[f'{what}_keys']]
+    if wrong:
+        raise UserError(f'{setting}: the weights are not those of the model that it describes: {len(wrong)} do not fit, such as '
+                        f'{min(wrong)}; give the YAML and overrides of the run: --yaml YAML key=value ...')
     return result.eval()

@@ -187,9 +187,10 @@ def _status(error: Optional[BaseException]) -> Optional[int]:
 
 def _nobody_there(error: Optional[BaseException]) -> bool:
     """Whether no connection came about, which is no matter of a bad moment."""
+    from httpx import ConnectError, ConnectTimeout  # of huggingface-hub from 1.0 on, which has left requests
     from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
-    while error is not None and not isinstance(error, (ConnectTimeoutError, NewConnectionError)):
+    while error is not None and not isinstance(error, (ConnectTimeoutError, NewConnectionError, ConnectError, ConnectTimeout)):
         error = error.__cause__ or error.__context__
     return error is not None
 
@@ -208,6 +209,7 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
         OSError: This machine's disk is full or cannot be written.
     """
     from datasets.config import HF_ENDPOINT
+    from httpx import HTTPError
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -216,7 +218,7 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
         attempt += 1
         try:
             return call()
-        except (OSError, EOFError, HFValidationError) as error:  # among them every error of requests, the hub and datasets
+        except (OSError, EOFError, HFValidationError, HTTPError) as error:  # every one of requests, the hub and datasets too
             if getattr(error, 'errno', None) in DISK:
                 raise
             reason, status = error, _status(error)

@@ -114,9 +114,8 @@ def test_it_loads_without_the_kit(exported, full, mds_root, tmp_path):
 
 
 def test_the_folder_holds_one_embedding_the_config_and_the_tokenizer(exported, full):
-    assert sorted(p.name for p in exported.iterdir()) == [
-        'config.json', 'generation_config.json', 'model.safetensors', 'special_tokens_map.json', 'tokenizer.json',
-        'tokenizer_config.json']
+    assert sorted(p.name for p in exported.iterdir() if p.name != 'special_tokens_map.json') == [  # gone in transformers 5
+        'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     assert len({p.stat().st_mode for p in exported.iterdir()}) == 1
     with safe_open(exported / 'model.safetensors', 'pt') as file:
         assert 'transformer.wte.weight' in file.keys() and 'lm_head.weight' not in file.keys()  # noqa: SIM118
@@ -272,7 +271,7 @@ def test_out_is_never_overwritten_and_whole_or_absent(full, tmp_path, monkeypatc
     assert refused(checkpoint, tmp_path / 'mine').startswith(f'OUT: {tmp_path / "mine"} is there already')
     assert refused(checkpoint, 's3://bucket/out').startswith('OUT: s3://bucket/out; a folder on a disk')
 
-    def full_disk(*_):
+    def full_disk(*_, **__):
         raise OSError(28, 'No space left on device')
 
     with monkeypatch.context() as patch:
