@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class Documents:
     """Where the documents of a batch lie, for attention that stays within each.
 
-    What a kernel needs is made when the first layer asks for it, and kept for the other layers and for activation
-    checkpointing, which runs them again. A plain class, which wrappers hand on as it is: FSDP builds tuples and
+    What a kernel needs is made when the first layer asks for it, or by `count` before, and kept for the other layers and for
+    activation checkpointing, which runs them again. A plain class, which wrappers hand on as it is: FSDP builds tuples and
     dataclasses anew for every block, and what they keep would be lost.
 
     Args:
@@ -72,6 +72,11 @@ class Documents:
             begins = (self.positions.flatten() == 0).nonzero()[:, 0]
             self._cu_seqlens = F.pad(begins, (0, 1), value=self.positions.numel()).int()
         return self._cu_seqlens
+
+    @torch.compiler.disable  # what the count is decides a shape, at which a graph would end
+    def count(self) -> None:
+        """Makes `cu_seqlens` outside of compiled code, for blocks of one graph, which serves any number of documents."""
+        torch._dynamo.maybe_mark_dynamic(self.cu_seqlens, 0)
 
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, float, Optional[Documents]], Tensor]  # q, k, v, dropout probability, documents
@@ -223,6 +228,7 @@ class CausalAttention(nn.Module):
         self.dropout_p = cfg.attn_pdrop
         self.kernel, self.attention = choose_attention(cfg.attn_impl, self.head_dim, cfg.attn_within_document,
                                                        cfg.flash_kernel)
+        self.takes_lengths = cfg.attn_within_document and self.attention not in (torch_attention, sdpa_attention)
         self.Wqkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, device=cfg.device)
         self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, device=cfg.device)
 

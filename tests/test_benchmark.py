@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+import torch.nn.functional as F
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from hosts import NODE, need_nodes
@@ -21,7 +22,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
-from src import benchmark, config
+from src import attention, benchmark, config
+from src.attention import Documents, end_to_end
 from src.errors import UserError
 from src.flops import peak_flops, train_flops_per_token
 from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
@@ -345,3 +347,29 @@ def test_nothing_is_compiled_after_the_first_step(scope: str, overrides: list[st
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
     sizes = 2 if 'device_train_microbatch_size=5' in overrides else 1
     assert scope == 'model' or compiled.graphs[0] <= sizes + ('model.attn_within_document=true' in overrides), 'blocks share one'
+
+
+def by_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, documents: Documents) -> torch.Tensor:
+    """What the kernels of variable lengths compute, from what they are given."""
+
+    def kernel(*qkv: torch.Tensor) -> torch.Tensor:
+        index = torch.arange(len(qkv[0]))
+        number = torch.searchsorted(documents.cu_seqlens, index, right=True)
+        seen = (number[:, None] == number) & (index[:, None] >= index)
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), seen).transpose(0, 1)  # pyright: ignore
+
+    return end_to_end(kernel, q, k, v)
+
+
+@pytest.mark.parametrize('scope', ['block', pytest.param('model', marks=pytest.mark.slow)])
+def test_one_graph_serves_any_number_of_documents(scope: str, mds_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), 'Watch', WatchGraphs)
+    overrides = ['model.attn_within_document=true', 'train_loader.dataset.group_method=concat', 'max_duration=6ba']
+    plain = watched(mds_root, *overrides)
+    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('by lengths', by_lengths))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = watched(mds_root, *overrides, f'compile_config.scope={scope}', 'compile_config.backend=aot_eager')
+    assert len(set(compiled.graphs)) == 1 and (scope == 'model' or compiled.graphs[0] == 1)
+    assert all('Documents.count' in why for why in counters['graph_break']) and (scope == 'model' or not counters['graph_break'])
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
