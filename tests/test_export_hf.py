@@ -32,12 +32,16 @@ def run(root: Path, *overrides: str) -> dict[str, Any]:
     return train(QUICKSTART, *tiny(root, *EVERY, *overrides))
 
 
-def fine_tune(root: Path, *overrides: str) -> dict[str, Any]:
-    """On the same batches as `run`."""
+def fine_tuning(root: Path, *overrides: str) -> list[str]:
+    """The arguments of a run of a Hugging Face model on the same batches as `run`."""
     loader = [f'train_loader.{key}' for key in ('num_workers=0', 'prefetch_factor=null', 'persistent_workers=false',
                                                 'dataset.group_method=truncate', 'dataset.num_canonical_nodes=1')]
-    return train(GPT2, *EVERY, *loader, f'data_remote={root}', f'tokenizer_name={root}/tokenizer', 'fsdp_config=null',
-                 'max_seq_len=32', 'global_train_batch_size=12', 'device_train_microbatch_size=12', *overrides)
+    return [GPT2, *EVERY, *loader, f'data_remote={root}', f'tokenizer_name={root}/tokenizer', 'fsdp_config=null',
+            'max_seq_len=32', 'global_train_batch_size=12', 'device_train_microbatch_size=12', *overrides]
+
+
+def fine_tune(root: Path, *overrides: str) -> dict[str, Any]:
+    return train(*fine_tuning(root, *overrides))
 
 
 def export(*argv: str) -> None:

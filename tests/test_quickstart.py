@@ -3,20 +3,20 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launch import ROOT, clean_env, composer, console
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_the_quick_start_learns_the_sample(tmp_path):
+def learns_the_sample(tmp_path: Path, **env: str) -> None:
     copy = tmp_path / 'my-copy-c4'
     convert = subprocess.run([sys.executable, 'convert_c4.py', '--source', 'sample', '--out_root', str(copy)], cwd=ROOT,
                              env=clean_env(), capture_output=True, text=True)
     assert convert.returncode == 0, convert.stderr
     result = composer('yamls/quickstart.yaml', f'data_remote={copy}', f'save_folder={tmp_path}/checkpoints/{{run_name}}',
-                      f'loggers.tensorboard.log_dir={tmp_path}/runs', timeout=1500, OMP_NUM_THREADS='2')
+                      f'loggers.tensorboard.log_dir={tmp_path}/runs', timeout=1500, OMP_NUM_THREADS='2',
+                      **env)
     text = result.stdout + result.stderr
     assert result.returncode == 0, text[-3000:]
     evals = [float(v) for v in re.findall(r'Eval metrics/eval/LanguageCrossEntropy: (\S+)', text)]
@@ -28,3 +28,9 @@ def test_the_quick_start_learns_the_sample(tmp_path):
     assert losses[-1] < losses[0] - 2.5
     checkpoint = re.findall(r'checkpoint +(\S+)', text)[0]
     assert (ROOT / checkpoint).exists() and len(list((ROOT / checkpoint).parent.glob('ep*.pt'))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_quick_start_learns_the_sample(tmp_path):
+    learns_the_sample(tmp_path)

@@ -1,0 +1,145 @@
+"""Whole runs on a GPU, as users start and stop them; skipped without one."""
+
+import gc
+import os
+
+import pytest
+import torch
+from launch import ranks, tiny
+from runs import train
+from test_benchmark import QUICKSTART, WatchGraphs
+from test_benchmark import run as timed
+from test_evaluate import argv as evaluation
+from test_export_hf import fine_tuning
+from test_quickstart import learns_the_sample
+from test_stop import (  # noqa: F401  (the same tests, with a GPU)
+    test_a_loss_that_is_no_number_ends_the_run_with_the_last_whole_checkpoint,
+    test_a_signal_ends_the_run_with_its_batch_saved,
+)
+from torch._dynamo.utils import counters
+
+import main
+from src import benchmark, config, evaluate, generate
+from src.stopwatch import PARTS
+
+pytestmark = pytest.mark.gpu
+VISIBLE = os.environ.get('CUDA_VISIBLE_DEVICES', '0')  # which `clean_env` hides
+
+
+def test_the_quick_start_learns_the_sample(tmp_path):
+    learns_the_sample(tmp_path, CUDA_VISIBLE_DEVICES=VISIBLE)
+
+
+@pytest.mark.parametrize('launcher', [False, True], ids=['in this process', 'by the launcher'])
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(mds_root, tmp_path, launcher):
+    """To the bit, with dropout: the GPU's random numbers go on too. Plain attention, whose sums have one order."""
+    argv = tiny(mds_root, 'model.attn_impl=torch', 'model.resid_pdrop=0.1', 'run_name=one', f'save_folder={tmp_path}/save',
+                'save_interval=10ba', 'eval_loader=null')
+
+    def run(*more):
+        if launcher:
+            return ranks(1, {'run': [QUICKSTART, *argv, *more]}, tmp_path, CUDA_VISIBLE_DEVICES=VISIBLE)['run']
+        return train(QUICKSTART, *argv, *more)
+
+    whole = run()
+    (tmp_path / 'save/ep0-ba20.json').unlink()
+    rest = run('autoresume=true')
+    assert sorted(rest['losses']) == list(range(10, 20))
+    assert all(torch.equal(rest['weights'][name], weight) for name, weight in whole['weights'].items())
+
+
+@pytest.mark.parametrize('scope', ['block', 'model'])
+@pytest.mark.parametrize('attn_impl', ['flash', 'sdpa'])
+@pytest.mark.parametrize('overrides', [['train_loader.dataset.group_method=concat'], ['device_train_microbatch_size=5'],
+                                       ['train_loader.dataset.group_method=concat', 'model.attn_within_document=true'],
+                                       ['model.loss_impl=plain']], ids=['packed', 'padded, uneven', 'documents', 'plain loss'])
+def test_nothing_is_compiled_after_the_first_step(mds_root, scope, attn_impl, overrides):
+    seen = []
+    for compiled in ([], [f'compile_config.scope={scope}']):
+        torch._dynamo.reset()
+        counters.clear()
+        watch = WatchGraphs()
+        argv = tiny(mds_root, f'model.attn_impl={attn_impl}', 'max_duration=6ba', 'eval_loader=null', *overrides, *compiled)
+        main.main(config.load([QUICKSTART, *argv]), callbacks=[watch]).close()
+        seen.append(watch)
+    plain, compiled = seen
+    assert compiled.graphs[0] > 0 and len(set(compiled.graphs)) == 1
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-2)
+
+
+@pytest.mark.parametrize('overrides', [[], ['fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.version=2']],
+                         ids=['plain', 'fsdp2'])
+def test_hugging_face_models_train_as_on_a_cpu(mds_root, tmp_path, overrides):
+    shape = {'model_type': 'gpt2', 'n_layer': 2, 'n_embd': 16, 'n_head': 2, 'n_positions': 32, 'vocab_size': 512,
+             'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0}
+    argv = fine_tuning(mds_root, 'model.pretrained_model_name_or_path=null', 'precision=fp32', 'save_folder=null',
+                       *(f'model.config_overrides.{key}={value}' for key, value in shape.items()))
+    on_cpu, got = ranks(1, {'hf': argv}, tmp_path)['hf'], train(*argv, *overrides)
+    assert len(got['losses']) == 4 and got['losses'] == pytest.approx(on_cpu['losses'], rel=1e-3)
+
+
+@pytest.mark.parametrize('overrides', [[], ['compile_config={}'],
+                                       ['compile_config={}', 'fsdp_config.sharding_strategy=FULL_SHARD'],
+                                       ['fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.version=2']],
+                         ids=['plain', 'compiled', 'compiled, fsdp1', 'fsdp2'])
+def test_linear_layers_in_8_bits_learn_as_those_in_16(mds_root, overrides):
+    pytest.importorskip('torchao')
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip('no matrix products in 8 bits')
+    argv = tiny(mds_root, 'model.d_model=64', 'eval_loader=null', *overrides)
+    plain, eight = (train(QUICKSTART, *argv, f'model.linear_impl={impl}')['losses'] for impl in ('plain', 'fp8'))
+    differences = [abs(eight[n] - plain[n]) for n in plain]
+    assert plain[19] < plain[0] - 0.1 and 0 < max(differences) < 0.05
+
+
+def test_a_batch_that_no_memory_holds_ends_in_one_message(mds_root, capfd):
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + (1 << 30)) / total))
+    try:
+        argv = tiny(mds_root, 'device_train_microbatch_size=256', 'global_train_batch_size=256', 'model.vocab_size=65536',
+                    'model.loss_impl=plain', 'max_duration=4ba', 'eval_loader=null', 'scheduler.t_warmup=1ba')
+        assert main.cli([QUICKSTART, *argv]) == 1
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    text = capfd.readouterr().err
+    assert text.count('error: out of memory: ') == 1 and 'Traceback' not in text
+    assert 'device_train_microbatch_size: 256; set 128' in text
+
+
+def test_what_records_a_gpus_memory_writes_its_files(mds_root, tmp_path):
+    argv = tiny(mds_root, 'eval_loader=null', 'model.attn_impl=torch')
+    without = train(QUICKSTART, *argv)
+    with_them = train(QUICKSTART, *argv, f'callbacks.memory_snapshot={{folder: {tmp_path}/memory, skip_batches: 2}}',
+                      f'callbacks.oom_observer={{folder: {tmp_path}/oom}}', f'callbacks.profiler={{folder: {tmp_path}/traces}}')
+    assert with_them['losses'] == without['losses']
+    assert list((tmp_path / 'memory').rglob('*.pickle'))
+    trace = next((tmp_path / 'traces').rglob('*.pt.trace.json')).read_text()
+    assert '"cat": "kernel"' in trace and '"name": "backward"' in trace
+    assert not list((tmp_path / 'oom').rglob('*.*')), 'nothing ran out'
+
+
+def test_a_checkpoint_is_evaluated_and_continued_as_on_a_cpu(mds_root, tmp_path, capsys, monkeypatch):
+    train(QUICKSTART, *tiny(mds_root, f'save_folder={tmp_path}', 'precision=fp32'))
+    checkpoint = str(tmp_path / 'ep0-ba20-rank0.pt')
+    figures = evaluation(mds_root, f'load_path={checkpoint}', 'precision=fp32')
+    on_cpu = ranks(1, {'figures': ['src/evaluate.py', *figures]}, tmp_path)['figures']
+    got = evaluate.main(evaluate.parse_args(figures))
+    assert all(got[key] == pytest.approx(on_cpu[key], rel=1e-4) for key in ('loss', 'perplexity', 'bits_per_byte', 'tokens'))
+    said = []
+    for has_gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda has_gpu=has_gpu: has_gpu)
+        capsys.readouterr()
+        generate.main(generate.parse_args([checkpoint, 'The river', '--temperature', '0', '--max_new_tokens', '8']))
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith('The river')
+
+
+def test_a_benchmark_times_its_rivals_on_the_same_gpu(tmp_path):
+    argv = ['model.d_model=128', 'max_seq_len=64', '--against', 'hf', '--against', 'bare', '--profile']
+    [record] = timed(tmp_path / 'out', *argv)
+    assert set(record['against']) == {'hf', 'bare'} and all(ms > 0 for ms in record['against'].values())
+    assert all(record['ms'][part] > -0.05 * record['ms']['total'] for part in PARTS)
+    assert record['device'] == torch.cuda.get_device_name() and 'CUDA' in record['profile']
+    assert benchmark.cpu_name() not in (tmp_path / 'out.md').read_text()
