@@ -72,8 +72,8 @@ def compute_in_fp8(blocks: nn.Module) -> str:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as e:
-        raise UserError(f"model.linear_impl: 'fp8' needs the package torchao ({e}): pip install torchao==0.12.0, or set "
-                        'plain') from e
+        raise UserError(f"model.linear_impl: 'fp8' needs the package torchao ({e}): pip install torchao==0.12.0, which goes with "
+                        'torch 2.7 (0.17.0 with torch 2.11), or set plain') from e
     has_gpu = torch.cuda.is_available()
     if has_gpu and torch.cuda.get_device_capability() < (8, 9):
         raise UserError(f"model.linear_impl: 'fp8' needs a GPU of compute capability 8.9 or above, and "

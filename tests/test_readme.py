@@ -110,6 +110,9 @@ CHECKED = {
     'lm_eval --model hf --model_args pretrained=./my-gpt --tasks hellaswag,lambada_openai --batch_size 8':
         'needs the hub: the tasks. test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds has one of its own',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
+    'pip install uv==0.13.9': 'network: by hand',
+    "printf '%s\\n' torch torchvision transformers tokenizers huggingface-hub numpy > my-own.txt": 'network: by hand',
+    'uv pip install -r requirements.txt --override my-own.txt': 'network: by hand',
     'pip install flash-attn==2.8.3 --no-build-isolation': 'needs GPUs: test_flash_attn_command_is_that_of_the_requirements',
     'python convert_c4.py --out_root ./my-copy-c4 --splits val':
         'needs the hub: test_conversion.py::test_hub_that_fails_one_time_in_ten_gives_the_same_documents',
@@ -240,10 +243,11 @@ def test_its_arguments_are_valid(command: str):
         if not {'model.name=parallel_gpt', 'optimizer.name=lion'} & {*overrides}:  # the guide's own
             config.check(config.load([str(ROOT / file), *overrides]), builders.REGISTRIES, world_size=16 if launcher else 8,
                          has_gpu=True)
-    elif program == 'pip':
+    elif program in ('pip', 'uv'):
+        argv = argv[program == 'uv':]
         assert argv[0] == 'install' and (argv[1] != '-r' or (ROOT / argv[2]).is_file())
     else:
-        assert program in ('python3', 'source', 'export', 'mv', 'pytest', 'tensorboard', 'lm_eval', 'docker', 'py-spy')
+        assert program in ('printf', 'python3', 'source', 'export', 'mv', 'pytest', 'tensorboard', 'lm_eval', 'docker', 'py-spy')
 
 
 def test_flash_attn_command_is_that_of_the_requirements():
