@@ -162,6 +162,8 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
     with made as data:
         watch = Stopwatch(args.warmup, args.steps, build_rivals(args.against, c), trace)
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # else pieces of what the run before held make this one run out of memory
         torch._dynamo.reset()  # else what the run before compiled serves this one, or keeps it from compiling
         try:
             trainer = training.main(prepare(cfg, steps, data), failures, [watch])
