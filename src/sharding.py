@@ -1,11 +1,14 @@
 """FSDP in both versions: what Composer's Trainer is given, and what it leaves to do."""
 
+import importlib
 from contextlib import ExitStack
 from typing import Any, Optional
+from unittest.mock import patch
 
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.trainer import _patch_pytorch
 from composer.utils import FSDP2Config, FSDPConfig
 from torch import distributed as dist
 from torch import nn
@@ -23,9 +26,21 @@ def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Option
     if cfg is None or version == 0:
         return None
     if version == 1:
+        complete_composers_patches()
         return {'fsdp': FSDPConfig(**cfg.model_dump(exclude={'version', 'reduce_every_microbatch'}))}
     shared = cfg.model_dump(include=FSDP2Config.settable_attrs())
     return {'fsdp': FSDP2Config(reshard_after_forward=cfg.sharding_strategy == 'FULL_SHARD', **shared)}
+
+
+def complete_composers_patches() -> None:
+    """Has Composer define what `device_train_microbatch_size: auto` needs of FSDP1 also where torch is above 2.7.0.
+
+    There it leaves the functions out and ends in a NameError. What they replace, `FlatParamHandle.unshard`, is the same up to
+    torch 2.11 at least.
+    """
+    if not hasattr(_patch_pytorch, 'unshard_with_sync'):
+        with patch.object(torch, '__version__', '2.7.0'):
+            importlib.reload(_patch_pytorch)
 
 
 def is_sharded(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> bool:
