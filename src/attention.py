@@ -98,6 +98,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, docu
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None).transpose(1, 2)
 
 
+HALF = (torch.float16, torch.bfloat16)
+
 # Packages of FlashAttention, by the value of `flash_kernel`: the module, and the compute capabilities that it is made for.
 FLASH_PACKAGES = {'flash-attn-2': ('flash_attn', range(8, 100)), 'flash-attn-3': ('flash_attn_interface', range(9, 10)),
                   'flash-attn-4': ('flash_attn.cute', range(9, 12))}
@@ -186,7 +188,8 @@ def _pytorch_flash_kernel(cudnn: bool) -> AttentionFn:
     return attention
 
 
-def choose_attention(impl: str, head_dim: int, within_document: bool = False, kernel: str = 'auto') -> tuple[str, AttentionFn]:
+def choose_attention(impl: str, head_dim: int, within_document: bool = False,
+                     kernel: str = 'auto') -> tuple[str, AttentionFn, tuple[torch.dtype, ...]]:
     """Resolves `attn_impl`, when the model is built.
 
     Args:
@@ -197,25 +200,25 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False, ke
         kernel: `flash_kernel`: which FlashAttention.
 
     Returns:
-        The kernel's name for the log, and the function.
+        The kernel's name for the log, the function, and of which types it takes documents by `Documents.cu_seqlens`.
     """
     if impl == 'torch':
-        return 'torch (plain maths)', torch_attention
+        return 'torch (plain maths)', torch_attention, ()
     if impl == 'flash':
-        return flash_kernel(head_dim, within_document, kernel)
+        return *flash_kernel(head_dim, within_document, kernel), HALF
     if impl == 'auto' and torch.cuda.is_available():
         try:
             name, flash = flash_kernel(head_dim, within_document, kernel)
         except UserError as e:
             log.info('%s', e)
-            return 'sdpa (PyTorch)', sdpa_attention
+            return 'sdpa (PyTorch)', sdpa_attention, ()
 
         def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
-            fitting = flash if q.dtype in (torch.float16, torch.bfloat16) else sdpa_attention
+            fitting = flash if q.dtype in HALF else sdpa_attention
             return fitting(q, k, v, dropout_p, documents)
 
-        return f'{name}, sdpa in fp32', attention
-    return 'sdpa (PyTorch)', sdpa_attention
+        return f'{name}, sdpa in fp32', attention, HALF
+    return 'sdpa (PyTorch)', sdpa_attention, ()
 
 
 class CausalAttention(nn.Module):
@@ -226,9 +229,8 @@ class CausalAttention(nn.Module):
         self.n_heads = cfg.n_heads
         self.head_dim = cfg.d_model // cfg.n_heads
         self.dropout_p = cfg.attn_pdrop
-        self.kernel, self.attention = choose_attention(cfg.attn_impl, self.head_dim, cfg.attn_within_document,
-                                                       cfg.flash_kernel)
-        self.takes_lengths = cfg.attn_within_document and self.attention not in (torch_attention, sdpa_attention)
+        self.kernel, self.attention, self.takes_lengths = choose_attention(cfg.attn_impl, self.head_dim,
+                                                                           cfg.attn_within_document, cfg.flash_kernel)
         self.Wqkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, device=cfg.device)
         self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, device=cfg.device)
 

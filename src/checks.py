@@ -243,6 +243,8 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
     chosen = {name for name, kwargs in c.callbacks.items() if kwargs is not False}
     out += [f'callbacks.{name}: needs a GPU, whose memory it records; set callbacks.{name}=false'
             for name in ('memory_snapshot', 'oom_observer') if name in chosen and not has_gpu]
+    if {'memory_snapshot', 'oom_observer'} <= chosen and has_gpu:
+        out.append('callbacks.oom_observer: remembers nothing once callbacks.memory_snapshot has ended; set one of them to false')
     if 'profiler' in chosen and micro == 'auto':
         out.append("callbacks.profiler: does not go with device_train_microbatch_size: 'auto'; set a number, or "
                    'callbacks.profiler=false')

@@ -82,8 +82,7 @@ def build_hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
         # Made anew rather than changed: what is derived from other keys, such as a head dimension, is derived again.
         config = type(base)(**(stored | overrides))
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:  # the last is transformers' from 5 on
-        raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: '
-                        f'{" ".join(str(e).split())}') from None
+        raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: {first_line(e)}') from None
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
         raise UserError(f'model: {name or config.model_type!r} sees the tokens that it has to predict, as encoders do; choose a '
                         'causal model such as gpt2, or set model.config_overrides.is_decoder=true')

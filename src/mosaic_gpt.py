@@ -113,7 +113,7 @@ class MosaicGPT(nn.Module):
         self.module_path: dict[nn.Module, str] = {m: name for name, m in self.named_modules()}
         self.module_path[self.lm_head] = self.module_path[self.transformer['wte']]
         attention: Any = self.get_submodule('transformer.blocks.0.causal_attn')
-        self.takes_lengths: bool = attention.takes_lengths
+        self.takes_lengths: tuple[torch.dtype, ...] = attention.takes_lengths
         log.info('attention: %s (attn_impl: %s)', attention.kernel, cfg.attn_impl)
         if cfg.device != 'meta':
             self.init_weights()
@@ -148,11 +148,12 @@ class MosaicGPT(nn.Module):
             targets = targets if targets is None else targets.gather(1, order)
             sequence_id = sequence_id if sequence_id is None else sequence_id.gather(1, order)
         documents = None if sequence_id is None else Documents(sequence_id)
-        if documents and self.takes_lengths:
-            documents.count()
         positions = documents.positions if documents else torch.arange(seq_len, device=input_ids.device)
         x = self.transformer['wte'](input_ids) + self.transformer['wpe'](positions)  # (batch, seq, d_model)
         x = self.transformer['emb_dropout'](x)
+        kind = x.device.type
+        if documents and (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype) in self.takes_lengths:
+            documents.count()
         for block in self.transformer['blocks']:  # pyright: ignore[reportGeneralTypeIssues]
             x = block(x, documents)
         x = self.transformer['ln_f'](x)

@@ -1,15 +1,21 @@
 """Callbacks that look into a run: Composer's profiler, and what records a GPU's memory. No start writes over another's files."""
 
+import logging
+import os
+import pickle
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import composer.profiler
 import torch
 from composer import callbacks
-from composer.core import Event, State
+from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import format_name_with_dist
+from composer.utils import format_name_with_dist, format_name_with_dist_and_time
+from torch.cuda import _memory_viz
+
+log = logging.getLogger(__name__)
 
 
 def unused(folder: str, run_name: str) -> str:
@@ -25,20 +31,43 @@ class MemorySnapshot(callbacks.MemorySnapshot):
     """Composer's, with a folder for each start."""
 
     def init(self, state: State, logger: Logger) -> None:
-        self.folder = self.folder if self.overwrite else unused(self.folder, state.run_name)
+        # Absolute: Composer joins it to itself, and says no more than a line in the log when that is not there.
+        self.folder = os.path.abspath(self.folder if self.overwrite else unused(self.folder, state.run_name))
         super().init(state, logger)
 
 
-class OOMObserver(callbacks.OOMObserver):
-    """Composer's, with a folder for each start."""
+class OOMObserver(Callback):
+    """Records allocations, and what lay where as a GPU ran out of memory.
 
-    def __init__(self, max_entries: int = 100000, folder: str = '{run_name}/oom_traces', filename: str = 'rank{rank}_oom',
-                 remote_file_name: Optional[str] = '{run_name}/oom_traces/rank{rank}_oom', overwrite: bool = False) -> None:
-        super().__init__(max_entries, folder, filename, remote_file_name, overwrite)  # not memory_snapshot's folder
+    As Composer's, without the flame graphs, for which torch fetches a script from GitHub and runs it.
+
+    Args:
+        max_entries: Allocations that are remembered.
+        folder: Where the files go; each start of a run has one of its own.
+        filename: What their names begin with.
+    """
+
+    def __init__(self, max_entries: int = 100000, folder: str = '{run_name}/oom_traces', filename: str = 'rank{rank}_oom'):
+        self.max_entries, self.folder, self.filename = max_entries, folder, filename
 
     def init(self, state: State, logger: Logger) -> None:
-        self.folder = self.folder if self.overwrite else unused(self.folder, state.run_name)
-        super().init(state, logger)
+        folder = Path(format_name_with_dist(unused(self.folder, state.run_name), state.run_name))
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def observe(device: int, asked: int, allocated: int, free: int) -> None:
+            name = folder / format_name_with_dist_and_time(self.filename, state.run_name, state.timestamp)
+            try:
+                snapshot: Any = torch.cuda.memory._snapshot()
+                Path(f'{name}.pickle').write_bytes(pickle.dumps(snapshot))
+                for kind, plot in (('trace', _memory_viz.trace_plot), ('segment', _memory_viz.segment_plot)):
+                    Path(f'{name}.{kind}.html').write_text(plot(snapshot))
+                log.warning('callbacks.oom_observer: %s.* have what lay in memory', name)
+            except Exception as e:  # nothing may pass into the allocator
+                log.warning('callbacks.oom_observer: %s: %s', name, e)
+
+        torch.cuda.memory._record_memory_history(stacks='python', max_entries=self.max_entries)
+        attach: Any = getattr(torch._C, '_cuda_attach_out_of_memory_observer')  # noqa: B009  (pyright knows no such name)
+        attach(observe)
 
 
 class TorchProfiler(composer.profiler.TorchProfiler):

@@ -3,7 +3,6 @@
 import importlib
 from contextlib import ExitStack
 from typing import Any, Optional
-from unittest.mock import patch
 
 import torch
 from composer.core import Callback, State
@@ -38,9 +37,14 @@ def complete_composers_patches() -> None:
     There it leaves the functions out and ends in a NameError. What they replace, `FlatParamHandle.unshard`, is the same up to
     torch 2.11 at least.
     """
-    if not hasattr(_patch_pytorch, 'unshard_with_sync'):
-        with patch.object(torch, '__version__', '2.7.0'):
-            importlib.reload(_patch_pytorch)
+    if hasattr(_patch_pytorch, 'unshard_with_sync'):
+        return
+    version = torch.__version__
+    try:
+        torch.__version__ = '2.7.0'
+        importlib.reload(_patch_pytorch)
+    finally:
+        torch.__version__ = version
 
 
 def is_sharded(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> bool:

@@ -23,6 +23,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 EOS = '<|endoftext|>'
 N_DOCUMENTS = {'train': 400, 'val': 90}
@@ -77,6 +78,9 @@ def cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Tests compare numbers of the CPU: what is not marked `gpu` sees none, where there is one too."""
     if not request.node.get_closest_marker('gpu'):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    elif torch.cuda.is_available():
+        torch._dynamo.reset()  # after 8 compiled models in one process the next would run uncompiled
+        counters.clear()
 
 
 def documents(split: str) -> list[str]:

@@ -361,12 +361,23 @@ def by_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: flo
     return end_to_end(kernel, q, k, v)
 
 
+def in_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, documents: Documents) -> torch.Tensor:
+    """What `auto` takes on a GPU in fp32."""
+    return attention.sdpa_attention(q, k, v, dropout_p, documents)
+
+
+def test_lengths_are_counted_for_those_who_take_them_alone(mds_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('in fp32', in_fp32, attention.HALF))
+    monkeypatch.setattr(Documents, 'count', lambda self: pytest.fail('counted for nothing'))
+    watched(mds_root, 'model.attn_within_document=true', 'max_duration=2ba', 'scheduler.t_warmup=1ba')
+
+
 @pytest.mark.parametrize('scope', ['block', pytest.param('model', marks=pytest.mark.slow)])
 def test_one_graph_serves_any_number_of_documents(scope: str, mds_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), 'Watch', WatchGraphs)
     overrides = ['model.attn_within_document=true', 'train_loader.dataset.group_method=concat', 'max_duration=6ba']
     plain = watched(mds_root, *overrides)
-    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('by lengths', by_lengths))
+    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('by lengths', by_lengths, (torch.float32,)))
     torch._dynamo.reset()
     counters.clear()
     compiled = watched(mds_root, *overrides, f'compile_config.scope={scope}', 'compile_config.backend=aot_eager')

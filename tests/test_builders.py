@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import composer.callbacks
 import composer.optim
 import pytest
 import torch
-from composer.core import Callback, State
+from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
 from launch import ROOT, tiny
 
@@ -186,19 +187,28 @@ def test_each_start_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert profiling.unused(folder, 'a') == f'{folder}.3' and profiling.unused(folder, 'b') == folder
 
 
-@pytest.mark.parametrize('plugin', [profiling.MemorySnapshot, profiling.OOMObserver])
-def test_what_records_memory_writes_into_a_folder_of_each_start(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On a model that is not on a CPU, so far as this machine can tell."""
+def test_what_records_memory_writes_into_a_folder_of_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative ones too; on a model that is not on a CPU, so far as this machine can tell."""
+    entry = {'action': 'alloc', 'addr': 512, 'size': 1024, 'stream': 0, 'frames': [], 'time_us': 1}
+    observers: list[Any] = []
     monkeypatch.setattr(torch.cuda.memory, '_record_memory_history', lambda *args, **kwargs: None)
-    monkeypatch.setattr(torch._C, '_cuda_attach_out_of_memory_observer', lambda observer: None, raising=False)
-    state: Any = SimpleNamespace(model=torch.nn.Linear(1, 1, device='meta'), run_name='a')
+    monkeypatch.setattr(torch.cuda.memory, '_snapshot', lambda: {'segments': [], 'device_traces': [[entry]]})
+    monkeypatch.setattr(torch._C, '_cuda_attach_out_of_memory_observer', observers.append, raising=False)
+    monkeypatch.setattr('urllib.request.urlretrieve', lambda *args: pytest.fail('nothing is fetched'))
+    monkeypatch.chdir(tmp_path)
+    state: Any = SimpleNamespace(model=torch.nn.Linear(1, 1, device='meta'), run_name='a', timestamp=Timestamp(batch=7))
     for number in ('', '.2'):
-        callback = plugin(folder=f'{tmp_path}/{{run_name}}')
-        callback.init(state, Logger(state))
-        assert callback.folder_name == f'{tmp_path}/a{number}'
-        (Path(callback.folder_name) / 'file').touch()
+        snapshots = profiling.MemorySnapshot(folder='{run_name}/snapshots', remote_file_name=None)
+        snapshots.init(state, Logger(state))
+        snapshots.export_memory_snapshot(state, Logger(state))
+        profiling.OOMObserver().init(state, Logger(state))
+        observers[-1](0, 1, 2, 3)
+        assert {path.name for path in Path(f'a/oom_traces{number}').iterdir()} == {
+            f'rank0_oom.{kind}' for kind in ('pickle', 'segment.html', 'trace.html')}
+        assert {path.name for path in Path(f'a/snapshots{number}').iterdir()} == {
+            f'rank0.7.memory_snapshot.{kind}' for kind in ('pickle', 'html')}
     with pytest.raises(FileExistsError):
-        plugin.__mro__[1](folder=f'{tmp_path}/{{run_name}}').init(state, Logger(state))
+        composer.callbacks.MemorySnapshot(folder='a/snapshots').init(state, Logger(state))
 
 
 @pytest.mark.parametrize(('rank', 'name', 'file'), [(0, 'log.txt', 'log.2.txt'), (1, 'log.txt', 'log-rank1.txt'),

@@ -288,6 +288,8 @@ ON_GPUS = [
      "fsdp_config.reduce_every_microbatch: false needs a number as device_train_microbatch_size, which is 'auto'"),
     (['callbacks.profiler={}', 'device_train_microbatch_size=auto', 'callbacks.memory_snapshot={}'],
      "callbacks.profiler: does not go with device_train_microbatch_size: 'auto'; set a number"),
+    (['callbacks.memory_snapshot={}', 'callbacks.oom_observer={}'],
+     'callbacks.oom_observer: remembers nothing once callbacks.memory_snapshot has ended; set one of them to false'),
     (['fsdp_config.version=2', 'fsdp_config.data_parallel_replicate_degree=2'], 'not in version 2, which shards over all'),
     (['fsdp_config.sharding_strategy=HYBRID_SHARD'], "'HYBRID_SHARD' needs data_parallel_replicate_degree"),
     (['fsdp_config.load_monolith_rank0_only=true'], 'fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true'),

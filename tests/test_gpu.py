@@ -24,7 +24,7 @@ def available(impl, head_dim, within_document=False):
     """An implementation, or flash with one of the kernels, where this machine has it."""
     impl, _, kernel = impl.partition(' ')
     try:
-        return choose_attention(impl, head_dim, within_document, kernel or 'auto')
+        return choose_attention(impl, head_dim, within_document, kernel or 'auto')[:2]
     except UserError as e:
         pytest.skip(str(e))
 
@@ -68,7 +68,7 @@ def test_attention_kernels_stay_within_documents(impl, head_dim):
 
 @pytest.mark.parametrize('documents', [False, True])
 def test_flash_refuses_fp32_rather_than_falling_back(documents):
-    _, attention = choose_attention('flash', 64, documents)
+    _, attention, _ = choose_attention('flash', 64, documents)
     x = torch.randn(1, 16, 2, 64, device='cuda')
     with pytest.raises(RuntimeError):
         attention(x, x, x, 0.0, Documents(torch.zeros(1, 16, dtype=torch.long, device='cuda')) if documents else None)

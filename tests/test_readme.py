@@ -111,7 +111,8 @@ CHECKED = {
         'needs the hub: the tasks. test_lm_eval.py::test_lm_eval_finds_what_a_plain_loop_finds has one of its own',
     'pip install -r tests/requirements.txt && pytest': 'network: .ci/run does it',
     'pip install uv==0.13.9': 'network: by hand',
-    "printf '%s\\n' torch torchvision transformers tokenizers huggingface-hub numpy > my-own.txt": 'network: by hand',
+    "pip list --format=freeze | grep -E '^(torch|torchvision|transformers|tokenizers|huggingface.hub|numpy)=' > my-own.txt":
+        'network: by hand, with the next',
     'uv pip install -r requirements.txt --override my-own.txt': 'network: by hand',
     'pip install flash-attn==2.8.3 --no-build-isolation': 'needs GPUs: test_flash_attn_command_is_that_of_the_requirements',
     'python convert_c4.py --out_root ./my-copy-c4 --splits val':
@@ -245,9 +246,9 @@ def test_its_arguments_are_valid(command: str):
                          has_gpu=True)
     elif program in ('pip', 'uv'):
         argv = argv[program == 'uv':]
-        assert argv[0] == 'install' and (argv[1] != '-r' or (ROOT / argv[2]).is_file())
+        assert argv[0] == 'list' or argv[0] == 'install' and (argv[1] != '-r' or (ROOT / argv[2]).is_file())
     else:
-        assert program in ('printf', 'python3', 'source', 'export', 'mv', 'pytest', 'tensorboard', 'lm_eval', 'docker', 'py-spy')
+        assert program in ('python3', 'source', 'export', 'mv', 'pytest', 'tensorboard', 'lm_eval', 'docker', 'py-spy')
 
 
 def test_flash_attn_command_is_that_of_the_requirements():
