@@ -282,6 +282,9 @@ def test_hf_mistakes_are_named(tmp_path):
         hf_model('gpt2', config_overrides={'model_type': 'gpt2', 'n_layerz': 3})
     with pytest.raises(UserError, match='model.pretrained: true needs'):
         hf_model('gpt2', pretrained=True)
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2', 'n_layer': 'two'}))
+    with pytest.raises(UserError, match="an integer|'n_layer' expected int"):
+        ComposerHFCausalLM({'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(tmp_path)})
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'bert-of-nowhere'}))
     with pytest.raises(UserError, match='pretrained_model_name_or_path'):
         ComposerHFCausalLM({'name': 'hf_causal_lm', 'pretrained_model_name_or_path': str(tmp_path)})
