@@ -59,8 +59,6 @@ PACKED, WITHIN = 'train_loader.dataset.group_method=concat', 'model.attn_within_
 def test_nothing_is_compiled_after_the_first_step(mds_root, scope, overrides):
     seen = []
     for compiled in ([], [f'compile_config.scope={scope}']):
-        torch._dynamo.reset()
-        counters.clear()
         watch = WatchGraphs()
         argv = tiny(mds_root, 'model.attn_impl=flash', 'max_duration=6ba', 'eval_loader=null', *overrides, *compiled)
         main.main(config.load([QUICKSTART, *argv]), callbacks=[watch]).close()
