@@ -35,7 +35,7 @@ from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
 from src.causal_lm import ComposerCausalLM
 from src.checkpoint_writer import CheckpointWriter
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
-from src.checks import check_save_folder, check_seq_len, run_name
+from src.checks import check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
 from src.data_c4 import build_c4_dataloader, get_num_tokens_in_batch
 from src.dry_run import check_plugins, config_text, rehearsal
 from src.errors import UserError, first_line
@@ -117,14 +117,15 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     if c.eval_loader:
         eval_loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
         datasets['eval_loader'] = eval_loader.dataset.dataset  # pyright: ignore[reportAttributeAccessIssue]
-        evaluators.append(Evaluator(label='eval', eval_interval=c.eval_interval,
+        evaluators.append(Evaluator(label='eval', eval_interval=in_units_of_the_run(c.eval_interval, c.max_duration),
                                     dataloader=DataSpec(eval_loader, get_num_tokens_in_batch=count)))
     nodes.agree('data', {f'{name}.dataset': dataset.fingerprint for name, dataset in datasets.items()})
 
     # Everything else
     writer = None
     if c.save_folder:
-        writer = CheckpointWriter(c.save_folder, c.save_interval, c.save_num_checkpoints_to_keep, start,
+        save_interval = in_units_of_the_run(c.save_interval, c.max_duration)
+        writer = CheckpointWriter(c.save_folder, save_interval, c.save_num_checkpoints_to_keep, start,
                                   model.described_by or c.model.model_dump(), c.tokenizer.tokenizer_name)
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': resume_wandb(c.loggers, name, c.save_folder)})
@@ -158,6 +159,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=same_names(model.state_dict().keys()),
         )
+    check_warmup(c, trainer.state.dataloader_len)
     sharding.average_gradients(trainer.state.model)
     finish_loading(start, trainer)
     trainer.logger.log_hyperparameters({**config.masked(config.plain(c)), 'environment': environment(c, model)})

@@ -29,7 +29,8 @@ NO_BATCH = ('train_loader: an epoch holds not one full batch for each device and
 
 
 class StepCounters(Callback):
-    """Logs `trainer/grad_accum` (microbatches per step) and `trainer/global_step` with every batch, `trainer/devices` at a start.
+    """Logs `trainer/grad_accum` (microbatches per step), `trainer/global_step` (of the run) and `trainer/batch_idx` (of the
+    epoch) with every batch, and `trainer/devices` at a start.
 
     Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever. Shows how a resumed run reads up to
     where it was, which Composer does in silence.
@@ -61,7 +62,8 @@ class StepCounters(Callback):
         assert state.device_train_microbatch_size is not None
         rows = len(state.batch['input_ids'])
         logger.log_metrics({'trainer/grad_accum': grad_accum(rows, int(state.device_train_microbatch_size)),
-                            'trainer/global_step': int(state.timestamp.batch)})
+                            'trainer/global_step': int(state.timestamp.batch),
+                            'trainer/batch_idx': int(state.timestamp.batch_in_epoch)})
 
 
 class UnigramBaseline(Callback):

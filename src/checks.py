@@ -1,13 +1,14 @@
 """Settings that are valid one by one and impossible together, on this machine, or with what lies on the disk."""
 
-import json
+import math
 import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from src.batch_size import device_batch_size
-from src.data_places import is_copied, is_url, only_copy, stream_errors, streams_of
+from src.data_places import columns_of, is_copied, is_url, only_copy, stream_errors, streams_of
 from src.errors import UserError
 from src.schema import TIME, CompileConfig, Config, DatasetConfig, FSDPConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
 
@@ -135,12 +136,9 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
 
 
 def packs_on_the_fly(data: DatasetConfig) -> bool:
-    """Whether samples are packed while documents are read; data on another machine is taken for text."""
-    try:
-        shards = json.loads(Path(_places(data)[0], 'index.json').read_text())['shards']
-        return data.group_method == 'concat' and 'tokens' not in shards[0]['column_names']
-    except (OSError, ValueError, LookupError, TypeError):  # whoever opens the data says what is wrong
-        return data.group_method == 'concat'
+    """Whether samples are packed while documents are read. Data that cannot be read is taken for text."""
+    columns = [columns_of(place) for place in _places(data)[:data.group_method == 'concat']]
+    return data.group_method == 'concat' and not any('tokens' in (names or ()) for names in columns)
 
 
 def _places(data: DatasetConfig) -> list[str]:
@@ -171,6 +169,36 @@ def _split_errors(c: Config) -> list[str]:
     return out
 
 
+def _long_warmup(c: Config) -> str:
+    return (f'scheduler.t_warmup: {c.scheduler.t_warmup!r} is not shorter than the run (max_duration {c.max_duration!r}), which '
+            'would end before the learning rate reaches its peak; set a shorter one, such as scheduler.t_warmup=0.1dur')
+
+
+def check_warmup(c: Config, epoch: Any) -> None:
+    """Refuses a warm-up in epochs or batches that is not shorter than a run in the other unit.
+
+    Args:
+        c: The config.
+        epoch: Its batches; None where the training loader has no length.
+    """
+    batches = {'ba': 1, 'ep': math.nan if epoch is None else int(epoch)}
+    times = (TIME.fullmatch(c.scheduler.t_warmup), TIME.fullmatch(c.max_duration))
+    warmup, run = (float(m[1]) * batches.get(m[2], math.nan) for m in times if m)
+    if warmup >= run:
+        raise UserError(_long_warmup(c))
+
+
+def in_units_of_the_run(interval: str, max_duration: str) -> str:
+    """A fraction of the run as a number of batches, samples or tokens; any other interval as it is.
+
+    Composer cannot divide a run whose loader has no length, as where text is packed on the fly.
+    """
+    fraction, run = TIME.fullmatch(interval), TIME.fullmatch(max_duration)
+    if not fraction or not run or fraction[2] != 'dur' or run[2] == 'ep':
+        return interval
+    return f'{math.ceil(Fraction(fraction[1]) * int(run[1]))}{run[2]}'
+
+
 def _unit_errors(c: Config) -> list[str]:
     out = []
     times = (c.max_duration, c.scheduler.t_warmup, c.scheduler.t_max)
@@ -186,8 +214,8 @@ def _unit_errors(c: Config) -> list[str]:
         out.append(f'scheduler.t_warmup: {c.scheduler.t_warmup!r} and max_duration {c.max_duration!r} must have one unit; '
                    f'give t_warmup (and t_max) in {duration[1]}, or as a fraction such as 0.02dur')
     else:
-        if warmup[1] == 'dur' and warmup[0] >= 1:
-            out.append(f'scheduler.t_warmup: {c.scheduler.t_warmup!r} must be shorter than the run, 1dur')
+        if warmup[0] >= {duration[1]: duration[0], 'dur': 1.0}.get(warmup[1], math.inf):
+            out.append(_long_warmup(c))
         if t_max[0] < {duration[1]: duration[0], 'dur': 1.0}.get(t_max[1], 0.0):
             out.append(f'scheduler.t_max: {c.scheduler.t_max!r} must be at least max_duration {c.max_duration!r}, or 1dur')
     for key in ('max_duration', 'eval_interval', 'save_interval'):

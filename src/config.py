@@ -7,6 +7,7 @@ mistake at once, before anything is built.
 import copy
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,10 @@ from yaml import YAMLError
 
 from src.checks import combination_errors
 from src.errors import UserError
+from src.overrides import override
 from src.schema import (
     MODEL_CONFIGS,
+    TIME,
     CompileConfig,
     Config,
     DatasetConfig,
@@ -62,21 +65,12 @@ def load(argv: list[str]) -> DictConfig:
     if not isinstance(merged, DictConfig):
         raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(merged).__name__}')
     for arg in argv[1:]:
-        key = arg.split('=')[0]  # a value may be a secret: messages name the key alone
-        if '=' not in arg or arg.startswith(('-', '=')):
-            raise UserError(f'override {key!r} is not of the form key=value, as in max_duration=100ba or optimizer.lr=3e-4')
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([arg]))
-        except (YAMLError, OmegaConfBaseException) as e:
-            raise UserError(f'override {key}=...: its value cannot be read as YAML: {str(e).splitlines()[0]}') from None
-        except TypeError:
-            raise UserError(f'override {key}=...: is a section with keys of its own, not a list') from None
-    assert isinstance(merged, DictConfig)
+        merged = override(merged, arg)
     return merged
 
 
 def plain(cfg: Any) -> dict[str, Any]:
-    """Any config (OmegaConf, pydantic or mapping) as plain containers, interpolations resolved.
+    """Any config (OmegaConf, pydantic or mapping) as plain containers, interpolations and home folders (`~/`) resolved.
 
     Raises:
         UserError: An interpolation `${...}` that points nowhere.
@@ -89,7 +83,14 @@ def plain(cfg: Any) -> dict[str, Any]:
     except OmegaConfBaseException as e:
         raise UserError(f'config: {str(e).splitlines()[0]} (key: {e.full_key or "?"})') from None
     assert isinstance(container, dict)
-    return {str(k): v for k, v in container.items()}
+    return {str(k): v for k, v in _at_home(container).items()}
+
+
+def _at_home(value: Any) -> Any:
+    """A copy in which each text that begins with `~/` or `~name/` begins with that user's home folder, as in a shell."""
+    if isinstance(value, dict):
+        return {key: _at_home(child) for key, child in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) and re.match(r'~[\w.-]*/', value) else value
 
 
 def flat(cfg: Any) -> dict[str, Any]:
@@ -137,6 +138,7 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
         UserError: Lists every mistake.
     """
     raw = plain(cfg)
+    raw |= {section: _without_nulls(raw[section], classes) for section, classes in registries.items() if section in raw}
     errors: list[str] = []
     config: Optional[Config] = None
     try:
@@ -214,19 +216,43 @@ def _explain(err: Any, schema: type[BaseModel]) -> str:
     if kind.startswith('union_tag'):
         name = value.get('name') if isinstance(value, dict) else value
         return f'{key}.name: {name!r} is not one of {", ".join(map(repr, MODEL_CONFIGS))}'
-    if kind == 'string_pattern_mismatch' and key == 'console_log_interval':
+    if kind in ('string_pattern_mismatch', 'string_type') and key == 'console_log_interval':
         return f'{key}: {value!r} must be a number of batches or epochs above 0, as in 10ba or 1ep'
-    if kind == 'string_pattern_mismatch':
+    if kind == 'string_pattern_mismatch' or kind == 'string_type' and key in TIMES:
         return (f'{key}: {value!r} is not a time: a whole number with a unit, as in 100ba (batches), 1ep (epochs), 5000sp '
                 '(samples), 2000000tok (tokens), or a fraction of the duration, as in 0.1dur')
     if kind in _TYPES:
-        return f'{key}: {value!r} must be {_TYPES[kind]}'
+        return f'{key}: {value!r} must be {_TYPES[kind]}' + _quotes(key, value) * (kind == 'string_type')
     bounds = {'greater_than': ('gt', 'greater than'), 'greater_than_equal': ('ge', 'at least'), 'less_than': ('lt', 'less than'),
               'less_than_equal': ('le', 'at most')}
     if kind in bounds:
         bound = ctx[bounds[kind][0]]
         return f'{key}: {value!r} must be {bounds[kind][1]} {int(bound) if bound == int(bound) else bound}'
     return f'{key}: {value!r}: {err["msg"]}'
+
+
+# By their dotted keys: the settings that are times
+TIMES = {prefix + name for prefix, cls in (('', Config), ('scheduler.', SchedulerConfig)) for name, field in
+         cls.model_fields.items() if any(getattr(rule, 'pattern', None) == TIME.pattern for rule in field.metadata)}
+
+
+def _quotes(key: str, value: Any) -> str:
+    """How to write a value that YAML takes for a number."""
+    if not isinstance(value, (int, float)):
+        return ''
+    return f""": put it in quotes, {key.split('.')[-1]}: '{value}' in a YAML, {key}="'{value}'" in a shell"""
+
+
+def _without_nulls(chosen: Any, classes: Mapping[str, Any]) -> Any:
+    """One of the sections `callbacks`, `loggers` and `algorithms` without keywords that are null: they have their defaults."""
+    if not isinstance(chosen, dict):
+        return chosen
+    out = {}
+    for name, kwargs in chosen.items():
+        parameters = inspect.signature(classes[name]).parameters if isinstance(kwargs, dict) and name in classes else {}
+        out[name] = {key: value for key, value in kwargs.items() if value is not None or key not in parameters
+                     or parameters[key].default in (None, inspect.Parameter.empty)} if parameters else kwargs
+    return out
 
 
 def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, Any]) -> list[str]:
@@ -254,7 +280,8 @@ def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, A
                 TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True, strict=True)).validate_python(value)
             except ValidationError as e:
                 wanted = ' or '.join(dict.fromkeys(_TYPES.get(err['type'], err['msg']) for err in e.errors()))
-                out.append(f'{section}.{name}.{key}: {masked(value, key)!r} must be {wanted}')
+                quotes = _quotes(f'{section}.{name}.{key}', masked(value, key)) * (wanted == _TYPES['string_type'])
+                out.append(f'{section}.{name}.{key}: {masked(value, key)!r} must be {wanted}{quotes}')
             except PydanticSchemaGenerationError:  # a type that only Python can check
                 continue
         if isinstance(value, (int, float)) and key in ABOVE_ZERO and value <= 0:

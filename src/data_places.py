@@ -1,8 +1,11 @@
 """Where a dataset lies: checked before it is opened, and what streaming raises in the words of the settings."""
 
+import json
 import os
 import re
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 from src.errors import UserError
@@ -25,6 +28,35 @@ def streams_of(data: DatasetConfig) -> dict[str, StreamConfig]:
         return {f'dataset.streams.{name}': stream.model_copy(update={'split': stream.split or data.split})
                 for name, stream in data.streams.items()}
     return {'dataset': StreamConfig(remote=data.remote, local=data.local, split=data.split)} if data.local else {}
+
+
+def columns_of(place: str) -> Optional[list[str]]:
+    """The columns of a split, as the first shard in its index has them.
+
+    Args:
+        place: The folder of the split, on this machine or a URL.
+
+    Returns:
+        None where no index can be read: whoever opens the data then says what is wrong.
+    """
+    text = _fetched_index(place) if is_url(place) else None
+    try:
+        text = text or Path(place, 'index.json').read_text(encoding='utf-8')
+        return json.loads(text)['shards'][0]['column_names']
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+@cache  # a large index has megabytes
+def _fetched_index(place: str) -> Optional[str]:
+    from streaming.base.storage.download import CloudDownloader  # here: it takes seconds to import
+
+    with TemporaryDirectory() as folder:
+        try:
+            CloudDownloader.direct_download(f'{place}/index.json', f'{folder}/index.json')
+        except Exception:  # each object store has error classes of its own
+            return None
+        return Path(folder, 'index.json').read_text(encoding='utf-8')
 
 
 def stream_errors(data: DatasetConfig) -> list[str]:
@@ -100,6 +132,9 @@ def _check_folder(root: str, split: str, setting: str) -> None:
     elif not folder.is_dir():
         splits = sorted(index.parent.name for index in Path(root).glob('*/index.json'))
         wrong = f'{root!r} has no split {split!r}; it has: {", ".join(splits) or "none"}'
+        if split == 'train' and 'val' in splits:
+            wrong += ('. To try the kit or to measure its speed, val is enough: set train_loader.dataset.split=val '
+                      'allow_same_split=true')
     else:
         wrong = f"{str(folder)!r} has no index.json, so it is no MDS dataset, or its conversion did not end"
     raise UserError(f'{setting}: {wrong}. {how_to_make(root, split)}')

@@ -18,7 +18,7 @@ from src.checkpoints import Start
 from src.checks import fsdp_version, packs_on_the_fly
 from src.errors import UserError, first_line
 from src.flops import train_flops_per_token
-from src.schema import TIME, Config
+from src.schema import Config
 
 log = logging.getLogger('src')
 
@@ -41,9 +41,6 @@ def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, mi
     if c.max_duration.endswith('ba'):
         total = tokens * int(c.max_duration[:-2].replace('_', ''))
         lines.append(f'tokens: {total:,} in all, {total / model.n_params:.1f} per parameter')
-    duration, warmup = TIME.match(c.max_duration), TIME.match(c.scheduler.t_warmup)
-    if duration and warmup and duration[2] == warmup[2] and float(warmup[1]) >= float(duration[1]):
-        lines.append(f'scheduler.t_warmup: {c.scheduler.t_warmup} is not shorter than the run, which ends before the peak rate')
     lines.append(f'sharding: {_sharding(c)}')
     if packs_on_the_fly(c.train_loader.dataset):
         lines.append('data: text packed on the fly: the samples depend on the numbers of ranks and workers, and a resumed run '
@@ -113,7 +110,7 @@ def summary(trainer: Trainer, c: Config, checkpoint: Optional[str], seconds: flo
     state = trainer.state
     train = float(state.train_metric_values.get('LanguageCrossEntropy', float('nan')))
     lines = ['', '=' * 72, f'run {state.run_name}: {int(state.timestamp.batch)} batches, '
-             f'{int(state.timestamp.token):,} tokens trained on in {seconds:.0f} s with evaluation',
+             f'{int(state.timestamp.token):,} tokens trained on in {seconds:.0f} s{" with evaluation" if c.eval_loader else ""}',
              f'  train loss     {train:.4f} (last batch)']
     if c.eval_loader:
         loss = float(state.eval_metric_values['LanguageCrossEntropy'])

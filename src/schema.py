@@ -4,21 +4,31 @@ A key that is not here is not a setting. `src/config.py` holds a YAML and comman
 """
 
 import re
+from types import NoneType
 from typing import Any, Literal, Optional, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Field(gt=0)
 # A whole number of epochs, batches, samples or tokens, or a fraction of the duration
 TIME = re.compile(r'^([0-9]+(?:_[0-9]+)*(?!\.)|[0-9]+\.[0-9]+(?=dur))(ep|ba|sp|tok|dur)$')
 TimeString = Field(pattern=TIME.pattern)
-Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its keywords; null: none; false: switched off
+Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its keywords; null: no keywords; false: off
 
 
 class Section(BaseModel):
-    """A part of the YAML: unknown keys are mistakes, types are not converted."""
+    """A part of the YAML: unknown keys are mistakes, types are not converted, and null is a setting's default."""
 
     model_config = ConfigDict(extra='forbid', strict=True, frozen=True, protected_namespaces=(), regex_engine='python-re')
+
+    @model_validator(mode='before')
+    @classmethod
+    def _take_null_for_the_default(cls, values: Any) -> Any:
+        """Drops a null where a setting has no such value, so that `key=null` takes back what a YAML says."""
+        if not isinstance(values, dict):
+            return values
+        no_null = {key for key, field in cls.model_fields.items() if NoneType not in get_args(field.annotation)}
+        return {key: value for key, value in values.items() if value is not None or key not in no_null}
 
 
 class TokenizerConfig(Section):

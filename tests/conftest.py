@@ -25,6 +25,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from src.data_places import _fetched_index
+
 EOS = '<|endoftext|>'
 N_DOCUMENTS = {'train': 400, 'val': 90}
 WORDS = """the a of and to in is was that for it with on as by at from river mountain engine letter winter garden number
@@ -155,6 +157,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv('S3_ENDPOINT_URL', url)
     client = boto3.client('s3', endpoint_url=url)
     client.create_bucket(Bucket='bucket')
+    _fetched_index.cache_clear()  # the bucket of another test had an index of its own
     yield client
     urlopen(f'{url}/moto-api/reset', data=b'')  # the next server in this process would still have the bucket
     server.stop()

@@ -1,6 +1,7 @@
 """Every mistake in a config ends in one message that names the setting, the value and what is allowed."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,20 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from src import builders, config
 from src.batch_size import device_batch_size, grad_accum, microbatch_size
-from src.checks import fsdp_version
+from src.checks import check_warmup, fsdp_version, in_units_of_the_run
+from src.data_places import check_places
 from src.errors import UserError
 from src.schema import FSDPConfig
 from src.sharding import build_parallelism
 
-QUICKSTART = 'yamls/quickstart.yaml'
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
+
+
+@pytest.fixture(autouse=True)
+def folder_without_data(tmp_path, monkeypatch):
+    """What lies in ./my-copy-c4 of whoever runs the tests is not theirs."""
+    monkeypatch.chdir(tmp_path)
 
 
 def check(*overrides: str, world_size: int = 1, has_gpu: bool = False, yaml: str = QUICKSTART, num_nodes: int = 1):
@@ -36,7 +45,7 @@ BAD = [
     (['optimizer.name=adam'], ["optimizer.name: 'adam' is not one of 'decoupled_adamw' or 'adamw'"]),
     (['optimizer.betas=[0.9]'], ['optimizer.betas: [0.9] must be two numbers']),
     (['scheduler.name=cosine'], ["scheduler.name: 'cosine' is not one of 'cosine_with_warmup'"]),
-    (['scheduler.t_warmup=100'], ['scheduler.t_warmup: 100 must be text']),
+    (['scheduler.t_warmup=100'], ["scheduler.t_warmup: '100' is not a time: a whole number with a unit, as in 100ba"]),
     (['scheduler.t_warmup=100 batches'], ["'100 batches' is not a time", '100ba']),
     (['max_duration=1_000_000tok'], ["scheduler.t_warmup: '50ba' and max_duration '1_000_000tok' must have one unit"]),
     (['max_duration=1ep', 'scheduler.t_warmup=0.1dur'], ["max_duration: '1ep'", 'concat', 'ba']),
@@ -95,7 +104,7 @@ BAD = [
     (['algorithms.dropout=3'], ['algorithms.dropout: no such name']),
     (['autoresume=true'], ['autoresume: true needs save_folder and run_name']),
     (['load_weights_only=true'], ['load_weights_only: true does nothing without load_path']),
-    (['optimizer=null'], ['optimizer: None must be a section with keys of its own']),
+    (['optimizer=null'], ['optimizer: missing; it has no default']),
     (['model=null'], ['node `model` is not a container', 'model.attn_within_document']),
     (['model=[1,2]'], ['override model=...: is a section with keys of its own, not a list']),
     (['callbacks=[speed_monitor]'], ['override callbacks=...']),
@@ -104,7 +113,8 @@ BAD = [
     (['callbacks.speed_monitor.window_size=0'], ['callbacks.speed_monitor.window_size: 0 must be greater than 0']),
     (['callbacks.early_stopper={}'],
      ['callbacks.early_stopper.monitor: missing', 'callbacks.early_stopper.dataloader_label: missing']),
-    (['loggers.tensorboard.log_dir=5'], ['loggers.tensorboard.log_dir: 5 must be text']),
+    (['loggers.tensorboard.log_dir=5'],
+     ['loggers.tensorboard.log_dir: 5 must be text: put it in quotes', "loggers.tensorboard.log_dir=\"'5'\" in a shell"]),
     (['loggers.tensorboard.flush_interval=0'], ['loggers.tensorboard.flush_interval: 0 must be greater than 0']),
     (['loggers.wandb.init_kwargs=5'], ['loggers.wandb.init_kwargs: 5 must be a section']),
     (['algorithms.gradient_clipping.clipping_threshold=x'],
@@ -113,7 +123,18 @@ BAD = [
     (['max_duration=1__0ba'], ["max_duration: '1__0ba' is not a time"]),
     (['eval_interval=1.5ba'], ["eval_interval: '1.5ba' is not a time"]),
     (['scheduler.t_warmup=1ep'], ["scheduler.t_warmup: '1ep' and max_duration '1200ba' must have one unit"]),
-    (['scheduler.t_warmup=1.5dur'], ["scheduler.t_warmup: '1.5dur' must be shorter than the run"]),
+    (['scheduler.t_warmup=1.5dur'], ["scheduler.t_warmup: '1.5dur' is not shorter than the run"]),
+    (['scheduler.t_warmup=50ba', 'max_duration=20ba'],
+     ["scheduler.t_warmup: '50ba' is not shorter than the run (max_duration '20ba')", 'scheduler.t_warmup=0.1dur']),
+    (['scheduler.t_warmup=20ba', 'max_duration=20ba'], ["scheduler.t_warmup: '20ba' is not shorter"]),
+    (['scheduler.t_warmup=300tok', 'max_duration=200tok'], ["scheduler.t_warmup: '300tok' is not shorter"]),
+    (['callbacks.speed_monitor={}', 'callbacks={}', 'callbacks.speed_monitr={}'], ['1 mistake', 'callbacks.speed_monitr']),
+    (['eval_loader={}'], ['eval_loader.dataset: missing']),
+    (['run_name='], ['override run_name=: has no value', 'that variable is empty', 'write run_name=null']),
+    (['load_path= '], ['override load_path=: has no value']),
+    (['optimizer.lr=1e-3 # high'], ["override optimizer.lr=...: YAML reads '#' after a space as the start of a comment"]),
+    (['loggers.wandb.project=fix #3'], ['override loggers.wandb.project=...', "loggers.wandb.project=\"'no #3'\""]),
+    (['train_loader=null'], ['train_loader: missing; it has no default']),
     (['scheduler.t_max=2ba'], ["scheduler.t_max: '2ba' must be at least max_duration '1200ba'"]),
     (['scheduler.t_max=2tok'], ['must have one unit', 't_max']),
     (['console_log_interval=0ba'], ["console_log_interval: '0ba' must be a number of batches or epochs above 0"]),
@@ -142,7 +163,6 @@ BAD = [
     (['max_nonfinite_in_a_row=0'], ['max_nonfinite_in_a_row: 0 must be greater than 0']),
     (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True is not one of False']),
     (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be at least 1']),
-    (['tokenizer.tokenizer_name=5'], ['tokenizer.tokenizer_name: 5 must be text']),
     (['data_local=${nowhere}'], ['nowhere']),
 ]
 
@@ -154,6 +174,89 @@ def test_a_bad_value_is_named_with_what_is_allowed(overrides, parts):
     for part in parts:
         assert part in str(e.value)
     assert 'pydantic' not in str(e.value) and 'Traceback' not in str(e.value)
+
+
+@pytest.mark.parametrize('overrides, key, value', [
+    (['run_name=12345'], 'run_name', '12345'),
+    (['run_name=007'], 'run_name', '007'),
+    (['run_name=1e5'], 'run_name', '1e5'),
+    (['run_name=true'], 'run_name', 'true'),
+    (['run_name=fix #3'], 'run_name', 'fix #3'),
+    (['run_name=a: b'], 'run_name', 'a: b'),
+    (["run_name='12 # 3'"], 'run_name', '12 # 3'),
+    (['run_name=null'], 'run_name', None),
+    (['run_name=~'], 'run_name', None),
+    (['save_folder=./c/{run_name}'], 'save_folder', './c/{run_name}'),
+    (['save_folder=${data_remote}/c', 'data_remote=/d'], 'save_folder', '/d/c'),
+    (['save_folder=~/c'], 'save_folder', '/home/me/c'),
+    (['data_remote=~/d'], 'train_loader.dataset.local', '/home/me/d'),
+    (['loggers.tensorboard.log_dir=~/runs'], 'loggers.tensorboard.log_dir', '/home/me/runs'),
+    (['tokenizer.tokenizer_name=5'], 'tokenizer.tokenizer_name', '5'),
+    (['callbacks={}'], 'callbacks', {}),
+    (['callbacks=null'], 'callbacks', {}),
+    (['algorithms=null', 'loggers={}'], 'algorithms', {}),
+    (['callbacks={}', 'callbacks.lr_monitor={}'], 'callbacks', {'lr_monitor': {}}),
+    (['callbacks.speed_monitor={}'], 'callbacks.speed_monitor', {}),
+    (['callbacks.speed_monitor.window_size=null'], 'callbacks.speed_monitor', {}),
+    (['callbacks.early_stopper={monitor: a, dataloader_label: b, patience: null}'], 'callbacks.early_stopper',
+     {'monitor': 'a', 'dataloader_label': 'b'}),
+    (['compile_config={}'], 'compile_config.scope', 'block'),
+    (['compile_config.scope=model', 'compile_config={}'], 'compile_config.scope', 'block'),
+    (['fsdp_config.verbose=true', 'fsdp_config={}'], 'fsdp_config.verbose', False),
+    (['model.init_std=null'], 'model.init_std', 0.02),
+    (['optimizer.betas=null'], 'optimizer.betas', [0.9, 0.95]),
+    (['eval_interval=null'], 'eval_interval', '1ep'),
+    (['train_loader.dataset.shuffle=null'], 'train_loader.dataset.shuffle', False),
+])
+def test_what_a_shell_and_yaml_make_of_a_value(overrides, key, value, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    found = config.plain(check(*overrides))
+    for part in key.split('.'):
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize('yaml, says', [
+    ('run_name: 12345', 'run_name: 12345 must be text: put it in quotes, run_name: \'12345\' in a YAML'),
+    ('eval_interval: 100', 'eval_interval: 100 is not a time: a whole number with a unit, as in 100ba'),
+    ('console_log_interval: 10', 'console_log_interval: 10 must be a number of batches or epochs above 0, as in 10ba')])
+def test_a_number_where_a_yaml_must_have_text(yaml, says):
+    cfg = OmegaConf.merge(config.load([QUICKSTART]), OmegaConf.create(yaml))
+    with pytest.raises(UserError) as e:
+        config.check(cfg, builders.REGISTRIES, 1, False)
+    assert says in str(e.value)
+
+
+def test_a_fraction_of_the_run_in_its_units():
+    for interval, run, found in (('0.5dur', '6ba', '3ba'), ('0.1dur', '30ba', '3ba'), ('0.333dur', '6ba', '2ba'), ('1dur', '9ba', '9ba'),
+                                 ('0.25dur', '1_000tok', '250tok'), ('0.5dur', '2ep', '0.5dur'), ('7ba', '2ep', '7ba')):
+        assert in_units_of_the_run(interval, run) == found
+
+
+def test_a_warm_up_in_epochs_is_held_against_a_run_in_batches():
+    c = check('scheduler.t_warmup=1ep', 'max_duration=100ba', 'train_loader.dataset.group_method=truncate')
+    check_warmup(c, 99)
+    check_warmup(c, None)
+    with pytest.raises(UserError, match=r"scheduler.t_warmup: '1ep' is not shorter than the run \(max_duration '100ba'\)"):
+        check_warmup(c, 100)
+
+
+def test_the_index_is_read_where_the_data_lies(tokens_root, mds_root, s3):
+    for root, name in ((tokens_root, 'tokens'), (mds_root, 'text')):
+        for split in ('train', 'val'):
+            s3.upload_file(str(root / split / 'index.json'), 'bucket', f'{name}/{split}/index.json')
+    remote = ['data_local=/tmp/x', 'scheduler.t_warmup=0.1dur', 'max_duration=1ep']
+    assert check('data_remote=s3://bucket/tokens', *remote).max_duration == '1ep'
+    check('data_remote=s3://bucket/tokens', *remote, 'train_loader.dataset.num_canonical_nodes=64', world_size=8, num_nodes=4)
+    for place in ('text', 'nothing'):
+        with pytest.raises(UserError, match="max_duration: '1ep': with group_method 'concat' an epoch has no length"):
+            check(f'data_remote=s3://bucket/{place}', *remote)
+
+
+def test_val_alone_is_enough_to_profile(mds_root, tmp_path):
+    (tmp_path / 'val').symlink_to(mds_root / 'val')
+    with pytest.raises(UserError, match='no split .train.; it has: val. .*train_loader.dataset.split=val allow_same_split=true'):
+        check_places(None, str(tmp_path), 'train', None)
 
 
 def test_the_quick_start_itself_has_no_mistake():
@@ -258,8 +361,8 @@ def test_missing_keys_are_named(tmp_path):
 @pytest.mark.parametrize('argv,message', [
     ([], 'the first argument must be a YAML file'),
     (['max_duration=1ba'], 'the first argument must be a YAML file'),
-    (['yamls/quickstart.yml'], "no such file. Did you mean yamls/quickstart.yaml?"),
-    (['yamls'], 'yamls: a folder, not a YAML file'),
+    ([QUICKSTART.replace('.yaml', '.yml')], f'no such file. Did you mean {QUICKSTART}?'),
+    ([str(ROOT / 'yamls')], 'yamls: a folder, not a YAML file'),
     ([QUICKSTART, 'max_duration'], "override 'max_duration' is not of the form key=value"),
     ([QUICKSTART, '--max_duration=3'], "override '--max_duration' is not of the form key=value"),
     ([QUICKSTART, 'optimizer.betas=[0.9'], 'override optimizer.betas=...: its value cannot be read as YAML'),

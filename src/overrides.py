@@ -1,0 +1,75 @@
+"""One `key=value` of the command line, merged into the config that the YAML gave."""
+
+from types import NoneType
+from typing import Any, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
+from yaml import YAMLError
+
+from src.errors import UserError
+from src.schema import Config
+
+NULL = ('null', 'Null', 'NULL', '~')  # as YAML spells it
+
+
+def override(cfg: DictConfig, arg: str) -> DictConfig:
+    """Merges one `key=value` into a config.
+
+    The value is YAML, with two exceptions: `key={}` empties a section, where a merge would change nothing, and the value of a
+    setting that takes only text is text as it stands (`run_name=12345`).
+
+    Args:
+        cfg: The config so far.
+        arg: The argument.
+
+    Returns:
+        The config with the value.
+
+    Raises:
+        UserError: The argument is not `key=value`, has no value, or has one that is not YAML. A value may be a secret, so
+            messages name only the key.
+    """
+    key, equals, text = arg.partition('=')
+    text = text.strip()
+    if not equals or not key or key.startswith('-'):
+        raise UserError(f'override {key!r} is not of the form key=value, as in max_duration=100ba or optimizer.lr=3e-4')
+    if not text:
+        raise UserError(f'override {key}=: has no value. If it comes from a variable of the shell, that variable is empty; for '
+                        f'no value write {key}=null')
+    quoted = text[0] in '\'"'
+    as_it_stands = takes_only_text(key) and not quoted and text not in NULL
+    if ' #' in text and not quoted and not as_it_stands:
+        raise UserError(f"override {key}=...: YAML reads '#' after a space as the start of a comment and drops the rest of the "
+                        f"""value; put the value in two pairs of quotes, as in {key}="'no #3'\"""")
+    try:
+        if text == '{}' or as_it_stands:
+            OmegaConf.update(cfg, key, {} if text == '{}' else text, merge=False, force_add=True)
+            return cfg
+        merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f'{key}={text}']))
+    except (YAMLError, OmegaConfBaseException) as e:
+        raise UserError(f'override {key}=...: its value cannot be read as YAML: {str(e).splitlines()[0]}') from None
+    except TypeError:
+        raise UserError(f'override {key}=...: is a section with keys of its own, not a list') from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def takes_only_text(key: str) -> bool:
+    """Whether the schema allows nothing but text, or null, for a setting."""
+    types = [Config]
+    for part in key.split('.'):
+        types = [child for parent in types for child in _types_below(parent, part)]
+    return str in types and {*types} <= {str, NoneType}
+
+
+def _types_below(parent: Any, part: str) -> list[Any]:
+    if isinstance(parent, type) and issubclass(parent, BaseModel):
+        return alternatives(parent.model_fields[part].annotation) if part in parent.model_fields else []
+    return alternatives(get_args(parent)[1]) if get_origin(parent) is dict else []
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of a Union, or the type itself."""
+    return list(get_args(annotation)) if get_origin(annotation) is Union else [annotation]
