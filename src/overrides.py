@@ -3,10 +3,10 @@
 from types import NoneType
 from typing import Any, Union, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
-from yaml import YAMLError
 
 from src.errors import UserError
 from src.schema import Config
@@ -38,22 +38,26 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
     if not text:
         raise UserError(f'override {key}=: has no value. If it comes from a variable of the shell, that variable is empty; for '
                         f'no value write {key}=null')
-    quoted = text[0] in '\'"'
-    as_it_stands = takes_only_text(key) and not quoted and text not in NULL
-    if ' #' in text and not quoted and not as_it_stands:
-        raise UserError(f"override {key}=...: YAML reads '#' after a space as the start of a comment and drops the rest of the "
-                        f"""value; put the value in two pairs of quotes, as in {key}="'no #3'\"""")
+    as_it_stands = takes_only_text(key) and text[0] not in '\'"' and text not in NULL
     try:
+        if not as_it_stands and _ends_in_a_comment(text):
+            raise UserError(f"override {key}=...: YAML reads '#' as the start of a comment here and drops the rest of the value; "
+                            f"""put the value in two pairs of quotes, as in {key}="'no #3'\"""")
         if text == '{}' or as_it_stands:
             OmegaConf.update(cfg, key, {} if text == '{}' else text, merge=False, force_add=True)
             return cfg
         merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f'{key}={text}']))
-    except (YAMLError, OmegaConfBaseException) as e:
+    except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f'override {key}=...: its value cannot be read as YAML: {str(e).splitlines()[0]}') from None
     except TypeError:
         raise UserError(f'override {key}=...: is a section with keys of its own, not a list') from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _ends_in_a_comment(text: str) -> bool:
+    ends = [token.end_mark.index for token in yaml.scan(text) if token.end_mark.index > token.start_mark.index]
+    return '#' in text[max(ends, default=0):]
 
 
 def takes_only_text(key: str) -> bool:

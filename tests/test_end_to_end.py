@@ -5,11 +5,14 @@ import re
 import shutil
 
 import pytest
+from composer.core import Callback, State
+from composer.loggers import Logger
 from launch import composer, console, tiny
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
 import main
+from src import config
 from src.plot_loss import read_scalars
 
 QUICKSTART = 'yamls/quickstart.yaml'
@@ -147,11 +150,18 @@ def test_wandb_gets_the_resolved_config_and_no_log_a_secret(logged):
     assert 'api_key' in everything and '***' in everything, 'the key was there, and masked'
 
 
-def test_a_warm_up_longer_than_the_run_is_said(mds_root, monkeypatch):
-    said = []
-    monkeypatch.setattr(main.log, 'info', lambda text, *values: said.append(text % values))
-    assert in_process(*tiny(mds_root, 'max_duration=2ba', 'log_to_console=false')) == 0
-    assert any('scheduler.t_warmup: 5ba is not shorter than the run' in text for text in said)
+def test_intervals_in_parts_of_a_run_whose_epochs_have_no_length(mds_root, tmp_path):
+    argv = tiny(mds_root, 'train_loader.dataset.group_method=concat', 'eval_interval=0.5dur', 'save_interval=0.25dur', 'max_duration=8ba',
+                'scheduler.t_warmup=0.1dur', f'save_folder={tmp_path}', 'save_num_checkpoints_to_keep=-1', 'log_to_console=false')
+    evaluations: list[int] = []
+
+    class Evaluations(Callback):
+        def eval_start(self, state: State, logger: Logger) -> None:
+            evaluations.append(int(state.timestamp.batch))
+
+    main.main(config.load([QUICKSTART, *argv, 'eval_first=false']), callbacks=[Evaluations()]).close()
+    assert evaluations == [4, 8]
+    assert sorted(path.name for path in tmp_path.glob('*.pt')) == [f'ep0-ba{n}-rank0.pt' for n in (2, 4, 6, 8)]
 
 
 def test_the_loader_of_the_prebaked_runs_trains_with_workers(mds_root, capfd):

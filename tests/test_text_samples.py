@@ -118,7 +118,8 @@ def test_a_run_trains_alike_with_and_without(mds_root, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_say_what_one_does(mds_root, tmp_path):
-    argv = [QUICKSTART, *tiny(mds_root, 'max_duration=4ba', 'eval_interval=2ba', 'callbacks.text_samples.temperature=0')]
+    argv = [QUICKSTART, *tiny(mds_root, 'max_duration=4ba', 'scheduler.t_warmup=1ba', 'eval_interval=2ba',
+                               'callbacks.text_samples.temperature=0')]
     runs = {'ddp': [], 'sharded': ['fsdp_config.sharding_strategy=FULL_SHARD']}
     file = 'loggers.file.filename=' + str(tmp_path)
     ranks(2, {name: [*argv, *more, f'{file}/{name}-rank{{rank}}.txt'] for name, more in runs.items()}, tmp_path)
