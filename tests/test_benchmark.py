@@ -305,7 +305,8 @@ class Ops(TorchDispatchMode):
 
 def watched(mds_root: Path, *overrides: str) -> Watch:
     watch = Watch()
-    quiet = ['max_duration=3ba', 'scheduler.t_warmup=1ba', 'eval_loader=null', 'log_to_console=false', 'callbacks.unigram_baseline=false']
+    quiet = ['max_duration=3ba', 'scheduler.t_warmup=1ba', 'eval_loader=null', 'log_to_console=false',
+             'callbacks.unigram_baseline=false']
     main.main(config.load([QUICKSTART, *tiny(mds_root, *quiet, *overrides)]), callbacks=[watch]).close()
     return watch
 

@@ -232,7 +232,8 @@ def test_a_number_where_a_yaml_must_have_text(yaml, says):
 
 
 def test_a_fraction_of_the_run_in_its_units():
-    for interval, run, found in (('0.5dur', '6ba', '3ba'), ('0.1dur', '30ba', '3ba'), ('0.333dur', '6ba', '2ba'), ('1dur', '9ba', '9ba'),
+    for interval, run, found in (('0.5dur', '6ba', '3ba'), ('0.1dur', '30ba', '3ba'), ('0.333dur', '6ba', '2ba'),
+                                 ('1dur', '9ba', '9ba'),
                                  ('0.25dur', '1_000tok', '250tok'), ('0.5dur', '2ep', '0.5dur'), ('7ba', '2ep', '7ba')):
         assert in_units_of_the_run(interval, run) == found
 
