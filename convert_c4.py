@@ -6,34 +6,30 @@ on after an interruption, and the bytes do not depend on interruptions, processe
 """
 
 import argparse
-import hashlib
-import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Optional
 
-from src.conversion import Job, Options, Place, all_done, convert, folder_info, unfinished
+from src.conversion import Job, Options, Place, all_done, convert, unfinished
+from src.conversion_tokenizer import first_texts, tokenizer_of, write_tokenizer
 from src.data_places import is_url
 from src.errors import UserError, positive
-from src.manifest import TRAINED, check_strangers, merge, verify
+from src.manifest import check_strangers, merge, verify
 from src.processes import init_conversion_worker
-from src.sources import C4, C4_COLUMNS, C4_COUNTS, Bad, FolderSource, HubSource, Source, SourceFile, documents, fetched, retried
+from src.source_files import C4_COLUMNS, TXT, FolderSource, SourceFile, doubles
+from src.sources import C4, C4_COUNTS, HubSource, Source
 
 SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
 SMALL = 100_000  # documents of train_small
-TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
-TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
 # Bytes of text in a byte of source, and of shards in a byte of text: C4 has 806 GB of text in 305 GB of files.
 TEXT_BYTES = {'.gz': 2.6, '.zst': 2.8, '.parquet': 1.6}
 COMPRESSED, BYTES_PER_TOKEN = 0.4, 4.5
@@ -47,8 +43,7 @@ def fraction(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line. Leaves the process with status 2 and a usage line when it cannot be read."""
+def build_parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that mosaicml-streaming reads. '
                                      'Stopped at any moment, the same command goes on.')
@@ -59,11 +54,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--source', default='hub', metavar='hub|sample|FOLDER',
         help='hub: a data set from the Hugging Face hub (default); sample: English prose out of the Python installation, with a '
         "tokenizer of 4096 tokens in DIR/tokenizer, no network needed; FOLDER: a folder that holds C4's own files, such as "
-        'c4-train.00000-of-01024.json.gz, or .jsonl, .jsonl.gz, .jsonl.zst or .parquet files')
+        'c4-train.00000-of-01024.json.gz, or other .jsonl, .parquet or .txt files')
     add('--dataset', default=C4, metavar='NAME', help=f'on the hub; default: {C4}')
     add('--config', metavar='NAME', help="the data set's configuration; default: en for C4")
     add('--revision', metavar='COMMIT', help="of the data set's repository; default: its newest")
     add('--text_column', default='text', metavar='NAME', help='the field of a document that holds its text')
+    add('--txt_lines', action='store_true', help='each line of a .txt file is a document; default: each file is one')
     group = parser.add_argument_group('what is written')
     group.add_argument('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
     group.add_argument('--tokenizer', metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
@@ -81,17 +77,44 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group.add_argument('--merge', action='store_true', help='close the splits, once every --partition is done')
     group.add_argument('--skip_disk_check', action='store_true', help='begin even if the disk looks too small')
     add('--verify', metavar='DIR', help='check a copy against its manifests, and do nothing else')
+    return parser
+
+
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
+    """The command line, or `argv`. Leaves the process with status 2 and a usage line when it cannot be read."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    if (args.out_root is None) == (args.verify is None):
-        parser.error('give --out_root, or --verify alone')
-    if not (args.out_root or args.verify):
-        parser.error('--out_root and --verify: the name of a folder is missing')
-    if args.concat_tokens == 1:
-        parser.error('--concat_tokens: 1 leaves nothing to predict; give max_seq_len, or max_seq_len + 1')
+    try:
+        check_values(args)
+    except UserError as error:
+        parser.error(str(error))
     return args
 
 
 # ---------------------------------------------------------------- checks before any work
+
+
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of the arguments, with the defaults of those that are missing."""
+    defaults = vars(build_parser().parse_args([]))
+    if unknown := vars(args).keys() - defaults.keys():
+        raise UserError(f'{", ".join(sorted(unknown))}: no such argument; known are {", ".join(defaults)}')
+    found = argparse.Namespace(**{**defaults, **vars(args)})
+    for name in ('out_root', 'source', 'verify', 'tokenizer'):  # a Path is a name too
+        if getattr(found, name) is not None:
+            setattr(found, name, str(getattr(found, name)))
+    return found
+
+
+def check_values(args: argparse.Namespace) -> None:
+    if (args.out_root is None) == (args.verify is None):
+        raise UserError('give --out_root, or --verify alone')
+    if not (args.out_root or args.verify):
+        raise UserError('--out_root and --verify: the name of a folder is missing')
+    if args.concat_tokens == 1:
+        raise UserError('--concat_tokens: 1 leaves nothing to predict; give max_seq_len, or max_seq_len + 1')
+    if isinstance(args.splits, str) or not args.splits or set(args.splits) - SPLITS.keys():
+        raise UserError(f'--splits: {args.splits!r} is not a list of one or more of {", ".join(SPLITS)}')
 
 
 def check_out_root(out_root: str, splits: Iterable[str]) -> None:
@@ -162,15 +185,12 @@ def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
     if is_url(args.out_root):  # only what is worked on lies here
         todo, disk = sorted(todo, key=lambda job: -job.file.size)[:args.num_workers], tempfile.gettempdir()
     share = (2 / BYTES_PER_TOKEN if args.concat_tokens else 1) * (COMPRESSED if args.compression else 1)
-    need = sum(job.file.size * TEXT_BYTES.get(Path(job.file.path).suffix, 1) for job in todo) * share
+    need = sum(job.file.size * TEXT_BYTES.get(Path(job.file.path).suffix.lower(), 1) for job in todo) * share
     free = shutil.disk_usage(disk).free
     if need > free and not args.skip_disk_check:
         raise UserError(f'--out_root: {disk} has {free / 1e9:,.3f} GB free; the {len(todo)} files that are left will take about '
                         f'{need / 1e9:,.3f} GB. Free space, name another disk, or add --compression zstd; --skip_disk_check '
                         'begins all the same')
-
-
-# ---------------------------------------------------------------- the sample and tokenizers
 
 
 class SampleSource:
@@ -186,85 +206,6 @@ class SampleSource:
         return [SourceFile(f'sample {split}', sum(len(document['text'].encode()) for document in self.corpus[split]))]
 
 
-def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterator[str]:
-    """The texts of the files, up to TOKENIZER_BYTES.
-
-    Raises:
-        UserError: A file or, without --skip_bad_docs, a document cannot be read.
-    """
-    total = 0
-    with tempfile.TemporaryDirectory() as folder:
-        found = (documents(fetched(file, Path(folder), quiet=False), ['text'], args.text_column, file.path) for file in files)
-        for document in islice(chain.from_iterable(found), args.max_docs):
-            if isinstance(document, Bad):
-                if not args.skip_bad_docs:
-                    raise document.error
-                continue
-            yield document['text']
-            total += len(document['text'])
-            if total >= TOKENIZER_BYTES:
-                return
-
-
-def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:
-    """Trains a tokenizer, unless there is one already, since splits may be tokenized with it."""
-    from src.sample_corpus import train_tokenizer
-
-    place = Place(out_root)
-    if place.read('tokenizer/tokenizer.json') is not None:
-        asked = json.loads(place.read(f'tokenizer/{TRAINED}') or '{}').get('vocab_size', vocab_size)
-        if asked != vocab_size:
-            raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set that, '
-                            'delete the folder and what was tokenized with it, or name another --out_root')
-        print(f'{out_root}/tokenizer: kept, it was there before')
-        return
-    staging = None
-    try:
-        staging = place.staging('tokenizer')
-        train_tokenizer(texts, staging, vocab_size)
-        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}))
-        place.commit(staging, 'tokenizer', 'tokenizer.json')
-    except OSError as error:
-        raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '
-                        'then run again') from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-    print(f'{out_root}/tokenizer: trained')
-
-
-def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str]]:
-    """The tokenizer for --concat_tokens, as a name or a local folder, and a hash of what it does.
-
-    Args:
-        args: The command line.
-        folder: Empty, for a copy of a tokenizer that is in an object store.
-    """
-    if args.concat_tokens is None:
-        return None, None
-    from src.tokenizer import HFTokenizer
-
-    name = args.tokenizer or f'{args.out_root}/tokenizer'
-    if args.tokenizer is None and Place(name).read('tokenizer_config.json') is None:
-        raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
-                        'add --train_tokenizer VOCAB')
-    if is_url(name):
-        for file in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
-            if (text := Place(name).read(file)) is not None:
-                (folder / file).write_text(text)
-        name = str(folder)
-    if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
-        from huggingface_hub import snapshot_download
-        # Once, so that the workers find it on this disk.
-        name = retried(lambda: snapshot_download(args.tokenizer, allow_patterns=TOKENIZER_FILES), name, 2, '--tokenizer')
-    try:
-        tokenizer: Any = HFTokenizer(name, args.concat_tokens).tokenizer
-    except UserError as error:
-        raise UserError(str(error).replace('tokenizer_name', '--tokenizer')) from None
-    says = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return name, hashlib.sha256(f'{says} {tokenizer.eos_token_id}'.encode()).hexdigest()
-
-
 # ---------------------------------------------------------------- the work
 
 
@@ -272,15 +213,25 @@ def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFil
     """Every part of every split."""
     name, tokenizer_hash = tokenizer_of(args, folder)
     options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens, name,
-                      tokenizer_hash, args.compression, tuple(sorted(set(args.hashes))), args.size_limit, args.skip_bad_docs)
+                      tokenizer_hash, args.compression, tuple(sorted(set(args.hashes))), args.size_limit,
+                      args.skip_bad_docs, args.txt_lines)
     jobs = {}
     for split, files in listed.items():
-        if source.is_c4:
-            print(f'{split}: {len(files)} of the {C4_COUNTS[SPLITS[split]][0]:,} files of C4 in {source.name}')
         limit = min(SMALL, args.max_docs or SMALL) if split == 'train_small' else args.max_docs
         found: Any = source.corpus[SPLITS[split]] if isinstance(source, SampleSource) else None
         jobs[split] = [Job(f'{args.out_root}/{split}', i, file, options, limit, found) for i, file in enumerate(files)]
     return jobs
+
+
+def describe(source: Any, listed: dict[str, list[SourceFile]]) -> None:
+    """Says which files were found, by split, and which are not read."""
+    for split, files in listed.items():
+        of_c4 = f' of the {C4_COUNTS[SPLITS[split]][0]:,} files of C4' if source.is_c4 else ' files'
+        print(f'{split}: {sum(len(file.paths) for file in files):,}{of_c4} in {source.name}, '
+              f'{sum(file.size for file in files):,} bytes')
+    if isinstance(source, FolderSource):
+        for line in [*source.unread_lines(), *doubles(file for files in listed.values() for file in files)]:
+            print(line)
 
 
 def run(jobs: list[Job], num_workers: int, report: Callable[[dict[str, Any]], None]) -> None:
@@ -377,12 +328,14 @@ def main(args: argparse.Namespace) -> None:
     """Converts the splits one after another, or verifies a copy.
 
     Args:
-        args: From `parse_args`.
+        args: From `parse_args`, or a namespace with some of its attributes: the others have their defaults.
 
     Raises:
         UserError: A source, an option or an output folder that does not do, a disk that is full, or damage. What is finished
             stays, and the same command goes on from there.
     """
+    args = with_defaults(args)
+    check_values(args)
     if args.verify is not None:
         if damage := verify(args.verify):
             raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage, 'Delete the subfolder of each (such as '
@@ -393,9 +346,15 @@ def main(args: argparse.Namespace) -> None:
     check_combinations(args)
     check_streaming_options(args)
     check_out_root(args.out_root, splits)
-    source: Any = (SampleSource() if args.source == 'sample' else FolderSource(args.source) if args.source != 'hub' else
-                   HubSource(args.dataset, args.config, args.revision))
+    source: Any = (SampleSource() if args.source == 'sample' else
+                   HubSource(args.dataset, args.config, args.revision) if args.source == 'hub' else
+                   FolderSource(args.source, args.out_root))
     listed = {split: source.files(SPLITS[split]) for split in splits}  # everything is checked first
+    if args.source != 'sample':
+        describe(source, listed)
+    if args.txt_lines and not any(file.path.lower().endswith(TXT) for files in listed.values() for file in files):
+        raise UserError(f'--txt_lines: no .txt file is read from --source {args.source}; leave it out, or name another '
+                        'folder')
     for split in splits:
         check_strangers(f'{args.out_root}/{split}', len(listed[split]))
         Place(f'{args.out_root}/{split}').sweep()
@@ -422,8 +381,9 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that an unfinished part is removed
+    sys.stdout.reconfigure(errors='backslashreplace')  # pyright: ignore  (names of files need not be UTF-8)
     try:
-        main(parse_args(sys.argv[1:]))
+        main(parse_args())
     except UserError as user_error:
         sys.exit(f'error: {user_error}')
     except KeyboardInterrupt:

@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_intdigest
 
 from src.data_places import is_url
+from src.documents import Document, good_documents
 from src.errors import DISK_FULL, UserError, first_line
-from src.sources import Bad, Document, SourceFile, documents, fetched, public
+from src.source_files import SourceFile
+from src.sources import public, read
 
 DOCUMENTS_PER_CALL, TEXT_PER_CALL = 256, 1_000_000  # of the tokenizer: whichever comes first, the latter in characters
 PART = 'part.json'
 HASH = 'xxh128'  # of files: finds damage, at memory speed
-SHOWN = 5  # documents that --skip_bad_docs names, of each file
 HOST = socket.gethostname()  # and the namespace of its processes' numbers: containers may share the name
 if os.path.exists('/proc/self/ns/pid'):
     HOST += f'+{os.stat("/proc/self/ns/pid").st_ino}'
@@ -50,11 +51,13 @@ class Options:
     hashes: tuple[str, ...] = ()
     size_limit: Optional[str] = None
     skip_bad_docs: bool = False
+    txt_lines: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a second run must agree with; where the tokenizer lies is no part of it."""
-        return {k: v for k, v in json.loads(json.dumps(asdict(self))).items() if k != 'tokenizer'}
+        found = json.loads(json.dumps(asdict(self)))
+        return {k: v for k, v in found.items() if k != 'tokenizer' and (k, v) != ('txt_lines', False)}
 
 
 class Job(NamedTuple):
@@ -283,9 +286,9 @@ class Packer:
 
     def add(self, tokens: list[NDArray]) -> NDArray:
         """Full sequences, of shape (n, length)."""
-        stream = np.concatenate([self.rest, *tokens]).astype(self.dtype, copy=False)
+        stream = np.concatenate([self.rest, *tokens], dtype=self.dtype, casting='unsafe')
         n = len(stream) // self.length * self.length
-        self.rest = stream[n:]
+        self.rest = stream[n:].copy()  # a view would keep the whole stream
         return stream[:n].reshape(-1, self.length)
 
     def finish(self) -> NDArray:
@@ -410,20 +413,11 @@ def _shard_writer(folder: str, columns: dict[str, str], o: Options) -> Any:
 
 
 def _documents(job: Job, folder: Path, counts: dict[str, int]) -> Iterator[Document]:
-    if job.documents is not None:
-        found: Iterable[Any] = job.documents
-    else:
+    o, found = job.options, job.documents
+    if found is None:
         folder.mkdir()
-        path = fetched(job.file, folder)
-        found = documents(path, job.options.columns, job.options.text_column, job.file.path)
-    for document in found:
-        if isinstance(document, Bad):
-            if not job.options.skip_bad_docs:
-                raise document.error
-            counts['bad_documents'] += 1
-            if counts['bad_documents'] <= SHOWN:
-                print(f'skipped: {document.reason}', flush=True)
-            continue
+        found = read(job.file, folder, o.columns, o.text_column, o.txt_lines)
+    for document in good_documents(found, o.skip_bad_docs, counts):
         if counts['documents'] == job.max_docs:
             return
         yield document
@@ -444,7 +438,9 @@ def _packed(found: Iterator[Document], tokenizer: Any, length: int, counts: dict
     for texts in _calls(found):
         tokens = encode_documents(tokenizer, texts)
         counts['tokens'] += sum(map(len, tokens))
-        yield from packer.add(tokens)
+        rows = packer.add(tokens)
+        del tokens  # of a long document, they are large
+        yield from rows
     yield from packer.finish()
 
 

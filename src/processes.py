@@ -100,6 +100,10 @@ def init_conversion_worker(temporary: str) -> None:
     if parent is not None and not parent.is_alive():  # it died while this process started
         os._exit(1)
     tempfile.tempdir = os.environ['TMPDIR'] = temporary
+    from tqdm import tqdm
+
+    # The lock that a bar makes itself is a semaphore, which stays behind when this worker is ended.
+    tqdm.set_lock(threading.RLock())
 
 
 def _exit_when_told() -> None:

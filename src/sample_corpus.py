@@ -126,10 +126,13 @@ def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
     return splits
 
 
-def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 4096) -> None:
+def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 4096) -> int:
     """Trains a byte-level BPE (as GPT-2's, https://openai.com/research/better-language-models) and saves it to `folder`.
 
     The folder loads with `AutoTokenizer.from_pretrained(folder)`. `<|endoftext|>` is the one special token.
+
+    Returns:
+        The number of tokens: fewer than `vocab_size` where the texts are few.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -146,3 +149,4 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     Path(folder, 'tokenizer.json').write_text(bpe.to_str(pretty=True), 'utf-8')
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end, pad_token=end,
                             clean_up_tokenization_spaces=False).save_pretrained(str(folder))
+    return bpe.get_vocab_size()

@@ -25,9 +25,10 @@ from xxhash import xxh3_128_intdigest
 
 from src import conversion
 from src.conversion import Packer, token_dtype
+from src.documents import documents
 from src.errors import UserError
 from src.manifest import verify
-from src.sources import documents, public
+from src.sources import public
 
 ODD = ['', f'text that spells {EOS}, twice: {EOS}', ' leading', 'naïve 日本 🙂\x00\r\n\ttab  end ', 'long ' * 40_000]
 
@@ -277,7 +278,7 @@ def test_hub_that_fails_one_time_in_ten_gives_the_same_documents(source: Path, t
     with HubServer(source, fail) as hub:
         env = {**hub.env(tmp_path / 'cache'), 'TMPDIR': str(temporary)}
         out, err = finish(start(tmp_path / 'hub', 'hub', 'train', 'val', argv=['--num_workers', '2'], **env))
-    assert len(failed) > 2 and len(listings) == 3
+    assert len(failed) > 2 and len(listings) == 3 and 'leaked semaphore' not in err
     assert 'train: 5 of the 1,024 files of C4 in allenai/c4 en' in out
     for split in 'train', 'val':
         assert counts(tmp_path / 'hub' / split) == counts(tmp_path / 'folder' / split)
