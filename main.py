@@ -44,7 +44,7 @@ from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
 from src.report import environment, is_out_of_memory, log, log_to_stderr, out_of_memory, plan, summary
 from src.schema import Config
-from src.tokenizer import TOKENIZER_REGISTRY, check_vocab
+from src.tokenizer import build_tokenizer, check_vocab
 
 
 def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Iterable[Callback] = (),
@@ -100,7 +100,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         c = c.model_copy(update={'loggers': {}, 'callbacks': {}, 'save_folder': None, 'log_to_console': False})
 
     # Model
-    tokenizer = TOKENIZER_REGISTRY[c.tokenizer.name](c.tokenizer.tokenizer_name, c.tokenizer.max_seq_len)
+    tokenizer = build_tokenizer(c)
     if dry_run:
         check_plugins(asked, tokenizer.tokenizer)
     model, parallelism = build_model(c, tokenizer, start, has_gpu)

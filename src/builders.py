@@ -156,7 +156,7 @@ def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional
     built = build_all('callbacks', c.callbacks)
     for callback in built:
         if isinstance(callback, TextSamples):
-            callback.prepare(tokenizer, c.max_seq_len)
+            callback.prepare(tokenizer, c.train_loader.dataset.max_seq_len)
             if c.eval_loader is None:
                 log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
     profiler = next((cb for cb in built if isinstance(cb, profiling.Profiler)), None)

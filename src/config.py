@@ -20,7 +20,8 @@ from pydantic.errors import PydanticSchemaGenerationError
 from yaml import YAMLError
 
 from src.checks import combination_errors
-from src.errors import UserError
+from src.errors import UserError, masked
+from src.old_keys import translate, what_to_write
 from src.overrides import override
 from src.schema import (
     MODEL_CONFIGS,
@@ -59,14 +60,15 @@ def load(argv: list[str]) -> DictConfig:
         what = 'a folder, not a YAML file.' if path.is_dir() else 'no such file.'
         raise UserError(f'{argv[0]}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
     try:
-        merged = OmegaConf.load(path)
+        merged = loaded = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as e:
         raise UserError(f'{argv[0]}: cannot be read as YAML: {e}') from None
-    if not isinstance(merged, DictConfig):
+    if not isinstance(loaded, DictConfig):
         raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(merged).__name__}')
+    given = OmegaConf.create()
     for arg in argv[1:]:
-        merged = override(merged, arg)
-    return merged
+        merged, given = override(merged, arg), override(given, arg)
+    return translate(merged, loaded, given)
 
 
 def plain(cfg: Any) -> dict[str, Any]:
@@ -182,8 +184,10 @@ def _report(errors: list[str]) -> UserError:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f'did you mean {near[0]!r}?' if near else f'known: {", ".join(sorted(known))}'
+    """A key that is spelled nearly so, or those that have the word as a part; else all of them."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    near = near or [key for key in known if f'_{word}_' in f'_{key}_']
+    return f'did you mean {" or ".join(map(repr, near))}?' if near else f'known: {", ".join(sorted(known))}'
 
 
 def _fields_at(schema: type[BaseModel], loc: tuple) -> list[str]:
@@ -208,7 +212,7 @@ def _explain(err: Any, schema: type[BaseModel]) -> str:
     key = '.'.join(str(p) for p in loc if p not in tags and not str(p).startswith(('literal[', 'constrained-')))
     value, kind, ctx = masked(err['input'], key.split('.')[-1]), err['type'], err.get('ctx', {})
     if kind == 'extra_forbidden':
-        return f'{key}: no such key; {_nearest(str(loc[-1]), _fields_at(schema, loc[:-1]))}'
+        return f'{key}: no such key; {what_to_write(key) or _nearest(str(loc[-1]), _fields_at(schema, loc[:-1]))}'
     if kind == 'missing':
         return f'{key}: missing; it has no default'
     if kind == 'literal_error':
@@ -290,19 +294,3 @@ def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, A
 
 
 ABOVE_ZERO = {'window_size', 'flush_interval', 'buffer_size', 'clipping_threshold'}  # Composer finds out in mid-run, or never
-
-
-# ---------------------------------------------------------------- printing
-
-SECRET = re.compile(r'(^|_)(api_?key|key|token|password|passwd|secret|credential|credentials|auth)$', re.IGNORECASE)
-
-
-def masked(value: Any, key: str = '') -> Any:
-    """A copy for people and loggers: keys, tokens and passwords replaced, also inside URLs."""
-    if SECRET.search(key) and value is not None:
-        return '***'
-    if isinstance(value, Mapping):
-        return {k: masked(v, str(k)) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [masked(v) for v in value]
-    return re.sub(r'(\w+://)[^/\s]+@', r'\1***@', value) if isinstance(value, str) else value

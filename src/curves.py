@@ -40,7 +40,8 @@ def positions(run: Run, x: str) -> dict[int, float]:
     if x == 'tokens':
         return needed(run.scalars.get(TOKENS), TOKENS, 'log more batches')
     if x == 'flops':
-        per_token = run.hparams.get('environment', {}).get('flops_per_token', 0) * run.hparams.get('max_seq_len', 0)
+        data = run.hparams.get('train_loader', {}).get('dataset', {})
+        per_token = run.hparams.get('environment', {}).get('flops_per_token', 0) * data.get('max_seq_len', 0)
         needed(per_token, 'environment.flops_per_token', 'they are older than this figure: take --x tokens, or train again')
         return {batch: samples * per_token for batch, samples in run.scalars.get(SAMPLES, {}).items()}
     seconds = needed(run.scalars.get(SECONDS), SECONDS, 'train with callbacks.speed_monitor={}')

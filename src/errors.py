@@ -2,8 +2,12 @@
 
 import argparse
 import errno
+import re
+from collections.abc import Mapping
+from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
+SECRET = re.compile(r'(^|_)(api_?key|key|token|password|passwd|secret|credential|credentials|auth)$', re.IGNORECASE)
 
 
 class UserError(ValueError):
@@ -21,3 +25,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is no whole number above 0')
     return int(text)
+
+
+def masked(value: Any, key: str = '') -> Any:
+    """A copy for people and loggers: keys, tokens and passwords replaced, also inside URLs."""
+    if SECRET.search(key) and value is not None:
+        return '***'
+    if isinstance(value, Mapping):
+        return {k: masked(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [masked(v) for v in value]
+    return re.sub(r'(\w+://)[^/\s]+@', r'\1***@', value) if isinstance(value, str) else value

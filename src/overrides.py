@@ -1,5 +1,6 @@
 """One `key=value` of the command line, merged into the config that the YAML gave."""
 
+import copy
 from types import NoneType
 from typing import Any, Union, get_args, get_origin
 
@@ -44,6 +45,7 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
             raise UserError(f"override {key}=...: YAML reads '#' as the start of a comment here and drops the rest of the value; "
                             f"""put the value in two pairs of quotes, as in {key}="'no #3'\"""")
         if text == '{}' or as_it_stands:
+            cfg = copy.deepcopy(cfg)
             OmegaConf.update(cfg, key, {} if text == '{}' else text, merge=False, force_add=True)
             return cfg
         merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f'{key}={text}']))

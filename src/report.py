@@ -33,9 +33,10 @@ def log_to_stderr() -> None:
 def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str) -> str:
     """Every quantity that follows from the config, printed once before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
-    tokens = c.global_train_batch_size * c.max_seq_len
+    seq_len = c.train_loader.dataset.max_seq_len
+    tokens = c.global_train_batch_size * seq_len
     lines = [f'model: {c.model.name}, {model.n_params:,} parameters',
-             f'batch: {c.global_train_batch_size} samples of {c.max_seq_len} tokens = {tokens:,} tokens per step; '
+             f'batch: {c.global_train_batch_size} samples of {seq_len} tokens = {tokens:,} tokens per step; '
              f'{dist.get_world_size()} devices x {accum} microbatches of {microbatch}',
              f'precision: {precision}; duration: {c.max_duration}']
     if c.max_duration.endswith('ba'):
@@ -58,7 +59,8 @@ def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:
         commit = ''
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {'n_params': model.n_params,
-            'flops_per_token': train_flops_per_token(model.n_params, model.n_layers, model.d_model, c.max_seq_len),
+            'flops_per_token': train_flops_per_token(model.n_params, model.n_layers, model.d_model,
+                                                     c.train_loader.dataset.max_seq_len),
             'devices': dist.get_world_size(), 'nodes': dist.get_world_size() // dist.get_local_world_size(),
             'device': gpu or f'CPU ({platform.machine()}), {torch.get_num_threads()} threads each',
             'python': platform.python_version(), 'git_commit': commit or None,

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from src.errors import UserError
+from src.schema import Config
 
 
 class HFTokenizer:
@@ -71,7 +72,7 @@ def _why_not(name: str, error: Exception) -> str:
     return (f'tokenizer_name: {name!r} is no folder here, and it could not be loaded from the Hugging Face hub: check the name '
             f'and the network. Without a network, make one with\n'
             f'  python convert_c4.py --source sample --out_root ./my-copy-c4\n'
-            f'and set tokenizer_name=./my-copy-c4/tokenizer ({type(error).__name__}: {reason})')
+            f'and name the folder ./my-copy-c4/tokenizer ({type(error).__name__}: {reason})')
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int64]]:
@@ -136,3 +137,23 @@ def check_vocab(tokenizer: HFTokenizer, model_vocab_size: int) -> None:
 
 
 TOKENIZER_REGISTRY = {'hftokenizer': HFTokenizer}
+
+
+def build_tokenizer(c: Config) -> Any:
+    """The tokenizer of the section `tokenizer`, once every tokenizer that the config names is known to be there.
+
+    Raises:
+        UserError: One of them cannot be had; the message begins with the keys that name it.
+    """
+    keys: dict[str, list[str]] = {c.tokenizer.tokenizer_name: ['tokenizer.tokenizer_name']}
+    for section, loader in (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)):
+        if loader:
+            keys.setdefault(loader.dataset.tokenizer_name, []).append(f'{section}.dataset.tokenizer_name')
+    built = {}
+    for name, sections in keys.items():
+        try:
+            built[name] = TOKENIZER_REGISTRY[c.tokenizer.name](name, c.tokenizer.max_seq_len)
+        except UserError as e:
+            named = 'tokenizer_name' if name == c.tokenizer_name else ' and '.join(sections)
+            raise UserError(str(e).replace('tokenizer_name', named, 1)) from None
+    return built[c.tokenizer.tokenizer_name]

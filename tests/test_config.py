@@ -55,14 +55,14 @@ BAD = [
     (['model.max_seq_len=64'], ['train_loader.dataset.max_seq_len: 128 is above model.max_seq_len 64',
                                 'eval_loader.dataset.max_seq_len: 128 is above']),
     (['model.name=gpt5'], ["model.name: 'gpt5' is not one of 'mosaic_gpt', 'hf_causal_lm'"]),
-    (['model.attn_impl=triton'], ["model.attn_impl: 'triton' is not one of 'torch', 'sdpa', 'flash' or 'auto'"]),
+    (['model.attn_impl=xformers'], ["model.attn_impl: 'xformers' is not one of 'torch', 'sdpa', 'flash' or 'auto'"]),
     (['model.attn_impl=flash'], ["model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto"]),
     (['model.attn_within_document=true', 'eval_loader.dataset.sequence_ids=false'],
      ['1 mistake', 'attn_within_document: true does not go with eval_loader.dataset.sequence_ids false', 'in both datasets']),
     (['train_loader.dataset.sequence_ids=true'],
      ['attn_within_document: false does not go with train_loader.dataset.sequence_ids true']),
     (['precision=amp_bf16'], ["precision: 'amp_bf16' needs a GPU; on a CPU set auto or fp32"]),
-    (['precision=bf16'], ["precision: 'bf16' is not one of"]),
+    (['precision=fp8'], ["precision: 'fp8' is not one of"]),
     (['device_train_microbatch_size=auto'], ["device_train_microbatch_size: 'auto' needs a GPU"]),
     (['callbacks.memory_snapshot={}', 'callbacks.oom_observer={}', 'callbacks.profiler={}'],
      ['2 mistakes', 'callbacks.memory_snapshot: needs a GPU, whose memory it records; set callbacks.memory_snapshot=false',
@@ -73,7 +73,7 @@ BAD = [
     (['global_train_batch_size=24.5'], ['global_train_batch_size: 24.5 must be a whole number']),
     (['fsdp_config.sharding_stratgy=FULL_SHARD'], ['fsdp_config.sharding_stratgy', "did you mean 'sharding_strategy'"]),
     (['fsdp_config.sharding_strategy=FULL'], ["fsdp_config.sharding_strategy: 'FULL' is not one of 'FULL_SHARD'"]),
-    (['fsdp_config.min_params=1e8'], ['fsdp_config.min_params: no such key']),
+    (['fsdp_config.auto_wrap=true'], ['fsdp_config.auto_wrap: no such key; known: activation_checkpointing, ']),
     (['compile_config.moed=default'], ["compile_config.moed: no such key; did you mean 'mode'?"]),
     (['compile_config.backend=inducter'], ["compile_config.backend: 'inducter' is not one of ", 'inductor']),
     (['compile_config.mode=default', 'compile_config.options.max_autotune=true'],
@@ -262,6 +262,24 @@ def test_val_alone_is_enough_to_profile(mds_root, tmp_path):
     (tmp_path / 'val').symlink_to(mds_root / 'val')
     with pytest.raises(UserError, match='no split .train.; it has: val. .*train_loader.dataset.split=val allow_same_split=true'):
         check_places(None, str(tmp_path), 'train', None)
+
+
+@pytest.mark.parametrize('key, says', [
+    ('seeed', "did you mean 'seed'?"),
+    ('model.n_layrs', "did you mean 'n_layers'?"),
+    ('model.heads', "did you mean 'n_heads'?"),
+    ('batch_size', "did you mean 'global_train_batch_size' or 'device_eval_batch_size'?"),
+    ('epochs', 'known: algorithms, '),
+    ('load', "did you mean 'load_path' or 'load_weights_only'?"),
+    ('model.hidden_size', 'known: activation_checkpointing_every, '),
+    ('fsdp_config.orig_params', "did you mean 'use_orig_params'?"),
+    ('fsdp_config.max_params', 'known: activation_checkpointing, '),
+    ('train_loader.dataset.buffer', 'known: batching_method, '),
+])
+def test_a_near_key_is_offered_and_else_all(key, says):
+    with pytest.raises(UserError) as e:
+        check(f'{key}=1')
+    assert f'{key}: no such key; {says}' in str(e.value)
 
 
 def test_the_quick_start_itself_has_no_mistake():

@@ -21,7 +21,7 @@ from src.folders import LocalFolder
 from src.run_logs import DEVICES, EVAL, SAMPLES, SECONDS, TOKENS, TRAIN, UNIGRAM, Run, read_run
 
 QUICKSTART = 'yamls/quickstart.yaml'
-HPARAMS = {'max_seq_len': 10, 'environment': {'flops_per_token': 6.0}}
+HPARAMS = {'train_loader': {'dataset': {'max_seq_len': 10}}, 'environment': {'flops_per_token': 6.0}}
 
 
 def a_run(losses: list[float], name: str = 'a', samples: int = 2, **more: dict[int, float]) -> Run:
