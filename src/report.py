@@ -11,11 +11,12 @@ import torch
 from composer import Trainer
 from composer.utils import dist
 
+from src import data_spec
 from src.batch_size import grad_accum
 from src.callbacks import UnigramBaseline
 from src.causal_lm import ComposerCausalLM
 from src.checkpoints import Start
-from src.checks import fsdp_version, packs_on_the_fly
+from src.checks import fsdp_version
 from src.errors import UserError, first_line
 from src.flops import train_flops_per_token
 from src.schema import TIME, Config
@@ -30,7 +31,8 @@ def log_to_stderr() -> None:
     log.propagate = False
 
 
-def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str) -> str:
+def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str,
+         train_loader: Any) -> str:
     """Every quantity that follows from the config, printed once before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
     tokens = c.global_train_batch_size * c.max_seq_len
@@ -45,11 +47,7 @@ def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, mi
     if duration and warmup and duration[2] == warmup[2] and float(warmup[1]) >= float(duration[1]):
         lines.append(f'scheduler.t_warmup: {c.scheduler.t_warmup} is not shorter than the run, which ends before the peak rate')
     lines.append(f'sharding: {_sharding(c)}')
-    if packs_on_the_fly(c.train_loader.dataset):
-        lines.append('data: text packed on the fly: the samples depend on the numbers of ranks and workers, and a resumed run '
-                     'first reads again what its epoch has read; packed tokens do neither')
-    lines.append(f'start: {start}')
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *data_spec.describe(train_loader), f'start: {start}'])
 
 
 def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:
