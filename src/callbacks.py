@@ -25,15 +25,16 @@ log = logging.getLogger('src')
 
 
 NO_BATCH = ('train_loader: an epoch holds not one full batch for each device and worker; use more data, a smaller '
-            'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A loader of your own '
-            'must begin anew each time that it is iterated, which a generator does not')
+            'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A loader of '
+            'your own must begin anew each time that it is iterated, which a generator does not')
 
 
 class StepCounters(Callback):
     """Logs `trainer/grad_accum` (microbatches per step) and `trainer/global_step` with every batch, `trainer/devices` at a start.
 
     Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever. Shows how a resumed run reads up to
-    where it was, which Composer does in silence. Warns of a batch of training that has another size than the config says.
+    where it was, which Composer does in silence. Warns of a batch of training that has another size than the config
+    says.
 
     Args:
         device_batch: Samples in a batch of this device; None: any.
@@ -65,8 +66,8 @@ class StepCounters(Callback):
         assert asked is not None
         if rows > asked or (rows < asked and batch_in_epoch == 0):  # the last batch of an epoch may be short
             self._device_batch = None  # said once
-            log.warning('train_loader: a batch has %d samples on this device; global_train_batch_size, on %d devices, asks for '
-                        '%d. The run trains on what the loader gives: set its batch size to %d', rows,
+            log.warning('train_loader: a batch has %d samples on this device; global_train_batch_size, on %d devices, '
+                        'asks for %d. The run trains on what the loader gives: set its batch size to %d', rows,
                         dist.get_world_size(), asked, asked)
 
     def eval_end(self, state: State, logger: Logger) -> None:

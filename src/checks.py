@@ -20,10 +20,11 @@ def fsdp_version(cfg: Optional[FSDPConfig], has_gpu: bool) -> int:
     return 0 if version == 2 and cfg.sharding_strategy == 'NO_SHARD' else version
 
 
-def combination_errors(c: Config, world_size: int, has_gpu: bool, num_nodes: int = 1, kits_loader: bool = True) -> list[str]:
+def combination_errors(c: Config, world_size: int, has_gpu: bool, num_nodes: int = 1,
+                       kits_loader: bool = True) -> list[str]:
     """Settings that are valid alone and impossible together, or on this machine.
 
-    Where a loader of the user's own reads something else, sections `dataset` are not checked but for the length of samples.
+    A loader of the user's own may read something else than sections `dataset` name: those are the kit's loader's.
     """
     out = _model_errors(c, has_gpu)
     if c.fsdp_config:
@@ -183,8 +184,8 @@ def _evaluation_errors(c: Config) -> list[str]:
     if c.eval_samples == 0:
         out.append('eval_samples: 0 would evaluate nothing; set a number above 0, -1 for all, or eval_loader=null')
     if c.device_eval_batch_size is None and c.device_train_microbatch_size == 'auto':
-        out.append("device_eval_batch_size: missing; its default is device_train_microbatch_size, and that is 'auto', which is "
-                   'searched in training alone; set a number')
+        out.append("device_eval_batch_size: missing; its default is device_train_microbatch_size, and that is 'auto', "
+                   'which is searched in training alone; set a number')
     return out
 
 

@@ -132,7 +132,7 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
         world_size: Number of devices over all nodes.
         has_gpu: Whether the run uses GPUs.
         num_nodes: Number of nodes.
-        kits_loader: Whether the kit's own loader reads what the sections `dataset` name; nothing is asked of them otherwise.
+        kits_loader: Whether the kit's own loader reads what sections `dataset` name.
 
     Raises:
         UserError: Lists every mistake.

@@ -41,8 +41,8 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
         loader.generator = torch.Generator().manual_seed(seed + dist.get_global_rank())
     if isinstance(loader, DataLoader) and not is_kits(loader) and not _sampler(loader):
         if ranks > 1 and not isinstance(loader.dataset, IterableDataset):
-            raise UserError(f'{setting}: the DataLoader has no DistributedSampler, so each of {ranks} ranks would read the '
-                            'same samples; give it sampler=composer.utils.dist.get_sampler(dataset, shuffle=True)')
+            raise UserError(f'{setting}: the DataLoader has no DistributedSampler, so each of {ranks} ranks would read '
+                            'the same samples; give it sampler=composer.utils.dist.get_sampler(dataset, shuffle=True)')
         if not _resumes(loader.dataset):
             loader = (Batches if _length(loader) is None else SizedBatches)(loader)
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
@@ -132,27 +132,28 @@ def check_train_loader(c: Config, loader: Any) -> None:
     for setting, time in (('max_duration', c.max_duration), ('scheduler.t_warmup', c.scheduler.t_warmup),
                           ('scheduler.t_max', c.scheduler.t_max)):
         if time.endswith('ep') and _length(loader) is None:
-            raise UserError(f'{setting}: {time!r}, but the train loader, {_name(loader)}, does not say how many batches an '
-                            'epoch has; give batches (ba) or tokens (tok)')
+            raise UserError(f'{setting}: {time!r}, but the train loader, {_name(loader)}, does not say how many '
+                            'batches an epoch has; give batches (ba) or tokens (tok)')
     if c.device_train_microbatch_size == 'auto' and getattr(loader, 'batch_size', None) is None:
         raise UserError("device_train_microbatch_size: 'auto' begins with the batch_size of the train loader, and "
                         f'{_name(loader)} has none; set a number')
 
 
 def describe(loader: Any) -> list[str]:
-    """Lines for the plan: what is special about a loader of the user's own, or about text that is packed while it is read."""
+    """Lines for the plan: about a loader of the user's own, or about text that is packed while it is read."""
     dataset = getattr(loader, 'dataset', None)
     if getattr(dataset, 'packs_on_the_fly', False):
-        return ['data: text packed on the fly: the samples depend on the numbers of ranks and workers, and a resumed run '
-                'first reads again what its epoch has read; packed tokens do neither']
+        return ['data: text packed on the fly: the samples depend on the numbers of ranks and workers, and a resumed '
+                'run first reads again what its epoch has read; packed tokens do neither']
     if is_kits(loader):
         return []
     length, ranks = _length(loader), dist.get_world_size()
-    lines = [f'data: a loader of your own, {_name(loader)}, with {"an unknown number of" if length is None else length} '
-             'batches in an epoch; a resumed run first reads again what its epoch has read']
+    number = 'an unknown number of' if length is None else length
+    lines = [f'data: a loader of your own, {_name(loader)}, with {number} batches in an epoch; a resumed run first '
+             'reads again what its epoch has read']
     if ranks > 1 and not (isinstance(loader, DataLoader) and _sampler(loader)):
-        lines.append(f'data: no DistributedSampler divides the samples among {ranks} ranks: where the loader does not do that '
-                     'itself, each rank trains on the same samples')
+        lines.append(f'data: no DistributedSampler divides the samples among {ranks} ranks: where the loader does not '
+                     'do that itself, each rank trains on the same samples')
     return lines
 
 
@@ -162,8 +163,8 @@ def describe(loader: Any) -> list[str]:
 class BatchForm:
     """Checks a batch and completes it, before it is split into microbatches: DataSpec's `batch_transforms`.
 
-    Token ids become int64. `labels` that are missing are the `input_ids`; labels of padding become -100. Other keys stay. The
-    kit's own loaders give batches in this form, with `n_targets`, which are handed on as they are.
+    Token ids become int64. `labels` that are missing are the `input_ids`; labels of padding become -100. Other keys
+    stay. The kit's own loaders give batches in this form, with `n_targets`, which are handed on as they are.
 
     Args:
         setting: The loader, for messages.
@@ -180,11 +181,13 @@ class BatchForm:
             return batch
         given = dict(batch) if isinstance(batch, Mapping) else {}
         if 'input_ids' not in given:
-            has = f'has the keys {", ".join(map(str, given))}' if isinstance(batch, Mapping) else f'is a {type(batch).__name__}'
-            raise UserError(f'{self.setting}: a batch must be a dict with input_ids, and this one {has}')
+            is_dict = isinstance(batch, Mapping)
+            this = f'has the keys {", ".join(map(str, given))}' if is_dict else f'is a {type(batch).__name__}'
+            raise UserError(f'{self.setting}: a batch must be a dict with input_ids, and this one {this}')
         if 'labels' not in given and not self._said:
             self._said = True
-            log.info('%s: its batches have no labels, so every token of input_ids is predicted, but padding', self.setting)
+            log.info('%s: its batches have no labels, so every token of input_ids but padding is predicted',
+                     self.setting)
         given.setdefault('labels', given['input_ids'])
         ids = {key: self._ids(key, given[key]) for key in KEYS if key in given}
         self._check(ids)
@@ -198,30 +201,32 @@ class BatchForm:
             whole = not tensor.is_floating_point() and tensor.dtype != torch.bool
             if whole or key == 'attention_mask':
                 return tensor.long()
-        what = f'{tensor.dtype} of shape {tuple(tensor.shape)}' if isinstance(tensor, Tensor) else f'a {type(value).__name__}'
-        raise UserError(f'{self.setting}: {key} of a batch must be whole numbers in a tensor of shape (batch, seq), and is '
-                        f'{what}; have the dataset give each sample as tensors, not as lists')
+        this = f'a {type(value).__name__}'
+        if isinstance(tensor, Tensor):
+            this = f'{tensor.dtype} of shape {tuple(tensor.shape)}'
+        raise UserError(f'{self.setting}: {key} of a batch must be whole numbers in a tensor of shape (batch, seq), '
+                        f'and is {this}; have the dataset give each sample as tensors, not as lists')
 
     def _check(self, ids: dict[str, Tensor]) -> None:
         """Raises a UserError where the tensors do not fit each other or the model."""
         rows, seq_len = ids['input_ids'].shape
         if self.max_seq_len and seq_len > self.max_seq_len:
-            raise UserError(f'{self.setting}: input_ids have {seq_len} tokens in a row, and the model has positions for '
-                            f'{self.max_seq_len}; give shorter rows, or set max_seq_len')
+            raise UserError(f'{self.setting}: input_ids have {seq_len} tokens in a row, and the model has positions '
+                            f'for {self.max_seq_len}; give shorter rows, or set max_seq_len')
         longer = [(rows, seq_len + 1)] if 'attention_mask' not in ids else []
         for key, tensor in ids.items():
             allowed = [(rows, seq_len), *(longer if key == 'labels' else [])]
             if tuple(tensor.shape) not in allowed:
-                raise UserError(f'{self.setting}: {key} of shape {tuple(tensor.shape)} do not go with input_ids of shape '
-                                f'{(rows, seq_len)}; they must have {" or ".join(map(str, allowed))}')
+                raise UserError(f'{self.setting}: {key} of shape {tuple(tensor.shape)} do not go with input_ids of '
+                                f'shape {(rows, seq_len)}; they must have {" or ".join(map(str, allowed))}')
         for key in ('input_ids', 'labels'):
             wrong = (ids[key] < 0) | (ids[key] >= self.vocab_size)
             if key == 'labels':
                 wrong &= ids[key] != IGNORE
             if wrong.any():
-                raise UserError(f'{self.setting}: {key} hold {int(ids[key][wrong][0])}, and the model has the token ids 0 to '
-                                f'{self.vocab_size - 1} (labels also {IGNORE}); set a larger vocabulary in section model, or '
-                                'give ids of another tokenizer')
+                raise UserError(f'{self.setting}: {key} hold {int(ids[key][wrong][0])}, and the model has the token '
+                                f'ids 0 to {self.vocab_size - 1} (labels also {IGNORE}); set a larger vocabulary in '
+                                'section model, or give ids of another tokenizer')
         mask = ids.get('attention_mask')
         if mask is not None and not ((mask == 0) | (mask == 1)).all():
             raise UserError(f'{self.setting}: attention_mask must be 1 at tokens and 0 at padding, and holds '
@@ -229,7 +234,7 @@ class BatchForm:
 
 
 def split(batch: Mapping[str, Any], size: Any) -> list[dict[str, Any]]:
-    """Microbatches of `size` samples; the last may have fewer. What is not one value for each sample goes to all of them."""
+    """Microbatches of `size` samples; the last may have fewer. What is not one value for each sample goes to all."""
     rows = len(batch['input_ids'])
     divided = {key for key, value in batch.items() if _per_sample(value, rows)}
     return [{key: value[start:start + size] if key in divided else value for key, value in batch.items()}

@@ -64,7 +64,8 @@ def rehearsal(c: Config, train: DataSpec, tokenizer: Any) -> str:
         estimated = report(estimate(c, this_machine(), dist.get_world_size()))
     except UserError as e:  # a model that trains all the same
         estimated = str(e)
-    return f'estimate:\n{_indented(estimated)}\n{_described(train.batch_transforms(batch), tokenizer)}\ndry run: all is well'
+    first = _described(train.batch_transforms(batch), tokenizer)
+    return f'estimate:\n{_indented(estimated)}\n{first}\ndry run: all is well'
 
 
 def _described(batch: dict[str, Any], tokenizer: Any) -> str:

@@ -161,7 +161,8 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
         raise
     nats, targets, n_bytes, samples = trainer.state.eval_metrics['eval']['totals'].compute().tolist()
     trainer.engine.close()
-    assert dataset is None or samples == len(loader.dataset), f'{samples} samples were counted, of {len(loader.dataset)}'
+    if dataset:
+        assert samples == len(loader.dataset), f'{samples} samples were counted, of {len(loader.dataset)}'
     place = dataset.place if dataset else 'what eval_loader, a loader of your own, gives'
     if not targets:
         raise UserError(f'eval_loader.dataset: {place} holds no token to predict')

@@ -28,8 +28,8 @@ PLAIN_HEADS = ('gpt2', 'gpt_neo', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'opt'
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a Hugging Face model: what FSDP gathers, checkpoints and compiles one at a time.
 
-    They are the members of module lists whose classes the model names in `_no_split_modules`. Where it names none that is
-    there, they are the members of the list with the most parameters that lies in no other list.
+    They are the members of module lists whose classes the model names in `_no_split_modules`. Where it names none that
+    is there, they are the members of the list with the most parameters that lies in no other list.
     """
     named = {name for module in model.modules() for name in getattr(module, '_no_split_modules', None) or ()}
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -94,7 +94,8 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
     Raises:
         UserError: No such model, no such key, or the hub is out of reach.
     """
-    name, stored = cfg.pretrained_model_name_or_path, {}
+    name = cfg.pretrained_model_name_or_path
+    stored: dict[str, Any] = {}
     overrides = {key: value for key, value in cfg.config_overrides.items() if value is not None or keep_nulls}
     try:
         if name is None:
@@ -110,7 +111,8 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
     unknown = [key for key in overrides if not hasattr(base, key)]
     if unknown:
         raise UserError(f'model.config_overrides: {", ".join(unknown)}: no such key in the config of {base.model_type}; '
-                        f'known: {", ".join(sorted(base.attribute_map | base.to_dict()))}')
+                        f'take it back (on the command line: model.config_overrides.{unknown[0]}=null); known: '
+                        f'{", ".join(sorted(base.attribute_map | base.to_dict()))}')
     try:
         # Made anew rather than changed: what is derived from other keys, such as a head dimension, is derived again.
         own = {key: value for key, value in stored.items() if key not in DTYPE_KEYS}
@@ -169,7 +171,8 @@ class ComposerHFCausalLM(ComposerCausalLM):
     @property
     def config(self) -> PretrainedConfig:
         """The Hugging Face config."""
-        return self.model.config
+        model: Any = self.model
+        return model.config
 
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Hugging Face's `generate`; call `eval()` first. Under FSDP every rank has to call it.

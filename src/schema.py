@@ -208,7 +208,7 @@ class Config(Section):
     eval_first: bool = False  # also evaluate the model as it was initialised
     global_train_batch_size: int = Positive  # the maths
     device_train_microbatch_size: Union[int, Literal['auto']]  # the execution
-    device_eval_batch_size: Optional[int] = Field(default=None, gt=0)  # null: device_train_microbatch_size, a number then
+    device_eval_batch_size: Optional[int] = Field(default=None, gt=0)  # null: the microbatch, which is a number then
     precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16'] = 'auto'
     fsdp_config: Optional[FSDPConfig] = None
     compile_config: Optional[CompileConfig] = None  # {}: torch.compile with its defaults; null: without

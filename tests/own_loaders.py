@@ -57,7 +57,8 @@ def narrow(row: dict[str, Any]) -> dict[str, Any]:
 def with_other_keys(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Values for each sample, and values that are not."""
     return {**default_collate(samples), 'url': ['http'] * len(samples), 'weight': torch.ones(len(samples)), 'epoch': 3,
-            'nothing': None, 'scale': torch.tensor(2.0), 'array': np.arange(len(samples)), 'place': {'at': torch.ones(2)}}
+            'nothing': None, 'scale': torch.tensor(2.0), 'array': np.arange(len(samples)),
+            'place': {'at': torch.ones(2)}}
 
 
 # Each gives the same batches of 12, 12 and 7 rows

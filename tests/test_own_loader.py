@@ -1,4 +1,4 @@
-"""A loader of the user's own: whatever gives dicts of token ids trains, evaluates and resumes, or is told what it lacks."""
+"""A loader of the user's own: what gives dicts of token ids trains, evaluates and resumes, or is told what it lacks."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -7,19 +7,23 @@ from typing import Any
 import pytest
 import torch
 from composer.core import Callback
-from launch import ROOT, tiny
+from launch import ROOT, ranks, tiny
 from own_loaders import FORMS, ROWS, SEQ, Rows, Stream, sampled, shuffled, with_other_keys
+from runs import generated
+from test_world_size import HF
 from torch.utils.data import DataLoader
 
 import main
 from src import config, data_spec
+from src.callbacks import UnigramBaseline
 from src.data_spec import BatchForm, split
 from src.errors import UserError
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
 # No data, no tokenizer, and a section `dataset` that says what is not so
-OWN = ['data_remote=/nowhere', 'tokenizer=null', 'callbacks.text_samples=false', 'train_loader.dataset.group_method=concat',
-       'eval_loader.dataset.split=train', 'eval_first=false', 'device_train_microbatch_size=5', 'log_to_console=false']
+OWN = ['data_remote=/nowhere', 'tokenizer=null', 'callbacks.text_samples=false',
+       'train_loader.dataset.group_method=concat', 'eval_loader.dataset.split=train', 'eval_first=false',
+       'device_train_microbatch_size=5', 'log_to_console=false']
 
 
 class Seen(Callback):
@@ -76,7 +80,7 @@ def test_other_forms_of_the_same_samples_train_alike(run, tmp_path, capfd):
         assert int(trainer.state.timestamp.token) == ROWS * (SEQ - 1), form
         found[form] = [*seen.losses, float(trainer.state.eval_metric_values['LanguageCrossEntropy'])]
         said = capfd.readouterr().err
-        assert ('no labels, so every token of input_ids is predicted' in said) == (form == 'without labels'), form
+        assert ('no labels, so every token of input_ids but padding is' in said) == (form == 'without labels'), form
         assert ('an unknown number of batches' in said) == (form in ('no length', 'any iterable', 'arrays')), form
         assert 'asks for' not in said, form
     assert found == dict.fromkeys(FORMS, found['plain'])
@@ -130,8 +134,7 @@ def lists() -> Any:
 MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     'tuples': (lambda: [(1, 2)], [], 'train_loader: a batch must be a dict with input_ids, and this one is a tuple'),
     'no ids': (lambda: [{'tokens': 1}], [], 'must be a dict with input_ids, and this one has the keys tokens'),
-    'lists': (lists, [], 'train_loader: input_ids of a batch must be whole numbers in a tensor of shape (batch, seq), and is a '
-              'list'),
+    'lists': (lists, [], 'input_ids of a batch must be whole numbers in a tensor of shape (batch, seq), and is a list'),
     'floats': (lambda: [{'input_ids': torch.zeros(12, 8)}], [], 'and is torch.float32 of shape (12, 8)'),
     'one row': (batch(8), [], 'and is torch.int64 of shape (8,)'),
     'ids': (lambda: [{'input_ids': torch.full((12, 8), 512)}], [], 'hold 512, and the model has the token ids 0 to 511'),
@@ -142,7 +145,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
              'attention_mask must be 1 at tokens and 0 at padding, and holds 3 and 3'),
     'long rows': (batch(12, 64), [], 'input_ids have 64 tokens in a row, and the model has positions for 32'),
     'epochs': (lambda: DataLoader(Stream(), 12), ['max_duration=1ep'],
-               "max_duration: '1ep', but the train loader, DataLoader of Stream, does not say how many batches an epoch has"),
+               "max_duration: '1ep', but the train loader, DataLoader of Stream, does not say how many batches an epoch"),
     'read once': (lambda: iter([*DataLoader(Rows(), 12)]), [], 'eval_loader: a list_iterator can be read only once'),
     'read once, in training': (lambda: iter([*DataLoader(Rows(), 12)]), ['eval_loader=null', 'callbacks={}'],
                                'must begin anew each time that it is iterated'),
@@ -174,7 +177,7 @@ def test_ranks_that_would_read_the_same_samples_are_told(monkeypatch):
     monkeypatch.setattr(data_spec.dist, 'get_world_size', lambda: 2)
     model: Any = SimpleNamespace(vocab_size=512, max_seq_len=None)
     for setting in ('train_loader', 'eval_loader'):
-        with pytest.raises(UserError, match=f'{setting}: the DataLoader has no DistributedSampler, so each of 2 ranks would'):
+        with pytest.raises(UserError, match=f'{setting}: the DataLoader has no DistributedSampler, so each of 2 ranks'):
             data_spec.build_data_spec(DataLoader(Rows(), 12), setting, model, 17)
     loader = data_spec.build_data_spec(DataLoader(Stream(), 12), 'train_loader', model, 17).dataloader
     assert 'each rank trains on the same samples' in data_spec.describe(loader)[1]
@@ -197,4 +200,30 @@ def test_a_batch_is_split_by_samples_and_the_rest_goes_to_all():
     assert [len(part['input_ids']) for part in parts] == [len(part['url']) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part['input_ids'] for part in parts]), batch['input_ids'])
     assert [part['array'].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
-    assert all(part['place'] is batch['place'] and part['scale'] is batch['scale'] and part['epoch'] == 3 for part in parts)
+    for key in ('place', 'scale', 'epoch', 'nothing'):
+        assert all(part[key] is batch[key] for part in parts)
+
+
+def test_two_ranks_do_what_one_does(run, mds_root, tmp_path):
+    """In training, in an evaluation, in the program that evaluates, and with a Hugging Face model that FSDP shards."""
+    own = [*OWN, 'callbacks.speed_monitor=false', 'max_duration=4ba', 'scheduler.t_warmup=1ba']
+    hf = [*HF, 'fsdp_config.sharding_strategy=FULL_SHARD', 'tokenizer_name=none',
+          *(o for o in tiny(mds_root, *own) if not o.startswith(('model.', 'loggers.', 'callbacks.')))]
+    program = ['src/evaluate.py', QUICKSTART, *tiny(mds_root, *own), 'device_eval_batch_size=4']
+    found = ranks(2, {name: [*argv, 'own_loader=sampled'] for name, argv in (
+        ('own', [QUICKSTART, *tiny(mds_root, *own)]), ('hf', hf), ('program', program))}, tmp_path)
+
+    trainer, seen = run(sampled, *own)
+    rows = [[row[0] for row in batch] for batch in found['own']['batches']]
+    assert rows == [sorted(batch) for batch in seen.rows]
+    assert [*found['own']['losses'].values()] == pytest.approx(seen.losses, rel=1e-5)
+    baseline = next(cb for cb in trainer.state.callbacks if isinstance(cb, UnigramBaseline))
+    assert found['own']['unigram'] == pytest.approx(baseline.entropy, rel=1e-9)
+    program = found['program']
+    assert (program['sequences'], program['tokens'], program['bytes']) == (ROWS, ROWS * (SEQ - 1), None)
+
+    alone = main.main(config.load(hf))
+    alone.close()
+    assert alone.state.model.config is alone.state.model.model.hf.config and alone.state.model.config.n_layer == 2
+    assert len(generated(alone.state.model)[0]) == 14
+    assert found['hf']['generated'] == generated(alone.state.model)
