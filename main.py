@@ -24,19 +24,20 @@ import torch
 import wandb.errors
 from botocore.exceptions import BotoCoreError
 from composer import Trainer
-from composer.core import Callback, DataSpec, Evaluator
+from composer.core import Callback, Evaluator
 from composer.utils import dist, reproducibility
 from omegaconf import DictConfig
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from src import builders, config, rendezvous, sharding
+from src import builders, config, data_c4, rendezvous, sharding
 from src.batch_size import device_batch_size, microbatch_size
 from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
 from src.causal_lm import ComposerCausalLM
 from src.checkpoint_writer import CheckpointWriter
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
 from src.checks import check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
-from src.data_c4 import build_c4_dataloader, get_num_tokens_in_batch
+from src.data_c4 import build_c4_dataloader
+from src.data_spec import build_data_spec, check_train_loader, fingerprints
 from src.dry_run import check_plugins, config_text, rehearsal
 from src.errors import UserError, first_line
 from src.loggers import resume_wandb
@@ -44,7 +45,7 @@ from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
 from src.report import environment, is_out_of_memory, log, log_to_stderr, out_of_memory, plan, summary
 from src.schema import Config
-from src.tokenizer import build_tokenizer, check_vocab
+from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 
 
 def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Iterable[Callback] = (),
@@ -66,7 +67,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     """
     nodes.check_environment(os.environ)
     has_gpu, world_size = torch.cuda.is_available(), dist.get_world_size()
-    c = config.check(cfg, builders.REGISTRIES, world_size, has_gpu, world_size // dist.get_local_world_size())
+    c = config.check(cfg, builders.REGISTRIES, world_size, has_gpu, world_size // dist.get_local_world_size(),
+                     has_kits_loader())
     log_to_stderr()
 
     # Sizes: the maths is the YAML's, the execution follows from the number of devices.
@@ -101,8 +103,9 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
 
     # Model
     tokenizer = build_tokenizer(c)
+    hf_tokenizer = tokenizer and tokenizer.tokenizer
     if dry_run:
-        check_plugins(asked, tokenizer.tokenizer)
+        check_plugins(asked, hf_tokenizer)
     model, parallelism = build_model(c, tokenizer, start, has_gpu)
     compile_config = c.compile_config.model_dump(exclude={'scope'}) if c.compile_config else None
     if c.compile_config and c.compile_config.scope == 'block':
@@ -110,35 +113,30 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         compile_config = None
 
     # Data
-    count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
-    train_loader = build_c4_dataloader(c.train_loader, device_batch)
-    datasets: dict[str, Any] = {'train_loader': train_loader.dataset}
-    evaluators = []
-    if c.eval_loader:
-        eval_loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
-        datasets['eval_loader'] = eval_loader.dataset.dataset  # pyright: ignore[reportAttributeAccessIssue]
-        evaluators.append(Evaluator(label='eval', eval_interval=in_units_of_the_run(c.eval_interval, c.max_duration),
-                                    dataloader=DataSpec(eval_loader, get_num_tokens_in_batch=count)))
-    nodes.agree('data', {f'{name}.dataset': dataset.fingerprint for name, dataset in datasets.items()})
+    train_data = build_data_spec(build_c4_dataloader(c.train_loader, device_batch), 'train_loader', model, c.seed)
+    check_train_loader(c, train_data.dataloader)
+    evaluators = build_evaluators(c, model)
+    nodes.agree('data', fingerprints(train_data, evaluators[0].dataloader if evaluators else None))
 
     # Everything else
     writer = None
     if c.save_folder:
         save_interval = in_units_of_the_run(c.save_interval, c.max_duration)
         writer = CheckpointWriter(c.save_folder, save_interval, c.save_num_checkpoints_to_keep, start,
-                                  model.described_by or c.model.model_dump(), c.tokenizer.tokenizer_name)
+                                  model.described_by or c.model.model_dump(),
+                                  tokenizer.tokenizer_name if tokenizer else '')
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': resume_wandb(c.loggers, name, c.save_folder)})
-    chosen, profiler = builders.build_callbacks(c, tokenizer.tokenizer)
+    chosen, profiler = builders.build_callbacks(c, hf_tokenizer)
     with explained(start, c):
         trainer = Trainer(
             model=model,
-            train_dataloader=DataSpec(train_loader, get_num_tokens_in_batch=count),
+            train_dataloader=train_data,
             eval_dataloader=evaluators,
             optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
             schedulers=builders.build_scheduler(c.scheduler),
             algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
-            callbacks=[StepCounters(), *sharding.build_callbacks(c.fsdp_config), *chosen, *callbacks,
+            callbacks=[StepCounters(device_batch), *sharding.build_callbacks(c.fsdp_config), *chosen, *callbacks,
                        *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
             loggers=builders.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
@@ -163,10 +161,10 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     sharding.average_gradients(trainer.state.model)
     finish_loading(start, trainer)
     trainer.logger.log_hyperparameters({**config.masked(config.plain(c)), 'environment': environment(c, model)})
-    log.info('%s', plan(c, model, start, device_batch, microbatch, str(precision.value)))
+    log.info('%s', plan(c, model, start, device_batch, microbatch, str(precision.value), train_data.dataloader))
 
     if dry_run:
-        log.info('%s', rehearsal(asked, train_loader, tokenizer.tokenizer))
+        log.info('%s', rehearsal(asked, train_data, hf_tokenizer))
         return trainer
     if trainer.state.max_duration is not None and trainer.state.timestamp >= trainer.state.max_duration:
         log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to go on', c.max_duration)
@@ -186,6 +184,36 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     return trainer
 
 
+def has_kits_loader() -> bool:
+    """Whether `build_c4_dataloader` is the kit's own: then the config's sections `dataset` say what is read."""
+    return build_c4_dataloader is data_c4.build_c4_dataloader
+
+
+def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
+    """The tokenizer; None where a loader of the user's own does without.
+
+    Raises:
+        UserError: There is none, and the kit's loader needs one; or it cannot be loaded.
+    """
+    if c.tokenizer:
+        return load_tokenizer(c, of_loaders=has_kits_loader())
+    if has_kits_loader():
+        raise UserError("tokenizer: null is for a loader of your own, and build_c4_dataloader in main.py is the kit's, "
+                        'which reads with a tokenizer; name one')
+    return None
+
+
+def build_evaluators(c: Config, model: ComposerCausalLM) -> list[Evaluator]:
+    """One, labelled `eval`, of `eval_loader`; none without it."""
+    if c.eval_loader is None:
+        return []
+    assert c.device_eval_batch_size  # the checks refuse an evaluation without it
+    loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
+    return [Evaluator(label='eval', eval_interval=in_units_of_the_run(c.eval_interval, c.max_duration),
+                      device_eval_microbatch_size=c.device_eval_batch_size,
+                      dataloader=build_data_spec(loader, 'eval_loader', model, c.seed))]
+
+
 def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple[ComposerCausalLM, Optional[dict[str, Any]]]:
     """The model, on meta until it is sharded, and what the Trainer is to know of the sharding.
 
@@ -194,7 +222,8 @@ def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple
     """
     with explained(start, c):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
-    check_vocab(tokenizer, model.vocab_size)
+    if tokenizer:
+        check_vocab(tokenizer, model.vocab_size)
     check_seq_len(c, model.max_seq_len)
     parallelism = sharding.build_parallelism(c.fsdp_config, has_gpu)
     if any(p.is_meta for p in model.parameters()) and not (parallelism and has_gpu):

@@ -135,6 +135,11 @@ def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
     return cfg
 
 
+def reads_real_data(args: argparse.Namespace) -> bool:
+    """Whether the run reads the YAML's data; a loader of the user's own knows no other."""
+    return args.real_data or not training.has_kits_loader()
+
+
 def run(args: argparse.Namespace, overrides: list[str], number: int,
         failures: Optional[FailureWatch] = None) -> dict[str, Any]:
     """One record: what was timed, where, and the figures.
@@ -149,7 +154,8 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
         UserError: The YAML or an override does not do.
     """
     cfg = config.load([args.yaml, *overrides])
-    c = config.check(cfg, builders.REGISTRIES, dist.get_world_size(), torch.cuda.is_available())
+    c = config.check(cfg, builders.REGISTRIES, dist.get_world_size(), torch.cuda.is_available(),
+                     kits_loader=training.has_kits_loader())
     steps = args.warmup + args.steps + (PROFILED if args.profile else 0)
     trace = args.out.with_name(f'{args.out.name}.{number}.trace.json') if args.profile and dist.get_global_rank() == 0 else None
     rendezvous.initialize(c.dist_timeout)
@@ -158,7 +164,7 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
     vocab_size = getattr(c.model, 'vocab_size', None) or (
         build_hf_config(c.model).vocab_size if isinstance(c.model, HFCausalLMConfig) else VOCAB_SIZE)
     rows = steps * c.global_train_batch_size
-    made = nullcontext({}) if args.real_data else synthetic(vocab_size, c.train_loader.dataset.max_seq_len, rows)
+    made = nullcontext({}) if reads_real_data(args) else synthetic(vocab_size, c.train_loader.dataset.max_seq_len, rows)
     with made as data:
         watch = Stopwatch(args.warmup, args.steps, build_rivals(args.against, c), trace)
         gc.collect()
@@ -199,7 +205,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
         'parameters': model.n_params, 'seq_len': seq_len, 'global_batch': c.global_train_batch_size,
         'microbatch': trainer.state.device_train_microbatch_size, 'precision': precision + fp8,
         'attention': ', '.join(kernels) or getattr(hf, '_attn_implementation', 'its own'),
-        'data': 'real' if args.real_data else 'random tokens', 'warmup': args.warmup, 'steps': len(step),
+        'data': 'real' if reads_real_data(args) else 'random tokens', 'warmup': args.warmup, 'steps': len(step),
         'ms': ms, 'ms_fastest': min(s['total'] for s in step), 'ms_slowest': max(s['total'] for s in step),
         'tokens_per_second': rate, 'mfu': mfu(False), 'mfu_causal': mfu(True),
         # Not with the rivals' own, nor of a process that has grown with earlier runs

@@ -25,7 +25,8 @@ log = logging.getLogger('src')
 
 
 NO_BATCH = ('train_loader: an epoch holds not one full batch for each device and worker; use more data, a smaller '
-            'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false')
+            'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A loader of '
+            'your own must begin anew each time that it is iterated, which a generator does not')
 
 
 class StepCounters(Callback):
@@ -33,10 +34,17 @@ class StepCounters(Callback):
     epoch) with every batch, and `trainer/devices` at a start.
 
     Ends a run whose epochs hold no batch: Composer would begin epoch after epoch, for ever. Shows how a resumed run reads up to
-    where it was, which Composer does in silence.
+    where it was, which Composer does in silence. Warns of a batch of training that has another size than the config
+    says.
+
+    Args:
+        device_batch: Samples in a batch of this device; None: any.
     """
 
     _reading: Optional[tqdm] = None
+
+    def __init__(self, device_batch: Optional[int] = None) -> None:
+        self._device_batch = device_batch
 
     def fit_start(self, state: State, logger: Logger) -> None:
         logger.log_metrics({'trainer/devices': dist.get_world_size()})
@@ -51,6 +59,21 @@ class StepCounters(Callback):
         if self._reading is not None:
             self._reading.close()
             self._reading = None
+        if self._device_batch is not None:
+            self._check_size(len(state.batch['input_ids']), int(state.timestamp.batch_in_epoch))
+
+    def _check_size(self, rows: int, batch_in_epoch: int) -> None:
+        asked = self._device_batch
+        assert asked is not None
+        if rows > asked or (rows < asked and batch_in_epoch == 0):  # the last batch of an epoch may be short
+            self._device_batch = None  # said once
+            log.warning('train_loader: a batch has %d samples on this device; global_train_batch_size, on %d devices, '
+                        'asks for %d. The run trains on what the loader gives: set its batch size to %d', rows,
+                        dist.get_world_size(), asked, asked)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if int(state.eval_timestamp.batch) == 0:
+            raise UserError('eval_loader: it gave no batch on some rank, so there is nothing to evaluate')
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         # Not by what `epoch_start` saw: it does not come again for an epoch that a resumed run only finishes.

@@ -192,7 +192,8 @@ class ComposerCausalLM(ComposerModel):
         """
         if self.attn_within_document and 'sequence_id' not in batch:
             raise UserError('model.attn_within_document: true, but the batch has no sequence_id; set '
-                            'train_loader.dataset.sequence_ids and eval_loader.dataset.sequence_ids to true')
+                            'train_loader.dataset.sequence_ids and eval_loader.dataset.sequence_ids to true, or have '
+                            'a loader of your own give it')
         if 'sequence_id' in batch and not self.attn_within_document:
             raise UserError('dataset.sequence_ids: the batch has a sequence_id, and the model attends across documents; set '
                             'sequence_ids=false, or model.attn_within_document=true, which mosaic_gpt has')

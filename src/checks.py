@@ -21,19 +21,26 @@ def fsdp_version(cfg: Optional[FSDPConfig], has_gpu: bool) -> int:
     return 0 if version == 2 and cfg.sharding_strategy == 'NO_SHARD' else version
 
 
-def combination_errors(c: Config, world_size: int, has_gpu: bool, num_nodes: int = 1) -> list[str]:
-    """Settings that are valid alone and impossible together, or on this machine."""
+def combination_errors(c: Config, world_size: int, has_gpu: bool, num_nodes: int = 1,
+                       kits_loader: bool = True) -> list[str]:
+    """Settings that are valid alone and impossible together, or on this machine.
+
+    A loader of the user's own may read something else than sections `dataset` name: those are the kit's loader's.
+    """
     out = _model_errors(c, has_gpu)
     if c.fsdp_config:
         out += _fsdp_errors(c, c.fsdp_config, has_gpu)
     nodes = c.train_loader.dataset.num_canonical_nodes
-    if packs_on_the_fly(c.train_loader.dataset) and nodes % num_nodes and num_nodes % nodes:
+    packed = kits_loader and packs_on_the_fly(c.train_loader.dataset)
+    if packed and nodes % num_nodes and num_nodes % nodes:
         out.append(f'train_loader.dataset.num_canonical_nodes: {nodes} neither divides nor is divided by the {num_nodes} nodes; '
                    f'set a multiple of the numbers of nodes that the run will have, such as {nodes * num_nodes}')
     for name, loader in (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)):
         if loader is not None:
-            out += _loader_errors(c, name, loader)
-    return out + _split_errors(c) + _unit_errors(c) + _machine_errors(c, world_size, has_gpu)
+            out += _loader_errors(c, name, loader) + (_dataset_errors(c, name, loader.dataset) if kits_loader else [])
+    if kits_loader and c.eval_loader:
+        out += _split_errors(c, c.train_loader.dataset, c.eval_loader.dataset)
+    return out + _evaluation_errors(c) + _unit_errors(c, packed) + _machine_errors(c, world_size, has_gpu)
 
 
 def _model_errors(c: Config, has_gpu: bool) -> list[str]:
@@ -118,7 +125,15 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
     if isinstance(c.model, MosaicGPTConfig) and data.max_seq_len > c.model.max_seq_len:
         out.append(f'{name}.dataset.max_seq_len: {data.max_seq_len} is above model.max_seq_len {c.model.max_seq_len}; '
                    'set max_seq_len, which both refer to')
-    out += [f'{name}.{error}' for error in stream_errors(data)]
+    if loader.num_workers == 0:
+        for key in ('prefetch_factor', 'persistent_workers', 'timeout'):
+            if value := getattr(loader, key):
+                out.append(f'{name}.{key}: {value!r} needs worker processes; set {name}.num_workers above 0, or remove it')
+    return out
+
+
+def _dataset_errors(c: Config, name: str, data: DatasetConfig) -> list[str]:
+    out = [f'{name}.{error}' for error in stream_errors(data)]
     if data.cache_limit is not None and not all(is_copied(stream.remote, stream.local) for stream in streams_of(data).values()):
         out.append(only_copy(f'{name}.dataset', data.cache_limit))
     within = getattr(c.model, 'attn_within_document', None)  # None: a model without it
@@ -128,10 +143,6 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
     elif within is not None and within != data.sequence_ids:
         out.append(f'model.attn_within_document: {str(within).lower()} does not go with {name}.dataset.sequence_ids '
                    f'{str(data.sequence_ids).lower()}; write sequence_ids: ${{model.attn_within_document}} in both datasets')
-    if loader.num_workers == 0:
-        for key in ('prefetch_factor', 'persistent_workers', 'timeout'):
-            if value := getattr(loader, key):
-                out.append(f'{name}.{key}: {value!r} needs worker processes; set {name}.num_workers above 0, or remove it')
     return out
 
 
@@ -147,7 +158,18 @@ def _places(data: DatasetConfig) -> list[str]:
     return [path if is_url(path) else os.path.realpath(path) for path in paths]
 
 
-def _split_errors(c: Config) -> list[str]:
+def _split_errors(c: Config, train: DatasetConfig, evals: DatasetConfig) -> list[str]:
+    out = []
+    if packs_on_the_fly(evals):
+        out.append("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
+                   'set truncate, or evaluate on packed tokens')
+    if set(_places(train)) & set(_places(evals)) and not c.allow_same_split:
+        out.append(f'eval_loader.dataset.split: {evals.split!r} is also what train_loader reads, so the evaluation would be '
+                   'of the training data; change one, or set allow_same_split=true if that is what you want')
+    return out
+
+
+def _evaluation_errors(c: Config) -> list[str]:
     out = []
     if 'eval_samples' in c.train_loader.model_fields_set:
         out.append(f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; '
@@ -159,13 +181,9 @@ def _split_errors(c: Config) -> list[str]:
                    'write eval_samples: ${eval_samples} in eval_loader')
     if c.eval_samples == 0:
         out.append('eval_samples: 0 would evaluate nothing; set a number above 0, -1 for all, or eval_loader=null')
-    train, evals = c.train_loader.dataset, c.eval_loader.dataset
-    if packs_on_the_fly(evals):
-        out.append("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
-                   'set truncate, or evaluate on packed tokens')
-    if set(_places(train)) & set(_places(evals)) and not c.allow_same_split:
-        out.append(f'eval_loader.dataset.split: {evals.split!r} is also what train_loader reads, so the evaluation would be '
-                   'of the training data; change one, or set allow_same_split=true if that is what you want')
+    if c.device_eval_batch_size is None and c.device_train_microbatch_size == 'auto':
+        out.append("device_eval_batch_size: missing; its default is device_train_microbatch_size, and that is 'auto', "
+                   'which is searched in training alone; set a number')
     return out
 
 
@@ -199,11 +217,10 @@ def in_units_of_the_run(interval: str, max_duration: str) -> str:
     return f'{math.ceil(Fraction(fraction[1]) * int(run[1]))}{run[2]}'
 
 
-def _unit_errors(c: Config) -> list[str]:
+def _unit_errors(c: Config, packed: bool) -> list[str]:
     out = []
     times = (c.max_duration, c.scheduler.t_warmup, c.scheduler.t_max)
     duration, warmup, t_max = ((float(m[1]), m[2]) for m in map(TIME.match, times) if m)
-    packed = packs_on_the_fly(c.train_loader.dataset)
     alike = ({duration[1]}, {duration[1], 'dur'}) if packed else ({duration[1]}, {duration[1], 'dur'}, {'ba', 'ep'})
     if duration[1] == 'dur':
         out.append(f'max_duration: {c.max_duration!r} is a fraction of itself; use ba, tok, sp or ep')
@@ -269,6 +286,8 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
     except UserError as e:
         out.append(str(e))
     chosen = {name for name, kwargs in c.callbacks.items() if kwargs is not False}
+    if c.tokenizer is None and 'text_samples' in chosen:
+        out.append('callbacks.text_samples: writes with the tokenizer, which is null; set callbacks.text_samples=false')
     out += [f'callbacks.{name}: needs a GPU, whose memory it records; set callbacks.{name}=false'
             for name in ('memory_snapshot', 'oom_observer') if name in chosen and not has_gpu]
     if {'memory_snapshot', 'oom_observer'} <= chosen and has_gpu:

@@ -125,7 +125,7 @@ def parse(schema: type[SectionT], cfg: Any) -> SectionT:
 
 
 def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int, has_gpu: bool,
-          num_nodes: int = 1) -> Config:
+          num_nodes: int = 1, kits_loader: bool = True) -> Config:
     """Holds a whole config against the schema and against the machine.
 
     Args:
@@ -135,6 +135,7 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
         world_size: Number of devices over all nodes.
         has_gpu: Whether the run uses GPUs.
         num_nodes: Number of nodes.
+        kits_loader: Whether the kit's own loader reads what sections `dataset` name.
 
     Raises:
         UserError: Lists every mistake.
@@ -155,7 +156,7 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
             for name, kwargs in chosen.items():
                 errors += _plugin_errors(section, str(name), kwargs, classes)
     if config is not None:
-        errors += combination_errors(config, world_size, has_gpu, num_nodes)
+        errors += combination_errors(config, world_size, has_gpu, num_nodes, kits_loader)
     if errors:
         raise _report(errors)
     assert config is not None

@@ -6,8 +6,8 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from composer.core import DataSpec
 from composer.utils import dist
-from torch.utils.data import DataLoader
 
 from src import builders, config
 from src.callbacks import NO_BATCH
@@ -46,25 +46,26 @@ def this_machine() -> Card:
     return Card('CPU', psutil.virtual_memory().total / dist.get_local_world_size(), 'CPU', is_gpu=False)
 
 
-def rehearsal(c: Config, loader: DataLoader, tokenizer: Any) -> str:
+def rehearsal(c: Config, train: DataSpec, tokenizer: Any) -> str:
     """The estimate for as many devices as there are, and the first batch; every rank must call this, as they share the data.
 
     Args:
         c: The config as it was given.
-        loader: Of training.
-        tokenizer: Hugging Face's own.
+        train: The loader of training.
+        tokenizer: Hugging Face's own; None: the ids are shown alone.
 
     Raises:
-        UserError: There is no batch.
+        UserError: There is no batch, or it cannot be trained on.
     """
-    batch = next(iter(loader), None)
+    batch = next(iter(train.dataloader), None)
     if batch is None:
         raise UserError(NO_BATCH)
     try:
         estimated = report(estimate(c, this_machine(), dist.get_world_size()))
     except UserError as e:  # a model that trains all the same
         estimated = str(e)
-    return f'estimate:\n{_indented(estimated)}\n{_described(batch, tokenizer)}\ndry run: all is well'
+    first = _described(train.batch_transforms(batch), tokenizer)
+    return f'estimate:\n{_indented(estimated)}\n{first}\ndry run: all is well'
 
 
 def _described(batch: dict[str, Any], tokenizer: Any) -> str:
@@ -72,12 +73,13 @@ def _described(batch: dict[str, Any], tokenizer: Any) -> str:
     ids = batch['input_ids'][0]
     if 'attention_mask' in batch:
         ids = ids[batch['attention_mask'][0].bool()]
+    said = f'first batch of rank 0: {shapes}; {sum(batch["n_targets"])} targets\n  first sample, {len(ids)} tokens: '
+    if tokenizer is None:
+        return f'{said}{" ".join(map(str, ids[:8].tolist()))} ...'
     text = tokenizer.decode(ids)
     pieces = ' '.join(f'{int(i)}={tokenizer.decode([i])!r}' for i in ids[:8])
     rest = f' and {len(text) - SHOWN:,} characters more' if len(text) > SHOWN else ''
-    targets = f'; {sum(batch["n_targets"])} targets' if 'n_targets' in batch else ''
-    return (f'first batch of rank 0: {shapes}{targets}\n  first sample, {len(ids)} tokens: {pieces} ...\n'
-            f'  text: {text[:SHOWN]!r}{rest}')
+    return f'{said}{pieces} ...\n  text: {text[:SHOWN]!r}{rest}'
 
 
 def _indented(text: str) -> str:

@@ -26,9 +26,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from composer import Trainer
-from composer.core import DataSpec, Evaluator
 from composer.utils import dist, reproducibility
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
@@ -38,12 +38,13 @@ from torchmetrics import Metric
 from src import builders, config, nodes, rendezvous, sharding
 from src.causal_lm import IGNORE, next_token_targets
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
-from src.data_c4 import StreamingC4, build_c4_dataloader, get_num_tokens_in_batch
+from src.data_c4 import StreamingC4
+from src.data_spec import fingerprints, is_kits
 from src.errors import UserError, first_line
 from src.processes import FailureWatch
 from src.report import is_out_of_memory, log, log_to_stderr
 from src.schema import Config, HFCausalLMConfig
-from src.tokenizer import build_tokenizer, bytes_per_token
+from src.tokenizer import bytes_per_token
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -65,11 +66,13 @@ def load(args: argparse.Namespace) -> DictConfig:
     cfg = config.load([args.yaml, 'eval_samples=-1', *args.overrides])
     if not cfg.get('eval_loader'):
         raise UserError(f'eval_loader: {args.yaml} has none, so there is no data to evaluate on; see yamls/quickstart.yaml')
-    changed = {'allow_same_split': True, 'global_train_batch_size': dist.get_world_size(), 'device_train_microbatch_size': 1,
-               'max_duration': '1ba', 'scheduler': {'t_warmup': '0dur'}, 'algorithms': {}, 'callbacks': {}, 'loggers': {},
+    changed = {'allow_same_split': True, 'global_train_batch_size': dist.get_world_size(), 'max_duration': '1ba',
+               'scheduler': {'t_warmup': '0dur'}, 'algorithms': {}, 'callbacks': {}, 'loggers': {},
                'save_folder': None, 'autoresume': False, 'compile_config': None,
                'load_weights_only': cfg.get('load_path') is not None, 'eval_loader.drop_last': False,
                'eval_loader.eval_samples': cfg.eval_samples}
+    if cfg.get('device_eval_batch_size') is not None:  # else its default is the YAML's own microbatch
+        changed['device_train_microbatch_size'] = 1
     for key, value in {**changed, **({'eval_loader.dataset.split': args.split} if args.split else {})}.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg
@@ -113,7 +116,6 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     Raises:
         UserError: The checkpoint or the data is missing, is of another model, or holds nothing to predict.
     """
-    assert c.eval_loader
     rendezvous.initialize(c.dist_timeout)
     if watch:
         watch.start()
@@ -124,21 +126,21 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
 
     start = find_start(None, None, False, c.load_path, weights_only=True)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
-    tokenizer = build_tokenizer(c)
+    tokenizer = training.build_tokenizer(c)
     model, parallelism = training.build_model(c, tokenizer, start, has_gpu)
-    loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
-    view: Any = loader.dataset
-    dataset: StreamingC4 = view.dataset
-    nodes.agree('data', {'eval_loader.dataset': dataset.fingerprint})
+    evaluators = training.build_evaluators(c, model)
+    nodes.agree('data', fingerprints(None, evaluators[0].dataloader))
+    loader: Any = evaluators[0].dataloader.dataloader
+    dataset: Optional[StreamingC4] = loader.dataset.dataset if is_kits(loader) else None
 
-    totals = Totals(bytes_per_token(dataset.tokenizer, model.vocab_size))
+    reads_with = dataset.tokenizer if dataset else tokenizer and tokenizer.tokenizer
+    totals = Totals(bytes_per_token(reads_with, model.vocab_size) if reads_with else np.full(model.vocab_size, np.nan))
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
-    count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
     with training.explained(start, c):
         trainer = Trainer(
             model=model,
-            eval_dataloader=Evaluator(label='eval', dataloader=DataSpec(loader, get_num_tokens_in_batch=count)),
+            eval_dataloader=evaluators,
             precision=builders.resolve_precision(c.precision, has_gpu),
             parallelism_config=parallelism,
             dist_timeout=c.dist_timeout,
@@ -159,13 +161,15 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
         raise
     nats, targets, n_bytes, samples = trainer.state.eval_metrics['eval']['totals'].compute().tolist()
     trainer.engine.close()
-    assert samples == len(view), f'{samples} samples were counted, of {len(view)}'
+    if dataset:
+        assert samples == len(loader.dataset), f'{samples} samples were counted, of {len(loader.dataset)}'
+    place = dataset.place if dataset else 'what eval_loader, a loader of your own, gives'
     if not targets:
-        raise UserError(f'eval_loader.dataset: {dataset.place} holds no token to predict')
+        raise UserError(f'eval_loader.dataset: {place} holds no token to predict')
     return {'loss': nats / targets, 'perplexity': math.exp(nats / targets),
             'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes > 0 else None,  # NaN is not above 0
-            'documents' if dataset.column == 'text' else 'sequences': int(samples), 'tokens': int(targets),
-            'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': dataset.place, 'weights': weights(c, start)}
+            'documents' if dataset and dataset.column == 'text' else 'sequences': int(samples), 'tokens': int(targets),
+            'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': place, 'weights': weights(c, start)}
 
 
 def weights(c: Config, start: Start) -> str:
@@ -185,8 +189,8 @@ def text(found: Mapping[str, Any]) -> str:
         f'evaluation on {found["data"]}', f'  weights        {found["weights"]}',
         f'  loss           {found["loss"]:.4f}   nats per token', f'  perplexity     {found["perplexity"]:.2f}',
         f'  bits per byte  {bits:.4f}' if bits is not None else
-        '  bits per byte  unknown: the text that the tokens stand for cannot be counted; tokenizer_name is no byte-level BPE, '
-        'or not that of the tokens',
+        '  bits per byte  unknown: the text that the tokens stand for cannot be counted; there is no tokenizer, or '
+        'tokenizer_name is no byte-level BPE, or not that of the tokens',
         f'  predicted      {found["tokens"]:,} tokens of {found[rows]:,} {rows}{n_bytes}'])
 
 
@@ -202,7 +206,8 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
             raise UserError(f'--out: {args.out}: there is no folder {args.out.parent} that may be written')
         if args.out.exists():
             raise UserError(f'--out: {args.out} is there already; name another, or move it away')
-    c = config.check(load(args), builders.REGISTRIES, dist.get_world_size(), torch.cuda.is_available())
+    c = config.check(load(args), builders.REGISTRIES, dist.get_world_size(), torch.cuda.is_available(),
+                     kits_loader=training.has_kits_loader())
     log_to_stderr()
     found = evaluate(c, watch)
     if dist.get_global_rank() == 0:

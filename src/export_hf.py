@@ -51,6 +51,8 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
     weights, manifest, path = checkpoint.read(path, setting)
     model = cfg.get('model') or (manifest and manifest.model)
     name = tokenizer_name or (cfg.get('tokenizer') or {}).get('tokenizer_name') or (manifest and manifest.tokenizer_name)
+    if model and not name:
+        raise UserError(f'--tokenizer: none given, and the run of {path} had none; name a hub name or a folder')
     if not model or not name:
         raise UserError(f'--yaml: none given, and no manifest beside {path} says what its model and tokenizer are; give the '
                         'YAML and overrides of the run: --yaml YAML key=value ...')

@@ -8,6 +8,7 @@ import torch
 from composer.utils import dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -20,26 +21,51 @@ log = logging.getLogger(__name__)
 
 # Logits of these are exactly `base_model(...) @ head.T`, so the loss can be computed in chunks. Others may scale or
 # cap their logits: they get the plain way.
+DTYPE_KEYS = ('dtype', 'torch_dtype')  # new and old name of one key
 PLAIN_HEADS = ('gpt2', 'gpt_neo', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'opt')
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a Hugging Face model: what FSDP gathers, checkpoints and compiles one at a time.
+
+    They are the members of module lists whose classes the model names in `_no_split_modules`. Where it names none that
+    is there, they are the members of the list with the most parameters that lies in no other list.
+    """
+    named = {name for module in model.modules() for name in getattr(module, '_no_split_modules', None) or ()}
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    blocks = [block for modules in lists.values() for block in modules if type(block).__name__ in named]
+    outer = [modules for name, modules in lists.items() if not any(name.startswith(f'{other}.') for other in lists)]
+    if blocks or not outer:
+        return blocks
+    return list(max(outer, key=lambda modules: sum(p.numel() for p in modules.parameters())))
 
 
 class HFCausalLM(nn.Module):
     """A Hugging Face model that returns logits, or with targets the loss.
 
-    The two ways go through one `forward`, so that FSDP, which gathers parameters around it, sees both.
+    All ways go through one `forward`, so that FSDP, which gathers parameters around it, sees each of them.
+
+    Attributes:
+        hf: The Hugging Face model.
+        config: Its config.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int = 1024):
         super().__init__()
         self.hf = model
+        self.config = model.config
         self.chunk_tokens = chunk_tokens
-        # The blocks: the longest list of modules in the model.
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-        blocks = max(lists, key=len) if lists else []
-        self.block_types = tuple({type(block) for block in blocks})
+        self.block_types = tuple({type(block) for block in find_blocks(model)})
 
-    def forward(self, input_ids: Tensor, targets: Optional[Tensor] = None) -> Tensor:
-        """Args as in `MosaicGPT.forward`; padding stands on the right, so no mask is needed."""
+    def forward(self, input_ids: Tensor, targets: Optional[Tensor] = None,
+                generate: Optional[dict[str, Any]] = None) -> Any:
+        """Args as in `MosaicGPT.forward`; padding stands on the right, so no mask is needed.
+
+        With `generate`, the keywords of Hugging Face's `generate`, the result is its.
+        """
+        if generate is not None:
+            sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.hf.modules())
+            return self.hf.generate(input_ids, **{'synced_gpus': sharded and dist.get_world_size() > 1, **generate})
         head = self.hf.get_output_embeddings()
         if targets is not None and self.hf.config.model_type in PLAIN_HEADS and getattr(head, 'bias', None) is None:
             hidden = self.hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -56,13 +82,21 @@ class HFCausalLM(nn.Module):
         return isinstance(module, self.block_types)
 
 
-def build_hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
+def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> PretrainedConfig:
     """The Hugging Face config: the named model's with `config_overrides`, or `config_overrides` alone.
+
+    Its `dtype` is that of the weights to train: float32, unless `config_overrides` name another.
+
+    Args:
+        cfg: Section `model` of the config. A null in `config_overrides` stands for the model's own value.
+        keep_nulls: A null in `config_overrides` is a value, as in what a checkpoint says of its model.
 
     Raises:
         UserError: No such model, no such key, or the hub is out of reach.
     """
-    name, overrides, stored = cfg.pretrained_model_name_or_path, dict(cfg.config_overrides), {}
+    name = cfg.pretrained_model_name_or_path
+    stored: dict[str, Any] = {}
+    overrides = {key: value for key, value in cfg.config_overrides.items() if value is not None or keep_nulls}
     try:
         if name is None:
             base = AutoConfig.for_model(overrides.pop('model_type'))
@@ -77,10 +111,14 @@ def build_hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
     unknown = [key for key in overrides if not hasattr(base, key)]
     if unknown:
         raise UserError(f'model.config_overrides: {", ".join(unknown)}: no such key in the config of {base.model_type}; '
-                        f'known: {", ".join(sorted(base.attribute_map | base.to_dict()))}')
+                        f'take it back (on the command line: model.config_overrides.{unknown[0]}=null); known: '
+                        f'{", ".join(sorted(base.attribute_map | base.to_dict()))}')
     try:
         # Made anew rather than changed: what is derived from other keys, such as a head dimension, is derived again.
-        config = type(base)(**(stored | overrides))
+        own = {key: value for key, value in stored.items() if key not in DTYPE_KEYS}
+        config = type(base)(**own | overrides)
+        if not any(overrides.get(key) for key in DTYPE_KEYS):
+            config.dtype = torch.float32
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:  # the last is transformers' from 5 on
         raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: {first_line(e)}') from None
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
@@ -108,11 +146,13 @@ class ComposerHFCausalLM(ComposerCausalLM):
         try:
             if cfg.pretrained and name:
                 with dist.run_local_rank_zero_first():
-                    model = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=cfg.trust_remote_code)
+                    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=config.dtype,
+                                                                 trust_remote_code=cfg.trust_remote_code)
             else:
                 with torch.random.fork_rng():
                     torch.manual_seed(cfg.init_seed)
-                    model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+                    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype,
+                                                             trust_remote_code=cfg.trust_remote_code)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, ZeroDivisionError, StrictDataclassError) as e:
             raise UserError(f'model: {name or config.model_type!r} cannot be built as a causal language model: '
                             f'{first_line(e)}') from None
@@ -127,3 +167,18 @@ class ComposerHFCausalLM(ComposerCausalLM):
         self.described_by = cfg.model_copy(update={
             'pretrained_model_name_or_path': None, 'pretrained': False,
             'config_overrides': shape | {'model_type': config.model_type}}).model_dump()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face config."""
+        model: Any = self.model
+        return model.config
+
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Hugging Face's `generate`; call `eval()` first. Under FSDP every rank has to call it.
+
+        Args:
+            input_ids: The prompts, (batch, seq).
+            **kwargs: Of `generate`, as `max_new_tokens`.
+        """
+        return self.model(input_ids, generate=kwargs)

@@ -70,7 +70,8 @@ def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) ->
         parsed = parse(HFCausalLMConfig, model)
         # Keys with an underscore are no part of the shape; one of them names code on the hub.
         shape = {key: value for key, value in parsed.config_overrides.items() if not key.startswith('_')}
-        config = build_hf_config(parsed.model_copy(update={'trust_remote_code': False, 'config_overrides': shape}))
+        config = build_hf_config(parsed.model_copy(update={'trust_remote_code': False, 'config_overrides': shape}),
+                                 keep_nulls=parsed.pretrained_model_name_or_path is None)
         weights = {name.removeprefix('hf.'): weight for name, weight in weights.items()}
     else:
         raise UserError(f'model.name: {model["name"]!r}; what can be exported is {", ".join(MODEL_CONFIGS)}; a model of your own '

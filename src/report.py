@@ -11,11 +11,12 @@ import torch
 from composer import Trainer
 from composer.utils import dist
 
+from src import data_spec
 from src.batch_size import grad_accum
 from src.callbacks import UnigramBaseline
 from src.causal_lm import ComposerCausalLM
 from src.checkpoints import Start
-from src.checks import fsdp_version, packs_on_the_fly
+from src.checks import fsdp_version
 from src.errors import UserError, first_line
 from src.flops import train_flops_per_token
 from src.schema import Config
@@ -30,7 +31,8 @@ def log_to_stderr() -> None:
     log.propagate = False
 
 
-def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str) -> str:
+def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str,
+         train_loader: Any) -> str:
     """Every quantity that follows from the config, printed once before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
     seq_len = c.train_loader.dataset.max_seq_len
@@ -43,11 +45,7 @@ def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, mi
         total = tokens * int(c.max_duration[:-2].replace('_', ''))
         lines.append(f'tokens: {total:,} in all, {total / model.n_params:.1f} per parameter')
     lines.append(f'sharding: {_sharding(c)}')
-    if packs_on_the_fly(c.train_loader.dataset):
-        lines.append('data: text packed on the fly: the samples depend on the numbers of ranks and workers, and a resumed run '
-                     'first reads again what its epoch has read; packed tokens do neither')
-    lines.append(f'start: {start}')
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *data_spec.describe(train_loader), f'start: {start}'])
 
 
 def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:

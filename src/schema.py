@@ -203,7 +203,7 @@ class Config(Section):
     seed: int = Field(default=17, ge=0, le=2**32 - 1)
 
     model: ModelConfig = Field(discriminator='name')
-    tokenizer: TokenizerConfig
+    tokenizer: Optional[TokenizerConfig]  # null: a loader of your own does without
     train_loader: LoaderConfig
     eval_loader: Optional[LoaderConfig] = None
     eval_samples: int = Field(default=16384, ge=-1)
@@ -218,7 +218,7 @@ class Config(Section):
     eval_first: bool = False  # also evaluate the model as it was initialised
     global_train_batch_size: int = Positive  # the maths
     device_train_microbatch_size: Union[int, Literal['auto']]  # the execution
-    device_eval_batch_size: int = Positive
+    device_eval_batch_size: Optional[int] = Field(default=None, gt=0)  # null: the microbatch, which is a number then
     precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16'] = 'auto'
     fsdp_config: Optional[FSDPConfig] = None
     compile_config: Optional[CompileConfig] = None  # {}: torch.compile with its defaults; null: without
@@ -238,3 +238,11 @@ class Config(Section):
     load_path: Optional[str] = None
     load_weights_only: bool = False
     autoresume: bool = False
+
+    @model_validator(mode='before')
+    @classmethod
+    def _evaluate_microbatches(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get('device_eval_batch_size') is not None:
+            return raw
+        microbatch = raw.get('device_train_microbatch_size')
+        return {**raw, 'device_eval_batch_size': microbatch} if isinstance(microbatch, int) and microbatch > 0 else raw

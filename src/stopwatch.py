@@ -13,6 +13,7 @@ from composer.utils import dist
 from torch import nn
 
 from src import builders
+from src.data_spec import split
 from src.errors import UserError
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.progress import progress
@@ -184,8 +185,7 @@ class BareLoop:
 
     def step(self, batch: Any) -> None:
         rows = len(batch['input_ids'])
-        for start in range(0, rows, self.microbatch):
-            part = {key: x[start:start + self.microbatch] for key, x in batch.items()}
+        for part in split(batch, self.microbatch):
             part = {key: x.to(self.device) if isinstance(x, torch.Tensor) else x for key, x in part.items()}
             with get_precision_context(self.precision):
                 loss = self.loss(self.model, part)

@@ -139,15 +139,20 @@ def check_vocab(tokenizer: HFTokenizer, model_vocab_size: int) -> None:
 TOKENIZER_REGISTRY = {'hftokenizer': HFTokenizer}
 
 
-def build_tokenizer(c: Config) -> Any:
-    """The tokenizer of the section `tokenizer`, once every tokenizer that the config names is known to be there.
+def load_tokenizer(c: Config, of_loaders: bool = True) -> HFTokenizer:
+    """Loads the tokenizer of the section `tokenizer`, and finds out whether the others that the config names are there.
+
+    Args:
+        c: The config.
+        of_loaders: Whether the datasets of the config are read, each with its tokenizer.
 
     Raises:
         UserError: One of them cannot be had; the message begins with the keys that name it.
     """
+    assert c.tokenizer
     keys: dict[str, list[str]] = {c.tokenizer.tokenizer_name: ['tokenizer.tokenizer_name']}
     for section, loader in (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)):
-        if loader:
+        if loader and of_loaders:
             keys.setdefault(loader.dataset.tokenizer_name, []).append(f'{section}.dataset.tokenizer_name')
     built = {}
     for name, sections in keys.items():

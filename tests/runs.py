@@ -2,6 +2,7 @@
 
 FILE is JSON: a list of [name, arguments of main.py]. Rank 0 writes for each run NAME.pt beside it, with what `record` returns.
 Arguments that begin with src/evaluate.py are of that program, and what is written are its figures.
+An argument own_loader=NAME takes that builder of tests/own_loaders.py in place of the kit's.
 Importing Composer takes seconds in every rank, so one launch does what several would.
 """
 
@@ -18,10 +19,11 @@ from composer import Trainer
 from composer.core import Callback, State
 from composer.loggers import InMemoryLogger, Logger
 from composer.utils import dist
+from own_loaders import BUILDERS
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import main
-from src import builders, config, evaluate, rendezvous
+from src import builders, config, data_c4, evaluate, rendezvous
 from src.callbacks import UnigramBaseline
 
 builders.LOGGERS['memory'] = InMemoryLogger
@@ -61,7 +63,15 @@ def record(trainer: Trainer) -> dict[str, Any]:
             'batches': next((cb.batches for cb in trainer.state.callbacks if isinstance(cb, Samples)), []),
             'unigram': next((cb.entropy for cb in trainer.state.callbacks if isinstance(cb, UnigramBaseline)), None),
             'weights': {k: v.clone() for k, v in weights.items()},
-            'batch': int(trainer.state.timestamp.batch), 'reductions': reductions}
+            'batch': int(trainer.state.timestamp.batch), 'reductions': reductions,
+            'generated': generated(trainer.state.model)}
+
+
+def generated(model: Any) -> Any:
+    """What a Hugging Face model continues with; None: it cannot."""
+    if not hasattr(model, 'generate'):
+        return None
+    return model.eval().generate(torch.arange(8)[None], max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
 
 
 def train(*argv: str) -> dict[str, Any]:
@@ -77,6 +87,9 @@ def train(*argv: str) -> dict[str, Any]:
 if __name__ == '__main__':
     path = Path(sys.argv[1])
     for name, argv in json.loads(path.read_text()):
+        own = [arg.partition('=')[2] for arg in argv if arg.startswith('own_loader=')]
+        argv = [arg for arg in argv if not arg.startswith('own_loader=')]
+        main.build_c4_dataloader = BUILDERS[own[0]] if own else data_c4.build_c4_dataloader
         result = evaluate.main(evaluate.parse_args(argv[1:])) if argv[0] == 'src/evaluate.py' else train(*argv)
         if dist.get_global_rank() == 0:
             torch.save(result, path.with_name(f'{name}.pt'))

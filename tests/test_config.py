@@ -11,7 +11,7 @@ from composer.utils import FSDPConfig as ComposerFSDPConfig
 from omegaconf import OmegaConf
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-from src import builders, config
+from src import builders, config, evaluate
 from src.batch_size import device_batch_size, grad_accum, microbatch_size
 from src.checks import check_warmup, fsdp_version, in_units_of_the_run
 from src.data_places import check_places
@@ -497,3 +497,23 @@ def test_compilation_on_a_cpu_needs_a_compiler(monkeypatch):
         check('compile_config={}')
     check('compile_config.backend=aot_eager')
     check('compile_config={}', has_gpu=True)
+
+
+def test_an_evaluation_has_batches_of_a_microbatch_unless_set():
+    for given in ('device_eval_batch_size=null', 'console_log_interval=1ba'):
+        cfg = config.load([QUICKSTART, given, 'device_train_microbatch_size=6'])
+        if given.startswith('console'):
+            del cfg['device_eval_batch_size']
+        assert config.check(cfg, builders.REGISTRIES, 1, False).device_eval_batch_size == 6
+    assert check('device_train_microbatch_size=6').device_eval_batch_size == 32
+    auto = ['device_train_microbatch_size=auto', 'device_eval_batch_size=null']
+    with pytest.raises(UserError, match="1 mistake.*\n.*device_eval_batch_size: missing; .* is 'auto', .*; set a number"):
+        check(*auto, has_gpu=True)
+    check(*auto, 'eval_loader=null', has_gpu=True)
+    with pytest.raises(UserError, match='device_eval_batch_size: 0 must be greater than 0'):
+        check('device_eval_batch_size=0')
+
+
+def test_an_evaluation_program_has_the_same_default():
+    args = evaluate.parse_args([QUICKSTART, 'device_eval_batch_size=null', 'device_train_microbatch_size=6'])
+    assert config.check(evaluate.load(args), builders.REGISTRIES, 1, False).device_eval_batch_size == 6

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,8 @@ CHECKED = {
     'python src/estimate.py': 'test_estimate.py::test_it_starts_fast_and_a_mistake_is_one_message',
     'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
         'test_estimate.py::test_one_yaml_is_a_report',
+    'composer main.py yamls/quickstart.yaml data_remote=./my-bins tokenizer=null callbacks.text_samples=false':
+        'test_the_guides_loader',
     'composer main.py yamls/quickstart.yaml --dry_run': 'test_dry_run.py::test_two_ranks_say_it_once',
     'pip install "lm_eval[hf]==0.4.13"': 'network: .ci/run does it, but for peft, in tests/requirements.txt',
     'lm_eval --model hf --model_args pretrained=./my-gpt --tasks hellaswag,lambada_openai --batch_size 8':
@@ -456,6 +459,30 @@ def test_the_guides_optimizer(mds_root, tmp_path):
     straight, begun, ended = train('20ba', sharded[0]), train('10ba', *sharded), train('20ba', *sharded)
     assert sorted(begun) == list(range(1, 11)) and sorted(ended) == list(range(11, 21))
     assert begun | ended == pytest.approx(straight, abs=1e-6) and straight[20] < straight[1] - 0.1
+
+
+def test_the_guides_loader(mds_root, tmp_path, monkeypatch, capfd):
+    """Without a tokenizer; what it reads is what the files hold."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'my-bins').mkdir()
+    rng = np.random.default_rng(0)
+    for split, n in (('train', 1000), ('val', 33)):
+        rng.integers(0, 512, n * 32 + 1).astype(np.uint16).tofile(tmp_path / f'my-bins/{split}.bin')
+    code, line = (next(b for b in blocks('python', DOCS['src/README.md']) if b.startswith(start)) for start in (
+        '"""Rows of flat files', 'from src.token_file'))
+    assert line.replace('token_file', 'data_c4') in (ROOT / 'main.py').read_text()
+    namespace: dict = {'__name__': 'token_file'}
+    exec(code, namespace)
+    monkeypatch.setattr(main, 'build_c4_dataloader', namespace['build_c4_dataloader'])
+    overrides = next(c for c in commands() if 'my-bins' in c).split()[3:]
+    short = tiny(mds_root, 'eval_first=false', 'max_duration=4ba', 'eval_interval=4ba')
+    argv = [str(ROOT / QUICKSTART), *short, *overrides]
+    trainer = main.main(config.load(argv))
+    trainer.close()
+    assert int(trainer.state.timestamp.token) == 4 * 12 * 32, 'the last position has a target too'
+    said = capfd.readouterr().err
+    assert 'DataLoader of TokenFile, with 83 batches in an epoch' in said and '  eval loss ' in said
+    assert int(trainer.state.eval_timestamp.sample) == 33
 
 
 def test_the_guides_optimizer_takes_steps_of_one_size():

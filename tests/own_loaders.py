@@ -1,0 +1,88 @@
+"""Loaders as a user may write them, by name: for tests in one process, and for `tests/runs.py` in several."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils.dist import get_sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+ROWS, SEQ, VOCAB = 31, 32, 512
+
+
+class Rows(Dataset):
+    """Rows of token ids that begin with their number; `change` makes another dict of each."""
+
+    def __init__(self, change: Callable[[dict[str, Any]], Any] = lambda row: row):
+        self.change = change
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, i: int) -> Any:
+        ids = torch.randint(0, VOCAB, (SEQ,), generator=torch.Generator().manual_seed(i))
+        ids[0] = i
+        return self.change({'input_ids': ids, 'labels': ids.clone()})
+
+
+class Stream(IterableDataset):
+    """The same rows without a length. Its state is that of other libraries: `state_dict` takes no arguments."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (Rows()[i] for i in range(ROWS))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError
+
+
+class Anew:
+    """Batches that begin anew each time, without a length."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def narrow(row: dict[str, Any]) -> dict[str, Any]:
+    return {'input_ids': row['input_ids'].to(torch.int32), 'labels': row['labels'].to(torch.int16),
+            'attention_mask': torch.ones(SEQ, dtype=torch.bool)}
+
+
+def with_other_keys(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Values for each sample, and values that are not."""
+    return {**default_collate(samples), 'url': ['http'] * len(samples), 'weight': torch.ones(len(samples)), 'epoch': 3,
+            'nothing': None, 'scale': torch.tensor(2.0), 'array': np.arange(len(samples)),
+            'place': {'at': torch.ones(2)}}
+
+
+# Each gives the same batches of 12, 12 and 7 rows
+FORMS: dict[str, Callable[[], Any]] = {
+    'plain': lambda: DataLoader(Rows(), 12),
+    'without labels': lambda: DataLoader(Rows(lambda row: {'input_ids': row['input_ids']}), 12),
+    'narrow types': lambda: DataLoader(Rows(narrow), 12),
+    'other keys': lambda: DataLoader(Rows(), 12, collate_fn=with_other_keys),
+    'no length': lambda: DataLoader(Stream(), 12),
+    'a list': lambda: [*DataLoader(Rows(), 12)],
+    'any iterable': lambda: Anew([*DataLoader(Rows(), 12)]),
+    'arrays': lambda: Anew([{key: value.numpy() for key, value in batch.items()} for batch in DataLoader(Rows(), 12)]),
+}
+
+
+def sampled(cfg: Any, batch_size: int, evaluate: bool = False) -> DataLoader:
+    """A sampler that shuffles for training, and reads each row once for an evaluation."""
+    sampler = get_sampler(Rows(), shuffle=not evaluate, drop_last=not evaluate)
+    return DataLoader(Rows(), batch_size, sampler=sampler, drop_last=not evaluate)
+
+
+def shuffled(cfg: Any, batch_size: int, evaluate: bool = False) -> DataLoader:
+    """An order that nothing but PyTorch's random state knows."""
+    return DataLoader(Rows(), batch_size, shuffle=not evaluate)
+
+
+BUILDERS: dict[str, Callable[..., Any]] = {'sampled': sampled, 'shuffled': shuffled}
