@@ -116,7 +116,7 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
     out, data = [], loader.dataset
     if isinstance(c.model, MosaicGPTConfig) and data.max_seq_len > c.model.max_seq_len:
         out.append(f'{name}.dataset.max_seq_len: {data.max_seq_len} is above model.max_seq_len {c.model.max_seq_len}; '
-                   'set max_seq_len, which both refer to')
+                   f'set model.max_seq_len={data.max_seq_len}, or {name}.dataset.max_seq_len={c.model.max_seq_len}')
     out += [f'{name}.{error}' for error in stream_errors(data)]
     if data.cache_limit is not None and not all(is_copied(stream.remote, stream.local) for stream in streams_of(data).values()):
         out.append(only_copy(f'{name}.dataset', data.cache_limit))
