@@ -124,7 +124,7 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
     out, data = [], loader.dataset
     if isinstance(c.model, MosaicGPTConfig) and data.max_seq_len > c.model.max_seq_len:
         out.append(f'{name}.dataset.max_seq_len: {data.max_seq_len} is above model.max_seq_len {c.model.max_seq_len}; '
-                   'set max_seq_len, which both refer to')
+                   f'set model.max_seq_len={data.max_seq_len}, or {name}.dataset.max_seq_len={c.model.max_seq_len}')
     if loader.num_workers == 0:
         for key in ('prefetch_factor', 'persistent_workers', 'timeout'):
             if value := getattr(loader, key):

@@ -182,7 +182,7 @@ def _one_value(tree: Tree, yaml: Tree, given: Tree) -> list[str]:
             for key in follow:
                 _set(tree, key, f'${{{top}}}')
             if follow and not _same(tree[top], yaml[top]):
-                notes.append(f'{top}: {tree[top]} is also used for {", ".join(follow)}: the YAML has one value there')
+                notes.append(f'{top}: {tree[top]} is also used for {", ".join(follow)}, which repeat {top} in the YAML')
         if top not in USED_ALONE and '${' not in str(tree[top]):
             more, wrong = _differences(tree, given, top)
             notes, errors = notes + more, errors + wrong

@@ -49,7 +49,7 @@ class MosaicGPTConfig(Section):
     max_seq_len: int = Field(gt=1)
     vocab_size: int = Positive
     init_std: float = Field(default=0.02, gt=0)
-    init_seed: int = Field(default=17, ge=0)
+    init_seed: int = Field(default=17, ge=0)  # a YAML without it: seed
     mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
     attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
     flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'  # for flash

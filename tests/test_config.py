@@ -52,8 +52,8 @@ BAD = [
     (['max_duration=0ba'], ["max_duration: '0ba' must be greater than 0"]),
     (['max_duration=1dur'], ["max_duration: '1dur' is a fraction of itself"]),
     (['model.n_heads=5'], ['model.n_heads: 5 does not divide model.d_model 128', '1, 2, 4, 8']),
-    (['model.max_seq_len=64'], ['train_loader.dataset.max_seq_len: 128 is above model.max_seq_len 64',
-                                'eval_loader.dataset.max_seq_len: 128 is above']),
+    (['model.max_seq_len=64'], ['128 is above model.max_seq_len 64; set model.max_seq_len=128, or train_loader.dataset.'
+                                'max_seq_len=64', 'eval_loader.dataset.max_seq_len: 128 is above']),
     (['model.name=gpt5'], ["model.name: 'gpt5' is not one of 'mosaic_gpt', 'hf_causal_lm'"]),
     (['model.attn_impl=xformers'], ["model.attn_impl: 'xformers' is not one of 'torch', 'sdpa', 'flash' or 'auto'"]),
     (['model.attn_impl=flash'], ["model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto"]),
