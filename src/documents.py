@@ -20,6 +20,8 @@ from src.source_files import TXT, listing
 SHOWN = 5  # documents that --skip_bad_docs names, of each file
 MAX_TEXT = 1 << 30  # bytes of a text file that is one document
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # the first is the start of UTF-32's, too
+# How files begin that are gzip, zstd, Parquet, zip, bzip2 or xz, or zeros that a damaged disk gives
+NOT_TEXT = (b'\x1f\x8b', b'\x28\xb5\x2f\xfd', b'PAR1\x15', b'PK\x03\x04', b'BZh91AY&SY', b'\xfd7zXZ', bytes(4))
 
 Document = dict[str, str]
 
@@ -68,7 +70,7 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
 
 def documents(path: Path, columns: Iterable[str], text_column: str = 'text', where: Optional[str] = None,
               txt_lines: bool = False) -> Iterator[Document | Bad]:
-    """The documents of a file in order, each with `columns` as strings; what is none is `Bad`.
+    """The documents of a file in order, each with `columns` as strings. One that cannot be used is `Bad`.
 
     Args:
         path: The file. The end of its name, in small or capital letters, says its format.
@@ -105,8 +107,8 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
                 wrong = [name for column, name in names if not isinstance(document[column], str)]
                 if wrong:
                     reasons = [value.reason for value in document.values() if isinstance(value, Bad)]
-                    yield bad(reasons[0] if reasons else f'has no string {", ".join(wrong)}; a document is an object with '
-                              f'the strings {", ".join(name for _, name in names)}')
+                    yield bad(reasons[0] if reasons else f'has no string {", ".join(wrong)}; a document is an object '
+                              f'with the strings {", ".join(name for _, name in names)}')
                     continue
             if not (joined := ''.join(document.values())).isascii() and not _is_unicode(joined):
                 yield bad('holds characters that are not Unicode text; download the file again')
@@ -116,10 +118,10 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
         raise
     except (OSError, EOFError, ValueError, igzip_lib.IsalError) as error:  # pyright: ignore  (its stub has an instance)
         if isinstance(error, OSError) and error.errno:
-            raise UserError(f'--source: {where} cannot be read after {kind} {number} ({error.strerror}); mend that, then '
-                            'run again') from error
-        raise UserError(f'--source: {where} cannot be read after {kind} {number}: it is cut short or damaged ({error}); '
-                        'download the file again') from error
+            raise UserError(f'--source: {where} cannot be read after {kind} {number} ({error.strerror}); mend that, '
+                            'then run again') from error
+        raise UserError(f'--source: {where} cannot be read after {kind} {number}: it is cut short or damaged '
+                        f'({error}); download the file again') from error
 
 
 def _as_text(value: Any) -> Any:
@@ -207,8 +209,8 @@ def _check_first_row(row: Any, line: bytes, where: str, text_column: str) -> Non
     if isinstance(row, dict) and text_column not in row:
         for name, value in row.items():
             if isinstance(value, list) and value and isinstance(value[0], dict):
-                raise UserError(f'--source: {where} is one JSON object with a list {name!r}; write an object a line (jq '
-                                f"-c '.{name}[]' does), or, if the text is in another field, set --text_column")
+                raise UserError(f'--source: {where} is one JSON object with a list {name!r}; write an object a line '
+                                f"(jq -c '.{name}[]' does), or, if the text is in another field, set --text_column")
 
 
 def _lines(path: Path, where: str) -> Iterator[bytes]:
@@ -216,9 +218,11 @@ def _lines(path: Path, where: str) -> Iterator[bytes]:
     lines = _raw_lines(path, where)
     first = next(lines, b'')
     is_json = not path.name.lower().endswith(TXT)
-    if first.startswith(UTF_16) or is_json and 0 < first[:4].count(0) < 4:
-        raise UserError(f'--source: {where} is UTF-16 or UTF-32 text; write it as UTF-8 (iconv -f UTF-16 -t UTF-8 '
-                        'does)')
+    if first.startswith(NOT_TEXT):
+        raise UserError(f'--source: {where} holds no text: it is damaged, or of a format that its name does not end '
+                        'in, such as .gz, .zst or .parquet; rename, unpack or delete it')
+    if first.startswith(UTF_16) or is_json and 0 in first[:4]:
+        raise UserError(f'--source: {where} is UTF-16 or UTF-32 text; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)')
     if first:
         yield first.removeprefix(codecs.BOM_UTF8)
     yield from lines
@@ -231,8 +235,8 @@ def _whole(path: Path, where: str) -> Iterator[bytes]:
         lines.append(line)
         size += len(line)
         if size > MAX_TEXT:
-            raise UserError(f'--source: {where} has more than {MAX_TEXT:,} bytes, and would be one document; add '
-                            '--txt_lines if each line is a document, or split the file')
+            raise UserError(f'--source: {where} has more than {MAX_TEXT:,} bytes, and would be one document; '
+                            'add --txt_lines if each line is a document, or split the file')
     yield b''.join(lines)
 
 
@@ -265,9 +269,9 @@ def _zst_lines(path: Path, where: str) -> Iterator[bytes]:
     try:
         process = Popen(['zstd', '-dc', '--long=31', str(path)], stdout=PIPE, stderr=PIPE)
     except FileNotFoundError:
-        raise UserError(f'--source: {where} has a zstd window of more than 128 MB, which the program zstd alone reads, and '
-                        'that is not installed; install it (apt install zstd), or unpack the file on another machine '
-                        '(zstd -d --long=31)') from None
+        raise UserError(f'--source: {where} has a zstd window of more than 128 MB, which the program zstd alone reads, '
+                        'and that is not installed; install it (apt install zstd), or unpack the file on another '
+                        'machine (zstd -d --long=31)') from None
     with process:
         assert process.stdout and process.stderr
         yield from islice(process.stdout, number, None)

@@ -117,8 +117,8 @@ class FolderSource:
             file = (info.st_dev, info.st_ino) if info.st_nlink > 1 else real
             known_split, known = first.setdefault(file, (split, path))
             if known_split != split:
-                raise UserError(f'--source: {self.folder / known} ({known_split}) and {self.folder / path} ({split}) are '
-                                'one file; delete one of the names, or copy the file if both splits are to have it')
+                raise UserError(f'--source: {self.folder / known} ({known_split}) and {self.folder / path} ({split}) '
+                                'are one file; delete one of the names, or copy the file if both splits are to have it')
             if known != path:
                 splits[split].remove(path)
                 self.unread[path] = f'another name of {known}'
@@ -132,8 +132,8 @@ class FolderSource:
         found, words = self.paths[split], SPLIT_WORDS[split]
         if not found:
             raise UserError('\n'.join([
-                f'--source: {self.folder} holds no files for the split {split}: expected c4-{words[0]}.*.json.gz, or the '
-                f'word {" or ".join(words)} in the path of a file that ends in {READABLE}. Move some files to '
+                f'--source: {self.folder} holds no files for the split {split}: expected c4-{words[0]}.*.json.gz, or '
+                f'the word {" or ".join(words)} in the path of a file that ends in {READABLE}. Move some files to '
                 f'{self.folder / words[0]}, or leave the split out of --splits', *self.unread_lines()]))
         names = [Path(p).name for p in found]
         if self.is_c4 and (twice := next((p for p in found if names.count(Path(p).name) > 1), None)):

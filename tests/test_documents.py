@@ -74,6 +74,15 @@ def test_a_file_is_not_left_out_as_a_bad_document(data: str, message: str, tmp_p
         convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
 
 
+@pytest.mark.parametrize('data', [gzip.compress(b'{}'), zst_frame(b'{}', 20), bytes(9)], ids=['gzip', 'zstd', 'zeros'])
+@pytest.mark.parametrize('name', ['b.jsonl', 'b.json.gz'])
+def test_files_that_hold_no_text(name: str, data: bytes, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / 'in/a.jsonl', ['good'])
+    (tmp_path / 'in' / name).write_bytes(gzip.compress(data) if name.endswith('.gz') else data)
+    with pytest.raises(UserError, match=f'{name} holds no text: it is damaged, or of a format that its name does not'):
+        convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
+
+
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32'])
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.txt'])
 def test_files_that_are_not_utf_8(name: str, encoding: str, tmp_path: Path) -> None:
