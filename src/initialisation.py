@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from src.errors import UserError
 
-CHUNK = 2**20  # numbers; a chunk has at least one row
+CHUNK = 2**19  # numbers, as many as the largest parameter of the quick start has; a chunk has at least one row
 WRAPPERS = ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')  # of FSDP1, activation checkpointing, compile
 
 _loads_weights: ContextVar[bool] = ContextVar('loads_weights', default=False)
@@ -28,7 +28,7 @@ _loads_weights: ContextVar[bool] = ContextVar('loads_weights', default=False)
 
 @contextmanager
 def weights_come_later(later: bool) -> Iterator[None]:
-    """Models that are built in this block draw nothing if `later` is true, because a checkpoint overwrites their weights."""
+    """Models that are built in this block draw nothing if `later` is true: a checkpoint overwrites their weights."""
     token = _loads_weights.set(later)
     try:
         yield
@@ -97,8 +97,6 @@ def copy_whole(param: Tensor, whole: Tensor) -> None:
 
 # ---------------------------------------------------------------- modules
 
-Names = set[str]  # of a module's own parameters and buffers
-
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module is a Linear or an Embedding with PyTorch's `reset_parameters`: the model draws those."""
@@ -128,26 +126,32 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield '.'.join(part for part in name.split('.') if part not in WRAPPERS), module
 
 
-def check_initialisation(module: nn.Module, path: str, names: Names) -> None:
-    """Checks that something gives values to these tensors of a module, which have none on the meta device.
+def first_owner(model: nn.Module, param: Tensor) -> nn.Module:
+    """The first module that holds a parameter, which others may be tied to."""
+    return next(module for module in model.modules() if any(param is other for other in module._parameters.values()))
+
+
+def check_initialisation(module: nn.Module, path: str) -> None:
+    """Checks that something can give values to each parameter and buffer of a module.
 
     Raises:
         UserError: The module has no `reset_parameters`, or PyTorch's, which sets weight and bias alone.
     """
+    names = set(own_tensors(module))
     unset = names - {'weight', 'bias'} if is_matrix(module) else names if _own_initialisation(module) is None else None
     if unset:
         raise _unset(module, path, unset)
 
 
-def _unset(module: nn.Module, path: str, names: Names) -> UserError:
+def _unset(module: nn.Module, path: str, names: set[str]) -> UserError:
     kind = type(module).__name__
-    return UserError(f'model.device: on meta nothing gives values to {", ".join(sorted(names))} of {kind} ({path}); write a '
-                     f'method reset_parameters(self) in class {kind} that sets each of its own parameters and buffers, or set '
-                     'model.device=cpu')
+    return UserError(f'model.device: on meta nothing gives values to {", ".join(sorted(names))} of {kind} ({path}); '
+                     f'write a method reset_parameters(self) in class {kind} that sets each of its own parameters and '
+                     'buffers, or set model.device=cpu')
 
 
 @torch.no_grad()
-def reset(module: nn.Module, path: str, seed: int, names: Names) -> None:
+def reset(module: nn.Module, path: str, seed: int, has_values: bool) -> None:
     """Calls the module's own initialisation, with random numbers that depend on the seed and the path alone.
 
     The initialisation sets whole tensors on the CPU, and this rank keeps its part of them.
@@ -156,57 +160,51 @@ def reset(module: nn.Module, path: str, seed: int, names: Names) -> None:
         module: One without `reset_parameters` stays as it is.
         path: Its name in the model.
         seed: `init_seed`.
-        names: The tensors that have no values yet. If there is none, and the initialisation draws no random numbers, the module
-            stays as it is: the user may have changed what its constructor set.
+        has_values: The module's constructor has set its values, and the user may have changed them: if the
+            initialisation draws no random numbers, the module stays as it is.
 
     Raises:
-        UserError: A tensor of `names` is left without a value.
+        UserError: The initialisation leaves a tensor without a value.
     """
     init, held = _own_initialisation(module), own_tensors(module)
     if init is None or not held:
         return
-    blank = {name: torch.empty(t.shape, dtype=t.dtype, device='cpu') if name in names else t.detach().clone()
-             for name, t in held.items()}
+    blank = {name: t.detach().clone() if has_values else torch.empty(t.shape, dtype=t.dtype) for name, t in held.items()}
     for name, t in blank.items():
         if name in module._buffers:
             module._buffers[name] = t
         else:
-            module._parameters[name] = nn.Parameter(t.fill_(torch.nan) if name in names else t, held[name].requires_grad)
+            t = t if has_values else t.fill_(torch.nan)
+            module._parameters[name] = nn.Parameter(t, held[name].requires_grad)
     with torch.random.fork_rng(devices=[]):
         state = torch.default_generator.manual_seed(seed_of(f'{seed}:{path}')).get_state()
         init()
-        keeps = not names and torch.equal(state, torch.default_generator.get_state())
+        keeps = has_values and torch.equal(state, torch.default_generator.get_state())
     made = own_tensors(module)
-    unset = {name for name in names if (made[name] is blank[name] and not made[name]._version if name in module._buffers
-                                        else made[name].isnan().any())}
+    unset = {name for name, t in made.items() if name in held and not has_values
+             and (t is blank[name] and not t._version if name in module._buffers else t.isnan().any())}
     if unset:
         raise _unset(module, path, unset)
     for name, t in held.items():
-        if name in module._parameters:
-            module._parameters[name] = t  # pyright: ignore[reportArgumentType]
-        else:
+        if name in module._buffers:
             module._buffers[name] = t if keeps else made[name].to(t.device)
-        if not keeps and name in module._parameters:
+            continue
+        module._parameters[name] = t  # pyright: ignore[reportArgumentType]
+        if not keeps:
             copy_whole(t, made[name])
 
 
-def leave_meta(model: nn.Module, device: Union[str, torch.device]) -> dict[nn.Module, Names]:
+def leave_meta(model: nn.Module, device: Union[str, torch.device]) -> list[nn.Module]:
     """Gives memory to the tensors on meta, and moves the others to the device. Tied parameters stay tied.
 
     Returns:
-        The modules with tensors that were on meta, and the names of these tensors. They have no values yet.
-
-    Raises:
-        UserError: Nothing gives values to one of them.
+        The modules that had tensors on meta, which have no values yet.
     """
-    empty: dict[nn.Module, Names] = {}
     owners: dict[Tensor, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for path, module in named_modules(model):
-        if names := {name for name, t in own_tensors(module).items() if t.is_meta}:
-            check_initialisation(module, path, names)
-            empty[module] = names
+    for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             owners[param].append((module, name))
+    empty = [module for module in model.modules() if any(t.is_meta for t in own_tensors(module).values())]
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     for (first, first_name), *others in owners.values():
         for module, name in others:

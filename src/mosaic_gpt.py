@@ -1,6 +1,6 @@
 """A plain PyTorch GPT: pre-LayerNorm, learned positions, GELU MLP, biases, tied embeddings (Radford et al. 2019).
 
-Initialisation, all in `MosaicGPT.init_weights`:
+Initialisation, all in `MosaicGPT.param_init_fn`:
 
 | parameter                                        | drawn from                         |
 |--------------------------------------------------|------------------------------------|
@@ -14,7 +14,8 @@ Initialisation, all in `MosaicGPT.init_weights`:
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any, Optional, Union
 
 import torch
@@ -61,14 +62,14 @@ class GPTBlock(nn.Module):
 def compute_in_fp8(blocks: nn.Module) -> str:
     """Has torchao compute the linear layers of the blocks in 8 bits, scaled anew for each tensor (Micikevicius et al. 2022).
 
-    Parameters keep their names, type and values. A CPU computes the same rounding in a slower way. Subclasses of `nn.Linear` stay
-    as they are: they may compute something else.
+    Parameters keep their names, type and values. A CPU computes the same rounding in a slower way. Subclasses of
+    `nn.Linear` stay as they are: they may compute something else.
 
     Returns:
         What computes them, for the log.
 
     Raises:
-        UserError: The package is not installed, the GPU has no such matrix products, or the blocks have no `nn.Linear`.
+        UserError: The package is not installed, the GPU has no such matrix products, or there is no `nn.Linear`.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -97,6 +98,8 @@ class MosaicGPT(nn.Module):
         UserError: A key is unknown or its value impossible.
     """
 
+    has_values = False  # while `init_weights` runs: whether the modules hold what their constructors set
+
     def __init__(self, cfg: Union[MosaicGPTConfig, Mapping[str, Any]]):
         super().__init__()
         self.cfg = cfg = parse(MosaicGPTConfig, cfg)
@@ -109,6 +112,10 @@ class MosaicGPT(nn.Module):
             'blocks': nn.ModuleList([GPTBlock(cfg) for _ in range(cfg.n_layers)]),
             'ln_f': nn.LayerNorm(cfg.d_model, device=cfg.device),
         })
+        for block in self.blocks:
+            if cfg.attn_within_document and len(signature(block.forward).parameters) < 2:
+                raise UserError(f'model.attn_within_document: true, but forward of {type(block).__name__} takes no '
+                                '`documents`; add the argument and keep attention within them, or set false')
         if cfg.linear_impl == 'fp8':
             log.info('linear layers: %s', compute_in_fp8(self.transformer['blocks']))
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)
@@ -117,7 +124,7 @@ class MosaicGPT(nn.Module):
             log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
         self.draws_weights = initialisation.draws_weights()
         if cfg.device != 'meta':
-            self.init_weights({module: set() for module in self.modules()})
+            self.init_weights()
 
     @property
     def blocks(self) -> Any:
@@ -180,54 +187,47 @@ class MosaicGPT(nn.Module):
 
     # ------------------------------------------------------------ weights
 
+    @torch.no_grad()
     def param_init_fn(self, module: nn.Module) -> None:
-        """Gives values to one module's own parameters and buffers, all of which were on meta until now.
+        """Gives one module's own parameters and buffers their initial values, by the table above.
+
+        They depend on `init_seed` and the module's name alone. Where a checkpoint overwrites the weights
+        (`initialisation.weights_come_later`), those that the model would draw are NaN: a weight that the checkpoint
+        lacks cannot pass for an initial one.
 
         Raises:
-            UserError: The module has some that nothing sets.
+            UserError: The module has come from meta, and nothing sets some of its parameters or buffers.
         """
-        names = set(initialisation.own_tensors(module))
         path = next((path for path, other in initialisation.named_modules(self) if other is module), '')
-        initialisation.check_initialisation(module, path, names)
-        self.init_weights({module: names})
+        if not self.has_values:
+            initialisation.check_initialisation(module, path)
+        if not initialisation.is_matrix(module):
+            initialisation.reset(module, path, self.cfg.init_seed, self.has_values)
+            return
+        for name, param in module.named_parameters(recurse=False):
+            if name not in ('weight', 'bias') or initialisation.first_owner(self, param) is not module:
+                continue  # a tied parameter is drawn under the first of its names
+            if not self.draws_weights:
+                param.fill_(torch.nan)
+            elif name == 'bias':
+                param.zero_()
+            else:
+                residual = path.endswith(('out_proj', 'mlp_down'))
+                std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)
+                key, zero_row = f'{self.cfg.init_seed}:{path}.{name}', getattr(module, 'padding_idx', None)
+                initialisation.draw_normal(param, std, key, zero_row)
 
-    @torch.no_grad()
-    def init_weights(self, empty: Optional[Mapping[nn.Module, set[str]]] = None) -> None:
-        """Gives modules their initial values, by the table above; they depend on `init_seed` and the modules' names alone.
-
-        Where a checkpoint overwrites the weights (`initialisation.weights_come_later`), those that the model draws are set to NaN
-        instead: a weight that is missing from the checkpoint cannot pass for an initial one.
+    def init_weights(self, modules: Optional[Iterable[nn.Module]] = None) -> None:
+        """Calls `param_init_fn` for modules that have come from meta.
 
         Args:
-            empty: The modules, and the names of their own parameters and buffers that have no values yet. A module without such
-                names keeps what its constructor set, but for what is drawn at random. None: every module, with all names.
-
-        Raises:
-            UserError: A module's `reset_parameters` leaves one of these names without a value.
+            modules: None: for every module. A model that was built on the CPU then redraws what is random, and a module without
+                `reset_parameters`, or without random numbers in it, keeps its values.
         """
-        if empty is None:
-            empty = {module: set(initialisation.own_tensors(module)) for module in self.modules()}
-        drawn: set[Tensor] = set()
-        for path, module in initialisation.named_modules(self):
-            if module not in empty:
-                continue
-            if not initialisation.is_matrix(module):
-                initialisation.reset(module, path, self.cfg.init_seed, empty[module])
-                continue
-            for name in ('weight', 'bias'):
-                param = module._parameters.get(name)
-                if param is None or param in drawn:  # a tied parameter has the first of its names
-                    continue
-                drawn.add(param)
-                if not self.draws_weights:
-                    param.fill_(torch.nan)
-                elif name == 'bias':
-                    param.zero_()
-                else:
-                    residual = path.endswith(('out_proj', 'mlp_down'))
-                    std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)
-                    initialisation.draw_normal(param, std, f'{self.cfg.init_seed}:{path}.{name}',
-                                               getattr(module, 'padding_idx', None))
+        self.has_values = modules is None and self.cfg.device == 'cpu'
+        for module in self.modules() if modules is None else modules:
+            self.param_init_fn(module)
+        self.has_values = False
 
     def materialize(self, device: Union[str, torch.device]) -> 'MosaicGPT':
         """Gives what is on meta its memory and its values; ties stay, and what is not on meta keeps its values.

@@ -95,7 +95,6 @@ def test_an_initialisation_that_forgets_something_is_an_error_on_meta(forgotten)
             super().__init__()
             self.weight = nn.Parameter(torch.ones(4, device=device))
             self.register_buffer('mask', torch.ones(4, dtype=torch.bool, device=device), persistent=False)
-            self.on_cpu = nn.Buffer(torch.ones(4))
             self.reset_parameters()
 
         def reset_parameters(self):
@@ -135,6 +134,34 @@ def test_subclasses_of_pytorchs_layers():
     model.blocks[0].own = Scaled(4, 4, device='meta')
     with pytest.raises(UserError, match='nothing gives values to scale of Scaled'):
         model.materialize('cpu')
+
+
+def test_a_subclass_may_initialise_modules_itself():
+    class Own(MosaicGPT):
+        def param_init_fn(self, module: nn.Module) -> None:
+            if isinstance(module, OwnValues):
+                with torch.no_grad():
+                    module.scale.fill_(0.75)
+            else:
+                super().param_init_fn(module)
+
+    here, meta = Own(TINY), Own(TINY | {'device': 'meta'})
+    for model in (here, meta):
+        model.blocks[0].values = OwnValues(16, model.cfg.device)
+        model.materialize('cpu') if model is meta else model.init_weights()
+        assert (model.blocks[0].values.scale == 0.75).all()
+    assert same(here.blocks[1], meta.blocks[1])
+
+
+def test_modules_may_come_from_meta_one_by_one_and_untied(own_block):
+    """As FSDP1 takes them from meta through Composer: the head before the embedding, to which it is tied again later."""
+    model = MosaicGPT(TINY | {'device': 'meta'})
+    for module in (model.lm_head, *model.transformer.modules()):
+        if initialisation.own_tensors(module):
+            module.to_empty(device='cpu', recurse=False)
+            model.param_init_fn(module)
+    model.tie_weights()
+    assert same(model, MosaicGPT(TINY))
 
 
 # ---------------------------------------------------------------- replaced after the build
@@ -214,6 +241,11 @@ def test_a_tie_of_the_users_own_stays_on_meta():
     assert torch.equal(meta.blocks[0].mlp.mlp_up.weight, MosaicGPT(TINY).blocks[0].mlp.mlp_up.weight)
 
 
+def test_a_block_that_takes_no_documents_cannot_keep_attention_within_them(own_block):
+    with pytest.raises(UserError, match='attn_within_document: true, but forward of OwnBlock takes no `documents`; add'):
+        MosaicGPT(TINY | {'attn_within_document': True})
+
+
 def test_8_bits_leave_layers_of_the_users_own(own_block):
     model = MosaicGPT(TINY | {'linear_impl': 'fp8'})
     assert type(model.blocks[0].linear).__name__ == 'Float8Linear'
@@ -249,7 +281,7 @@ def test_a_large_parameter_is_drawn_in_chunks_with_their_own_seeds(monkeypatch):
 
 
 def test_no_parameter_of_the_quick_start_is_cut():
-    assert 4096 * 128 <= initialisation.CHUNK == 2**20  # else its loss curve is another
+    assert 4096 * 128 <= initialisation.CHUNK == 2**19  # else its loss curve is another
 
 
 @pytest.fixture
@@ -349,7 +381,7 @@ def test_own_layers_are_the_same_on_two_ranks(own_block, mds_root, tmp_path):
     argv = [QUICKSTART, *tiny(mds_root, 'max_duration=3ba', 'eval_first=false', 'callbacks.text_samples=false')]
     launcher = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port())]
     done = subprocess.run([*launcher, 'tests/own_layers.py', str(tmp_path), *argv], cwd=ROOT, env=clean_env(),
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     results = torch.load(tmp_path / 'weights.pt', weights_only=True)
     trained, (want, _) = results.pop('trained'), run(*argv, train=False)
