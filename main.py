@@ -40,6 +40,7 @@ from src.data_c4 import build_c4_dataloader
 from src.data_spec import build_data_spec, check_train_loader, fingerprints
 from src.dry_run import check_plugins, config_text, rehearsal
 from src.errors import UserError, first_line
+from src.initialisation import weights_come_later
 from src.loggers import resume_wandb
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
@@ -220,7 +221,7 @@ def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple
     Raises:
         UserError: It cannot be built, or does not go with the tokenizer or the length of the samples.
     """
-    with explained(start, c):
+    with explained(start, c), weights_come_later(start.kind != 'fresh'):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     if tokenizer:
         check_vocab(tokenizer, model.vocab_size)

@@ -2,25 +2,26 @@
 
 Initialisation, all in `MosaicGPT.param_init_fn`:
 
-| parameter                            | drawn from                         |
-|--------------------------------------|------------------------------------|
-| wte, wpe, Wqkv, mlp_up weights       | N(0, init_std)                     |
-| out_proj, mlp_down weights           | N(0, init_std / sqrt(2 n_layers))  |
-| every bias                           | 0                                  |
-| LayerNorm weights                    | 1                                  |
+| parameter                                        | drawn from                         |
+|--------------------------------------------------|------------------------------------|
+| wte, wpe, Wqkv, mlp_up weights                   | N(0, init_std)                     |
+| out_proj, mlp_down weights                       | N(0, init_std / sqrt(2 n_layers))  |
+| any other Linear's or Embedding's weight         | N(0, init_std)                     |
+| every Linear's bias                              | 0                                  |
+| LayerNorm weights and biases                     | 1 and 0                            |
+| parameters and buffers of any other module       | its own `reset_parameters`         |
 """
 
-import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from src import initialisation
 from src.attention import CausalAttention, Documents
 from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, padding_to_the_right, plain_cross_entropy
 from src.config import parse
@@ -61,13 +62,14 @@ class GPTBlock(nn.Module):
 def compute_in_fp8(blocks: nn.Module) -> str:
     """Has torchao compute the linear layers of the blocks in 8 bits, scaled anew for each tensor (Micikevicius et al. 2022).
 
-    Parameters keep their names, type and values. A CPU computes the same rounding in a slower way.
+    Parameters keep their names, type and values. A CPU computes the same rounding in a slower way. Subclasses of
+    `nn.Linear` stay as they are: they may compute something else.
 
     Returns:
         What computes them, for the log.
 
     Raises:
-        UserError: The package is not installed, or the GPU has no such matrix products.
+        UserError: The package is not installed, the GPU has no such matrix products, or there is no `nn.Linear`.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -78,7 +80,10 @@ def compute_in_fp8(blocks: nn.Module) -> str:
     if has_gpu and torch.cuda.get_device_capability() < (8, 9):
         raise UserError(f"model.linear_impl: 'fp8' needs a GPU of compute capability 8.9 or above, and "
                         f'{torch.cuda.get_device_name()} has {".".join(map(str, torch.cuda.get_device_capability()))}; set plain')
-    convert_to_float8_training(blocks, config=Float8LinearConfig(emulate=not has_gpu))
+    if not any(type(module) is nn.Linear for module in blocks.modules()):
+        raise UserError("model.linear_impl: 'fp8': the blocks of the model have no nn.Linear to compute in 8 bits; set plain")
+    convert_to_float8_training(blocks, config=Float8LinearConfig(emulate=not has_gpu),
+                               module_filter_fn=lambda module, name: type(module) is nn.Linear)
     return 'fp8 by torchao' if has_gpu else 'fp8 by torchao, emulated on the CPU'
 
 
@@ -93,6 +98,8 @@ class MosaicGPT(nn.Module):
         UserError: A key is unknown or its value impossible.
     """
 
+    has_values = False  # while `init_weights` runs: whether the modules hold what their constructors set
+
     def __init__(self, cfg: Union[MosaicGPTConfig, Mapping[str, Any]]):
         super().__init__()
         self.cfg = cfg = parse(MosaicGPTConfig, cfg)
@@ -105,21 +112,31 @@ class MosaicGPT(nn.Module):
             'blocks': nn.ModuleList([GPTBlock(cfg) for _ in range(cfg.n_layers)]),
             'ln_f': nn.LayerNorm(cfg.d_model, device=cfg.device),
         })
+        for block in self.blocks:
+            if cfg.attn_within_document and len(signature(block.forward).parameters) < 2:
+                raise UserError(f'model.attn_within_document: true, but forward of {type(block).__name__} takes no '
+                                '`documents`; add the argument and keep attention within them, or set false')
         if cfg.linear_impl == 'fp8':
             log.info('linear layers: %s', compute_in_fp8(self.transformer['blocks']))
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)
         self.tie_weights()
-        # Wrappers (FSDP, compile, activation checkpointing) change the names of parameters, never this one.
-        self.module_path: dict[nn.Module, str] = {m: name for name, m in self.named_modules()}
-        self.module_path[self.lm_head] = self.module_path[self.transformer['wte']]
-        attention: Any = self.get_submodule('transformer.blocks.0.causal_attn')
-        self.takes_lengths: tuple[torch.dtype, ...] = attention.takes_lengths
-        log.info('attention: %s (attn_impl: %s)', attention.kernel, cfg.attn_impl)
+        for kernel in sorted(set(self._of_attention('kernel'))):
+            log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
+        self.draws_weights = initialisation.draws_weights()
         if cfg.device != 'meta':
             self.init_weights()
 
+    @property
+    def blocks(self) -> Any:
+        return self.transformer['blocks']
+
     def tie_weights(self) -> None:
         self.lm_head.weight = self.transformer['wte'].weight  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _of_attention(self, name: str) -> list[Any]:
+        """An attribute of the kit's attention, from each block that has it."""
+        attentions = (getattr(block, 'causal_attn', None) for block in self.blocks)
+        return [getattr(attention, name) for attention in attentions if hasattr(attention, name)]
 
     def forward(self, input_ids: Tensor, key_padding_mask: Optional[Tensor] = None,
                 targets: Optional[Tensor] = None, sequence_id: Optional[Tensor] = None) -> Tensor:
@@ -151,66 +168,89 @@ class MosaicGPT(nn.Module):
         positions = documents.positions if documents else torch.arange(seq_len, device=input_ids.device)
         x = self.transformer['wte'](input_ids) + self.transformer['wpe'](positions)  # (batch, seq, d_model)
         x = self.transformer['emb_dropout'](x)
-        kind = x.device.type
-        if documents and (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype) in self.takes_lengths:
-            documents.count()
-        for block in self.transformer['blocks']:  # pyright: ignore[reportGeneralTypeIssues]
-            x = block(x, documents)
+        if documents:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            if any(dtype in dtypes for dtypes in self._of_attention('takes_lengths')):
+                documents.count()
+        for block in self.blocks:
+            x = block(x, documents) if documents else block(x)
         x = self.transformer['ln_f'](x)
-        if targets is not None and self.cfg.loss_impl == 'plain':
-            return plain_cross_entropy(F.linear(x, self.lm_head.weight), targets)
+        head = self.lm_head
+        if targets is not None and self.cfg.loss_impl == 'chunked' and type(head) is nn.Linear and head.bias is None:
+            return chunked_cross_entropy(x, head.weight, targets, self.cfg.loss_chunk_tokens, self.cfg.vocab_multiple)
         if targets is not None:
-            return chunked_cross_entropy(x, self.lm_head.weight, targets, self.cfg.loss_chunk_tokens, self.cfg.vocab_multiple)
+            return plain_cross_entropy(head(x), targets)
         if order is not None:
             x = x.gather(1, order.argsort(1)[:, :, None].expand_as(x))
-        return F.linear(x, self.lm_head.weight)  # (batch, seq, vocab)
+        return head(x)  # (batch, seq, vocab)
 
     # ------------------------------------------------------------ weights
 
     @torch.no_grad()
     def param_init_fn(self, module: nn.Module) -> None:
-        """Draws one module's own parameters.
+        """Gives one module's own parameters and buffers their initial values, by the table above.
 
-        Each is drawn whole, from a CPU generator of its own seeded by (init_seed, parameter name), then sliced to
-        what this rank holds: the weights do not depend on the number of ranks, on sharding or on meta.
+        They depend on `init_seed` and the module's name alone. Where a checkpoint overwrites the weights
+        (`initialisation.weights_come_later`), those that the model would draw are NaN: a weight that the checkpoint
+        lacks cannot pass for an initial one.
+
+        Raises:
+            UserError: The module has come from meta, and nothing sets some of its parameters or buffers.
         """
-        path = self.module_path.get(module, '')
+        path = next((path for path, other in initialisation.named_modules(self) if other is module), '')
+        if not self.has_values:
+            initialisation.check_initialisation(module, path)
+        if not initialisation.is_matrix(module):
+            initialisation.reset(module, path, self.cfg.init_seed, self.has_values)
+            return
         for name, param in module.named_parameters(recurse=False):
-            full = torch.empty(param.shape, dtype=torch.float32)
-            if name == 'bias':
-                full.zero_()
-            elif isinstance(module, nn.LayerNorm):
-                full.fill_(1.0)
+            if name not in ('weight', 'bias') or initialisation.first_owner(self, param) is not module:
+                continue  # a tied parameter is drawn under the first of its names
+            if not self.draws_weights:
+                param.fill_(torch.nan)
+            elif name == 'bias':
+                param.zero_()
             else:
                 residual = path.endswith(('out_proj', 'mlp_down'))
                 std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)
-                digest = hashlib.sha256(f'{self.cfg.init_seed}:{path}.{name}'.encode()).digest()
-                full.normal_(0.0, std, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], 'little')))
-            if isinstance(param, DTensor):
-                # src_data_rank=None: every rank holds the same tensor and cuts its slice, nothing is sent.
-                full = distribute_tensor(full.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
-            param.copy_(full)
+                key, zero_row = f'{self.cfg.init_seed}:{path}.{name}', getattr(module, 'padding_idx', None)
+                initialisation.draw_normal(param, std, key, zero_row)
 
-    def init_weights(self) -> None:
-        for module in self.modules():
+    def init_weights(self, modules: Optional[Iterable[nn.Module]] = None) -> None:
+        """Calls `param_init_fn` for modules that have come from meta.
+
+        Args:
+            modules: None: for every module. A model that was built on the CPU then redraws what is random, and a module without
+                `reset_parameters`, or without random numbers in it, keeps its values.
+        """
+        self.has_values = modules is None and self.cfg.device == 'cpu'
+        for module in self.modules() if modules is None else modules:
             self.param_init_fn(module)
+        self.has_values = False
 
     def materialize(self, device: Union[str, torch.device]) -> 'MosaicGPT':
-        """Gives a model on meta its memory and its weights, embeddings tied."""
-        self.to_empty(device=device)
-        self.tie_weights()  # to_empty makes two tensors of the tied one
-        self.init_weights()
+        """Gives what is on meta its memory and its values; ties stay, and what is not on meta keeps its values.
+
+        Raises:
+            UserError: A module has parameters or buffers that nothing sets.
+        """
+        self.init_weights(initialisation.leave_meta(self, device))
         return self
 
     # ------------------------------------------------------------ what Composer asks for
 
+    def _block_number(self, module: nn.Module) -> Optional[int]:
+        """Which member of `transformer.blocks` the module is, of any class and within any wrapper; None: none of them."""
+        return next((n for n, block in enumerate(self.blocks) if initialisation.unwrap(block) is module), None)
+
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        return isinstance(module, GPTBlock)
+        return self._block_number(module) is not None
 
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
         """Every n-th block."""
-        number = self.module_path.get(module, '').rpartition('.')[2]
-        return isinstance(module, GPTBlock) and int(number) % self.cfg.activation_checkpointing_every == 0
+        number = self._block_number(module)
+        return number is not None and number % self.cfg.activation_checkpointing_every == 0
 
 
 class ComposerMosaicGPT(ComposerCausalLM):

@@ -44,7 +44,7 @@ from src.data_c4 import parse_args
 from src.errors import UserError
 from src.flops import train_flops_per_token
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
-from src.schema import Config, FSDPConfig
+from src.schema import Config, FSDPConfig, MosaicGPTConfig
 
 DOCS = {name: (ROOT / name).read_text()
         for name in ('README.md', 'src/README.md', '.github/CONTRIBUTING.md', '.github/CHANGELOG.md')}
@@ -521,6 +521,18 @@ def test_the_guides_wrapping_wraps_every_mlp_too():
     model = MosaicGPT({'d_model': 16, 'n_heads': 2, 'n_layers': 3, 'max_seq_len': 8, 'vocab_size': 32, 'attn_impl': 'sdpa'})
     assert sum(namespace['fsdp_wrap_fn'](model, m) for m in model.modules()) == 6
     assert sum(model.fsdp_wrap_fn(m) for m in model.modules()) == 3
+
+
+def test_the_guides_layer_keeps_its_initialisation_and_trains(mds_root, monkeypatch):
+    namespace = {'torch': torch, 'nn': nn, 'Tensor': Tensor, 'Optional': Optional, 'Documents': Documents, 'GPTBlock': GPTBlock,
+                 'MosaicGPTConfig': MosaicGPTConfig}
+    exec(next(b for b in blocks('python', DOCS['src/README.md']) if 'class Gain' in b), namespace)
+    monkeypatch.setattr('src.mosaic_gpt.GPTBlock', namespace['ScaledBlock'])
+    trainer = main.main(config.load([str(ROOT / QUICKSTART), *tiny(mds_root, 'model.device=meta', 'max_duration=3ba')]))
+    blocks_ = trainer.state.model.model.blocks
+    for name, start in (('gain_1', 0.1), ('gain_2', 0.1), ('ln_1', 1)):
+        assert 0 < (blocks_[1].get_parameter(f'{name}.weight') - start).abs().max() < 0.01, name
+    trainer.close()
 
 
 # ---------------------------------------------------------------- what the text says

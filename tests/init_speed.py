@@ -1,0 +1,59 @@
+"""Seconds in which one rank draws its initial weights, as Composer has a model on meta do it.
+
+    python tests/init_speed.py yamls/mosaic_gpt/7b.yaml [key=value ...] [--ranks 8]
+
+The other ranks do not run: this is rank 0, with its share of the weights and with the threads that one of so many ranks on this
+machine has. With `--alone` it has all cores, as if each rank had a machine of its own. Each block is freed before the next.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from src import config
+from src.mosaic_gpt import MosaicGPT
+
+
+def seconds(model: MosaicGPT, unit: nn.Module, skip: set[nn.Module]) -> float:
+    """Draws a unit of FSDP and frees it. What is in `skip` is of other units, or tied."""
+    modules = [m for m in unit.modules() if m not in skip and any(True for _ in m.parameters(recurse=False))]
+    started = time.perf_counter()
+    for module in modules:
+        module.to_empty(device='cpu', recurse=False)
+        model.param_init_fn(module)
+    taken = time.perf_counter() - started
+    for module in modules:
+        module.to_empty(device='meta', recurse=False)
+    return taken
+
+
+def measure(cfg: dict, ranks: int) -> float:
+    model = MosaicGPT(cfg | {'device': 'meta', 'attn_impl': 'sdpa'})
+    blocks = model.transformer['blocks']
+    if ranks > 1:
+        dist.init_process_group('fake', rank=0, world_size=ranks, store=FakeStore())
+        mesh = dist.init_device_mesh('cpu', (ranks,))
+        for unit in (*blocks, model):
+            fully_shard(unit, mesh=mesh)
+    return sum(seconds(model, block, set()) for block in blocks) + seconds(model, model, {*blocks.modules(), model.lm_head})
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser()
+    parser.add_argument('yaml')
+    parser.add_argument('overrides', nargs='*')
+    parser.add_argument('--ranks', type=int, default=1)
+    parser.add_argument('--alone', action='store_true')
+    args = parser.parse_intermixed_args()
+    os.environ['LOCAL_WORLD_SIZE'] = '1' if args.alone else str(args.ranks)
+    cfg = config.plain(config.load([args.yaml, *args.overrides]))['model']
+    print(f'{args.ranks} ranks: {measure(cfg, args.ranks):.1f} s for the weights of one')
