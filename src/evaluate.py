@@ -37,11 +37,12 @@ from torchmetrics import Metric
 
 from src import builders, config, nodes, rendezvous, sharding
 from src.causal_lm import IGNORE, next_token_targets
-from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
+from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_weights
 from src.data_c4 import StreamingC4, build_c4_dataloader, get_num_tokens_in_batch
-from src.errors import UserError, first_line
+from src.errors import UserError, first_line, is_out_of_memory
 from src.processes import FailureWatch
-from src.report import is_out_of_memory, log, log_to_stderr
+from src.report import log, log_to_stderr
+from src.safe_reading import loading
 from src.schema import Config, HFCausalLMConfig
 from src.tokenizer import TOKENIZER_REGISTRY, bytes_per_token
 
@@ -125,7 +126,7 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     start = find_start(None, None, False, c.load_path, weights_only=True)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
     tokenizer = TOKENIZER_REGISTRY[c.tokenizer.name](c.tokenizer.tokenizer_name, c.tokenizer.max_seq_len)
-    model, parallelism = training.build_model(c, tokenizer, start, has_gpu)
+    model, parallelism = training.build_model(c, tokenizer, has_gpu)
     loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
     view: Any = loader.dataset
     dataset: StreamingC4 = view.dataset
@@ -135,7 +136,7 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
-    with training.explained(start, c):
+    with loading(start.setting, str(start.path)), training.explained(c):
         trainer = Trainer(
             model=model,
             eval_dataloader=Evaluator(label='eval', dataloader=DataSpec(loader, get_num_tokens_in_batch=count)),
@@ -146,7 +147,7 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
             progress_bar=sys.stderr.isatty() and dist.get_global_rank() == 0,
             load_path=None if start.weights_of_a_file else start.path,
             load_weights_only=start.kind == 'weights',
-            load_ignore_keys=same_names(model.state_dict().keys()),
+            load_ignore_keys=same_weights(start, model.state_dict()),
         )
     finish_loading(start, trainer)
     log.info('weights: %s', weights(c, start))

@@ -3,6 +3,7 @@
 import logging
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Optional
@@ -30,8 +31,9 @@ def log_to_stderr() -> None:
     log.propagate = False
 
 
-def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str) -> str:
-    """Every quantity that follows from the config, printed once before training."""
+def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str,
+         changed: Sequence[str] = ()) -> str:
+    """Every quantity that follows from the config, and what has `changed` since the checkpoint: printed before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
     tokens = c.global_train_batch_size * c.max_seq_len
     lines = [f'model: {c.model.name}, {model.n_params:,} parameters',
@@ -48,7 +50,7 @@ def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, mi
     if packs_on_the_fly(c.train_loader.dataset):
         lines.append('data: text packed on the fly: the samples depend on the numbers of ranks and workers, and a resumed run '
                      'first reads again what its epoch has read; packed tokens do neither')
-    lines.append(f'start: {start}')
+    lines += [f'start: {start}', *changed]
     return '\n'.join(lines)
 
 
@@ -78,11 +80,6 @@ def _sharding(c: Config) -> str:
               'keep_low_precision_grads', 'sync_module_states', 'use_orig_params', 'activation_checkpointing_reentrant'}
     given = [key for key in sorted(unused & f.model_fields_set) if getattr(f, key) != type(f).model_fields[key].default]
     return text + (f'; without effect in FSDP2: {", ".join(given)}' if version == 2 and given else '')
-
-
-def is_out_of_memory(e: BaseException) -> bool:
-    """Whether a GPU or this machine has no more memory to give."""
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(e)
 
 
 def out_of_memory(c: Config, e: BaseException) -> UserError:
