@@ -12,7 +12,6 @@ if __name__ == '__main__':
     processes.die_with_launcher()
 
 import os
-import pickle
 import sys
 import time
 import warnings
@@ -21,9 +20,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, Optional
 
 import torch
-import wandb.errors
-from botocore.exceptions import BotoCoreError
-from composer import Trainer
+from composer import Trainer, algorithms
 from composer.core import Callback, Evaluator
 from composer.utils import dist, reproducibility
 from omegaconf import DictConfig
@@ -34,17 +31,19 @@ from src.batch_size import device_batch_size, microbatch_size
 from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
 from src.causal_lm import ComposerCausalLM
 from src.checkpoint_writer import CheckpointWriter
-from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
+from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_weights
 from src.checks import check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
 from src.data_c4 import build_c4_dataloader
-from src.data_spec import build_data_spec, check_train_loader, fingerprints
+from src.data_spec import build_data_spec, check_train_loader, counts_samples, fingerprints
 from src.dry_run import check_plugins, config_text, rehearsal
-from src.errors import UserError, first_line
+from src.errors import UserError, is_out_of_memory
 from src.initialisation import weights_come_later
 from src.loggers import resume_wandb
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
-from src.report import environment, is_out_of_memory, log, log_to_stderr, out_of_memory, plan, summary
+from src.report import environment, log, log_to_stderr, out_of_memory, plan, summary
+from src.resume import Changes, OptimizerSettings, changes, run_settings
+from src.safe_reading import loading
 from src.schema import Config
 from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 
@@ -94,7 +93,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
 
     # Where the run starts. One that is over is built without what would write.
     start = find_start(c.save_folder, run_name(c), c.autoresume, c.load_path, c.load_weights_only)
-    check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
+    check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu), c.trust_checkpoint)
     over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
     asked = c
     if dry_run:
@@ -117,7 +116,10 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     train_data = build_data_spec(build_c4_dataloader(c.train_loader, device_batch), 'train_loader', model, c.seed)
     check_train_loader(c, train_data.dataloader)
     evaluators = build_evaluators(c, model)
-    nodes.agree('data', fingerprints(train_data, evaluators[0].dataloader if evaluators else None))
+    data = fingerprints(train_data, evaluators[0].dataloader if evaluators else None)
+    nodes.agree('data', data)
+    settings = run_settings(asked, data)
+    changed = Changes([], False) if over else changes(start, settings, counts_samples(train_data.dataloader))
 
     # Everything else
     writer = None
@@ -125,11 +127,11 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         save_interval = in_units_of_the_run(c.save_interval, c.max_duration)
         writer = CheckpointWriter(c.save_folder, save_interval, c.save_num_checkpoints_to_keep, start,
                                   model.described_by or c.model.model_dump(),
-                                  tokenizer.tokenizer_name if tokenizer else '')
+                                  tokenizer.tokenizer_name if tokenizer else '', settings)
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': resume_wandb(c.loggers, name, c.save_folder)})
     chosen, profiler = builders.build_callbacks(c, hf_tokenizer)
-    with explained(start, c):
+    with loading(start.setting, str(start.path), c.trust_checkpoint), explained(c):
         trainer = Trainer(
             model=model,
             train_dataloader=train_data,
@@ -137,8 +139,9 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
             schedulers=builders.build_scheduler(c.scheduler),
             algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
-            callbacks=[StepCounters(device_batch), *sharding.build_callbacks(c.fsdp_config), *chosen, *callbacks,
-                       *filter(None, [writer]), GracefulStop(stop, writer.save_and_wait if writer else None)],
+            callbacks=[StepCounters(device_batch), OptimizerSettings(changed.schedule),
+                       *sharding.build_callbacks(c.fsdp_config), *chosen, *callbacks, *filter(None, [writer]),
+                       GracefulStop(stop, writer.save_and_wait if writer else None)],
             loggers=builders.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=microbatch,
@@ -156,13 +159,15 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             profiler=profiler,
             load_path=None if start.weights_of_a_file else start.path,
             load_weights_only=start.kind == 'weights',
-            load_ignore_keys=same_names(model.state_dict().keys()),
+            load_ignore_keys=same_weights(start, model.state_dict()),
+            load_exclude_algorithms=dir(algorithms),  # Composer would `eval` what a checkpoint says of them, and add them
         )
     check_warmup(c, trainer.state.dataloader_len)
     sharding.average_gradients(trainer.state.model)
     finish_loading(start, trainer)
     trainer.logger.log_hyperparameters({**config.masked(config.plain(c)), 'environment': environment(c, model)})
-    log.info('%s', plan(c, model, start, device_batch, microbatch, str(precision.value), train_data.dataloader))
+    log.info('%s', plan(c, model, start, device_batch, microbatch, str(precision.value), train_data.dataloader,
+                        changed.lines))
 
     if dry_run:
         log.info('%s', rehearsal(asked, train_data, hf_tokenizer))
@@ -171,7 +176,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to go on', c.max_duration)
         return trainer
     started = time.monotonic()
-    with stop, explained(start, c, writer, training=True):
+    with stop, explained(c, writer):
         try:
             if writer:
                 writer.check(trainer.state)
@@ -221,7 +226,7 @@ def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple
     Raises:
         UserError: It cannot be built, or does not go with the tokenizer or the length of the samples.
     """
-    with explained(start, c), weights_come_later(start.kind != 'fresh'):
+    with explained(c), weights_come_later(start.kind != 'fresh'):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     if tokenizer:
         check_vocab(tokenizer, model.vocab_size)
@@ -233,25 +238,18 @@ def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple
 
 
 @contextmanager
-def explained(start: Start, c: Config, writer: Optional[CheckpointWriter] = None, training: bool = False) -> Iterator[None]:
-    """What Composer, torch and W&B raise about a checkpoint, memory, a log or a login, in the words of the settings."""
+def explained(c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
+    """Says which settings save memory where there is too little, and names the last whole checkpoint after a mistake."""
     try:
         yield
     except UserError as e:
         if writer and writer.newest:
             raise UserError(f'{e}\nThe last whole checkpoint is {writer.newest}') from e
         raise
-    except wandb.errors.Error as e:
-        raise UserError(f'loggers.wandb: {first_line(e)}; set WANDB_API_KEY, or WANDB_MODE=offline') from e
-    except (OSError, RuntimeError, MemoryError, ValueError, KeyError, EOFError, pickle.UnpicklingError, BotoCoreError,
-            CheckpointException) as e:
+    except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise out_of_memory(c, e) from e
-        if start.kind == 'fresh' or training:
-            raise
-        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        raise UserError(f'{start.setting}: {start.path} cannot be loaded into this model and optimizer: '
-                        f'{type(cause).__name__}: {first_line(cause)}') from e
+        raise
 
 
 def guarded(work: Callable[[FailureWatch], Any]) -> int:

@@ -130,18 +130,23 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
     """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
 
     Raises:
-        UserError: A package is not installed, or a value is refused by the class.
+        UserError: A package is not installed, or a class refuses a value: by a UserError, or a ValueError of Composer's.
     """
     built = []
     for name, kwargs in chosen.items():
         if kwargs is False:
             continue
+        cls = REGISTRIES[section][name]
         try:
-            built.append(REGISTRIES[section][name](**(kwargs or {})))
+            built.append(cls(**(kwargs or {})))
         except (ImportError, MissingConditionalImportError):
-            raise UserError(f'{section}.{name}: its package is not installed; pip install {PACKAGES.get(name, name)}, '
+            if name not in PACKAGES:
+                raise
+            raise UserError(f'{section}.{name}: its package is not installed; pip install {PACKAGES[name]}, '
                             f'or remove {name} from {section}') from None
         except (ValueError, TypeError) as e:
+            if not isinstance(e, UserError) and not cls.__init__.__module__.startswith('composer.'):
+                raise  # in another class it may be a bug
             raise UserError(f'{section}.{name}: {e}') from None
     return built
 

@@ -90,21 +90,15 @@ class StepCounters(Callback):
 
 
 class UnigramBaseline(Callback):
-    """Logs `baseline/unigram_entropy`, once: the entropy in nats of the token frequencies of the evaluation set.
+    """Logs `baseline/unigram_entropy`, once a start: the entropy in nats of the token frequencies of the evaluation set.
 
     It is the loss of the best model that ignores all context; one that learns anything falls below it. Each sample counts once,
-    on any number of ranks.
+    on any number of ranks. A resumed run computes it again, because its evaluation set may be another.
     """
 
     def __init__(self):
         self.entropy: Optional[float] = None
         self._counts = torch.zeros(0, dtype=torch.int64)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {'entropy': self.entropy}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.entropy = state['entropy']
 
     def eval_start(self, state: State, logger: Logger) -> None:
         self._counts = torch.zeros(0, dtype=torch.int64)

@@ -52,12 +52,14 @@ class CheckpointWriter(Callback):
         start: Where the run started.
         model: Section `model` of the config, for the manifests.
         tokenizer_name: Also for them.
+        settings: Of this run, for them as well; see `src/resume.py`.
     """
 
     def __init__(self, save_folder: str, save_interval: str, keep: int = -1, start: Start = FRESH,
-                 model: Optional[dict[str, Any]] = None, tokenizer_name: str = ''):
+                 model: Optional[dict[str, Any]] = None, tokenizer_name: str = '',
+                 settings: Optional[dict[str, Any]] = None):
         self.save_folder, self.keep = save_folder, keep
-        self.config = {'model': model or {}, 'tokenizer_name': tokenizer_name}
+        self.config = {'model': model or {}, 'tokenizer_name': tokenizer_name, 'settings': settings or {}}
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(save_interval)
         self.last_batch = -1
         self.local = ''  # where Composer writes; known once the run has a name
@@ -195,7 +197,7 @@ class CheckpointWriter(Callback):
                  for file, size in part.items()}
         t, folder = state.timestamp, self.folder
         self.unfinished = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token), dist.get_world_size(), sizes,
-                                   **self.config)
+                                   **self.config, sample_in_epoch=int(t.sample_in_epoch))
         if isinstance(folder, RemoteFolder):
             self.sending = in_background(lambda: self._send(folder, files))
         else:
@@ -224,9 +226,17 @@ class CheckpointWriter(Callback):
         if self.folder.deletes:
             self.folder.delete([f'{manifest.name}{UNFINISHED}'])
         if self.keep >= 0:
-            for old in [*manifests(self.folder)][self.keep:]:  # the manifest first: half of what it lists is no checkpoint
-                self.folder.delete([f'{old.name}.json'])
-                self.folder.delete(old.files)
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older."""
+        whole = 0
+        for saved in list(manifests(self.folder)):
+            if whole >= self.keep:  # the manifest first: half of what it lists is no checkpoint
+                self.folder.delete([f'{saved.name}.json'])
+                self.folder.delete(saved.files)
+            elif saved.is_whole(self.folder):
+                whole += 1
 
     def close(self, state: State, logger: Logger) -> None:
         if '://' in self.save_folder and dist.get_local_rank() == 0:

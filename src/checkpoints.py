@@ -8,30 +8,28 @@ another size, is half a save, which no run goes on from and the next save of tha
 import json
 import logging
 import os
-import pickle
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Literal, Optional
 
-import numpy as np
-import torch
 from composer import Trainer
 from composer.core import Time, Timestamp
-from composer.utils import dist, format_name_with_dist, get_file
+from composer.utils import dist, format_name_with_dist, get_file, is_tar
 from composer.utils.reproducibility import load_rng_state
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.torch_version import TorchVersion
 
 from src.errors import UserError, first_line
 from src.folders import Folder, LocalFolder, open_folder
+from src.safe_reading import no_code, read_weights
 
 log = logging.getLogger('src')
 STEP = re.compile(r'ep\d+-ba(\d+)')
+WEIGHTS = 'state.model.'  # the prefix of the weights' names in a sharded checkpoint
 UNFINISHED = '.unfinished'  # ep0-ba400.unfinished lies there until the manifest does
 
 
@@ -53,6 +51,9 @@ class Manifest:
     # What the weights alone do not tell, for whoever uses them: section `model` of the config, and tokenizer_name.
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer_name: str = ''
+    # For a run that goes on with other settings: those of this run (see src/resume.py), and its place in the epoch.
+    settings: dict[str, Any] = field(default_factory=dict)
+    sample_in_epoch: int = 0
 
     @property
     def path(self) -> str:
@@ -88,6 +89,28 @@ def manifests(folder: Folder) -> Iterator[Manifest]:
             yield manifest
 
 
+def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:
+    """The names of the checkpoints in a folder, whole or not, and of the saves that were interrupted.
+
+    An interrupted save is no checkpoint. A checkpoint that was whole once and is not now is a loss, which has to be said.
+    """
+    files = folder.names()
+    half = {file[:-len(UNFINISHED)] for file in files if file.endswith(UNFINISHED)} - {file[:-5] for file in files}
+    return sorted({match[0] for file in files if (match := STEP.match(file))} - half), sorted(half)
+
+
+def newest_whole(folder: Folder, setting: str) -> Optional[Manifest]:
+    """The newest whole checkpoint of a folder. Newer ones that are not whole are named in a warning, after `setting`."""
+    whole = next((manifest for manifest in manifests(folder) if manifest.is_whole(folder)), None)
+    if whole:
+        damaged = [name for name in saved_steps(folder)[0] if int(name.rpartition('-ba')[2]) > whole.batch]
+        if damaged:
+            log.warning('%s: %s in %s is not whole: its manifest is missing, or its files are not those that the manifest '
+                        'lists. The newest whole checkpoint is %s, and that is taken',
+                        setting, ', '.join(damaged), folder, whole.name)
+    return whole
+
+
 # ---------------------------------------------------------------- where a run starts
 
 
@@ -103,7 +126,7 @@ class Start:
 
     @property
     def weights_of_a_file(self) -> bool:
-        """Loaded by the kit itself: Composer would unpickle all that the file holds."""
+        """Loaded by the kit itself: Composer would read the optimizer's state as well."""
         return self.kind == 'weights' and not self.sharded
 
     @property
@@ -127,6 +150,20 @@ def run_folder(save_folder: str, name: Optional[str]) -> Optional[Folder]:
     return open_folder(format_name_with_dist(save_folder, name or ''))
 
 
+@contextmanager
+def reachable(setting: str, place: str) -> Iterator[None]:
+    """Says in one message that a place on a disk or in an object store cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # each object store has error classes of its own
+        if '://' not in place and not isinstance(e, OSError):
+            raise
+        raise UserError(f'{setting}: {place} cannot be read: {type(e).__name__}: {first_line(e)}; check the address, the '
+                        'network and the credentials') from None
+
+
 def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool, load_path: Optional[str],
                weights_only: bool) -> Start:
     """Decides, on rank 0 for all ranks, what a run starts from.
@@ -141,10 +178,6 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
             answer = [_find_start(save_folder, name, autoresume, load_path, weights_only)]
         except UserError as e:
             answer = [e]
-        except Exception as e:  # each object store has error classes of its own
-            where = load_path if load_path and '://' in load_path else save_folder
-            answer = [UserError(f'{"load_path" if where == load_path else "save_folder"}: {where} cannot be read: '
-                                f'{type(e).__name__}: {first_line(e)}; check the address, the network and the credentials')]
     dist.broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
         raise answer[0]
@@ -153,33 +186,36 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
 
 def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool, load_path: Optional[str],
                 weights_only: bool) -> Start:
-    folder = run_folder(save_folder, name) if save_folder else None
-    files = folder.names() if folder else []
-    # A save that was interrupted is no checkpoint; one that was whole once, and is not now, is a loss that has to be said.
-    half = {file[:-len(UNFINISHED)] for file in files if file.endswith(UNFINISHED)} - {file[:-5] for file in files}
-    there = sorted({match[0] for file in files if (match := STEP.match(file))} - half)
-    if half and autoresume:
-        log.info('autoresume: %s in %s is half a save that was interrupted; it is ignored', ', '.join(sorted(half)), folder)
-    if folder and autoresume and there:
-        for manifest in manifests(folder):
-            if manifest.is_whole(folder):
-                return Start('resume', folder.uri(manifest.path), manifest.sharded, manifest, own=True)
-        raise UserError(f'autoresume: {folder} holds {", ".join(there)}, and none is whole: each lacks its manifest, or a '
-                        'file that the manifest lists. To load one all the same give its file as load_path, with another '
-                        'run_name; to start afresh move them away')
-    if folder and there and not autoresume and not load_path:
-        raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set autoresume=true; '
-                        'to start afresh set another run_name or save_folder, or move them away')
+    folder = None
+    if save_folder:
+        with reachable('save_folder', save_folder):
+            folder = run_folder(save_folder, name)
+            there, half = saved_steps(folder) if folder else ([], [])
+            if half and autoresume:
+                log.info('autoresume: %s in %s is half a save that was interrupted; it is ignored', ', '.join(half), folder)
+            if folder and autoresume and there:
+                if manifest := newest_whole(folder, 'autoresume'):
+                    return Start('resume', folder.uri(manifest.path), manifest.sharded, manifest, own=True)
+                raise UserError(f'autoresume: {folder} holds {", ".join(there)}, and none is whole: each lacks its '
+                                'manifest, or a file that the manifest lists. To load one all the same give its file as '
+                                'load_path, with another run_name; to start afresh move them away')
+            if folder and there and not load_path:
+                raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set '
+                                'autoresume=true; to start afresh set another run_name or save_folder, or move them away')
     if load_path:
-        return given_start(load_path.replace('{rank}', '0').rstrip('/'), 'weights' if weights_only else 'resume', folder)
+        with reachable('load_path', load_path):
+            path = load_path.replace('{rank}', '0').rstrip('/')
+            return given_start(path, 'weights' if weights_only else 'resume', folder)
     return FRESH
 
 
-def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder] = None, setting: str = 'load_path') -> Start:
+def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder] = None,
+                setting: str = 'load_path') -> Start:
     """A checkpoint that somebody names.
 
     Args:
-        path: Its file or folder, local or a URI.
+        path: The file or the folder of a checkpoint, local or a URI. For the folder of a run, its newest whole checkpoint
+            is taken. Composer's runs have a link `latest-rank0.pt`: where it is missing, the newest whole one beside it.
         kind: What it is for.
         own: The folder of the run.
         setting: Where it is named, for messages.
@@ -191,7 +227,13 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
     folder = open_folder(parent or '.')
     sharded = folder.size(f'{name}/.metadata') >= 0
     if not sharded and folder.size(name) < 0:
-        raise UserError(f'{setting}: {path}: no such file, and no folder of a sharded checkpoint; give one of them')
+        run = folder if re.fullmatch(r'latest(-rank0)?(\.pt)?', name) else open_folder(path)
+        newest = newest_whole(run, setting)
+        if newest is None:
+            raise UserError(f'{setting}: {path}: no such file, no folder of a sharded checkpoint, and no folder that holds '
+                            'whole checkpoints of a run; give one of them')
+        log.info('%s: %s: the newest whole checkpoint there is %s', setting, path, run.uri(newest.path))
+        return given_start(run.uri(newest.path), kind, own, setting)
     step = STEP.match(name)
     manifest = read_manifest(folder, step[0]) if step else None
     if manifest and not manifest.is_whole(folder):
@@ -201,63 +243,53 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
     return Start(kind, path, sharded, manifest, is_own)
 
 
-# ---------------------------------------------------------------- weights alone
-
-# What Composer's checkpoints hold beside tensors and plain values: the random state, times and a version.
-SAFE = [timedelta, TorchVersion, np.ndarray, np.dtype, type(np.dtype('uint32')),
-        np.array(0).__reduce__()[0]]
+# ---------------------------------------------------------------- around the Trainer
 
 
-def read_weights(path: str, setting: str = 'load_path') -> dict[str, Any]:
-    """The model's state dict out of a full checkpoint, without running what a pickle may hold.
-
-    Args:
-        path: A local file.
-        setting: Where it is named, for messages.
-
-    Returns:
-        Tensors on the CPU, mapped from the file.
-
-    Raises:
-        UserError: The file is no checkpoint, or holds objects other than tensors and plain values.
-    """
-    try:
-        with torch.serialization.safe_globals(SAFE):
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['state']['model']
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError, OSError) as e:
-        unsafe = re.search(r'GLOBAL (\S+)', str(e))
-        why = f'it holds {unsafe[1]}, and loading that would run code' if unsafe else f'{type(e).__name__}: {first_line(e)}'
-        raise UserError(f'{setting}: {path} cannot be loaded as the weights of a checkpoint: {why}; '
-                        'take another checkpoint') from None
-
-
-def same_names(own: Collection[str]) -> Callable[[dict[str, Any]], None]:
-    """A check of what a checkpoint holds, for Trainer's `load_ignore_keys`, which sees it before the model does.
+def same_weights(start: Start, own: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """A check of what a checkpoint holds, for Trainer's `load_ignore_keys`, which runs before the model is touched.
 
     Composer and torch leave a parameter that the checkpoint lacks as it was initialised, and say nothing.
+
+    Args:
+        start: Names the checkpoint.
+        own: The model's state dict.
     """
+    def shapes_of(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        # The extra state of a module has no shape
+        return {name: tuple(getattr(tensor, 'shape', ())) for name, tensor in weights.items()}
+
+    shapes = shapes_of(own)
+
     def check(checkpoint: dict[str, Any]) -> None:
         there = checkpoint['state'].get('model')
         if there is None:  # a rank that rank 0 will send it to
             return
-        missing, unknown = set(own) - set(there), set(there) - set(own)
-        if missing or unknown:
-            raise UserError(f'load_path: the checkpoint holds other weights than this model has: {len(missing)} are missing, '
-                            f'{len(unknown)} are not known, such as {min(missing | unknown)}')
+        found = _shapes_in_shards(start.path) if start.sharded and start.path else shapes_of(there)
+        missing, unknown = set(shapes) - set(found), set(found) - set(shapes)
+        other = sorted(name for name in set(shapes) & set(found) if shapes[name] != found[name])
+        differ = [f'{len(missing)} are missing, {len(unknown)} are not known, such as {min(missing | unknown)}'
+                  ] if missing or unknown else []
+        differ += [f'{name} has the shape {found[name]} there and {shapes[name]} here' for name in other[:1]]
+        if differ:
+            raise UserError(f'{start.setting}: {start.path} holds other weights than this model has: {"; ".join(differ)}. '
+                            'Set section model as the run had it that saved them')
     return check
 
 
-def _names_in_shards(path: str) -> list[str]:
-    """Of the weights in a sharded checkpoint, out of its metadata, which Composer has unpickled by now."""
+def _shapes_in_shards(path: str) -> dict[str, tuple[int, ...]]:
+    """Of the weights in a sharded checkpoint, by name."""
     with tempfile.TemporaryDirectory() as temp:
         if '://' in path:
             get_file(f'{path}/.metadata', os.path.join(temp, '.metadata'))
             path = temp
-        keys = FileSystemReader(path).read_metadata().state_dict_metadata
-    return [key.removeprefix('state.model.') for key in keys if key.startswith('state.model.')]
+        with no_code():
+            there = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key.removeprefix(WEIGHTS): tuple(getattr(part, 'size', ()))
+            for key, part in there.items() if key.startswith(WEIGHTS)}
 
 
-def _load_weights(path: str, model: nn.Module) -> None:
+def _load_weights(start: Start, path: str, model: nn.Module) -> None:
     """Into a model that may be sharded; every rank has to call it."""
     with tempfile.TemporaryDirectory() as temp:
         local = path
@@ -268,24 +300,18 @@ def _load_weights(path: str, model: nn.Module) -> None:
         with dist.local_rank_zero_download_and_wait(local):  # a download may take longer than a barrier waits
             dist.barrier()
         weights = read_weights(local)
-        same_names(get_model_state_dict(model).keys())({'state': {'model': weights}})
-        try:
-            set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=True))
-        except RuntimeError as e:
-            raise UserError(f'load_path: {path} holds other weights than this model has: '
-                            f'{" ".join(str(e).split())[:400]}') from None
+        same_weights(start, get_model_state_dict(model))({'state': {'model': weights}})
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=True))
         dist.barrier()
 
 
-# ---------------------------------------------------------------- around the Trainer
-
-
-def check_loadable(start: Start, sharded: bool) -> None:
+def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
     """Before the Trainer is built.
 
     Args:
         start: From `find_start`.
         sharded: Whether this run's checkpoints are sharded; Composer loads the kind that it saves.
+        trusted: Whether the checkpoint may hold any object.
 
     Raises:
         UserError: The checkpoint is of the other kind.
@@ -298,9 +324,10 @@ def check_loadable(start: Start, sharded: bool) -> None:
     if sharded and not start.sharded:
         raise UserError(f'{start.setting}: {start.path} is a full checkpoint, and fsdp_config.state_dict_type is sharded; set '
                         'full to go on from it, or take its weights alone: load_path=FILE load_weights_only=true')
-    if not start.own:
-        log.warning('load_path: %s is not from the save_folder of this run. It is a pickle: loading it runs what code it holds. '
-                    'Load none that you do not trust', start.path)
+    if is_tar(start.path):  # which Composer would unpack, wherever its members point to
+        raise UserError(f'{start.setting}: {start.path} is an archive; unpack it, and give the file of the checkpoint')
+    if trusted:
+        log.warning('trust_checkpoint: objects of any class are loaded from %s, and that runs what code it holds', start.path)
 
 
 def finish_loading(start: Start, trainer: Trainer) -> None:
@@ -310,9 +337,7 @@ def finish_loading(start: Start, trainer: Trainer) -> None:
         UserError: The weights are another model's, or there is no state of this optimizer.
     """
     if start.weights_of_a_file and start.path:
-        _load_weights(start.path, trainer.state.model)
-    if start.sharded and start.path:
-        same_names(get_model_state_dict(trainer.state.model).keys())({'state': {'model': _names_in_shards(start.path)}})
+        _load_weights(start, start.path, trainer.state.model)
     if start.kind == 'resume':
         optimizer = trainer.state.optimizers[0]
         if not optimizer.state:

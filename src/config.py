@@ -60,12 +60,12 @@ def load(argv: list[str]) -> DictConfig:
         what = 'a folder, not a YAML file.' if path.is_dir() else 'no such file.'
         raise UserError(f'{argv[0]}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
     try:
-        merged = loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as e:
         raise UserError(f'{argv[0]}: cannot be read as YAML: {e}') from None
     if not isinstance(loaded, DictConfig):
-        raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(merged).__name__}')
-    given = OmegaConf.create()
+        raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(loaded).__name__}')
+    merged, given = loaded, OmegaConf.create({})
     for arg in argv[1:]:
         merged, given = override(merged, arg), override(given, arg)
     return translate(merged, loaded, given)

@@ -117,6 +117,11 @@ def is_kits(loader: Any) -> bool:
     return isinstance(getattr(loader, 'dataset', None), (StreamingC4, EvalView))
 
 
+def counts_samples(loader: Any) -> bool:
+    """Whether a resumed run goes on from a number of samples, and not from a number of batches."""
+    return hasattr(getattr(loader, 'dataset', None), 'load_state_dict')
+
+
 def fingerprints(train: Optional[DataSpec], evals: Optional[DataSpec]) -> dict[str, str]:
     """The fingerprints of the kit's datasets, by setting: ranks that read the same data have the same."""
     loaders: dict[str, Any] = {'train_loader': train and train.dataloader, 'eval_loader': evals and evals.dataloader}

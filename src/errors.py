@@ -20,6 +20,12 @@ def first_line(error: BaseException) -> str:
     return f'{first} {more[0].strip()}' if first.endswith(':') and more else first
 
 
+def is_out_of_memory(e: BaseException) -> bool:
+    """Whether a GPU or this machine has no more memory to give."""
+    return (isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError'  # torch's
+            or "DefaultCPUAllocator: can't allocate memory" in str(e))
+
+
 def positive(text: str) -> int:
     """The type of an argument: a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:

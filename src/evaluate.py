@@ -37,12 +37,13 @@ from torchmetrics import Metric
 
 from src import builders, config, nodes, rendezvous, sharding
 from src.causal_lm import IGNORE, next_token_targets
-from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_names
+from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_weights
 from src.data_c4 import StreamingC4
 from src.data_spec import fingerprints, is_kits
-from src.errors import UserError, first_line
+from src.errors import UserError, first_line, is_out_of_memory
 from src.processes import FailureWatch
-from src.report import is_out_of_memory, log, log_to_stderr
+from src.report import log, log_to_stderr
+from src.safe_reading import loading
 from src.schema import Config, HFCausalLMConfig
 from src.tokenizer import bytes_per_token
 
@@ -137,7 +138,7 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     totals = Totals(bytes_per_token(reads_with, model.vocab_size) if reads_with else np.full(model.vocab_size, np.nan))
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
-    with training.explained(start, c):
+    with loading(start.setting, str(start.path)), training.explained(c):
         trainer = Trainer(
             model=model,
             eval_dataloader=evaluators,
@@ -148,7 +149,7 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
             progress_bar=sys.stderr.isatty() and dist.get_global_rank() == 0,
             load_path=None if start.weights_of_a_file else start.path,
             load_weights_only=start.kind == 'weights',
-            load_ignore_keys=same_names(model.state_dict().keys()),
+            load_ignore_keys=same_weights(start, model.state_dict()),
         )
     finish_loading(start, trainer)
     log.info('weights: %s', weights(c, start))

@@ -12,6 +12,7 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
+from src.errors import UserError, first_line
 from src.schema import Plugins
 
 
@@ -72,6 +73,13 @@ class TensorboardLogger(loggers.TensorboardLogger):
 
 class WandBLogger(loggers.WandBLogger):
     """Composer's, which would end a run that goes on with another setting or on other devices."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        import wandb.errors
+        try:
+            super().init(state, logger)
+        except wandb.errors.Error as e:
+            raise UserError(f'loggers.wandb: {first_line(e)}; set WANDB_API_KEY, or WANDB_MODE=offline') from e
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         if self._enabled:

@@ -15,6 +15,8 @@ from composer.loggers import Logger
 from composer.utils import format_name_with_dist, format_name_with_dist_and_time
 from torch.cuda import _memory_viz
 
+from src.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +112,7 @@ class Profiler(composer.profiler.Profiler):
         counts = {'skip_first': skip_first, 'wait': wait, 'warmup': warmup, 'active': active, 'repeat': repeat}
         for name, value in counts.items():
             if value < (name in ('warmup', 'active')):
-                raise ValueError(f'{name}: {value} must be at least {int(name in ("warmup", "active"))}')
+                raise UserError(f'{name}: {value} must be at least {int(name in ("warmup", "active"))}')
         super().__init__(composer.profiler.cyclic_schedule(**counts), [], sys_prof_cpu=False)
         self.torch_profiler = TorchProfiler(folder, remote_file_name=None, record_shapes=record_shapes,
                                             profile_memory=profile_memory, with_stack=with_stack)

@@ -3,6 +3,7 @@
 import logging
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Optional
@@ -32,8 +33,8 @@ def log_to_stderr() -> None:
 
 
 def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str,
-         train_loader: Any) -> str:
-    """Every quantity that follows from the config, printed once before training."""
+         train_loader: Any, changed: Sequence[str] = ()) -> str:
+    """Every quantity that follows from the config, and what has `changed` since the checkpoint: printed before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
     seq_len = c.train_loader.dataset.max_seq_len
     tokens = c.global_train_batch_size * seq_len
@@ -45,7 +46,7 @@ def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, mi
         total = tokens * int(c.max_duration[:-2].replace('_', ''))
         lines.append(f'tokens: {total:,} in all, {total / model.n_params:.1f} per parameter')
     lines.append(f'sharding: {_sharding(c)}')
-    return '\n'.join([*lines, *data_spec.describe(train_loader), f'start: {start}'])
+    return '\n'.join([*lines, *data_spec.describe(train_loader), f'start: {start}', *changed])
 
 
 def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:
@@ -75,11 +76,6 @@ def _sharding(c: Config) -> str:
               'keep_low_precision_grads', 'sync_module_states', 'use_orig_params', 'activation_checkpointing_reentrant'}
     given = [key for key in sorted(unused & f.model_fields_set) if getattr(f, key) != type(f).model_fields[key].default]
     return text + (f'; without effect in FSDP2: {", ".join(given)}' if version == 2 and given else '')
-
-
-def is_out_of_memory(e: BaseException) -> bool:
-    """Whether a GPU or this machine has no more memory to give."""
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(e)
 
 
 def out_of_memory(c: Config, e: BaseException) -> UserError:

@@ -237,6 +237,7 @@ class Config(Section):
     save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
     load_path: Optional[str] = None
     load_weights_only: bool = False
+    trust_checkpoint: bool = False  # load objects of any class from a checkpoint, which runs code that it may hold
     autoresume: bool = False
 
     @model_validator(mode='before')

@@ -31,7 +31,7 @@ class TextSamples(Callback):
                 ('temperature', temperature, 0 <= temperature < math.inf, 'a number from 0, which takes the likeliest token'),
                 ('seed', seed, 0 <= seed < 2**63, 'a whole number from 0')):
             if not good:
-                raise ValueError(f'{name}: {value!r}; {allowed}')
+                raise UserError(f'{name}: {value!r}; {allowed}')
         self.prompts, self.max_new_tokens, self.temperature, self.seed = prompts, max_new_tokens, temperature, seed
 
     def prepare(self, tokenizer: Any, max_seq_len: int) -> None:

@@ -1,53 +1,24 @@
 """The weights out of any checkpoint of the kit, for programs that use a model rather than train it.
 
-Full or sharded, saved by any number of ranks, on a disk or in an object store; on one process, without a process group, and
-without running what a pickle may hold.
+Full or sharded, saved by any number of ranks, on a disk or in an object store; on one process, without a process group,
+and without running code that a checkpoint may hold.
 """
 
-import io
 import os
-import pickle
 import tempfile
 import warnings
-from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from composer.utils import get_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from src.checkpoints import Manifest, Start, given_start, manifests, read_weights
-from src.errors import UserError, first_line
+from src.checkpoints import WEIGHTS, Manifest, Start, given_start, reachable
 from src.folders import open_folder
-
-PREFIX = 'state.model.'  # of the weights among the names in a sharded checkpoint
-
-# What `.metadata` holds beside plain values and torch's dtypes.
-METADATA_CLASSES = {
-    'torch.distributed.checkpoint.metadata': ('Metadata', 'TensorStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING',
-                                              'ChunkStorageMetadata', 'BytesStorageMetadata', 'MetadataIndex', 'StorageMeta'),
-    'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
-    'torch.serialization': ('_get_layout',), 'torch': ('Size',),
-    'pathlib': ('PosixPath',), 'pathlib._local': ('PosixPath',), 'collections': ('OrderedDict',)}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        dtype = module_name == 'torch' and isinstance(getattr(torch, global_name, None), torch.dtype)
-        if dtype or global_name in METADATA_CLASSES.get(module_name, ()):
-            return super().find_class(module_name, global_name)
-        raise pickle.UnpicklingError(f'it holds {module_name}.{global_name}, and loading that would run code')
-
-
-class _Reader(FileSystemReader):
-    """torch's reader, which loads tensors with `weights_only`, but unpickles anything that `.metadata` may hold."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _MetadataUnpickler(io.BytesIO(Path(self.path, '.metadata').read_bytes())).load()
+from src.safe_reading import no_code, read_weights, readable
 
 
 def read_sharded_weights(path: str, setting: str) -> dict[str, Tensor]:
@@ -63,20 +34,14 @@ def read_sharded_weights(path: str, setting: str) -> dict[str, Tensor]:
     Raises:
         UserError: A file is missing or damaged, or holds objects other than tensors and plain values.
     """
-    reader = _Reader(path)
-    try:
+    reader = FileSystemReader(path)
+    with readable(setting, path, 'as the weights of a checkpoint'), no_code(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that it is a single process
         there = reader.read_metadata().state_dict_metadata
         weights = {name: torch.empty(part.size, dtype=part.properties.dtype) for name, part in there.items()
-                   if name.startswith(PREFIX) and isinstance(part, TensorStorageMetadata)}
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that it is a single process
-            load(weights, storage_reader=reader, no_dist=True)
-    except (CheckpointException, pickle.UnpicklingError, OSError, RuntimeError, EOFError, AttributeError, KeyError, IndexError,
-            TypeError, ValueError) as e:
-        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        raise UserError(f'{setting}: {path} cannot be loaded as the weights of a checkpoint: {type(cause).__name__}: '
-                        f'{first_line(cause)}; take another checkpoint of the run') from None
-    return {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+                   if name.startswith(WEIGHTS) and isinstance(part, TensorStorageMetadata)}
+        load(weights, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(WEIGHTS): weight for name, weight in weights.items()}
 
 
 def find(path: str, setting: str) -> Start:
@@ -85,16 +50,8 @@ def find(path: str, setting: str) -> Start:
     Raises:
         UserError: There is none, it is not whole, or the object store is out of reach.
     """
-    path = path.rstrip('/')
-    try:
-        folder = open_folder(path)
-        newest = next((m for m in manifests(folder) if m.is_whole(folder)), None)
-        return given_start(folder.uri(newest.path) if newest else path, 'weights', setting=setting)
-    except UserError:
-        raise
-    except Exception as e:  # each object store has error classes of its own
-        raise UserError(f'{setting}: {path} cannot be read: {type(e).__name__}: {first_line(e)}; check the address, the network '
-                        'and the credentials') from None
+    with reachable(setting, path):
+        return given_start(path.replace('{rank}', '0').rstrip('/'), 'weights', setting=setting)
 
 
 def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Optional[Manifest], str]:
@@ -112,17 +69,15 @@ def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Opt
     """
     start = find(path, setting)
     assert start.path
+    read_local = read_sharded_weights if start.sharded else read_weights
     if '://' not in start.path:
-        return (read_sharded_weights if start.sharded else read_weights)(start.path, setting), start.manifest, start.path
+        return read_local(start.path, setting), start.manifest, start.path
     with tempfile.TemporaryDirectory() as temp:  # the tensors of a file that is mapped outlive its name
         local = os.path.join(temp, 'checkpoint')
         folder = open_folder(start.path)
-        try:
+        with reachable(setting, start.path):
             if start.sharded:
                 os.mkdir(local)
             for name in folder.names() if start.sharded else ['']:
                 get_file(folder.uri(name) if name else start.path, os.path.join(local, name) if name else local)
-        except Exception as e:  # as above
-            raise UserError(f'{setting}: {start.path} cannot be fetched: {type(e).__name__}: {first_line(e)}; check the network, '
-                            f'and that the disk of {temp} has room') from None
-        return (read_sharded_weights if start.sharded else read_weights)(local, setting), start.manifest, start.path
+        return read_local(local, setting), start.manifest, start.path

@@ -104,6 +104,25 @@ def test_a_value_that_the_class_refuses_is_named():
         builders.build_all('callbacks', {'speed_monitor': {'time_unit': 'parsecs'}})
 
 
+class Buggy(Callback):
+    def __init__(self, kind: type[Exception]):
+        raise kind('a mistake in this class')
+
+
+@pytest.mark.parametrize('kind', [ValueError, TypeError, ImportError])
+def test_a_mistake_in_a_class_of_the_users_keeps_its_traceback(kind, monkeypatch):
+    monkeypatch.setitem(builders.CALLBACKS, 'buggy', Buggy)
+    with pytest.raises(kind) as e:
+        builders.build_all('callbacks', {'buggy': {'kind': kind}})
+    assert type(e.value) is kind and str(e.value) == 'a mistake in this class'
+
+
+def test_a_class_of_the_users_may_refuse_a_value(monkeypatch):
+    monkeypatch.setitem(builders.CALLBACKS, 'buggy', Buggy)
+    with pytest.raises(UserError, match='^callbacks.buggy: a mistake in this class$'):
+        builders.build_all('callbacks', {'buggy': {'kind': UserError}})
+
+
 @pytest.mark.parametrize('name,has_gpu,want', [('auto', False, 'fp32'), ('auto', True, 'amp_bf16'), ('fp32', True, 'fp32')])
 def test_precision(name, has_gpu, want):
     assert builders.resolve_precision(name, has_gpu).value == want

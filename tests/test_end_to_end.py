@@ -152,7 +152,8 @@ def test_wandb_gets_the_resolved_config_and_no_log_a_secret(logged):
 
 def test_intervals_in_parts_of_a_run_whose_epochs_have_no_length(mds_root, tmp_path):
     argv = tiny(mds_root, 'train_loader.dataset.group_method=concat', 'eval_interval=0.5dur', 'save_interval=0.25dur',
-                'max_duration=8ba', 'scheduler.t_warmup=0.1dur', f'save_folder={tmp_path}', 'save_num_checkpoints_to_keep=-1', 'log_to_console=false')
+                'max_duration=8ba', 'scheduler.t_warmup=0.1dur', f'save_folder={tmp_path}', 'save_num_checkpoints_to_keep=-1',
+                'log_to_console=false')
     evaluations: list[int] = []
 
     class Evaluations(Callback):
