@@ -23,9 +23,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Optional
 
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # no other package is `src`
+    from src.machine import set_up_output
+    set_up_output()
+
 from src.conversion import Job, Options, Place, all_done, convert, folder_info, unfinished
 from src.data_places import is_url
 from src.errors import UserError, positive
+from src.machine import check_shared_memory
 from src.manifest import TRAINED, check_strangers, merge, verify
 from src.processes import init_conversion_worker
 from src.sources import C4, C4_COLUMNS, C4_COUNTS, Bad, FolderSource, HubSource, Source, SourceFile, documents, fetched, retried
@@ -222,7 +228,7 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     try:
         staging = place.staging('tokenizer')
         train_tokenizer(texts, staging, vocab_size)
-        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}))
+        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}), 'utf-8')
         place.commit(staging, 'tokenizer', 'tokenizer.json')
     except OSError as error:
         raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '
@@ -251,7 +257,7 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
     if is_url(name):
         for file in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
             if (text := Place(name).read(file)) is not None:
-                (folder / file).write_text(text)
+                (folder / file).write_text(text, 'utf-8')
         name = str(folder)
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
         from huggingface_hub import snapshot_download
@@ -296,6 +302,7 @@ def run(jobs: list[Job], num_workers: int, report: Callable[[dict[str, Any]], No
     # A fork would copy the threads and locks of the clients of the hub and the object stores; a start takes 5 s.
     plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
     context = multiprocessing.get_context('fork' if plain else 'spawn')
+    check_shared_memory(1 << 16, 'the queues of worker processes', '; or set --num_workers 1')
     temporary = unfinished(Path(tempfile.gettempdir()), 'workers')
     pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, init_conversion_worker, (str(temporary),))
     try:
