@@ -19,10 +19,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Optional
 
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # no other package is `src`
+    from src.machine import set_up_output
+    set_up_output()
+
 from src.conversion import Job, Options, Place, all_done, convert, unfinished
 from src.conversion_tokenizer import first_texts, tokenizer_of, write_tokenizer
 from src.data_places import is_url
 from src.errors import UserError, positive
+from src.machine import check_shared_memory
 from src.manifest import check_strangers, merge, verify
 from src.processes import init_conversion_worker
 from src.source_files import C4_COLUMNS, TXT, FolderSource, SourceFile, doubles
@@ -247,6 +253,7 @@ def run(jobs: list[Job], num_workers: int, report: Callable[[dict[str, Any]], No
     # A fork would copy the threads and locks of the clients of the hub and the object stores; a start takes 5 s.
     plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
     context = multiprocessing.get_context('fork' if plain else 'spawn')
+    check_shared_memory(1 << 16, 'the queues of worker processes', '; or set --num_workers 1')
     temporary = unfinished(Path(tempfile.gettempdir()), 'workers')
     pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, init_conversion_worker, (str(temporary),))
     try:

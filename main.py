@@ -6,10 +6,17 @@
 """
 # ruff: noqa: E402
 
-from src import nodes, processes  # first: Composer reads what `nodes` sets, and importing it takes seconds
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # no other package is `src`
+
+from src import machine, nodes, processes  # first: Composer reads what `nodes` sets, and importing it takes seconds
 
 if __name__ == '__main__':
     processes.die_with_launcher()
+    machine.set_up_output()
 
 import os
 import sys
@@ -48,6 +55,7 @@ from src.schema import Config
 from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 
 
+@builders.outside_failures_explained()
 def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Iterable[Callback] = (),
          dry_run: bool = False) -> Trainer:
     """Trains one model.
@@ -66,6 +74,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         Stopped: SIGTERM or SIGINT came; the batch at hand is finished and saved.
     """
     nodes.check_environment(os.environ)
+    machine.shorten_socket_paths()
     has_gpu, world_size = torch.cuda.is_available(), dist.get_world_size()
     c = config.check(cfg, builders.REGISTRIES, world_size, has_gpu, world_size // dist.get_local_world_size(),
                      has_kits_loader())

@@ -9,12 +9,14 @@ Its data are random tokens in a temporary folder (--real_data: the YAML's own), 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the repository's root, not from src
 
-from src import processes
+from src import machine, processes
 
 if __name__ == '__main__':
     processes.die_with_launcher()
+    machine.set_up_output()
 
 import main as training  # before Composer, which reads what it sets
 
@@ -291,7 +293,7 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
     target, records = args.out.with_name(f'{args.out.name}.json') if args.out.name else args.out, []
     try:
         if args.append and target.exists():
-            records = json.loads(target.read_text())
+            records = json.loads(target.read_text('utf-8'))
         target.parent.mkdir(parents=True, exist_ok=True)
         files = target, target.with_suffix('.md')
         known = isinstance(records, list) and all(isinstance(record, dict) and 'yaml' in record for record in records)
@@ -309,8 +311,8 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
             record = {'yaml': args.yaml, 'overrides': [*args.overrides, *chosen], 'error': said[0].strip(' -')}
         records.append(record)
         if dist.get_global_rank() == 0:
-            target.write_text(json.dumps(records, indent=1) + '\n')
-            target.with_suffix('.md').write_text(page(records))
+            target.write_text(json.dumps(records, indent=1) + '\n', 'utf-8')
+            target.with_suffix('.md').write_text(page(records), 'utf-8')
             print(table([record], len(records)), flush=True)
     return records
 

@@ -1,7 +1,9 @@
 """Optimizer, scheduler, algorithms, callbacks and loggers by their names in the YAML."""
 
 import logging
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import composer.optim
@@ -14,9 +16,10 @@ from composer.utils import MissingConditionalImportError
 
 from src import profiling
 from src.callbacks import UnigramBaseline
-from src.errors import UserError
+from src.errors import UserError, first_line
 from src.flops import peak_flops
 from src.loggers import FileLogger, TensorboardLogger, WandBLogger
+from src.machine import explain_lost_worker
 from src.schema import Config, OptimizerConfig, Plugins, SchedulerConfig
 from src.text_samples import TextSamples
 
@@ -149,6 +152,33 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
                 raise  # in another class it may be a bug
             raise UserError(f'{section}.{name}: {e}') from None
     return built
+
+
+@contextmanager
+def outside_failures_explained() -> Iterator[None]:
+    """Says what failed outside of the run: the store of a logger, or a loader worker that the system has ended.
+
+    Raises:
+        UserError: A logger's folder cannot be written, its server does not answer, or its service refuses; or a worker
+            is lost, which torch tells the rank at any moment.
+    """
+    try:
+        yield
+    except Exception as e:  # the service of each logger has error classes of its own; all others are raised again
+        if (name := _refusing_logger(e)) is not None:
+            raise UserError(f'loggers.{name}: {type(e).__name__}: {first_line(e)}. Change the keys of loggers.{name} '
+                            f'or the variables that its service reads, or switch it off: loggers.{name}=false') from e
+        if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, 'train_loader')):
+            raise UserError(why) from e
+        raise
+
+
+def _refusing_logger(e: BaseException) -> Optional[str]:
+    own = type(e).__module__.split('.')[0] in ('builtins', 'composer', 'torch', 'src')
+    if own and not isinstance(e, OSError):
+        return None
+    senders = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
+    return next((name for sender in senders for name, cls in LOGGERS.items() if type(sender) is cls), None)
 
 
 def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional[profiling.Profiler]]:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Optional
@@ -10,6 +9,7 @@ from typing import Any, Optional
 from src.batch_size import device_batch_size
 from src.data_places import columns_of, is_copied, is_url, only_copy, stream_errors, streams_of
 from src.errors import UserError
+from src.machine import compiler_errors, not_writable
 from src.schema import TIME, CompileConfig, Config, DatasetConfig, FSDPConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
 
 
@@ -296,10 +296,8 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
         out.append("callbacks.profiler: does not go with device_train_microbatch_size: 'auto'; set a number, or "
                    'callbacks.profiler=false')
     out += _compile_errors(c, c.compile_config) if c.compile_config else []
-    if c.compile_config and c.compile_config.backend == 'inductor' and not has_gpu and not any(
-            shutil.which(name) for name in (os.environ.get('CXX', 'c++'), 'g++', 'clang++')):
-        out.append('compile_config: torch.compile needs a C++ compiler on a CPU, and there is no c++, g++ or clang++; install '
-                   'one, set the variable CXX, or set compile_config=null')
+    if c.compile_config and c.compile_config.backend == 'inductor':
+        out += compiler_errors(has_gpu)
     if c.autoresume and (c.save_folder is None or run_name(c) is None):
         out.append('autoresume: true needs save_folder and run_name, so that a later start finds the checkpoints')
     if c.save_num_checkpoints_to_keep == 0:
@@ -321,10 +319,9 @@ def check_save_folder(c: Config) -> None:
     """Refuses a folder on this disk that cannot be made or written."""
     if c.save_folder is None or '://' in c.save_folder:
         return
-    folder = Path(c.save_folder.split('{')[0])
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f'save_folder: {c.save_folder} cannot be made or written: {existing} is no folder that may be written')
+    if wrong := not_writable(c.save_folder.split('{')[0]):
+        raise UserError(f'save_folder: {c.save_folder} cannot be made or written: {wrong} is no folder that may be '
+                        'written')
 
 
 def check_seq_len(c: Config, max_positions: Optional[int]) -> None:

@@ -97,7 +97,7 @@ class Place:
         """A small file; None where there is none."""
         if not self.remote:
             path = Path(self.root, name)
-            return path.read_text() if path.is_file() else None
+            return path.read_text('utf-8') if path.is_file() else None
         from streaming.base.util import retry
 
         @retry(num_attempts=5)
@@ -110,7 +110,7 @@ class Place:
                     if _is_missing(error):
                         return None
                     raise
-                return Path(local).read_text()
+                return Path(local).read_text('utf-8')
         try:
             return download()
         except Exception as error:
@@ -175,7 +175,7 @@ class Place:
         staging = None
         try:
             staging = self.staging(name)
-            (staging / name).write_text(text)
+            (staging / name).write_text(text, 'utf-8')
             if self.remote:
                 self.upload(staging, [name], self.root)
             else:
@@ -319,7 +319,7 @@ def convert(job: Job) -> dict[str, Any]:
         counts = _write(job, staging)
         files = folder_info(staging)
         part = {'made_from': job.identity, **counts, 'files': files}
-        (staging / PART).write_text(json.dumps(part, sort_keys=True))
+        (staging / PART).write_text(json.dumps(part, sort_keys=True), 'utf-8')
         if not done(job):  # by another run at the same time
             place.commit(staging, job.name, PART)
         return part

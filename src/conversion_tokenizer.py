@@ -60,7 +60,7 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     try:
         staging = place.staging('tokenizer')
         n_tokens = train_tokenizer(texts, staging, vocab_size)
-        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}))
+        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}), 'utf-8')
         place.commit(staging, 'tokenizer', 'tokenizer.json')
     except OSError as error:
         raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '
@@ -91,7 +91,7 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
     if is_url(name):
         for file in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
             if (text := Place(name).read(file)) is not None:
-                (folder / file).write_text(text)
+                (folder / file).write_text(text, 'utf-8')
         name = str(folder)
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
         from huggingface_hub import snapshot_download

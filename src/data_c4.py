@@ -15,11 +15,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
+from math import ceil
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 if __name__ == '__main__':  # run as `python src/data_c4.py`: import from the repository's root, not from src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from src.machine import set_up_output
+    set_up_output()
 
 import numpy as np
 import torch
@@ -30,10 +34,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from src.config import parse
 from src.data_places import explain, is_copied, stream_errors, streams_of
 from src.errors import UserError, positive
+from src.machine import shorten_socket_paths
 from src.processes import init_loader_worker
 from src.sample_order import batches_in_epoch, whole_batches
 from src.schema import LoaderConfig
-from src.shared_memory import opening_a_dataset, remove_locks_at_exit
+from src.shared_memory import check_loader, opening_a_dataset, remove_locks_at_exit
 from src.streams import CheckedDataset, CheckedStream, EvalLoader, TrainLoader, check_tokens, held_by
 from src.tokenizer import HFTokenizer, encode_documents
 
@@ -119,6 +124,11 @@ class StreamingC4(CheckedDataset):
     def packs_on_the_fly(self) -> bool:
         """Whether samples are made while documents are read, so that nobody knows how many there are."""
         return self.column == 'text' and self.group_method == 'concat'
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """Bytes of shared memory that a batch takes: int64 tensors of shape (batch, max_seq_len), in whole pages."""
+        tensors = 2 + self.sequence_ids + (self.column == 'text' and self.group_method == 'truncate')
+        return tensors * PAGESIZE * ceil(8 * batch_size * self.max_seq_len / PAGESIZE)
 
     @property
     def fingerprint(self) -> str:
@@ -303,8 +313,9 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
     cfg = parse(LoaderConfig, cfg)
     if errors := stream_errors(cfg.dataset):
         raise UserError('\n'.join(errors))
-    if cfg.num_workers > 0:  # set before the fork, or each worker prints a warning
-        os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    if cfg.num_workers > 0:
+        shorten_socket_paths()
+        os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # set before the fork, or each worker prints a warning
     data: dict[str, Any] = cfg.dataset.model_dump() | {'batch_size': device_batch_size}
     settings: dict[str, Any] = cfg.model_dump(exclude={'name', 'dataset', 'eval_samples'}) | {
         'batch_size': device_batch_size, 'worker_init_fn': init_loader_worker, 'collate_fn': collate,
@@ -316,7 +327,9 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         _copied_for_training.update(copies)
         dataset = StreamingC4(**data)
         _prepare_epochs(dataset, device_batch_size)
-        return TrainLoader(dataset, **settings)
+        loader = TrainLoader(dataset, **settings)
+        check_loader('train_loader', loader, dataset.batch_bytes(device_batch_size), 8 * dataset.epoch_size)
+        return loader
 
     for key in ('shuffle', 'epoch_size'):
         if data.pop(key):
@@ -335,7 +348,9 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         raise UserError("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
                         'set truncate, or evaluate on packed tokens')
     view = EvalView(dataset, cfg.eval_samples)
-    return EvalLoader(view, sampler=get_sampler(view, shuffle=False, drop_last=cfg.drop_last), **settings)
+    loader = EvalLoader(view, sampler=get_sampler(view, shuffle=False, drop_last=cfg.drop_last), **settings)
+    check_loader('eval_loader', loader, dataset.batch_bytes(device_batch_size))
+    return loader
 
 
 def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
@@ -366,6 +381,7 @@ SECONDS = 5.0  # how long the speed is measured, at most
 def main(args: argparse.Namespace) -> None:
     dataset = StreamingC4(args.tokenizer, args.max_seq_len, args.group_method, args.remote, args.local, args.split,
                           batch_size=args.batch_size)
+    shorten_socket_paths()
     rows = 'documents' if dataset.column == 'text' else 'sequences'
     print(f'{args.remote} [{args.split}]: {dataset.size:,} {rows} in {dataset.num_shards} shards; tokenizer {args.tokenizer}')
     n_rows = tokens = n_batches = 0

@@ -11,6 +11,8 @@ from typing import Optional
 
 if __name__ == '__main__':  # run as `python src/estimate.py`: import from the repository's root, not from src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from src.machine import set_up_output
+    set_up_output()
 
 from src import config
 from src.batch_size import device_batch_size, grad_accum

@@ -9,12 +9,14 @@ devices: each sample counts once, on any number of them. Nothing is saved or log
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the repository's root, not from src
 
-from src import processes
+from src import machine, processes
 
 if __name__ == '__main__':
     processes.die_with_launcher()
+    machine.set_up_output()
 
 import main as training  # before Composer, which reads what it sets
 
@@ -214,7 +216,7 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
     if dist.get_global_rank() == 0:
         print(text(found), flush=True)
         if args.out:
-            args.out.write_text(json.dumps(found, indent=1) + '\n')
+            args.out.write_text(json.dumps(found, indent=1) + '\n', 'utf-8')
     return found
 
 

@@ -15,6 +15,8 @@ from typing import Optional
 
 if __name__ == '__main__':  # run as `python src/export_hf.py`: import from the repository's root, not from src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from src.machine import set_up_output
+    set_up_output()
 
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer

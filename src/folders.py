@@ -37,11 +37,11 @@ class LocalFolder:
         return path.stat().st_size if path.is_file() else -1
 
     def read(self, name: str) -> str:
-        return (self.root / name).read_text()
+        return (self.root / name).read_text('utf-8')
 
     def write(self, name: str, text: str) -> None:
         part = self.root / f'{name}.part'
-        with part.open('w') as f:
+        with part.open('w', encoding='utf-8') as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
@@ -89,11 +89,11 @@ class RemoteFolder:
     def read(self, name: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
             self.store.download_object(self.key(name), os.path.join(folder, 'file'))
-            return Path(folder, 'file').read_text()
+            return Path(folder, 'file').read_text('utf-8')
 
     def write(self, name: str, text: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, 'file').write_text(text)
+            Path(folder, 'file').write_text(text, 'utf-8')
             self.upload(name, Path(folder, 'file'))
 
     @retry(num_attempts=3)

@@ -13,6 +13,8 @@ from typing import Any, Optional
 
 if __name__ == '__main__':  # run as `python src/generate.py`: import from the repository's root, not from src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from src.machine import set_up_output
+    set_up_output()
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TextStreamer

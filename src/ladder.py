@@ -18,6 +18,8 @@ from typing import NamedTuple, Optional
 
 if __name__ == '__main__':  # run as `python src/ladder.py`: import from the repository's root, not from src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from src.machine import set_up_output
+    set_up_output()
 
 import numpy as np
 import torch
@@ -136,12 +138,13 @@ def prepare(out: Path) -> Path:
 
 
 def tail(path: Path) -> str:
-    return '\n'.join(path.read_text(errors='replace').splitlines()[-12:])
+    return '\n'.join(path.read_text('utf-8', errors='replace').splitlines()[-12:])
 
 
 def trained_batches(path: Path) -> int:
     """By the last line of a run's console."""
-    found = path.read_text(errors='replace').rpartition('[batch=')[2].partition('/')[0] if path.exists() else ''
+    text = path.read_text('utf-8', errors='replace') if path.exists() else ''
+    found = text.rpartition('[batch=')[2].partition('/')[0]
     return int(found) if found.isdigit() else 0
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import textwrap
 from hashlib import sha256
+from io import TextIOWrapper
 from typing import Any, Optional
 
 from composer import loggers
@@ -51,6 +52,12 @@ class FileLogger(loggers.FileLogger):
             start += 1
             self.filename_format = f'{stem}.{start}{ending}'
         super().init(state, logger)
+
+    def _flush_queue(self) -> None:
+        # Composer opens the file in the encoding of the locale.
+        if isinstance(self.file, TextIOWrapper) and self.file.encoding != 'utf-8':
+            self.file.reconfigure(encoding='utf-8')
+        super()._flush_queue()
 
 
 class TensorboardLogger(loggers.TensorboardLogger):

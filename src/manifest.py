@@ -48,7 +48,7 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
             if text is None:
                 raise UserError(f'--out_root: {place.root}/{job.name}/{INDEX} is missing; delete {place.root}/{job.name}, then '
                                 'run the same command again: it makes that part anew')
-            local.write_text(text)
+            local.write_text(text, 'utf-8')
             return str(local)
 
         with ThreadPoolExecutor(16) as threads:
@@ -58,7 +58,7 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
             merge_index(indexes, f'{folder}/merged')
         finally:
             logging.disable(logging.NOTSET)
-        index = Path(folder, 'merged', INDEX).read_text()
+        index = Path(folder, 'merged', INDEX).read_text('utf-8')
 
     counted = [key for key in ('documents', 'text_bytes', 'bad_documents', 'tokens') if key in parts[0]]
     total: dict[str, Any] = {key: sum(part[key] for part in parts) for key in counted}
@@ -125,7 +125,7 @@ def verify(root: str) -> list[str]:
     manifests += Path(root).glob(f'tokenizer/{TRAINED}')
     for path in manifests:
         try:
-            manifest = json.loads(path.read_text())
+            manifest = json.loads(path.read_text('utf-8'))
             files, made = manifest['files'], 'tokenizer' if path.name == TRAINED else f'{manifest["documents"]:,} documents'
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split: it writes it '

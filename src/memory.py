@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Optional
 
 if __name__ == '__main__':  # run as `python src/memory.py`: import from the repository's root, not from src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from src.machine import set_up_output
+    set_up_output()
 
 from src.batch_size import device_batch_size, grad_accum, microbatch_size
 from src.checks import fsdp_version

@@ -9,17 +9,23 @@ import os
 import socket
 import statistics
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 from src.errors import UserError, first_line
+from src.machine import SHARED_MEMORY, shared_memory_is_low
 
 ALONE = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'NODE_RANK': '0'}
 LAUNCH = 'start the run with `composer main.py ...` on every node (README, "Several nodes"), not with `python main.py`'
 CHECK = ('check that every node is started, each with its own NODE_RANK and all with the same WORLD_SIZE, MASTER_ADDR and '
          'MASTER_PORT; that MASTER_ADDR is an address of node 0 which the others reach (127.0.0.1 and 0.0.0.0 are not) and no '
          'firewall closes its ports; and, where a node has several networks, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME')
+
+# What starts several processes without the variables of a launcher: how many, by the first of these that is set.
+TASKS = {'srun': ('SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS'),
+         'mpirun': ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')}
 
 
 class Rank(NamedTuple):
@@ -50,6 +56,7 @@ def check_environment(env: Mapping[str, str]) -> None:
         UserError: A variable is missing, no whole number, out of range or contradicts another; MASTER_ADDR has no address.
     """
     if all(env.get(name, value) == value for name, value in ALONE.items()):
+        _check_alone(env)
         return
     errors, n = [], {}
     absent = [name for name in (*ALONE, 'MASTER_ADDR', 'MASTER_PORT') if not env.get(name)]
@@ -73,6 +80,20 @@ def check_environment(env: Mapping[str, str]) -> None:
     if errors:
         head = f'{len(errors)} mistake{"s" * (len(errors) > 1)} in the environment of {here(env)}:'
         raise UserError('\n'.join([head, *(f'  - {e}' for e in errors)]))
+
+
+def _check_alone(env: Mapping[str, str]) -> None:
+    """Refuses one of several tasks of Slurm or MPI that knows of no others: each would train the whole model, alone."""
+    if env.get('WORLD_SIZE'):
+        return
+    for starter, names in TASKS.items():
+        name = next((name for name in names if env.get(name)), None)
+        # sbatch's own shell and salloc's have SLURM_NTASKS too: of a task, SLURM_PROCID is set
+        if name and env[name].isdecimal() and int(env[name]) > 1 and (starter != 'srun' or env.get('SLURM_PROCID')):
+            raise UserError(f'WORLD_SIZE: not set, and {name}={env[name]}: each of {env[name]} tasks would train the '
+                            f'whole model alone. Start one task on each node with {starter}, and in it `composer '
+                            'main.py ...` with WORLD_SIZE, NODE_RANK, MASTER_ADDR and MASTER_PORT, as the script in '
+                            'README, "Several nodes", does. If this process is to train alone, set WORLD_SIZE=1')
 
 
 def _contradictions(n: Mapping[str, Optional[int]]) -> list[str]:
@@ -110,7 +131,7 @@ def explained(what: str) -> Iterator[None]:
         seconds = time.monotonic() - started
         raise UserError(f'{here()}: {what}: {first_line(e)}, after {seconds:.0f} s, with '
                         f'MASTER_ADDR:MASTER_PORT {env.get("MASTER_ADDR")}:{env.get("MASTER_PORT")} and WORLD_SIZE '
-                        f'{env.get("WORLD_SIZE")}; {CHECK}') from e
+                        f'{env.get("WORLD_SIZE")}{shared_memory_is_low()}; {CHECK}') from e
 
 
 def agree(what: str, settings: Mapping[str, Any]) -> None:
@@ -138,7 +159,8 @@ def preflight() -> str:
         with the hardware's, for any number n of ranks.
 
     Raises:
-        UserError: A sum is wrong: whose part of it, and on which ranks. Or the ranks cannot reach each other.
+        UserError: A sum is wrong: whose part of it, and on which ranks. Or the ranks cannot reach each other. Or two
+            nodes share one /dev/shm.
     """
     import torch
 
@@ -153,8 +175,38 @@ def preflight() -> str:
     line = f'devices: {len(ranks)} on {nodes} node{"s" * (nodes > 1)}: {", ".join(each)}'
     if len(ranks) == 1:
         return line
+    if nodes > 1:
+        _check_shared_memory_apart()
     _check_sum(ranks, _own_rank() + 1)
     return f'{line}\n{_time_sum(len(ranks))}'
+
+
+def _check_shared_memory_apart() -> None:
+    """Refuses nodes that share one /dev/shm, where streaming takes the ranks of a machine for those of one node.
+
+    The first rank of each node makes a file there, and looks for the files of the other nodes.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return
+    mark = SHARED_MEMORY / f'node-{uuid.uuid4().hex}' if os.environ.get('LOCAL_RANK') == '0' else None
+    try:
+        if mark:
+            mark.touch()
+        ranks = _gather({'mark': mark.name if mark else ''})
+        node = int(os.environ['NODE_RANK'])
+        others = {r.values['mark'] for r in ranks if r.node != node} - {''}
+        seen = _gather({'sees': json.dumps([name for name in others if (SHARED_MEMORY / name).exists()])})
+    finally:
+        if mark:
+            mark.unlink()
+    marks = {name for r in seen for name in json.loads(r.values['sees'])}
+    sharing = [r for r in ranks if r.values['mark'] in marks]
+    if sharing:
+        which = places(sharing, [r for r in ranks if r.values['mark']])
+        raise UserError(f'{which} share one {SHARED_MEMORY}, and each node needs its own: these nodes are launchers on '
+                        'one machine, or containers with --ipc=host. Start one node with the ranks of all of them '
+                        f'(composer -n), or give each container its own {SHARED_MEMORY} (docker run --ipc=private '
+                        '--shm-size=16g)')
 
 
 def _check_sum(ranks: list[Rank], part: float) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import json
 import logging
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import socket
@@ -18,9 +19,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 from src.errors import UserError, first_line
+from src.machine import shared_memory_is_low
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, the state is saved; run again to go on
 PR_SET_PDEATHSIG = 1
@@ -84,7 +86,15 @@ def init_loader_worker(worker_id: int) -> None:
     if hasattr(signal, 'sigwaitinfo'):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_when_told, daemon=True).start()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_unsent)  # pyright: ignore
     _die_with_parent()
+
+
+def _exit_unsent(error: Exception, _: Any) -> NoReturn:
+    """Ends a worker that cannot send its batch. multiprocessing would drop the batch, and the rank wait for ever."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def init_conversion_worker(temporary: str) -> None:
@@ -307,7 +317,7 @@ class FailureWatch:
             for i in self.stop.dead_siblings():
                 rank = self.rank - self.local_rank + i
                 if not self._store.check([f'left/{rank}']):
-                    return self._failure(rank, 'its process died')
+                    return self._failure(rank, f'its process died{shared_memory_is_low()}')
         except RuntimeError:  # torch's DistNetworkError: whoever served the store is gone
             return {'rank': 0, 'node': 0, 'host': os.environ['MASTER_ADDR'], 'summary': 'its process is gone',
                     'text': ''}
@@ -338,7 +348,8 @@ class FailureWatch:
             time.sleep(2 * POLL_S)  # the store may end with this process: the others are to read the cause first
 
     def _sibling_died(self, local_rank: int) -> None:
-        self._follow(self._other_failure() or self._failure(self.rank - self.local_rank + local_rank, 'its process died'))
+        self._follow(self._other_failure() or self._failure(
+            self.rank - self.local_rank + local_rank, f'its process died{shared_memory_is_low()}'))
 
     def _poll(self) -> None:
         first = self.rank - self.local_rank

@@ -62,7 +62,7 @@ class OOMObserver(Callback):
                 snapshot: Any = torch.cuda.memory._snapshot()
                 Path(f'{name}.pickle').write_bytes(pickle.dumps(snapshot))
                 for kind, plot in (('trace', _memory_viz.trace_plot), ('segment', _memory_viz.segment_plot)):
-                    Path(f'{name}.{kind}.html').write_text(plot(snapshot))
+                    Path(f'{name}.{kind}.html').write_text(plot(snapshot), 'utf-8')
                 log.warning('callbacks.oom_observer: %s.* have what lay in memory', name)
             except Exception as e:  # nothing may pass into the allocator
                 log.warning('callbacks.oom_observer: %s: %s', name, e)

@@ -97,6 +97,10 @@ def out_of_memory(c: Config, e: BaseException) -> UserError:
     if f is None or not f.activation_cpu_offload:
         steps.append('fsdp_config.activation_cpu_offload: set true (slower still)')
     steps.append(f'more than {dist.get_world_size()} devices, a shorter max_seq_len, or a smaller model')
+    gpus = torch.cuda.device_count()
+    if gpus > dist.get_local_world_size():
+        steps.insert(0, f'start with `composer main.py ...`, which uses all {gpus} GPUs of this machine; this run uses '
+                     f'{dist.get_local_world_size()}')
     listed = '\n'.join(f'  {i}. {step}' for i, step in enumerate(steps, 1))
     return UserError(f'out of memory: {first_line(e)}\nChange, in this order:\n{listed}')
 

@@ -167,7 +167,7 @@ def _history(history: Any, folder: Path) -> Iterator[Event]:
         value = json.loads(item.value_json)
         if keys == [TEXTS, 'path']:
             with suppress(OSError):  # not copied along
-                table = json.loads((folder / 'files/media/table' / Path(value).name).read_text())
+                table = json.loads((folder / 'files/media/table' / Path(value).name).read_text('utf-8'))
                 yield TEXTS, batch, [dict(zip(table['columns'], row)) for row in table['data']]
         elif keys[0][:1] != '_' and keys[0] != TEXTS and (number := _number(value)) is not None:
             yield '.'.join(keys), batch, number

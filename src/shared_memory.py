@@ -8,6 +8,7 @@ own `clean_stale_shared_memory()` also removes the blocks of jobs that are still
 
 import fcntl
 import gc
+import mmap
 import os
 import re
 import signal
@@ -15,19 +16,27 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing.shared_memory import SharedMemory as Block
 from multiprocessing.util import Finalize
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Optional
+from weakref import WeakKeyDictionary
 
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
-from streaming.base.distributed import get_local_rank, get_world_size
-from streaming.base.shared import SharedMemory, prefix
+from streaming.base.distributed import get_local_rank, get_local_world_size, get_world_size
+from streaming.base.shared import SharedMemory, memory, prefix
 from torch import distributed as dist
+from torch.utils.data import DataLoader
 
-BLOCKS = Path('/dev/shm')
+from src.errors import DISK_FULL
+from src.machine import SHARED_MEMORY as BLOCKS
+from src.machine import check_shared_memory, megabytes
+
 NAME = re.compile(rf'(\d{{6}})_(?:{"|".join([*SHM_TO_CLEAN, BARRIER_FILELOCK, CACHE_FILELOCK])})')
 
 _opened: set[str] = set()  # prefixes of the datasets of this process
+_needs: WeakKeyDictionary[DataLoader, int] = WeakKeyDictionary()  # bytes that the loaders of this process take
 
 
 def _attach_briefly(name: str, create: bool, size: int = 0) -> SharedMemory:
@@ -37,6 +46,25 @@ def _attach_briefly(name: str, create: bool, size: int = 0) -> SharedMemory:
 # In its search for a free prefix, streaming attaches to the blocks of every other job, and holds them until this process
 # ends: a killed job's blocks then look as if they were in use.
 prefix.SharedMemory = _attach_briefly  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
+
+
+class _AllocatedBlock(Block):
+    """A block whose pages exist from its creation on: else a write to a full `/dev/shm` ends the process by SIGBUS."""
+
+    def __init__(self, name: Optional[str] = None, create: bool = False, size: int = 0) -> None:
+        super().__init__(name, create, size)
+        if create:
+            try:
+                os.posix_fallocate(self._fd, 0, size)  # pyright: ignore[reportAttributeAccessIssue]
+            except OSError as e:
+                self.close()
+                self.unlink()
+                if e.errno in DISK_FULL:
+                    check_shared_memory(max(size, mmap.PAGESIZE), 'the places and the order of the samples')
+                raise
+
+
+memory.BuiltinSharedMemory = _AllocatedBlock  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -143,6 +171,30 @@ def opening_a_dataset() -> Iterator[None]:
         if several:
             dist.barrier()
         yield
+
+
+def check_loader(setting: str, loader: DataLoader, batch_bytes: int, order_bytes: int = 0) -> None:
+    """Refuses a loader that does not fit into shared memory together with the other loaders of this process.
+
+    The loader workers of all ranks of a machine hand over their batches through its shared memory. The order of the
+    samples of an epoch lies there too.
+
+    Args:
+        setting: `train_loader` or `eval_loader`.
+        loader: A loader that has read nothing yet.
+        batch_bytes: Of one batch.
+        order_bytes: Of the order of an epoch's samples.
+
+    Raises:
+        UserError: There is too little room.
+    """
+    n_batches = loader.num_workers * (loader.prefetch_factor or 0) * get_local_world_size()
+    need = n_batches * batch_bytes + order_bytes
+    what = (f'the batches of loader workers ({setting}: {n_batches} of {megabytes(batch_bytes)}) and the order of the '
+            'samples')
+    otherwise = f'; or set a smaller {setting}.num_workers' if loader.num_workers else ''
+    check_shared_memory(need + sum(_needs.values()), what, otherwise)
+    _needs[loader] = need
 
 
 def remove_locks_at_exit(number: int) -> None:

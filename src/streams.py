@@ -7,8 +7,11 @@ other workers wait for ever, and raises in threads. What is overridden here says
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from src.data_places import check_places, explain, how_to_make, is_url
 from src.errors import DISK_FULL, UserError, first_line
+from src.machine import explain_lost_worker, not_writable
 
 BACKOFF_S = 1.0  # before the second attempt at a file; doubles from one to the next
 PART = '.part'  # a file until it is known to be whole
@@ -117,10 +121,10 @@ class CheckedStream(Stream):
         Instead of streaming's, which goes by names alone, and where nothing is copied removes shards without their zip form.
         """
         folder = Path(self.local, self.split)
-        if self.remote is not None:
-            for part in folder.rglob(f'*{PART}*'):  # of a run that was killed
-                if str(part.relative_to(folder)).split(PART)[0] in self._infos:
-                    part.unlink(missing_ok=True)
+        if self.remote is None:
+            self._check_unpacking(shards)
+        if self.remote is not None or any(shard.compression for shard in shards):
+            self._remove_parts(folder)
         with ThreadPoolExecutor() as pool:
             usage = list(pool.map(self._bytes_present, shards))
         cache_usage_per_shard[:] = usage
@@ -129,6 +133,25 @@ class CheckedStream(Stream):
             faults = [_fault(str(folder / name), self._infos[name], self._hash) for name in lacking]
             raise UserError(f'{self.setting}: shard {lacking[0]} of {folder} is damaged: {faults[0]}. Of {len(shards)} shards '
                             f'{len(lacking)} are not whole: copy them again. {how_to_make(self.local, self.split)}')
+
+    def _remove_parts(self, folder: Path) -> None:
+        """Removes parts of files that killed runs left. In a folder that is read in place others may be unpacking."""
+        for part in folder.rglob(f'*{PART}*'):
+            process = re.search(rf'{PART}-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{32}}(\.tmp)?$', part.name)
+            is_left = self.remote is not None or (process and not os.path.exists(f'/proc/{process[1]}'))
+            if is_left and str(part.relative_to(folder)).split(PART)[0] in self._infos:
+                part.unlink(missing_ok=True)
+
+    def _check_unpacking(self, shards: list[Reader]) -> None:
+        """Refuses compressed shards that are read in place, from where they cannot be unpacked."""
+        unpacked = (os.path.join(self.local, self.split, raw.basename)
+                    for shard in shards for raw, zipped in shard.file_pairs if zipped)
+        missing = next((path for path in unpacked if not os.path.exists(path)), None)
+        if missing and (wrong := not_writable(os.path.dirname(missing))):
+            raise UserError(f'{self.setting}.local: {self.place} holds compressed shards, which are unpacked where '
+                            f'they lie, and {wrong} cannot be written. Set data_local to a folder on a disk of this '
+                            f'machine, for unpacked copies, and data_remote to {self.local}; or convert without '
+                            '--compression')
 
     def _bytes_present(self, shard: Reader) -> int:
         """Bytes of a shard's files, raw and zipped; 0 where none is whole. A copy that is damaged is removed."""
@@ -172,6 +195,10 @@ class CheckedStream(Stream):
                 full = _is_full_disk(e)
                 fault = 'it is missing' if isinstance(e, FileNotFoundError) else f'{type(e).__name__}: {first_line(e)}'
                 self._downloader.clean_up()
+                if wrong := not_writable(os.path.dirname(path)):
+                    raise UserError(f'{self.setting}.local: {from_basename} of {self.place} cannot be copied to '
+                                    f'{self.local}: {wrong} cannot be written. Set data_local to a folder on a disk of '
+                                    'this machine') from e
             for left in Path(path).parent.glob(os.path.basename(part) + '*'):
                 left.unlink(missing_ok=True)
         if full:
@@ -194,10 +221,15 @@ class CheckedStream(Stream):
                             self.download_retry)
                 Path(zip_filename).unlink(missing_ok=True)
                 self._download_file(zip_info.basename)
+            # Under a name of its own: another dataset or job may unpack the same shard in the same folder.
+            unpacked = f'{raw_filename}{PART}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}'
             try:
-                return super()._decompress_shard_part(zip_info, zip_filename, raw_filename, compression)
+                super()._decompress_shard_part(zip_info, zip_filename, unpacked, compression)
+                os.replace(unpacked, raw_filename)
+                return
             except Exception as e:  # each compression has error classes of its own
-                Path(raw_filename + '.tmp').unlink(missing_ok=True)
+                if os.path.exists(unpacked + '.tmp'):
+                    os.remove(unpacked + '.tmp')
                 what = 'no space left to unpack it' if _is_full_disk(e) else f'{type(e).__name__}: {first_line(e)}'
                 if _is_full_disk(e):
                     break
@@ -329,7 +361,12 @@ def _check_shape(shape: tuple[int, ...], max_seq_len: int, place: str) -> None:
 
 
 class _CleanErrors:
-    """For a DataLoader: a UserError of a worker process is its message, without the traceback that torch puts around it."""
+    """For a DataLoader: a UserError of a worker is its message, without the traceback that torch puts around it.
+
+    The loss of a worker is a UserError too where the cause is known.
+    """
+
+    setting: str
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -338,12 +375,20 @@ class _CleanErrors:
         except UserError as e:
             message = str(e).rpartition(f'{UserError.__module__}.{UserError.__qualname__}: ')[2].rstrip()
             e.__traceback__ = None  # torch has made a cycle of it; collected as garbage, each worker would take 5 s to end
+        except (RuntimeError, OSError) as e:
+            if (why := explain_lost_worker(e, self.setting)) is None:
+                raise
+            message = why
         raise UserError(message)  # not in the handler, where the first error would be its context
 
 
 class TrainLoader(_CleanErrors, StreamingDataLoader):
     """StreamingDataLoader, with the messages of workers as they are."""
 
+    setting = 'train_loader'
+
 
 class EvalLoader(_CleanErrors, DataLoader):
     """DataLoader, with the messages of workers as they are."""
+
+    setting = 'eval_loader'

@@ -490,13 +490,18 @@ def test_interpolations_reach_nested_sections():
     assert c.train_loader.dataset.max_seq_len == c.tokenizer.max_seq_len == 64
 
 
-def test_compilation_on_a_cpu_needs_a_compiler(monkeypatch):
-    check('compile_config={}')
+@pytest.mark.parametrize('has_gpu, language', [(False, 'C\\+\\+'), (True, 'C')], ids=['CPU', 'GPU'])
+def test_compilation_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_path, has_gpu, language):
+    check('compile_config={}', has_gpu=has_gpu)
+    with monkeypatch.context() as patch:
+        patch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
+        with pytest.raises(UserError, match=f'headers of Python on a .PU, and there is no {tmp_path}/Python.h') as e:
+            check('compile_config={}', has_gpu=has_gpu)
+    assert '1 mistake' in str(e.value)
     monkeypatch.setattr('shutil.which', lambda name: None)
-    with pytest.raises(UserError, match='compile_config: torch.compile needs a C\\+\\+ compiler on a CPU, .* install one'):
-        check('compile_config={}')
-    check('compile_config.backend=aot_eager')
-    check('compile_config={}', has_gpu=True)
+    with pytest.raises(UserError, match=f'torch.compile needs a {language} compiler on a .PU, .* install one'):
+        check('compile_config={}', has_gpu=has_gpu)
+    check('compile_config.backend=aot_eager', has_gpu=has_gpu)
 
 
 def test_an_evaluation_has_batches_of_a_microbatch_unless_set():

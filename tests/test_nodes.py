@@ -66,6 +66,23 @@ def test_mistakes_in_the_environment_are_named(kind):
     assert str(e.value).count('\n  - ') == int(str(e.value)[0])
 
 
+# Variables of a task that Slurm or MPI has started, and whether there are several of them
+TASKS = [({'SLURM_NTASKS': '4', 'SLURM_PROCID': '3'}, True), ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}, True),
+         ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, False),  # a shell of salloc
+         ({'SLURM_NTASKS': '4'}, False), ({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, False),
+         ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0', 'WORLD_SIZE': '1'}, False),
+         ({'OMPI_COMM_WORLD_SIZE': '4'}, True), ({'PMI_SIZE': '1'}, False)]
+
+
+@pytest.mark.parametrize(('env', 'several'), TASKS)
+def test_one_of_several_tasks_does_not_train_alone(env, several):
+    if not several:
+        nodes.check_environment(env)
+        return
+    with pytest.raises(UserError, match='=4: each of 4 tasks would train the whole model alone. Start .*composer main'):
+        nodes.check_environment(env)
+
+
 @pytest.mark.parametrize('env', [{}, {'MASTER_ADDR': '10.0.0.1', 'MASTER_PORT': '7501'}, nodes.ALONE, {'WORLD_SIZE': '1'},
                                  launched(), launched(RANK='0', NODE_RANK='0', LOCAL_RANK='0'), launched(MASTER_ADDR='::1')])
 def test_a_right_environment_passes(env):
@@ -156,7 +173,9 @@ def met():
         port = str(next(p))
         cases[name] = [r | ({'MASTER_PORT': port} if r['MASTER_PORT'] == '0' else {}) | common for r in ranks]
 
-    case('well', rank_env(0, 0, task='preflight'), rank_env(1, 0, task='preflight'))
+    case('well', *[rank_env(n, 0, task='preflight', NODE_RANK='0', LOCAL_RANK=str(n), LOCAL_WORLD_SIZE='2')
+                   for n in (0, 1)])
+    case('one /dev/shm', rank_env(0, 0, task='preflight'), rank_env(1, 0, task='preflight'))
     case('unreachable', rank_env(1, 0, 4))
     case('missing', rank_env(0, 0, 4), rank_env(1, 0, 60), WORLD_SIZE='3')
     case('twins', rank_env(0, 0), rank_env(1, 0), rank_env(1, 0), WORLD_SIZE='3')
@@ -182,7 +201,7 @@ def met():
     return got
 
 
-WELL = (rf'devices: 2 on 2 nodes: node 0 {HERE} 1 x CPU, node 1 {HERE} 1 x CPU\n'
+WELL = (rf'devices: 2 on (?:1 node: node 0 {HERE} 2|2 nodes: node 0 {HERE} 1 x CPU, node 1 {HERE} 1) x CPU\n'
         r'all-reduce: correct; 8 MiB in [\d.]+ ms, ([\d.e+]+) GB/s \(bus bandwidth ([\d.e+]+) GB/s\)')
 
 
@@ -198,6 +217,8 @@ LR = (f'config: the nodes disagree; start every node with the same YAML, argumen
       f'  - new is not set on node 0 ({HERE}) and \'x\' on node 1 ({HERE})\n'
       f'  - optimizer.lr is 0.001 on node 0 ({HERE}) and 0.002 on node 1 ({HERE})')
 SAID = {
+    'one /dev/shm': [[f'node 0 ({HERE}), node 1 ({HERE}) share one /dev/shm, and each node needs its own',
+                      '(composer -n)', '--ipc=private']] * 2,
     'unreachable': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: [Errno 111] '
                      'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', nodes.CHECK]],
     'missing': [['2 of 3 ranks (WORLD_SIZE) joined at 127.0.0.1:', 'within dist_timeout, 4 s: node 0',
