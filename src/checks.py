@@ -3,7 +3,6 @@
 import math
 import os
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Optional
 
 from src.batch_size import device_batch_size
