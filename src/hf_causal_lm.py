@@ -65,7 +65,8 @@ class HFCausalLM(nn.Module):
         """
         if generate is not None:
             sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.hf.modules())
-            return self.hf.generate(input_ids, **{'synced_gpus': sharded and dist.get_world_size() > 1, **generate})
+            hf: Any = self.hf
+            return hf.generate(input_ids, **{'synced_gpus': sharded and dist.get_world_size() > 1, **generate})
         head = self.hf.get_output_embeddings()
         if targets is not None and self.hf.config.model_type in PLAIN_HEADS and getattr(head, 'bias', None) is None:
             hidden = self.hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -96,7 +97,8 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
     """
     name = cfg.pretrained_model_name_or_path
     stored: dict[str, Any] = {}
-    overrides = {key: value for key, value in cfg.config_overrides.items() if value is not None or keep_nulls}
+    overrides: dict[str, Any] = {key: value for key, value in cfg.config_overrides.items()
+                                 if value is not None or keep_nulls}
     try:
         if name is None:
             base = AutoConfig.for_model(overrides.pop('model_type'))

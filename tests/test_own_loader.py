@@ -14,7 +14,7 @@ from test_world_size import HF
 from torch.utils.data import DataLoader
 
 import main
-from src import config, data_spec
+from src import benchmark, config, data_spec
 from src.callbacks import UnigramBaseline
 from src.data_spec import BatchForm, split
 from src.errors import UserError
@@ -224,6 +224,14 @@ def test_two_ranks_do_what_one_does(run, mds_root, tmp_path):
 
     alone = main.main(config.load(hf))
     alone.close()
-    assert alone.state.model.config is alone.state.model.model.hf.config and alone.state.model.config.n_layer == 2
-    assert len(generated(alone.state.model)[0]) == 14
-    assert found['hf']['generated'] == generated(alone.state.model)
+    model: Any = alone.state.model
+    assert model.config is model.model.hf.config and model.config.n_layer == 2
+    assert len(generated(model)[0]) == 14
+    assert found['hf']['generated'] == generated(model)
+
+
+def test_a_benchmark_times_the_loader_that_trains(mds_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(main, 'build_c4_dataloader', sampled)
+    argv = [QUICKSTART, *tiny(mds_root, *OWN), '--steps', '2', '--warmup', '1', '--out', str(tmp_path / 'benchmark')]
+    record, = benchmark.main(benchmark.parse_args(argv))
+    assert record['data'] == 'real' and record['steps'] == 2
