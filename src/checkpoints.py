@@ -230,8 +230,8 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
         run = folder if re.fullmatch(r'latest(-rank0)?(\.pt)?', name) else open_folder(path)
         newest = newest_whole(run, setting)
         if newest is None:
-            raise UserError(f'{setting}: {path}: no such file, no folder of a sharded checkpoint, and no folder that holds '
-                            'whole checkpoints of a run; give one of them')
+            raise UserError(f'{setting}: {path}: no such file, and no folder of a sharded checkpoint, or of a run with whole '
+                            'checkpoints; give one of them')
         log.info('%s: %s: the newest whole checkpoint there is %s', setting, path, run.uri(newest.path))
         return given_start(run.uri(newest.path), kind, own, setting)
     step = STEP.match(name)

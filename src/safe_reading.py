@@ -129,23 +129,23 @@ def loading(setting: str, path: str, trusted: bool = False) -> Iterator[None]:
     Args:
         setting: Names the checkpoint, for messages.
         path: Where the checkpoint lies.
-        trusted: Lets the checkpoint hold any object, and so run code.
+        trusted: Lets the checkpoint hold any object, and so run code. `.metadata` never needs to: torch alone writes it.
     """
     reads: list[tuple[Any, str]] = [
         (checkpoint, 'download_checkpoint'), (checkpoint, '_torch_load_with_validation'), (checkpoint, 'dist_cp_load'),
         (checkpoint, 'DistCPObjectStoreReader'), (checkpoint.FileSystemReaderWithValidation, 'read_metadata')]
     originals = [getattr(owner, name) for owner, name in reads]
 
-    def wrapped(read: Callable) -> Callable:
+    def wrapped(read: Callable, may_trust: bool) -> Callable:
         def safely(*args: Any, **kwargs: Any) -> Any:
-            trust = ', or set trust_checkpoint=true if you trust who wrote this one'
-            purpose = 'into this model and optimizer'
-            with readable(setting, path, purpose, trust), nullcontext() if trusted else no_code():
+            trust = ', or set trust_checkpoint=true if you trust who wrote this one' if may_trust else ''
+            fault = readable(setting, path, 'into this model and optimizer', trust)
+            with fault, nullcontext() if trusted and may_trust else no_code():
                 return read(*args, **kwargs)
         return safely
 
     for (owner, name), read in zip(reads, originals):
-        setattr(owner, name, wrapped(read))
+        setattr(owner, name, wrapped(read, name != 'read_metadata'))
     try:
         yield
     finally:

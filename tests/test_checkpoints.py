@@ -306,7 +306,7 @@ def test_a_folder_or_an_old_link_is_the_newest_whole_checkpoint(folder, name, ca
     assert f'load_path: ep0-ba12 in {folder} is not whole' in caplog.text
     assert weights.find(f'{folder}{name}', 'CHECKPOINT').path == f'{folder}/ep0-ba8-rank0.pt'
     forget(folder, 4, 8)
-    with pytest.raises(UserError, match='no folder that holds whole checkpoints of a run'):
+    with pytest.raises(UserError, match='no such file, and no folder of a sharded checkpoint, or of a run'):
         find_start(None, None, False, f'{folder}{name}', weights_only=False)
 
 
