@@ -78,7 +78,8 @@ def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Chang
     if moved and in_epoch and not counts_samples:
         raise UserError(
             f'{start.setting}: {start.path} lies within an epoch whose place is a number of batches, as '
-            f'where text is packed on the fly. These settings change the samples of a batch, so some would come twice and others not at all: '
+            f'where text is packed on the fly. These settings change the samples of a batch, '
+            f'so some would come twice and others not at all: '
             f'{", ".join(changed[key] for key in moved)}. Go on with the values that the checkpoint\'s run had, or start a '
             'new run from its weights: load_path=FILE load_weights_only=true. With packed tokens (convert_c4.py '
             '--concat_tokens) a run can go on with another batch size, other devices and other workers')
