@@ -62,7 +62,7 @@ def rehearsal(c: Config, loader: DataLoader, tokenizer: Any) -> str:
         raise UserError(NO_BATCH)
     try:
         estimated = report(estimate(c, this_machine(), dist.get_world_size()))
-    except UserError as e:  # a model that trains all the same
+    except UserError as e:  # its step cannot run without data; it trains all the same
         estimated = str(e)
     return f'estimate:\n{_indented(estimated)}\n{_described(batch, tokenizer)}\ndry run: all is well'
 
