@@ -218,7 +218,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
 
 
 def predicted(c: Config, devices: int, microbatch: int) -> Optional[int]:
-    with suppress(UserError):  # a model of another kind
+    with suppress(UserError):  # a model that cannot run without data
         return predict(c, devices, True, microbatch).total - GPU_WORKSPACE  # which the allocator does not count
 
 

@@ -62,7 +62,7 @@ def rehearsal(c: Config, train: DataSpec, tokenizer: Any) -> str:
         raise UserError(NO_BATCH)
     try:
         estimated = report(estimate(c, this_machine(), dist.get_world_size()))
-    except UserError as e:  # a model that trains all the same
+    except UserError as e:  # its step cannot run without data; it trains all the same
         estimated = str(e)
     first = _described(train.batch_transforms(batch), tokenizer)
     return f'estimate:\n{_indented(estimated)}\n{first}\ndry run: all is well'

@@ -1,6 +1,6 @@
 """How many GPUs a run needs, for how long: `python src/estimate.py [YAML] [--gpu a100-40gb] [--gpus N] [key=value ...]`.
 
-Computed from the config alone, without a GPU, in a second. With no YAML, a table of those in `yamls/mosaic_gpt`.
+Computed without a GPU, from a step of the model on tensors without data. With no YAML, a table of those in `yamls/mosaic_gpt`.
 """
 
 import argparse
@@ -14,11 +14,11 @@ if __name__ == '__main__':  # run as `python src/estimate.py`: import from the r
     from src.machine import set_up_output
     set_up_output()
 
-from src import config
+from src import builders, config
 from src.batch_size import device_batch_size, grad_accum
 from src.checks import fsdp_version
 from src.errors import UserError, positive
-from src.memory import moments, table
+from src.memory import moments, state_bytes, table
 from src.schema import TIME, Config
 from src.sizing import C4_TOKENS, CARDS, CHECKPOINT, MFU, RULE, USABLE, Estimate, counts, divisors, estimate, needs, remedies
 
@@ -64,8 +64,9 @@ def gib(x: float) -> str:
 
 def report(e: Estimate, price: Optional[float] = None) -> str:
     """Lines for people: each figure with what it is computed from."""
-    rows = [('parameters N', f'{e.n_params:,}', f'{e.shape.n_layers} blocks x {e.shape.block_params:,} + {e.shape.root_params:,} '
-             'of embeddings and the last LayerNorm'),
+    units = e.trace.units
+    blocks = f'{len(units)} blocks x {units[0]:,}' if len(set(units)) == 1 else f'{sum(units):,} in {len(units)} blocks'
+    rows = [('parameters N', f'{e.n_params:,}', f'{blocks} + {e.n_params - sum(units):,} outside of them, such as embeddings'),
             *device_rows(e), *memory_rows(e), *time_rows(e, price), *byte_rows(e)]
     return '\n'.join(f'{what:22}{figure:>14}   {formula}'.rstrip() if formula else what for what, figure, formula in rows)
 
@@ -107,8 +108,8 @@ def memory_rows(e: Estimate) -> list[Row]:
         f'4 {by} = {gib(stays.weights)} in fp32, + {gib(e.memory.weights - stays.weights)} of copies to compute with',
         f'4 {by}{buckets} = {gib(stays.gradients)} in fp32, ' +
         (f'+ {gib(passing)} of blocks before and in reduction' if passing >= 0 else f'- {gib(-passing)} that are not there yet'),
-        f"8 {by}: Adam's two moments in fp32",
-        f'of {e.microbatch} x {c.train_loader.dataset.max_seq_len} tokens in {e.shape.n_layers} blocks, {kept}',
+        f'{state_bytes(c.optimizer):g} {by}: what {c.optimizer.name} keeps',
+        f'of {e.microbatch} x {c.train_loader.dataset.max_seq_len} tokens in {e.trace.model.n_layers} blocks, {kept}',
         'of the loss' + (f', {chunk} tokens at a time' if chunk else ''),
         'a constant: CUDA, its libraries, NCCL' if e.memory.workspace else 'none on a CPU',
         f'the sum, {e.memory.total / e.card.usable:.0%} of what is usable' + ('' if e.fits else ': DOES NOT FIT')]
@@ -133,7 +134,7 @@ def time_rows(e: Estimate, price: Optional[float]) -> list[Row]:
     how = f'FLOPs / ({e.devices} x {big(e.peak)} FLOP/s x {e.mfu:g}) / 3600, the peak and the part of it that is reached'
     unknown = f'src/flops.py has no peak of {e.card.driver} with precision {c.precision}'
     rows = [('tokens', big(e.tokens), steps),
-            ('FLOPs', big(e.flops), f'tokens x (6 N + 12 x {e.shape.n_layers} x {e.shape.d_model} x {seq_len})'),
+            ('FLOPs', big(e.flops), f'tokens x (6 N + 12 x {e.trace.model.n_layers} x {e.trace.model.d_model} x {seq_len})'),
             ('hours', rounded(e.hours), how if e.peak else unknown)]
     if price is not None:
         rows.append(('cost', f'{e.hours * e.devices * price:,.0f} $' if e.hours else 'unknown',
@@ -212,7 +213,7 @@ def main(args: argparse.Namespace) -> list[Estimate]:
         raise UserError(f'--price: {args.price:g} must be a number of dollars, 0 or more')
 
     def of(yaml: str) -> Estimate:
-        c: Config = config.check(config.load([yaml, *args.overrides]), {}, args.gpus or 1, True)  # without Composer: fast
+        c: Config = config.check(config.load([yaml, *args.overrides]), builders.REGISTRIES, args.gpus or 1, True)
         return estimate(c, CARDS[args.gpu], args.gpus, args.mfu)
 
     if args.yaml:

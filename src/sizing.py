@@ -1,13 +1,15 @@
-"""What a run takes: how many devices, how much memory of each, how long. Computed from the config alone."""
+"""What a run takes: how many devices, how much memory of each, how long. Computed from the config and its model."""
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any, NamedTuple, Optional
 
 from src.batch_size import device_batch_size, microbatch_size
 from src.errors import UserError
 from src.flops import peak_flops, train_flops_per_token
-from src.memory import Memory, Shape, predict, shape_of
+from src.memory import Memory, predict, traced
 from src.schema import TIME, Config, FSDPConfig, MosaicGPTConfig
+from src.step_trace import Trace
 
 # Of a card's memory; the rest is for an allocator in fragments, and for a prediction that is within 5% of what tensors take. What
 # CUDA and NCCL take is in the prediction. GB are 10^9 bytes: HBM has up to 7% more, a reserve; of GDDR6, ECC takes as much.
@@ -61,7 +63,7 @@ class Estimate(NamedTuple):
     smallest: Optional[int]  # number of devices that the YAML's microbatch fits on; of `auto`, a microbatch of 1
     smallest_of_one: Optional[int]  # and a microbatch of 1
     largest_microbatch: Optional[int]
-    shape: Shape
+    trace: Trace
     flops_per_token: float
     batches: Optional[int]
     tokens: Optional[int]
@@ -70,7 +72,7 @@ class Estimate(NamedTuple):
 
     @property
     def n_params(self) -> int:
-        return self.shape.n_layers * self.shape.block_params + self.shape.root_params
+        return self.trace.model.n_params
 
     @property
     def fits(self) -> bool:
@@ -97,13 +99,14 @@ class Estimate(NamedTuple):
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one. A full one is a pickle, which has what is tied once; a sharded one has it under each of its names."""
-        return CHECKPOINT * self.n_params + 4 * self.shape.vocab_size * self.shape.d_model * self.sharded
+        """Bytes of one. A full one has a tied weight once, a sharded one has it under each of its names."""
+        named = sum(p.numel() for _, p in self.trace.model.named_parameters(remove_duplicate=False))
+        return CHECKPOINT * self.n_params + 4 * (named - self.n_params) * self.sharded
 
     @property
     def token_bytes(self) -> int:
         """Of a packed token."""
-        return 2 if self.shape.vocab_size <= 2**16 else 4
+        return 2 if self.trace.model.vocab_size <= 2**16 else 4
 
 
 def divisors(n: int) -> list[int]:
@@ -152,17 +155,22 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
     fewest, fewest_of_one = smallest(c, card, wanted), smallest(c, card, 1)
     n = devices or fewest or max(possible)
     device_batch = device_batch_size(c.global_train_batch_size, n)
-    fitting = [m for m in divisors(device_batch) if needs(c, card, n, m).total <= card.usable]
-    largest = max(fitting, default=None)
+    sizes = divisors(device_batch)
+
+    def fits(m: int) -> bool:
+        return needs(c, card, n, m).total <= card.usable
+
+    # From the wanted size down, then up: the step of a much larger microbatch takes long to follow.
+    below = next((m for m in reversed(sizes) if m <= wanted and fits(m)), 0)
+    largest = max(takewhile(fits, (m for m in sizes if m > below)), default=below) or None
     microbatch = microbatch_size(device_batch, (largest or 1) if auto else wanted)
-    s, seq_len = shape_of(c, card.is_gpu), c.train_loader.dataset.max_seq_len
-    n_params = s.n_layers * s.block_params + s.root_params
+    t, seq_len = traced(c, n, card.is_gpu, microbatch), c.train_loader.dataset.max_seq_len
     amount, unit = TIME.fullmatch(c.max_duration).groups()  # pyright: ignore[reportOptionalMemberAccess]
     batches = int(amount) if unit == 'ba' else int(amount) // c.global_train_batch_size if unit == 'sp' else None
     tokens = int(amount) if unit == 'tok' else batches and batches * c.global_train_batch_size * seq_len
     precision = c.precision if c.precision != 'auto' else 'amp_bf16' if card.is_gpu else 'fp32'
-    return Estimate(c, card, n, microbatch, predict(c, n, card.is_gpu, microbatch), fewest, fewest_of_one, largest, s,
-                    train_flops_per_token(n_params, s.n_layers, s.d_model, seq_len), batches, tokens,
+    return Estimate(c, card, n, microbatch, predict(c, n, card.is_gpu, microbatch), fewest, fewest_of_one, largest, t,
+                    train_flops_per_token(t.model.n_params, t.model.n_layers, t.model.d_model, seq_len), batches, tokens,
                     peak_flops(card.driver, precision), mfu)
 
 

@@ -15,6 +15,8 @@ import main
 from src import config
 from src.dry_run import this_machine
 from src.memory import predict, table
+from src.model_registry import COMPOSER_MODEL_REGISTRY
+from src.mosaic_gpt import ComposerMosaicGPT
 from src.schema import Config
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
@@ -90,11 +92,24 @@ def test_two_ranks_say_it_once(mds_root, tmp_path):
     assert 'loss/train/total' not in said
 
 
-def test_a_model_without_an_estimate_is_no_mistake(mds_root, capfd):
+def test_a_hugging_face_model_is_estimated(mds_root, capfd):
     argv = [f'data_remote={mds_root}', f'tokenizer_name={mds_root}/tokenizer', *SHRUNK, *SHRUNK_HF['gpt-neo-125m']]
     assert main.cli(['--dry_run', str(ROOT / 'yamls/hf_causal_lm/gpt-neo-125m.yaml'), *argv]) == 0  # in any place
     said = capfd.readouterr().err
-    assert "the memory of 'gpt_neo' cannot be predicted" in said and 'dry run: all is well' in said
+    assert re.search(r'^  parameters N +[0-9,]+   ', said, re.MULTILINE) and 'dry run: all is well' in said
+    assert said.count('attention: Hugging Face') == 1
+
+
+def test_a_model_without_an_estimate_is_no_mistake(mds_root, capfd, monkeypatch):
+    class LooksAtValues(ComposerMosaicGPT):
+        def forward(self, batch):
+            assert batch['input_ids'].max().item() >= 0
+            return super().forward(batch)
+
+    monkeypatch.setitem(COMPOSER_MODEL_REGISTRY, 'mosaic_gpt', LooksAtValues)
+    assert main.cli([QUICKSTART, *tiny(mds_root), '--dry_run']) == 0
+    said = capfd.readouterr().err
+    assert "the memory of 'mosaic_gpt' cannot be predicted" in said and 'dry run: all is well' in said
 
 
 MISTAKES = {

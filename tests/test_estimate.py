@@ -1,12 +1,12 @@
 """How many GPUs: each figure against arithmetic by hand, and against the rule of thumb."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT, clean_env, tiny
+from launch import ROOT, tiny
 
 import main
 from src import config, memory
@@ -18,6 +18,8 @@ from src.schema import Config
 from src.sizing import C4_TOKENS, CARDS, USABLE, Estimate, counts, estimate, needs, remedies
 
 NAMES = ('125m', '350m', '760m', '1b', '3b', '7b', '13b', '30b', '70b')
+SOME = [name if name == '125m' else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+FEW = 'model.n_layers=4'  # each block takes time to follow
 
 
 def parsed(name: str, *overrides: str) -> Config:
@@ -35,31 +37,33 @@ def run(*argv: str) -> list[Estimate]:
 # ---------------------------------------------------------------- arithmetic
 
 
-def test_7b_by_hand():
-    e = sized('7b')
-    d, layers, rest = 4096, 32, 50257 + 2048 + 2  # embeddings, positions, the last LayerNorm
-    assert e.n_params == layers * (12 * d * d + 13 * d) + rest * d == 6_658_404_352
-    assert (e.devices, e.microbatch, e.fits) == (4, 8, True)
-    assert e.memory.weights == e.n_params + 2 * rest * d + 2 * 2 * (12 * d * d + 13 * d)  # 4 N / 4; bf16: the rest and two blocks
-    assert e.memory.optimizer == pytest.approx(2 * e.n_params, rel=1e-6)  # 8 N / 4
+def test_7b_of_four_blocks_by_hand():
+    e = sized('7b', 'a100-40gb', FEW)
+    d, layers, rest = 4096, 4, 50257 + 2048 + 2  # embeddings, positions, the last LayerNorm
+    block = 12 * d * d + 13 * d
+    assert e.n_params == layers * block + rest * d == 1_019_768_832
+    assert (e.devices, e.microbatch, e.fits) == (1, 8, True)
+    assert e.memory.moment == 'in the backward pass of block 4 of 4'
+    gathered = 2 * rest * d + 2 * 2 * block  # in bf16: what is outside of blocks, and two blocks
+    assert e.memory.weights - 4 * e.n_params == pytest.approx(gathered, rel=1e-4)
+    assert e.memory.optimizer == 8 * e.n_params
     assert e.card.usable == 0.95 * 40e9
     assert e.tokens == 63_900 * 1024 * 2048 == 134_008_012_800
-    assert e.flops_per_token == 6 * e.n_params + 12 * layers * d * 2048 == 43_171_651_584
-    assert e.hours == pytest.approx(134_008_012_800 * 43_171_651_584 / (4 * 312e12 * 0.4) / 3600)
-    assert e.hours == pytest.approx(3219.2, abs=0.1)
-    assert sized('7b', devices=8, mfu=0.5).hours == pytest.approx(3219.2 * 4 / 8 * 0.4 / 0.5, abs=0.1)
+    assert e.flops_per_token == 6 * e.n_params + 12 * layers * d * 2048 == 6_521_266_176
+    assert e.hours == pytest.approx(134_008_012_800 * 6_521_266_176 / (312e12 * 0.4) / 3600)
+    assert sized('7b', 'a100-40gb', FEW, devices=8, mfu=0.5).hours == pytest.approx(e.hours / 8 * 0.4 / 0.5)
 
 
 def test_tokens_of_other_units():
-    assert sized('125m', 'l4', 'max_duration=5000sp', 'scheduler.t_warmup=0.1dur').tokens == 5000 // 256 * 256 * 2048
-    assert sized('125m', 'l4', 'max_duration=5000tok', 'scheduler.t_warmup=0.1dur').tokens == 5000
-    e = sized('125m', 'l4', 'max_duration=2ep', 'scheduler.t_warmup=0.1dur', 'train_loader.dataset.group_method=truncate')
+    assert sized('125m', 'l4', FEW, 'max_duration=5000sp', 'scheduler.t_warmup=0.1dur').tokens == 5000 // 256 * 256 * 2048
+    assert sized('125m', 'l4', FEW, 'max_duration=5000tok', 'scheduler.t_warmup=0.1dur').tokens == 5000
+    e = sized('125m', 'l4', FEW, 'max_duration=2ep', 'scheduler.t_warmup=0.1dur', 'train_loader.dataset.group_method=truncate')
     assert e.tokens is e.flops is e.hours is None
     assert 'the data decide how long that is' in program.report(e, 2.0)
 
 
-@pytest.mark.parametrize('card', ['a100-40gb', 'h100-sxm', 'l4'])
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('card', ['a100-40gb', 'l4'])
+@pytest.mark.parametrize('name', SOME)
 def test_no_smaller_number_fits_and_no_larger_microbatch(name, card):
     e = sized(name, card)
     limit, batch = USABLE * CARDS[card].memory, e.c.global_train_batch_size
@@ -78,36 +82,38 @@ def test_no_smaller_number_fits_and_no_larger_microbatch(name, card):
 
 
 def test_a_microbatch_is_never_more_than_a_device_has():
-    e = sized('1b', devices=64)  # 8 samples of the batch of 512, and the YAML's microbatch is 16
+    e = sized('1b', 'a100-40gb', FEW, devices=64)  # 8 samples of the batch of 512, and the YAML's microbatch is 16
     assert (e.microbatch, e.largest_microbatch) == (8, 8)
 
 
 def test_a_microbatch_of_auto_is_the_largest_that_fits():
-    e = sized('1b', 'a100-40gb', 'device_train_microbatch_size=auto')
-    assert e.smallest == e.smallest_of_one == 1 and e.microbatch == e.largest_microbatch == 32
+    e = sized('1b', 'l4', FEW, 'device_train_microbatch_size=auto')
+    assert e.smallest == e.smallest_of_one == 1 and e.microbatch == e.largest_microbatch == 64
+    assert needs(e.c, e.card, 1, 128).total > e.card.usable >= needs(e.c, e.card, 1, 64).total
 
 
 def test_copies_of_the_model_take_whole_groups_of_devices():
     hybrid = ('fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=4')
-    e = sized('7b', 'a100-40gb', *hybrid)
-    assert (e.smallest, e.devices) == (16, 16)  # 4 copies on the 4 that one takes
+    e = sized('7b', 'l4', FEW, *hybrid)
+    one = sized('7b', 'l4', FEW)
+    assert (e.smallest, e.devices) == (4 * (one.smallest or 0),) * 2  # 4 copies
     with pytest.raises(UserError, match='data_parallel_replicate_degree.*not with 2 devices; with 4, 8, 16'):
-        sized('7b', 'a100-40gb', *hybrid, devices=2)
+        sized('7b', 'l4', FEW, *hybrid, devices=2)
     for none in (['fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=3'],
                  [*hybrid, 'fsdp_config.data_parallel_shard_degree=6']):
         with pytest.raises(UserError, match='no number of devices that divides the batch of 1024 has whole copies'):
-            sized('7b', 'a100-40gb', *none)
-    degree = sized('7b', 'a100-40gb', *hybrid, 'fsdp_config.data_parallel_shard_degree=8')
-    assert counts(degree.c) == [32]
+            sized('7b', 'l4', FEW, *none)
+    degree = parsed('7b', *hybrid, 'fsdp_config.data_parallel_shard_degree=8')
+    assert counts(degree) == [32]
 
 
 def test_what_does_not_fit_says_what_to_set():
-    e = sized('7b', 'a100-40gb', 'fsdp_config.activation_checkpointing=false', devices=8)
+    e = sized('7b', 'l4', FEW, 'fsdp_config.activation_checkpointing=false', devices=2)
     assert not e.fits
     steps = dict(remedies(e))
     assert list(steps) == ['device_train_microbatch_size=1']  # and no more, once it fits
-    assert steps['device_train_microbatch_size=1'] == needs(e.c, e.card, 8, 1).total <= e.card.usable
-    ddp = sized('7b', 'a100-40gb', 'fsdp_config=null')
+    assert steps['device_train_microbatch_size=1'] == needs(e.c, e.card, 2, 1).total <= e.card.usable
+    ddp = sized('7b', 'l4', 'model.n_layers=6', 'fsdp_config=null')
     assert (ddp.smallest, ddp.smallest_of_one, ddp.largest_microbatch, ddp.devices) == (None, None, None, 1024)
     assert list(remedies(ddp))[-1][0] == 'fsdp_config.sharding_strategy=FULL_SHARD'
     text = program.report(ddp)
@@ -125,9 +131,9 @@ def test_cards_have_a_peak_and_their_label(name):
 # ---------------------------------------------------------------- the rule of thumb
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', SOME)
 def test_the_rule_of_thumb_is_what_stays_from_step_to_step(name):
-    """16 N over all devices, exactly; while blocks compute, FSDP adds copies in low precision.
+    """16 N over all devices; while blocks compute, FSDP adds copies in low precision.
 
     Their part grows with the number of devices, as the rest is divided and they are not: up to a third here. mixed_precision
     PURE keeps fp32 weights as well, and so changes nothing of what stays.
@@ -138,14 +144,14 @@ def test_the_rule_of_thumb_is_what_stays_from_step_to_step(name):
     assert n * (stays.weights + stays.gradients + stays.optimizer) == pytest.approx(rule, rel=1e-5)
     assert 1 <= n * (e.memory.weights + e.memory.gradients + e.memory.optimizer) / rule < 1.34
     copies = e.memory.weights - stays.weights  # in bf16: what is outside blocks, and up to two blocks
-    root, block = 2 * e.shape.root_params, 2 * e.shape.block_params
+    root, block = 2 * (e.n_params - sum(e.trace.units)), 2 * e.trace.units[0]
     assert root <= copies <= root + 2 * block
-    assert copies == root + 2 * block or e.memory.moment != "in the last block's backward"
     assert e.rule and e.rule <= e.devices and e.rule * 40e9 > rule and (e.rule == 1 or e.rule / 2 * 40e9 <= rule)
     other = 'DEFAULT' if name in ('30b', '70b') else 'PURE'
     assert moments(parsed(name, f'fsdp_config.mixed_precision={other}'), n, True, e.microbatch)[-1] == stays
 
 
+@pytest.mark.slow
 def test_the_rules_own_example():
     """A GPT-13B needs 8 x A100-40GB or 4 x A100-80GB; with a microbatch of 1 the prediction agrees."""
     for card, n in (('a100-40gb', 8), ('a100-80gb', 4)):
@@ -170,41 +176,58 @@ def test_a_checkpoint_is_as_large_as_it_says(kind, mds_root, tmp_path):
 
 
 def test_bytes_of_data_and_checkpoints():
-    text = program.report(sized('13b', 'a100-40gb', 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
+    text = program.report(sized('13b', 'h200', FEW, 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
     tokens = 124_000 * 1024 * 2048
     assert f'{2 * tokens / 1e9:.2f} GB' == '520.09 GB' and '520.09 GB' in text
     assert f'{tokens / C4_TOKENS:.1f} times C4, 340.00 GB' in text and '1.5 times' in text
-    assert '154.24 GB' in text and '3 kept: 462.72 GB' in text  # 12 N; 3 times that
-    assert '25 kept: 3.86 TB, with a save_folder' in program.report(sized('13b'))  # 124000 / 5000, and the end
-    assert sized('125m', 'l4', 'model.vocab_size=100000').token_bytes == 4
+    n_params = 4 * (12 * 5120**2 + 13 * 5120) + (50257 + 2048 + 2) * 5120
+    assert f'3 kept: {3 * 12 * n_params / 1e9:.2f} GB' in text
+    kept = f'25 kept: {25 * 12 * n_params / 1e9:.2f} GB, with a save_folder'  # 124000 / 5000, and the end
+    assert kept in program.report(sized('13b', 'h200', FEW))
+    assert sized('125m', 'l4', FEW, 'model.vocab_size=100000').token_bytes == 4
 
 
 # ---------------------------------------------------------------- the program
 
 
-def test_the_table_has_every_yaml_by_size(capsys):
-    estimates = run('--price', 1.5)
-    out = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')]
-    assert tuple(row[0] for row in rows[2:]) == NAMES
-    assert {len(line) for line in out.splitlines() if line.startswith('|')} == {len(out.splitlines()[0])}
-    assert rows[0] == ['run', 'N', 'GPUs', 'micro', 'GiB', 'up to', 'at 1', '16 N', 'rule', 'tokens', 'FLOPs', 'hours', 'cost',
-                       'saved', 'data']
-    peak = f'{estimates[5].memory.total / 2**30:.2f}'
-    assert rows[7] == ['7b', '6.658B', '4', '8', peak, '8', '4', '106.53 GB', '4', '1.34e11', '5.79e21', '3,219', '19,315 $',
-                       '79.90 GB', '268.02 GB']  # 3219.2 x 4 x 1.5 $
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines() if line.startswith('| ')]
+
+
+def readme_table() -> str:
+    shown = re.search(r'```text\n(\| run .*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    assert shown
+    return shown[1]
+
+
+def test_a_row_of_the_table():
+    out = program.overview({'125m': sized('125m')}, 1.5)
+    head, row = rows(out)
+    assert head == ['run', 'N', 'GPUs', 'micro', 'GiB', 'up to', 'at 1', '16 N', 'rule', 'tokens', 'FLOPs', 'hours', 'cost',
+                    'saved', 'data']
+    cost = head.index('cost')
+    assert row[cost] == '8 $'  # 5.5 hours x 1.5 $
+    assert row[:cost] + row[cost + 1:] == next(row for row in rows(readme_table()) if row[0] == '125m')
     legend = out.split('\n\n')[1]
-    assert all(re.search(rf'^{head}  ', legend, re.MULTILINE) for head in rows[0][1:] if head != 'micro')
+    assert all(re.search(rf'^{name}  ', legend, re.MULTILINE) for name in head[1:] if name != 'micro')
+
+
+@pytest.mark.slow
+def test_the_table_of_all_is_in_the_readme(capsys):
+    run()
+    out = capsys.readouterr().out
+    assert tuple(row[0] for row in rows(out)[1:]) == NAMES
+    assert {len(line) for line in out.splitlines() if line.startswith('|')} == {len(out.splitlines()[0])}
+    assert readme_table() == out
 
 
 def test_one_yaml_is_a_report(capsys):
     yaml = ROOT / 'yamls/mosaic_gpt/7b.yaml'
-    e, = run(yaml, '--gpus', 64, '--mfu', 0.5, '--price', 2, 'device_train_microbatch_size=4')
+    e, = run(yaml, '--gpus', 64, '--mfu', 0.5, '--price', 2, 'device_train_microbatch_size=4', FEW)
     out = capsys.readouterr().out
-    assert e == estimate(parsed('7b', 'device_train_microbatch_size=4'), CARDS['a100-40gb'], 64, 0.5)
-    assert e.hours == pytest.approx(3219.2 * 4 / 64 * 0.4 / 0.5, abs=0.01)
-    figures = {'parameters N': '6,658,404,352', 'rule of thumb': '106.53 GB', 'devices': '64', 'tokens': '1.34e11',
-               'hours': '161', 'fewest devices': '4', 'cost': f'{e.hours * 64 * 2:,.0f} $', 'largest microbatch': '16'}
+    assert e == estimate(parsed('7b', 'device_train_microbatch_size=4', FEW), CARDS['a100-40gb'], 64, 0.5)
+    figures = {'parameters N': '1,019,768,832', 'rule of thumb': '16.32 GB', 'devices': '64', 'tokens': '1.34e11',
+               'fewest devices': '1', 'cost': f'{e.hours * 64 * 2:,.0f} $', 'largest microbatch': '16'}
     for what, figure in figures.items():
         assert re.search(rf'^{what} +{re.escape(figure)}   ', out, re.MULTILINE), what
     for line in memory.table(e.memory).splitlines()[1:]:
@@ -213,8 +236,9 @@ def test_one_yaml_is_a_report(capsys):
     assert all(len(line) <= 130 for line in out.splitlines()[2:])
 
 
-def test_settings_without_a_yaml_are_for_all():
-    assert {e.microbatch for e in run('device_train_microbatch_size=2')} == {2}
+def test_settings_without_a_yaml_are_for_all(monkeypatch):
+    monkeypatch.setattr(program, 'estimate', lambda c, *_: sized('125m', 'a100-40gb', FEW)._replace(c=c))
+    assert {e.c.device_train_microbatch_size for e in run('device_train_microbatch_size=2')} == {2}
 
 
 @pytest.mark.parametrize('argv, message', {
@@ -226,26 +250,18 @@ def test_settings_without_a_yaml_are_for_all():
     'one of all': (['--gpus', '512'], '125m.yaml: .*\n.*256 does not divide by 512 devices'),
     'key': (['yamls/mosaic_gpt/7b.yaml', 'model.d_modle=3'], 'model.d_modle: no such key'),
     'yaml': (['yamls/mosaic_gpt/8b.yaml'], 'no such file. Did you mean'),
-    'model': (['yamls/hf_causal_lm/gpt-neo-125m.yaml', 'model.pretrained_model_name_or_path=null',
-               'model.config_overrides.model_type=gpt_neo'], "memory of 'gpt_neo' cannot be predicted"),
-}.values(), ids=['gpu', 'mfu', 'no mfu', 'price', 'gpus', 'one of all', 'key', 'yaml', 'model'])
+}.values(), ids=['gpu', 'mfu', 'no mfu', 'price', 'gpus', 'one of all', 'key', 'yaml'])
 def test_mistakes(argv, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
         run('--mfu', 0.4, *argv)
 
 
-def test_it_starts_fast_and_a_mistake_is_one_message():
-    """No torch, no Composer, no driver."""
-    code = ("import sys; from src import estimate; estimate.main(estimate.parse_args([])); "
-            "assert not {'torch', 'composer', 'streaming', 'transformers'} & set(sys.modules)")
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    shown = re.search(r'```text\n(\| run .*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-    assert shown and shown[1] == done.stdout
-    done = subprocess.run([sys.executable, 'src/estimate.py', '--gpu', 'tpu'], cwd=ROOT, env=clean_env(), capture_output=True,
-                          text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.startswith("error: --gpu: 'tpu'") and len(done.stderr.splitlines()) == 1
+def test_a_mistake_is_one_message(monkeypatch):
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    monkeypatch.setattr(sys, 'argv', ['src/estimate.py', '--gpu', 'tpu'])
+    with pytest.raises(SystemExit, match="^error: --gpu: 'tpu'[^\n]*$"):
+        runpy.run_path(str(ROOT / 'src/estimate.py'), run_name='__main__')
 
 
 def test_every_yaml_is_there():

@@ -1,14 +1,13 @@
 """Predicted memory against what the real model allocates in the second of two steps.
 
-On a CPU the allocator's own events are summed, and tensors without data (FakeTensorMode) counted. For GPUs the latter, at
-the sizes of the YAMLs, on a CPU that follows the type rules of a GPU's autocast, in one of many ranks that exchange nothing.
-What only a GPU has is not in these counts: its kernels' scratch memory, the caching allocator's delays and fragments.
+On a CPU the events of the allocator are summed. FSDP itself, in one of many ranks that exchange nothing, runs on tensors
+without data, of which the storages are counted. What only a GPU has is in neither: the scratch memory of its kernels, and
+what the caching allocator cannot hand out again.
 """
 
 import gc
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import accumulate
 from typing import Any, Optional
 
@@ -20,7 +19,7 @@ from composer.distributed.mosaic_parallelism import BACKWARD_PREFETCH_MAP, SHARD
 from composer.distributed.prepare_distributed import parallelize_composer_model
 from composer.models import ComposerModel
 from launch import ROOT
-from torch import Tensor
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
@@ -30,18 +29,18 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
 
-from src import config, memory
+from src import builders, config, memory, mosaic_gpt, step_trace
 from src.builders import build_optimizer, resolve_precision
 from src.checks import fsdp_version
 from src.errors import UserError
-from src.memory import GPU_WORKSPACE, Memory, moments, predict, table
+from src.memory import GPU_WORKSPACE, Memory, moments, predict, state_bytes, table
 from src.model_registry import COMPOSER_MODEL_REGISTRY
-from src.mosaic_gpt import MosaicGPT
-from src.schema import Config
+from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT
+from src.schema import Config, MosaicGPTConfig
 from src.sharding import build_parallelism
+from src.sizing import CARDS, estimate
 
 
 def parsed(yaml: str, *overrides: str) -> Config:
@@ -51,47 +50,34 @@ def parsed(yaml: str, *overrides: str) -> Config:
 Storage: Any = torch.UntypedStorage
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that exist: views and in-place operators add none, FSDP frees some by resizing them to 0."""
+class LiveBytes(step_trace.LiveBytes):
+    """Counts DTensors by their parts, and follows FSDP, which frees storages by resizing them to 0."""
 
     def __init__(self):
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now = self.peak = 0
+        super().__init__(set())
+        self.peak = 0
 
-    def set(self, key: int, size: int) -> None:
-        self.now += size - self.sizes[key]
-        self.sizes[key] = size
-        if self.now > self.peak:
-            gc.collect()  # FSDP2's states refer to each other; how late Python's collector comes depends on the tests before
-            self.peak = max(self.peak, self.now)
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) not in self.sizes:
-            self.sizes[id(storage)] = 0
-            weakref.finalize(storage, self.remove, id(storage))
-        self.set(id(storage), storage.nbytes())
-
-    def remove(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
+    def note_peak(self) -> None:
+        if self.now.total() > self.peak:
+            gc.collect()  # FSDP2's states refer to each other
+            self.peak = max(self.peak, self.now.total())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # it is taken apart first, into tensors that come here
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and not isinstance(x, DTensor):
-                self.add(x)
-        return out
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __enter__(self):
         self.resize = resize = Storage.resize_
 
         def resize_(storage, size):
             resize(storage, size)
-            if id(storage) in self.sizes:
-                self.set(id(storage), size)
+            if storage._cdata in self.held:
+                kind, _ = self.held[storage._cdata]
+                self.remove(storage._cdata)
+                self.held[storage._cdata] = kind, size
+                self.now[kind] += size
+                self.note_peak()
         Storage.resize_ = resize_
         gc.freeze()
         return super().__enter__()
@@ -129,7 +115,7 @@ def two_steps(c: Config, microbatch: int, amp: bool, wrap: Optional[Wrap] = None
         batch['sequence_id'] = torch.zeros(microbatch, c.max_seq_len, dtype=torch.long)
     for _ in range(2):
         if live:
-            live.peak = live.now
+            live.peak = live.now.total()
         optimizer.zero_grad()
         for _ in range(c.global_train_batch_size // microbatch):
             with torch.autocast('cpu', torch.bfloat16) if amp else nullcontext():
@@ -162,35 +148,19 @@ def small(d_model: int, n_layers: int, vocab_size: int, seq_len: int, microbatch
                   *overrides)
 
 
-CPU = {  # d_model, layers, vocab, seq, microbatch, accumulation: where it peaks
-    'chunks': (128, 4, 8192, 128, 4, 1, 'model.loss_chunk_tokens=128', 'in the loss'),
-    'one chunk': (64, 4, 512, 128, 2, 1, 'model.loss_chunk_tokens=256', 'in the loss'),
-    'deep': (64, 8, 512, 256, 2, 1, 'model.loss_chunk_tokens=64', "in the last block's backward"),
-    'accumulated': (128, 3, 512, 128, 2, 2, 'model.loss_chunk_tokens=64', "in the last block's backward"),
-    'long': (64, 2, 512, 512, 1, 1, 'model.attn_impl=sdpa', 'in the loss'),
-    'softmax kept': (64, 2, 512, 512, 1, 1, 'model.attn_impl=torch', "in the last block's backward"),
-    'softmax kept, deep': (64, 6, 512, 256, 2, 1, 'model.attn_impl=torch', "in the last block's backward"),
-    'dropout': (128, 4, 512, 128, 2, 1, 'model.resid_pdrop=0.1', 'model.loss_chunk_tokens=64', "in the last block's backward"),
-    'dropout of embeddings': (128, 2, 512, 128, 2, 1, 'model.emb_pdrop=0.1', 'model.loss_chunk_tokens=64',
-                              "in the last block's backward"),
-    'dropout of attention': (64, 4, 512, 256, 2, 1, 'model.attn_pdrop=0.1', 'in the loss'),
-    'dropout of attention, torch': (64, 4, 512, 256, 2, 1, 'model.attn_pdrop=0.1', 'model.attn_impl=torch', 'in the loss'),
-    'documents': (64, 4, 512, 256, 2, 1, 'model.attn_within_document=true', 'in the loss'),
-    'documents, deep': (64, 8, 512, 512, 4, 1, 'model.attn_within_document=true', 'in the loss'),
-    'documents, torch': (64, 4, 512, 256, 2, 1, 'model.attn_within_document=true', 'model.attn_impl=torch',
-                         "in the last block's backward"),
-    'plain loss': (64, 2, 8192, 128, 2, 1, 'model.loss_impl=plain', 'start of the backward pass'),
-    'weights alone': (256, 4, 512, 64, 1, 2, "end of the last block's backward"),
-    'embeddings': (256, 4, 8192, 64, 1, 1, 'model.loss_chunk_tokens=8', "embeddings' backward"),
+CPU = {  # d_model, layers, vocab, seq, microbatch, accumulation
+    'the loss': (128, 4, 8192, 128, 4, 1, 'model.loss_chunk_tokens=128'),
+    'a block': (64, 8, 512, 256, 2, 1, 'model.loss_chunk_tokens=64'),
+    'accumulated': (128, 3, 512, 128, 2, 2, 'model.loss_chunk_tokens=64'),
+    'softmax kept, dropout': (64, 4, 512, 256, 2, 1, 'model.attn_pdrop=0.1', 'model.attn_impl=torch'),
+    'embeddings': (256, 4, 8192, 64, 1, 1, 'model.loss_chunk_tokens=8'),
 }
 
 
-@pytest.mark.parametrize('case', ['deep', 'embeddings'])
+@pytest.mark.parametrize('case', CPU)
 def test_fp32_on_a_cpu_as_its_allocator_counts(case):
-    """Where two gradients meet, the engine adds in place, unless operators are counted: then it makes a third."""
-    *sizes, _ = CPU[case]
-    c = small(*sizes)
-    assert predict(c, 1, False, sizes[4]).total == pytest.approx(allocated_peak(c, sizes[4]), rel=0.03)
+    c = small(*CPU[case])
+    assert predict(c, 1, False, CPU[case][4]).total == pytest.approx(allocated_peak(c, CPU[case][4]), rel=0.01)
 
 
 def test_what_stays_is_exact():
@@ -199,34 +169,87 @@ def test_what_stays_is_exact():
     step = moments(c, 1, False, 1)[-1]
     assert step.weights == sum(p.nbytes for p in model.parameters())
     assert step.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    assert step.optimizer == sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+    assert step.optimizer == sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim())
     assert (step.moment, step.activations, step.logits, step.workspace) == ('optimizer step', 0, 0, 0)
 
 
-# ---------------------------------------------------------------- tensors without data
+def test_the_optimizer_that_is_built_is_counted(monkeypatch):
+    c = small(64, 2, 512, 64, 1, 1)
+    assert state_bytes(c.optimizer) == 8
+    monkeypatch.setattr(builders, 'build_optimizer', lambda cfg, params: torch.optim.SGD(params, cfg.lr, momentum=0.9))
+    assert state_bytes(c.optimizer) == 4
+    assert moments(c, 1, False, 1)[-1].optimizer == moments(c, 1, False, 1)[-1].weights
 
 
-@pytest.fixture(scope='module')
-def autocast_of_a_gpu() -> Iterator[None]:
-    """A CPU's autocast leaves LayerNorm, softmax and powers as they are; a GPU's computes them in fp32."""
-    library = torch.library.Library('aten', 'IMPL')
-    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+# ---------------------------------------------------------------- other models
 
-    def in_fp32(operator: Callable) -> Callable:
-        def run(*args, **kwargs):
-            with torch._C._ExcludeDispatchKeyGuard(autocast):
-                return operator(*(x.float() if isinstance(x, Tensor) else x for x in args), **kwargs)
-        return run
 
-    for name in ('layer_norm', 'softmax.int', 'pow.Tensor_Scalar'):
-        packet, _, overload = name.partition('.')
-        library.impl(name, in_fp32(getattr(getattr(torch.ops.aten, packet), overload or 'default')), 'AutocastCPU')
-    yield
-    library._destroy()
+class SwiGLU(nn.Module):
+    def __init__(self, cfg: MosaicGPTConfig):
+        super().__init__()
+        width = cfg.mlp_ratio * cfg.d_model
+        self.gate, self.up = (nn.Linear(cfg.d_model, width, bias=False, device=cfg.device) for _ in range(2))
+        self.down = nn.Linear(width, cfg.d_model, bias=False, device=cfg.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class ChangedBlock(GPTBlock):
+    def __init__(self, cfg: MosaicGPTConfig):
+        super().__init__(cfg)
+        self.ln_1, self.ln_2 = (nn.RMSNorm(cfg.d_model, device=cfg.device) for _ in range(2))
+        self.mlp = SwiGLU(cfg)
 
 
 @pytest.fixture
-def without_data(autocast_of_a_gpu, monkeypatch) -> pytest.MonkeyPatch:
+def changed_block(monkeypatch) -> None:
+    monkeypatch.setattr(mosaic_gpt, 'GPTBlock', ChangedBlock)
+    monkeypatch.setattr(step_trace, '_traces', {})
+
+
+def test_a_changed_block_is_followed(changed_block):
+    c = small(64, 8, 512, 256, 2, 1, 'model.loss_chunk_tokens=64')
+    built = sum(p.numel() for p in MosaicGPT(c.model).parameters())  # pyright: ignore[reportArgumentType]
+    block = 4 * 64 * 64 + 4 * 64 + 3 * 64 * 256 + 2 * 64
+    assert built == 8 * block + (512 + 256 + 2) * 64
+    e = estimate(c, CARDS['l4'], 1)
+    assert e.n_params == built and set(e.trace.units) == {block}
+    assert e.flops_per_token == 6 * built + 12 * 8 * 64 * 256
+    step = moments(c, 1, False, 2)
+    assert step[-1].weights == 4 * built and step[-1].optimizer == 8 * built
+    assert predict(c, 1, False, 2).total == pytest.approx(allocated_peak(c, 2), rel=0.01)
+
+
+def test_a_changed_block_is_followed_under_fsdp(changed_block, processes, without_data):
+    compare_with_fsdp('mosaic_gpt/125m', 8, 1, processes, without_data)
+
+
+def test_other_hugging_face_models_are_followed():
+    overrides = {'model_type': 'llama', 'vocab_size': 512, 'hidden_size': 64, 'num_hidden_layers': 4, 'intermediate_size': 172,
+                 'num_attention_heads': 4, 'num_key_value_heads': 2, 'max_position_embeddings': 256}
+    c = parsed('hf_causal_lm/gpt2-small', 'model.pretrained_model_name_or_path=null', 'max_seq_len=256', 'precision=fp32',
+               'fsdp_config=null', 'global_train_batch_size=2')
+    c = c.model_copy(update={'model': c.model.model_copy(update={'config_overrides': overrides})})
+    assert predict(c, 1, False, 2).total == pytest.approx(allocated_peak(c, 2), rel=0.01)
+
+
+def test_a_model_that_looks_at_values_is_named(monkeypatch):
+    class Looks(ComposerMosaicGPT):
+        def forward(self, batch):
+            assert batch['input_ids'].max().item() >= 0
+            return super().forward(batch)
+
+    monkeypatch.setitem(COMPOSER_MODEL_REGISTRY, 'mosaic_gpt', Looks)
+    with pytest.raises(UserError, match="the memory of 'mosaic_gpt' cannot be predicted.*DataDependent.*src/benchmark.py"):
+        predict(small(64, 2, 512, 64, 1, 1), 1, False, 1)
+
+
+# ---------------------------------------------------------------- FSDP on tensors without data
+
+
+@pytest.fixture
+def without_data(monkeypatch) -> pytest.MonkeyPatch:
     for name in ('init_weights', 'param_init_fn'):  # there is nothing to fill
         monkeypatch.setattr(MosaicGPT, name, lambda *_: None)
     monkeypatch.setattr(prepare_distributed, '_validate_precision', lambda *_: None)  # bf16, on a CPU
@@ -287,8 +310,12 @@ def live_peak(c: Config, world_size: int, microbatch: int, patch: pytest.MonkeyP
     update: dict[str, Any] = {'global_train_batch_size': c.global_train_batch_size // world_size}
     if c.model.name == 'mosaic_gpt' and c.model.attn_impl == 'flash':
         # PyTorch's FlashAttention for CPUs, of which autograd keeps the same
-        update['model'] = c.model.model_copy(update={'attn_impl': 'sdpa', 'device': 'cpu'})
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        update['model'] = c.model.model_copy(update={'attn_impl': 'sdpa', 'device': 'cpu', 'vocab_multiple': 64})
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if has_gpu:
+            stack.enter_context(step_trace._rules_of_gpus())
+        live = stack.enter_context(LiveBytes())
         kept = two_steps(c.model_copy(update=update), microbatch, has_gpu and c.precision != 'fp32', wrap, live)
     del kept
     return live.peak
@@ -303,9 +330,6 @@ GPU = {  # YAML, devices, accumulation, overrides; the microbatch is the YAML's
     '350m FULL': ('mosaic_gpt/350m', 8, 1, FEW, 'fsdp_config.mixed_precision=FULL'),
     '350m kept': ('mosaic_gpt/350m', 8, 1, FEW, V2, 'fsdp_config.sharding_strategy=SHARD_GRAD_OP'),
     '350m fp32': ('mosaic_gpt/350m', 16, 2, FEW, 'precision=fp32'),
-    '350m softmax kept': ('mosaic_gpt/350m', 8, 1, FEW, 'model.attn_impl=torch', 'model.device=cpu'),
-    '350m documents': ('mosaic_gpt/350m', 8, 1, FEW, 'model.attn_impl=sdpa', 'model.attn_within_document=true',
-                       'model.device=cpu'),
     '350m summed': ('mosaic_gpt/350m', 1, 2, FEW, 'fsdp_config.mixed_precision=FULL',
                     'fsdp_config.reduce_every_microbatch=false'),
     '1b checkpointed': ('mosaic_gpt/1b', 8, 1),
@@ -319,12 +343,11 @@ GPU = {  # YAML, devices, accumulation, overrides; the microbatch is the YAML's
     'GPT-2 of Hugging Face': ('hf_causal_lm/gpt2-small', 1, 1, 'model.pretrained_model_name_or_path=null',
                               'model.config_overrides.model_type=gpt2', 'model.config_overrides.n_layer=4', 'fsdp_config=null'),
 }
+QUICK = ('125m FSDP1', '350m kept', '3b checkpointed')
 
 
-@pytest.mark.parametrize('case', [case if case in ('125m FSDP1', '1b checkpointed', '350m kept') else
-                                  pytest.param(case, marks=pytest.mark.slow) for case in GPU])
-def test_mixed_precision_by_tensors_without_data(case, processes, without_data):
-    yaml, world_size, accum, *overrides = GPU[case]
+def compare_with_fsdp(yaml: str, world_size: int, accum: int, processes: Callable[[int], None], patch: pytest.MonkeyPatch,
+                      *overrides: str) -> None:
     c = parsed(yaml, *overrides)
     microbatch = c.device_train_microbatch_size
     assert isinstance(microbatch, int)
@@ -332,17 +355,13 @@ def test_mixed_precision_by_tensors_without_data(case, processes, without_data):
     processes(world_size)
     predicted = predict(c, world_size, True, microbatch)
     assert predicted.workspace == GPU_WORKSPACE
-    within = 0.08 if 'Hugging Face' in case else 0.05
-    assert predicted.total - GPU_WORKSPACE == pytest.approx(live_peak(c, world_size, microbatch, without_data), rel=within)
+    assert predicted.total - GPU_WORKSPACE == pytest.approx(live_peak(c, world_size, microbatch, patch), rel=0.02)
 
 
-@pytest.mark.parametrize('case', [case for case in CPU if case != 'embeddings'])
-def test_fp32_on_a_cpu(case, without_data):
-    *sizes, moment = CPU[case]
-    c = small(*sizes)
-    predicted = predict(c, 1, False, sizes[4])
-    assert predicted.moment == moment
-    assert predicted.total == pytest.approx(live_peak(c, 1, sizes[4], without_data, False), rel=0.03)
+@pytest.mark.parametrize('case', [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in GPU])
+def test_mixed_precision_as_fsdp_has_it(case, processes, without_data):
+    yaml, world_size, accum, *overrides = GPU[case]
+    compare_with_fsdp(yaml, world_size, accum, processes, without_data, *overrides)
 
 
 @pytest.mark.parametrize('world_size', [1, 4])
@@ -356,14 +375,14 @@ def test_checkpointed_and_sharded_on_cpus(world_size, processes, without_data):
 
 
 def step(world_size: int, *overrides: str) -> Memory:
-    return moments(parsed('mosaic_gpt/7b', *overrides), world_size, True, 8)[-1]
+    return moments(parsed('mosaic_gpt/125m', FEW, *overrides), world_size, True, 4)[-1]
 
 
 def test_what_is_sharded_is_divided_among_those_who_share_it():
     whole = step(1)
     for strategy, world_size, by in (('FULL_SHARD', 64, 64), ('SHARD_GRAD_OP', 64, 64), ('NO_SHARD', 64, 1)):
         part = step(world_size, f'fsdp_config.sharding_strategy={strategy}')
-        assert [part.weights * by, part.gradients * by] == pytest.approx([whole.weights, whole.gradients])
+        assert [part.weights * by, part.gradients * by] == pytest.approx([whole.weights, whole.gradients], rel=1e-6)
     hybrid = step(64, 'fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=4')
     assert hybrid.weights == pytest.approx(whole.weights / 16)
     assert step(64, 'fsdp_config=null').gradients == 2 * whole.gradients  # DDP's buckets
@@ -376,22 +395,15 @@ def test_copies_that_the_devices_do_not_divide_into_are_named():
 
 def test_offloaded_activations_do_not_grow_with_depth():
     shallow, deep, kept = (predict(parsed('mosaic_gpt/1b', f'fsdp_config.activation_cpu_offload={x}', f'model.n_layers={n}'),
-                                   64, True, 16) for x, n in (('true', 8), ('true', 80), ('false', 80)))
+                                   64, True, 8) for x, n in (('true', 4), ('true', 12), ('false', 12)))
     assert shallow.activations == deep.activations > 0
-    assert kept.activations - deep.activations == 80 * 16 * 2048 * 2048 * 2  # a block's input, in bf16
+    assert kept.activations - deep.activations >= 11 * 8 * 2048 * 2048 * 2  # a block's input, in bf16
 
 
 def test_prefetching_holds_another_block():
-    none, one = (moments(parsed('mosaic_gpt/7b', f'fsdp_config.backward_prefetch={x}'), 64, True, 8)[2]
-                 for x in ('NONE', 'BACKWARD_PRE'))
-    assert one.weights - none.weights == 2 * (12 * 4096**2 + 13 * 4096)
-
-
-def test_models_that_cannot_be_predicted_are_named():
-    c = parsed('hf_causal_lm/gpt2-small', 'model.pretrained_model_name_or_path=null')
-    c = c.model_copy(update={'model': c.model.model_copy(update={'config_overrides': {'model_type': 'llama'}})})
-    with pytest.raises(UserError, match="'llama' cannot be predicted; that of mosaic_gpt can"):
-        predict(c, 1, True, 1)
+    none, one = (next(m for m in moments(parsed('mosaic_gpt/1b', FEW, f'fsdp_config.backward_prefetch={x}'), 64, True, 8)
+                      if m.moment == 'in the backward pass of block 4 of 6') for x in ('NONE', 'BACKWARD_PRE'))
+    assert one.weights - none.weights == 2 * (12 * 2048**2 + 13 * 2048)
 
 
 def test_the_table_adds_up():
