@@ -6,7 +6,6 @@ on after an interruption, and the bytes do not depend on interruptions, processe
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -33,6 +32,8 @@ from src.sources import C4, C4_COLUMNS, C4_COUNTS, Bad, FolderSource, HubSource,
 SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
 SMALL = 100_000  # documents of train_small
 TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
+STORED_TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
+                    'spiece.model', 'vocab.json', 'merges.txt', 'vocab.txt']  # of a folder in an object store
 TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
 # Bytes of text in a byte of source, and of shards in a byte of text: C4 has 806 GB of text in 305 GB of files.
 TEXT_BYTES = {'.gz': 2.6, '.zst': 2.8, '.parquet': 1.6}
@@ -233,36 +234,37 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     print(f'{out_root}/tokenizer: trained')
 
 
-def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str]]:
-    """The tokenizer for --concat_tokens, as a name or a local folder, and a hash of what it does.
+def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
+    """The tokenizer for --concat_tokens.
 
     Args:
         args: The command line.
         folder: Empty, for a copy of a tokenizer that is in an object store.
+
+    Returns:
+        The name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
     """
     if args.concat_tokens is None:
-        return None, None
+        return None, None, None
     from src.tokenizer import HFTokenizer
 
-    name = args.tokenizer or f'{args.out_root}/tokenizer'
+    name = given = args.tokenizer or f'{args.out_root}/tokenizer'
     if args.tokenizer is None and Place(name).read('tokenizer_config.json') is None:
         raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
                         'add --train_tokenizer VOCAB')
     if is_url(name):
-        for file in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
-            if (text := Place(name).read(file)) is not None:
-                (folder / file).write_text(text)
+        for file in STORED_TOKENIZER:
+            if (data := Place(name).read_bytes(file)) is not None:
+                (folder / file).write_bytes(data)
         name = str(folder)
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
         from huggingface_hub import snapshot_download
         # Once, so that the workers find it on this disk.
         name = retried(lambda: snapshot_download(args.tokenizer, allow_patterns=TOKENIZER_FILES), name, 2, '--tokenizer')
     try:
-        tokenizer: Any = HFTokenizer(name, args.concat_tokens).tokenizer
+        return name, given, HFTokenizer(name, args.concat_tokens).hash
     except UserError as error:
         raise UserError(str(error).replace('tokenizer_name', '--tokenizer')) from None
-    says = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return name, hashlib.sha256(f'{says} {tokenizer.eos_token_id}'.encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- the work
@@ -270,9 +272,9 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
 
 def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFile]], folder: Path) -> dict[str, list[Job]]:
     """Every part of every split."""
-    name, tokenizer_hash = tokenizer_of(args, folder)
-    options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens, name,
-                      tokenizer_hash, args.compression, tuple(sorted(set(args.hashes))), args.size_limit, args.skip_bad_docs)
+    options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens,
+                      *tokenizer_of(args, folder), args.compression, tuple(sorted(set(args.hashes))), args.size_limit,
+                      args.skip_bad_docs)
     jobs = {}
     for split, files in listed.items():
         if source.is_c4:

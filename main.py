@@ -125,7 +125,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     writer = None
     if c.save_folder:
         writer = CheckpointWriter(c.save_folder, c.save_interval, c.save_num_checkpoints_to_keep, start,
-                                  model.described_by or c.model.model_dump(), c.tokenizer.tokenizer_name)
+                                  model.described_by or c.model.model_dump(), c.tokenizer.tokenizer_name,
+                                  getattr(tokenizer, 'hash', ''))
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': resume_wandb(c.loggers, name, c.save_folder)})
     chosen, profiler = builders.build_callbacks(c, tokenizer.tokenizer)

@@ -50,9 +50,10 @@ class Manifest:
     token: int
     world_size: int
     files: dict[str, int]  # relative to the folder: bytes
-    # What the weights alone do not tell, for whoever uses them: section `model` of the config, and tokenizer_name.
+    # What the weights alone do not tell, for whoever uses them: section `model` of the config, and the tokenizer.
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer_name: str = ''
+    tokenizer_hash: str = ''  # empty: of an earlier version of the kit, or of a tokenizer that has none
 
     @property
     def path(self) -> str:

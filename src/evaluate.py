@@ -43,7 +43,7 @@ from src.errors import UserError, first_line
 from src.processes import FailureWatch
 from src.report import is_out_of_memory, log, log_to_stderr
 from src.schema import Config, HFCausalLMConfig
-from src.tokenizer import TOKENIZER_REGISTRY, bytes_per_token
+from src.tokenizer import TOKENIZER_REGISTRY, HFTokenizer, bytes_per_token
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -125,6 +125,8 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     start = find_start(None, None, False, c.load_path, weights_only=True)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
     tokenizer = TOKENIZER_REGISTRY[c.tokenizer.name](c.tokenizer.tokenizer_name, c.tokenizer.max_seq_len)
+    if start.manifest and start.manifest.tokenizer_hash and isinstance(tokenizer, HFTokenizer):
+        tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name, start.manifest.tokenizer_hash)
     model, parallelism = training.build_model(c, tokenizer, start, has_gpu)
     loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
     view: Any = loader.dataset
