@@ -217,9 +217,8 @@ class SampleSource:
 
 def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFile]], folder: Path) -> dict[str, list[Job]]:
     """Every part of every split."""
-    name, tokenizer_hash = tokenizer_of(args, folder)
-    options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens, name,
-                      tokenizer_hash, args.compression, tuple(sorted(set(args.hashes))), args.size_limit,
+    options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens,
+                      *tokenizer_of(args, folder), args.compression, tuple(sorted(set(args.hashes))), args.size_limit,
                       args.skip_bad_docs, args.txt_lines)
     jobs = {}
     for split, files in listed.items():

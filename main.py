@@ -136,7 +136,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         save_interval = in_units_of_the_run(c.save_interval, c.max_duration)
         writer = CheckpointWriter(c.save_folder, save_interval, c.save_num_checkpoints_to_keep, start,
                                   model.described_by or c.model.model_dump(),
-                                  tokenizer.tokenizer_name if tokenizer else '', settings)
+                                  tokenizer.tokenizer_name if tokenizer else '', getattr(tokenizer, 'hash', ''), settings)
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': resume_wandb(c.loggers, name, c.save_folder)})
     chosen, profiler = builders.build_callbacks(c, hf_tokenizer)

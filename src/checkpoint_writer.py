@@ -51,15 +51,16 @@ class CheckpointWriter(Callback):
         keep: How many whole checkpoints stay; -1: all.
         start: Where the run started.
         model: Section `model` of the config, for the manifests.
-        tokenizer_name: Also for them.
+        tokenizer_name, tokenizer_hash: Also for them.
         settings: Of this run, for them as well; see `src/resume.py`.
     """
 
     def __init__(self, save_folder: str, save_interval: str, keep: int = -1, start: Start = FRESH,
-                 model: Optional[dict[str, Any]] = None, tokenizer_name: str = '',
+                 model: Optional[dict[str, Any]] = None, tokenizer_name: str = '', tokenizer_hash: str = '',
                  settings: Optional[dict[str, Any]] = None):
         self.save_folder, self.keep = save_folder, keep
-        self.config = {'model': model or {}, 'tokenizer_name': tokenizer_name, 'settings': settings or {}}
+        self.config = {'model': model or {}, 'tokenizer_name': tokenizer_name, 'tokenizer_hash': tokenizer_hash,
+                       'settings': settings or {}}
         self.due: Callable[[State, Event], bool] = create_interval_scheduler(save_interval)
         self.last_batch = -1
         self.local = ''  # where Composer writes; known once the run has a name

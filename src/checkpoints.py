@@ -48,9 +48,10 @@ class Manifest:
     token: int
     world_size: int
     files: dict[str, int]  # relative to the folder: bytes
-    # What the weights alone do not tell, for whoever uses them: section `model` of the config, and tokenizer_name.
+    # What the weights alone do not tell, for whoever uses them: section `model` of the config, and the tokenizer.
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer_name: str = ''
+    tokenizer_hash: str = ''  # empty: of an earlier version of the kit, or of a tokenizer that has none
     # For a run that goes on with other settings: those of this run (see src/resume.py), and its place in the epoch.
     settings: dict[str, Any] = field(default_factory=dict)
     sample_in_epoch: int = 0

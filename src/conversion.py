@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_intdigest
 
-from src.data_places import is_url
+from src.data_places import is_missing, is_url
 from src.documents import Document, good_documents
 from src.errors import DISK_FULL, UserError, first_line
 from src.source_files import SourceFile
@@ -45,7 +45,8 @@ class Options:
     columns: tuple[str, ...]
     text_column: str = 'text'
     concat_tokens: Optional[int] = None  # tokens in a sequence; None: text is stored
-    tokenizer: Optional[str] = None  # a hub name or a folder
+    tokenizer: Optional[str] = None  # a hub name or a local folder
+    tokenizer_name: Optional[str] = None  # as the user names it
     tokenizer_hash: Optional[str] = None
     compression: Optional[str] = None
     hashes: tuple[str, ...] = ()
@@ -57,7 +58,8 @@ class Options:
     def identity(self) -> dict[str, Any]:
         """What a second run must agree with; where the tokenizer lies is no part of it."""
         found = json.loads(json.dumps(asdict(self)))
-        return {k: v for k, v in found.items() if k != 'tokenizer' and (k, v) != ('txt_lines', False)}
+        left_out = ('tokenizer', 'tokenizer_name')
+        return {k: v for k, v in found.items() if k not in left_out and (k, v) != ('txt_lines', False)}
 
 
 class Job(NamedTuple):
@@ -94,23 +96,28 @@ class Place:
         self.disk = Path(tempfile.gettempdir() if self.remote else root).absolute()
 
     def read(self, name: str) -> Optional[str]:
+        """A small file of text; None where there is none."""
+        data = self.read_bytes(name)
+        return None if data is None else data.decode()
+
+    def read_bytes(self, name: str) -> Optional[bytes]:
         """A small file; None where there is none."""
         if not self.remote:
             path = Path(self.root, name)
-            return path.read_text('utf-8') if path.is_file() else None
+            return path.read_bytes() if path.is_file() else None
         from streaming.base.util import retry
 
         @retry(num_attempts=5)
-        def download() -> Optional[str]:
+        def download() -> Optional[bytes]:
             with tempfile.TemporaryDirectory() as folder:
                 local = os.path.join(folder, 'file')
                 try:
                     _downloader(self.root).download(f'{self.root}/{name}', local)
                 except Exception as error:  # each store has classes of its own
-                    if _is_missing(error):
+                    if is_missing(error):
                         return None
                     raise
-                return Path(local).read_text('utf-8')
+                return Path(local).read_bytes()
         try:
             return download()
         except Exception as error:
@@ -185,14 +192,6 @@ class Place:
         finally:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_missing(error: Exception) -> bool:
-    """Whether a store says that there is no such object; each has error classes of its own."""
-    response: Any = getattr(error, 'response', None)
-    code = response.get('Error', {}).get('Code') if isinstance(response, dict) else getattr(response, 'status_code', None)
-    codes = [code, *(getattr(error, name, None) for name in ('code', 'status', 'status_code'))]
-    return isinstance(error, FileNotFoundError) or any(code in ('404', 'NoSuchKey', 404) for code in codes)
 
 
 @cache  # its client takes a tenth of a second to make

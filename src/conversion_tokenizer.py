@@ -1,7 +1,6 @@
 """The tokenizer of a conversion: trained on its text, or one that is there already."""
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
@@ -9,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from src.conversion import Place, folder_info
 from src.data_places import is_url
@@ -20,6 +19,8 @@ from src.source_files import SourceFile
 from src.sources import read, retried
 
 TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
+STORED_TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
+                    'spiece.model', 'vocab.json', 'merges.txt', 'vocab.txt']  # of a folder in an object store
 TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
 
 
@@ -73,33 +74,34 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
         print(f'note: --train_tokenizer: {vocab_size}, and the text gives no more than {n_tokens} tokens')
 
 
-def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str]]:
-    """The tokenizer for --concat_tokens, as a name or a local folder, and a hash of what it does.
+def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
+    """The tokenizer for --concat_tokens.
 
     Args:
         args: The command line.
         folder: Empty, for a copy of a tokenizer that is in an object store.
+
+    Returns:
+        The name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
     """
     if args.concat_tokens is None:
-        return None, None
+        return None, None, None
     from src.tokenizer import HFTokenizer
 
-    name = args.tokenizer or f'{args.out_root}/tokenizer'
+    name = given = args.tokenizer or f'{args.out_root}/tokenizer'
     if args.tokenizer is None and Place(name).read('tokenizer_config.json') is None:
         raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
                         'add --train_tokenizer VOCAB')
     if is_url(name):
-        for file in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
-            if (text := Place(name).read(file)) is not None:
-                (folder / file).write_text(text, 'utf-8')
+        for file in STORED_TOKENIZER:
+            if (data := Place(name).read_bytes(file)) is not None:
+                (folder / file).write_bytes(data)
         name = str(folder)
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
         from huggingface_hub import snapshot_download
         # Once, so that the workers find it on this disk.
         name = retried(lambda: snapshot_download(args.tokenizer, allow_patterns=TOKENIZER_FILES), name, 2, '--tokenizer')
     try:
-        tokenizer: Any = HFTokenizer(name, args.concat_tokens).tokenizer
+        return name, given, HFTokenizer(name, args.concat_tokens).hash
     except UserError as error:
         raise UserError(str(error).replace('tokenizer_name', '--tokenizer')) from None
-    says = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return name, hashlib.sha256(f'{says} {tokenizer.eos_token_id}'.encode()).hexdigest()

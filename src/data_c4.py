@@ -36,6 +36,7 @@ from src.data_places import explain, is_copied, stream_errors, streams_of
 from src.errors import UserError, positive
 from src.machine import shorten_socket_paths
 from src.processes import init_loader_worker
+from src.provenance import check_tokenizer
 from src.sample_order import batches_in_epoch, whole_batches
 from src.schema import LoaderConfig
 from src.shared_memory import check_loader, opening_a_dataset, remove_locks_at_exit
@@ -100,7 +101,8 @@ class StreamingC4(CheckedDataset):
         self._shapes = ((max_seq_len,), (max_seq_len + 1,))
         self.group_method = group_method
         self.sequence_ids = sequence_ids
-        self.tokenizer = HFTokenizer(tokenizer_name, max_seq_len).tokenizer
+        kit_tokenizer = HFTokenizer(tokenizer_name, max_seq_len)
+        self.tokenizer, self.tokenizer_name, self._n_ids = kit_tokenizer.tokenizer, tokenizer_name, kit_tokenizer.n_ids
         named = {f'dataset.streams.{name}': {**stream, 'split': stream.get('split') or split} for name, stream in
                  (streams or {}).items()} or {'dataset': {'remote': remote, 'local': local, 'split': split}}
         opened = [CheckedStream(name, streaming.get('cache_limit'), **kwargs) for name, kwargs in named.items()]
@@ -119,6 +121,8 @@ class StreamingC4(CheckedDataset):
             raise UserError('dataset.streams: all must hold text, or all tokens of one length, but ' +
                             '; '.join(f'{name} holds {what}' for name, what in held.items()))
         self.column = 'text' if 'text' in held.values() else 'tokens'
+        for stream in opened if self.column == 'tokens' else ():
+            check_tokenizer(stream, kit_tokenizer)
 
     @property
     def packs_on_the_fly(self) -> bool:
@@ -193,7 +197,12 @@ class StreamingC4(CheckedDataset):
     def _packed(self, tokens: NDArray) -> Sample:
         if tokens.dtype.kind not in 'iu' or tokens.shape not in self._shapes:
             check_tokens(tokens, self.max_seq_len, self.place)
-        return self._sample(tokens.astype(np.int64))
+        ids = tokens.astype(np.int64)
+        if (highest := int(ids.view(np.uint64).max())) >= self._n_ids:  # unsigned: a negative id is a high one
+            raise UserError(f'tokenizer_name: {self.tokenizer_name!r} has ids from 0 to {self._n_ids - 1}, and {self.place} '
+                            f'holds the token id {highest if highest < 2**63 else highest - 2**64}; set the tokenizer that made '
+                            'the tokens, and model.vocab_size to its number of ids')
+        return self._sample(ids)
 
     def _sample(self, ids: NDArray[np.int64]) -> Sample:
         """One sample of max_seq_len tokens, or one more, that are all trained on."""

@@ -47,7 +47,7 @@ from src.processes import FailureWatch
 from src.report import log, log_to_stderr
 from src.safe_reading import loading
 from src.schema import Config, HFCausalLMConfig
-from src.tokenizer import bytes_per_token
+from src.tokenizer import HFTokenizer, bytes_per_token
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -130,6 +130,8 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     start = find_start(None, None, False, c.load_path, weights_only=True)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
     tokenizer = training.build_tokenizer(c)
+    if start.manifest and start.manifest.tokenizer_hash and isinstance(tokenizer, HFTokenizer):
+        tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name, start.manifest.tokenizer_hash)
     model, parallelism = training.build_model(c, tokenizer, start, has_gpu)
     evaluators = training.build_evaluators(c, model)
     nodes.agree('data', fingerprints(None, evaluators[0].dataloader))

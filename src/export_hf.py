@@ -1,6 +1,6 @@
 """A checkpoint of the kit → a Hugging Face folder: safetensors, config, tokenizer.
 
-    python src/export_hf.py CHECKPOINT OUT [--tokenizer NAME] [--yaml YAML key=value ...]
+    python src/export_hf.py CHECKPOINT OUT [--dtype bfloat16] [--tokenizer NAME] [--yaml YAML key=value ...]
 
 A MosaicGPT becomes a GPT-2, which computes the same; `hf_causal_lm` models stay what they are. The manifest beside a
 checkpoint says what the weights do not (heads, activation, tokenizer). For a checkpoint without one, `--yaml` does.
@@ -18,6 +18,7 @@ if __name__ == '__main__':  # run as `python src/export_hf.py`: import from the 
     from src.machine import set_up_output
     set_up_output()
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
@@ -63,6 +64,9 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
                         'the run did')
     hf = hf_model(model, weights, '--yaml' if yaml else path)
     kit = HFTokenizer(name, 2)
+    if manifest and manifest.tokenizer_hash:
+        kit.check_made(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash,
+                       '--tokenizer' if tokenizer_name else 'tokenizer_name')
     try:
         check_vocab(kit, hf.config.vocab_size)
     except UserError as e:
@@ -124,6 +128,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='A checkpoint as a Hugging Face folder.')
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help="a file, a sharded checkpoint's folder, or a run's; s3:// too")
     parser.add_argument('out', metavar='OUT', help='a new folder')
+    parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32',
+                        help='of the weights; the two of 16 bits make a file of half the size; default: %(default)s')
     add_arguments(parser)
     return parser.parse_args(argv)
 
@@ -136,10 +142,13 @@ def main(args: argparse.Namespace) -> None:
     """
     check_out(args.out)
     model, tokenizer, path = load_checkpoint(args.checkpoint, args.tokenizer, args.yaml)
-    write(model, tokenizer, args.out)
+    write(model.to(getattr(torch, args.dtype)), tokenizer, args.out)  # pyright: ignore[reportArgumentType]
     size = sum(file.stat().st_size for file in Path(args.out).iterdir())
     print(f'{args.out}: {model.config.model_type}, {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, '
-          f'{size / 2**20:,.1f} MiB; from {path}')
+          f'{size / 2**20:,.1f} MiB, {args.dtype}; from {path}')
+    if added := tokenizer.num_special_tokens_to_add():  # pyright: ignore
+        print(f'note: the tokenizer, a class in Python, puts {added} tokens around each text, and training had none; call it '
+              'with add_special_tokens=False')
 
 
 if __name__ == '__main__':

@@ -66,7 +66,8 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
     files = {INDEX: {'bytes': len(index.encode()), HASH: get_hash(HASH, index.encode())}}
     files |= {f'{job.name}/{name}': info for job, part in full for name, info in part['files'].items()}
     manifest = {'version': 1, 'source': source.name, 'revision': source.revision, 'split': split,
-                'options': {'max_docs': jobs[0].max_docs, **jobs[0].options.identity}, **total, 'files': files}
+                'options': {'max_docs': jobs[0].max_docs, **jobs[0].options.identity},
+                'tokenizer_name': jobs[0].options.tokenizer_name, **total, 'files': files}
     place.write(INDEX, index)
     place.write(MANIFEST, json.dumps(manifest, indent=1))
     place.sweep(of_all=True)

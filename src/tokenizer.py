@@ -1,21 +1,38 @@
 """Tokenizers: Hugging Face's, from the hub or from a folder."""
 
+import hashlib
 import json
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from numpy.typing import NDArray
 from streaming.base.distributed import get_local_rank
 from torch import distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from src.errors import UserError
+from src.encoding import encode_documents
+from src.errors import UserError, first_line
 from src.schema import Config
+
+# Files that hold a vocabulary and do not say of which tokenizer it is. For each a class of transformers that reads such a
+# file, and the EOS token that goes with it.
+CLASSES = {'tokenizer.model': ('LlamaTokenizer', '</s>'), 'spiece.model': ('T5Tokenizer', '</s>'),
+           'vocab.json': ('GPT2Tokenizer', '<|endoftext|>'), 'vocab.txt': ('BertTokenizer', '[SEP]')}
+PACKAGES = 'sentencepiece', 'tiktoken', 'protobuf'  # that some tokenizers need, and the kit does not
+SHOWN = 200  # characters of another library's message
+# Two tokenizers with the same vocabulary are told apart by the ids of this text: case, accents, blanks, digits, scripts.
+PROBE = ('The  QUICK brown fox\'s\tname:\n\n  na\u00efve cafe\u0301 \uff21\ufb01 3.14159 12345678 '
+         '\u4e2d\u6587\u3002 \u0416\u0443\u043a \U0001f600 <b>don\'t</b> ')
 
 
 class HFTokenizer:
-    """A Hugging Face tokenizer that has an EOS and a pad token.
+    """A Hugging Face tokenizer that has an EOS and a pad token, and gives the ids of a text alone.
+
+    A call, `encode` and `decode` are those of the Hugging Face tokenizer. Where that one puts tokens around each text (BOS,
+    as Llama's and Gemma's do, or [CLS] and [SEP]), it does so no longer: documents in training have none. It returns
+    `input_ids` and `attention_mask`, and pads on the right.
 
     Args:
         tokenizer_name: A name on the hub, such as `gpt2`, or a folder, such as `./my-copy-c4/tokenizer`.
@@ -23,6 +40,7 @@ class HFTokenizer:
 
     Attributes:
         tokenizer: Hugging Face's own object. Where it has no pad token, EOS is the pad token.
+        hash: What tells this tokenizer from others; see `tokenizer_hash`.
 
     Raises:
         UserError: No such tokenizer, or the hub cannot be reached, or it has no EOS token to end a document with.
@@ -33,15 +51,56 @@ class HFTokenizer:
         self.max_seq_len = max_seq_len
         self.tokenizer = _load(tokenizer_name)
         if self.tokenizer.eos_token_id is None:
-            raise UserError(f'tokenizer_name: {tokenizer_name!r} has no EOS token, which every document ends with; '
-                            'choose a tokenizer of a causal language model, such as gpt2')
+            raise UserError(_no_eos(tokenizer_name, self.tokenizer))
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.hash, self._old_hash = tokenizer_hash(self.tokenizer), _structure_hash(self.tokenizer)
+        _add_nothing(self.tokenizer)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tokenizer(*args, **kwargs)
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        return self.tokenizer.encode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        return self.tokenizer.decode(*args, **kwargs)
+
+    @property
+    def bos_token_id(self) -> Optional[int]:
+        return self.tokenizer.bos_token_id  # pyright: ignore
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.tokenizer.eos_token_id  # pyright: ignore
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id  # pyright: ignore
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, with those that were added to the vocabulary."""
         return len(self.tokenizer)
+
+    @property
+    def n_ids(self) -> int:
+        """One more than the highest id. A vocabulary with gaps has fewer tokens than this."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
+    def check_made(self, what: str, made_by: Optional[str], its_hash: str, setting: str = 'tokenizer_name') -> None:
+        """Raises UserError where something was made with another tokenizer.
+
+        Args:
+            what: The thing that was made, such as `the tokens in ./data/train`.
+            made_by: The name of the tokenizer that made it; None: not known.
+            its_hash: The hash of that tokenizer.
+            setting: Where this tokenizer is named.
+        """
+        if its_hash not in (self.hash, self._old_hash):
+            raise UserError(f'{setting}: {self.tokenizer_name!r} (hash {self.hash[:12]}) is another tokenizer than that of '
+                            f'{what}: {made_by or "one whose name is not known"} (hash {its_hash[:12]}); set the one that was '
+                            'used')
 
 
 def _load(name: str) -> PreTrainedTokenizerBase:
@@ -51,8 +110,12 @@ def _load(name: str) -> PreTrainedTokenizerBase:
         dist.barrier()
     try:
         # Documents longer than a sample are the loader's to cut: without the length, no warning about them. A document that
-        # spells a special token is text: the id of EOS is where a document ends, and nowhere else.
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, model_max_length=int(1e30), split_special_tokens=True)
+        # spells a special token is text: the id of EOS is where a document ends, and nowhere else. GPT-2 adds an embedding for
+        # `token_type_ids`, which training has not: the names of what a model takes are without it.
+        return _class_for(name).from_pretrained(name, trust_remote_code=False, model_max_length=int(1e30), padding_side='right',
+                                                split_special_tokens=True, model_input_names=['input_ids', 'attention_mask'])
+    except UserError:
+        raise
     except Exception as e:  # of a damaged file, tokenizers raises just that
         raise UserError(_why_not(name, e)) from None
     finally:
@@ -60,8 +123,35 @@ def _load(name: str) -> PreTrainedTokenizerBase:
             dist.barrier()
 
 
+def _class_for(name: str) -> Any:
+    """The class of transformers that loads a tokenizer. A folder of one file may not say which: that needs no more to be read.
+
+    Raises:
+        UserError: A folder with a vocabulary alone, which several classes read in different ways.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or _names_class(folder / 'tokenizer_config.json') or _names_class(folder / 'config.json'):
+        return AutoTokenizer
+    if (folder / 'tokenizer.json').is_file():  # as the library tokenizers saves
+        return PreTrainedTokenizerFast
+    for file, (cls, eos) in CLASSES.items():
+        if (folder / file).is_file():
+            raise UserError(f'tokenizer_name: folder {name!r} holds {file}, and nothing that says which tokenizer it belongs to; '
+                            f'write the name of its class in transformers, and its EOS token, into {folder}/tokenizer_config.json'
+                            f', such as {{"tokenizer_class": "{cls}", "eos_token": "{eos}"}}')
+    return AutoTokenizer
+
+
+def _names_class(config: Path) -> bool:
+    found = json.loads(config.read_text('utf-8')) if config.is_file() else {}
+    return bool(found.get('tokenizer_class') or found.get('model_type'))
+
+
 def _why_not(name: str, error: Exception) -> str:
-    reason = (str(error).splitlines() or [''])[0]
+    text, reason = str(error).lower(), first_line(error)[:SHOWN]
+    installed = {distribution.name.lower() for distribution in distributions()}
+    if lacking := [package for package in PACKAGES if package in text and package not in installed]:
+        return f'tokenizer_name: {name!r} needs packages that are not installed: pip install {" ".join(lacking)}'
     if Path(name).is_dir():
         return f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: {type(error).__name__}: {reason}'
     if name.startswith(('.', '/', '~')) or name.count('/') > 1:
@@ -75,21 +165,59 @@ def _why_not(name: str, error: Exception) -> str:
             f'and name the folder ./my-copy-c4/tokenizer ({type(error).__name__}: {reason})')
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int64]]:
-    """Token ids of each document, closed by EOS; no other special tokens, and no limit to the length."""
-    documents: Any
-    if tokenizer.is_fast:  # past the wrapper, which makes Python lists of masks and offsets that nobody reads
-        backend: Any = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-        documents = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    else:
-        documents = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)['input_ids']
-    out = [np.full(len(ids) + 1, tokenizer.eos_token_id, np.int64) for ids in documents]
-    for array, ids in zip(out, documents, strict=True):
-        array[:-1] = ids
-    return out
+def _no_eos(name: str, tokenizer: Any) -> str:
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    there = f'its special tokens are {", ".join(special[:10])}' if special else 'it has no special tokens'
+    mend = (f'write the token that ends a text into {Path(name)}/tokenizer_config.json, such as '
+            f'{{"eos_token": "{(special or ["<|endoftext|>"])[-1]}"}}' if Path(name).is_dir() else
+            'choose a tokenizer of a causal language model, such as gpt2')
+    return f'tokenizer_name: {name!r} has no EOS token, which every document ends with; {there}: {mend}'
+
+
+def _add_nothing(tokenizer: Any) -> None:
+    """Makes a tokenizer give the ids of a text alone, as in training; what it saves and loads again does so, too."""
+    for name in ('add_bos_token', 'add_eos_token'):
+        if getattr(tokenizer, name, False):
+            setattr(tokenizer, name, False)
+    if tokenizer.is_fast and tokenizer.num_special_tokens_to_add():
+        tokenizer.backend_tokenizer.post_processor = None
+
+
+# ---------------------------------------------------------------- which tokenizer it is
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """What is the same for tokenizers that give every document the same ids, and else differs.
+
+    It does not depend on what a tokenizer puts around a text, on padding, or on the version of transformers, and stays when a
+    tokenizer is saved and loaded again.
+
+    Args:
+        tokenizer: Hugging Face's own object, as it was loaded.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    if tokenizer.is_fast and _is_byte_level(tokenizer):
+        return _structure_hash(tokenizer)
+    says = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, encode_documents(tokenizer, [PROBE])[0].tolist()]
+    return hashlib.sha256(json.dumps(says).encode()).hexdigest()
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether the serialization says all, the same in each version: of GPT-2's tokenizer and those that the kit trains."""
+    post = tokenizer.backend_tokenizer.post_processor
+    kind = post is not None and json.loads(post.__getstate__())['type']
+    return kind == 'ByteLevel' and type(tokenizer.backend_tokenizer.model).__name__ == 'BPE'
+
+
+def _structure_hash(tokenizer: Any) -> str:
+    """The hash of the serialization: that of all tokenizers in data which an earlier version of the kit has made."""
+    says = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f'{says} {tokenizer.eos_token_id}'.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- what its ids stand for
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> NDArray[np.float64]:
@@ -129,7 +257,7 @@ def check_vocab(tokenizer: HFTokenizer, model_vocab_size: int) -> None:
     Raises:
         UserError: The tokenizer has ids that the model has no embedding for.
     """
-    needed = 1 + max(tokenizer.tokenizer.get_vocab().values())  # ids may have gaps: more than len(tokenizer)
+    needed = tokenizer.n_ids
     if needed > model_vocab_size:
         raise UserError(f'model.vocab_size: {model_vocab_size} is too small for tokenizer_name {tokenizer.tokenizer_name!r}, '
                         f'whose ids need {needed}; set model.vocab_size={needed} or more (of hf_causal_lm: '
