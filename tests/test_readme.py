@@ -558,15 +558,10 @@ def table(doc: str, head: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip('|').split('|')] for row in rows]
 
 
-def test_the_box_holds_every_program_and_module_with_the_minutes_that_it_takes():
-    rows = {re.sub(r'\[(.*)\]\(\1\)', r'\1', file): minutes for file, minutes, _ in table('README.md', '| file | minutes | job |')
-            if minutes}
+def test_the_box_holds_every_program_and_module():
+    rows = [re.sub(r'\[(.*)\]\(\1\)', r'\1', file) for file, job in table('README.md', '| file | job |') if job]
     there = {str(p.relative_to(ROOT)) for p in [*ROOT.glob('*.py'), *ROOT.glob('src/*.py')]}
-    assert rows.keys() == there | {QUICKSTART, 'src/README.md'}
-    for file, minutes in rows.items():
-        lines = len((ROOT / file).read_text().splitlines())
-        assert abs(int(minutes) - lines / 40) <= 1, f'{file}: {lines} lines are {lines / 40:.1f} minutes'
-    assert 25 <= sum(map(int, list(rows.values())[:6])) <= 35  # "about half an hour"
+    assert sorted(rows) == sorted(there | {QUICKSTART, 'src/README.md'})
 
 
 def test_every_run_is_in_the_table():
