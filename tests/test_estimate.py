@@ -19,7 +19,8 @@ from src.sizing import C4_TOKENS, CARDS, USABLE, Estimate, counts, estimate, nee
 
 NAMES = ('125m', '350m', '760m', '1b', '3b', '7b', '13b', '30b', '70b')
 SOME = [name if name == '125m' else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-FEW = 'model.n_layers=4'  # each block takes time to follow
+FEW = 'model.n_layers=4'  # each block takes time to follow, and so does each chunk of the loss
+SHORT = 'model.loss_chunk_tokens=65536'
 
 
 def parsed(name: str, *overrides: str) -> Config:
@@ -176,14 +177,14 @@ def test_a_checkpoint_is_as_large_as_it_says(kind, mds_root, tmp_path):
 
 
 def test_bytes_of_data_and_checkpoints():
-    text = program.report(sized('13b', 'h200', FEW, 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
+    text = program.report(sized('13b', 'h200', FEW, SHORT, 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
     tokens = 124_000 * 1024 * 2048
     assert f'{2 * tokens / 1e9:.2f} GB' == '520.09 GB' and '520.09 GB' in text
     assert f'{tokens / C4_TOKENS:.1f} times C4, 340.00 GB' in text and '1.5 times' in text
     n_params = 4 * (12 * 5120**2 + 13 * 5120) + (50257 + 2048 + 2) * 5120
     assert f'3 kept: {3 * 12 * n_params / 1e9:.2f} GB' in text
     kept = f'25 kept: {25 * 12 * n_params / 1e9:.2f} GB, with a save_folder'  # 124000 / 5000, and the end
-    assert kept in program.report(sized('13b', 'h200', FEW))
+    assert kept in program.report(sized('13b', 'h200', FEW, SHORT))
     assert sized('125m', 'l4', FEW, 'model.vocab_size=100000').token_bytes == 4
 
 
