@@ -32,8 +32,9 @@ from src.sources import C4, C4_COLUMNS, C4_COUNTS, Bad, FolderSource, HubSource,
 SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
 SMALL = 100_000  # documents of train_small
 TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
-STORED_TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
-                    'spiece.model', 'vocab.json', 'merges.txt', 'vocab.txt']  # of a folder in an object store
+# What a folder in an object store may hold of a tokenizer.
+STORED_TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+                    'vocab.json', 'merges.txt', 'vocab.txt', 'tokenizer.model', 'spiece.model']
 TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
 # Bytes of text in a byte of source, and of shards in a byte of text: C4 has 806 GB of text in 305 GB of files.
 TEXT_BYTES = {'.gz': 2.6, '.zst': 2.8, '.parquet': 1.6}

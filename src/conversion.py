@@ -55,7 +55,8 @@ class Options:
     @property
     def identity(self) -> dict[str, Any]:
         """What a second run must agree with; where the tokenizer lies is no part of it."""
-        return {k: v for k, v in json.loads(json.dumps(asdict(self))).items() if k not in ('tokenizer', 'tokenizer_name')}
+        fields = json.loads(json.dumps(asdict(self)))
+        return {k: v for k, v in fields.items() if k not in ('tokenizer', 'tokenizer_name')}
 
 
 class Job(NamedTuple):

@@ -126,7 +126,8 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
     tokenizer = TOKENIZER_REGISTRY[c.tokenizer.name](c.tokenizer.tokenizer_name, c.tokenizer.max_seq_len)
     if start.manifest and start.manifest.tokenizer_hash and isinstance(tokenizer, HFTokenizer):
-        tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name, start.manifest.tokenizer_hash)
+        tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name,
+                             start.manifest.tokenizer_hash)
     model, parallelism = training.build_model(c, tokenizer, start, has_gpu)
     loader = build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
     view: Any = loader.dataset
