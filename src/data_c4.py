@@ -41,7 +41,7 @@ from src.sample_order import batches_in_epoch, whole_batches
 from src.schema import LoaderConfig
 from src.shared_memory import check_loader, opening_a_dataset, remove_locks_at_exit
 from src.streams import CheckedDataset, CheckedStream, EvalLoader, TrainLoader, check_tokens, held_by
-from src.tokenizer import HFTokenizer, encode_documents
+from src.tokenizer import HFTokenizer, encode_documents, n_ids
 
 IGNORED = -100  # the label that no loss counts
 ROWS_PER_CALL = 64  # a fast tokenizer is several times faster on a list
@@ -102,7 +102,8 @@ class StreamingC4(CheckedDataset):
         self.group_method = group_method
         self.sequence_ids = sequence_ids
         kit_tokenizer = HFTokenizer(tokenizer_name, max_seq_len)
-        self.tokenizer, self.tokenizer_name, self._n_ids = kit_tokenizer.tokenizer, tokenizer_name, kit_tokenizer.n_ids
+        self.tokenizer, self.tokenizer_name = kit_tokenizer.tokenizer, tokenizer_name
+        self._n_ids = n_ids(self.tokenizer)
         named = {f'dataset.streams.{name}': {**stream, 'split': stream.get('split') or split} for name, stream in
                  (streams or {}).items()} or {'dataset': {'remote': remote, 'local': local, 'split': split}}
         opened = [CheckedStream(name, streaming.get('cache_limit'), **kwargs) for name, kwargs in named.items()]
@@ -198,10 +199,11 @@ class StreamingC4(CheckedDataset):
         if tokens.dtype.kind not in 'iu' or tokens.shape not in self._shapes:
             check_tokens(tokens, self.max_seq_len, self.place)
         ids = tokens.astype(np.int64)
-        if (highest := int(ids.view(np.uint64).max())) >= self._n_ids:  # unsigned: a negative id is a high one
-            raise UserError(f'tokenizer_name: {self.tokenizer_name!r} has ids from 0 to {self._n_ids - 1}, and {self.place} '
-                            f'holds the token id {highest if highest < 2**63 else highest - 2**64}; set the tokenizer that made '
-                            'the tokens, and model.vocab_size to its number of ids')
+        if ids.view(np.uint64).max() >= self._n_ids:  # unsigned, where a negative id is a high one: one pass for both
+            wrong = ids[(ids < 0) | (ids >= self._n_ids)][0]
+            raise UserError(f'tokenizer_name: {self.tokenizer_name!r} has ids from 0 to {self._n_ids - 1}, and '
+                            f'{self.place} holds the token id {wrong}; set the tokenizer that made the tokens, and '
+                            'model.vocab_size to its number of ids')
         return self._sample(ids)
 
     def _sample(self, ids: NDArray[np.int64]) -> Sample:

@@ -168,6 +168,7 @@ def explain(e: Exception, remote: Optional[str], local: str, split: str, setting
 def is_missing(error: Exception) -> bool:
     """Whether a store says that there is no such object; each has error classes of its own."""
     response: Any = getattr(error, 'response', None)
-    code = response.get('Error', {}).get('Code') if isinstance(response, dict) else getattr(response, 'status_code', None)
+    code = (response.get('Error', {}).get('Code') if isinstance(response, dict) else
+            getattr(response, 'status_code', None))
     codes = [code, *(getattr(error, name, None) for name in ('code', 'status', 'status_code'))]
     return isinstance(error, FileNotFoundError) or any(code in ('404', 'NoSuchKey', 404) for code in codes)

@@ -26,9 +26,9 @@ PLACES = re.compile(r'[^\W_](?=[ \t\r\n])'), re.compile(r'[^\W_](?=[\W_])')
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int64]]:
     """Token ids of each document, closed by EOS. There are no other special tokens, and the length has no limit.
 
-    A document that spells a special token, such as `</s>`, is text: that token's id is not among its ids. A long document is
-    encoded in pieces. It is cut where the ids stay those of the whole; where there is no such place in LONGEST characters, a
-    warning says that it was cut elsewhere.
+    A document that spells a special token, such as `</s>`, is text: that token's id is not among its ids. A long
+    document is encoded in pieces. It is cut where the ids stay those of the whole. Where there is no such place in
+    LONGEST characters, a warning says that it was cut elsewhere.
 
     Args:
         tokenizer: Hugging Face's own object, with an EOS token.
@@ -81,7 +81,7 @@ _backends: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Special tokens of two or more characters. One of a single character is also that character: many texts need it."""
+    """Special tokens of two or more characters. One of a single character stays that character in a text."""
     added: Any = tokenizer.added_tokens_decoder  # pyright: ignore
     special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
     return {token for token in special if len(token) > 1}
@@ -90,9 +90,10 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 def _blind_to_special_tokens(tokenizer: Any) -> Any:
     """The backend of a fast tokenizer, which gives no text the id of a special token.
 
-    `encode_special_tokens` makes a backend take the spelling of a special token as text. But its vocabulary may hold that
-    token as an ordinary piece, too: a Unigram, WordPiece or WordLevel model then finds it, and a BPE with a merge that makes
-    it. Such a backend is copied, and the copy has names for these pieces that no text contains. All ids stay.
+    `encode_special_tokens` makes a backend take the spelling of a special token as text. But its vocabulary may hold
+    that token as an ordinary piece, too. A Unigram, WordPiece or WordLevel model then finds it, and so does a BPE with
+    a merge that makes it. Such a backend is copied, and the copy has names for these pieces that no text contains. All
+    ids stay.
     """
     from tokenizers import Tokenizer, models
 
@@ -135,9 +136,10 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
         if stop >= len(text):
             break
         if stop == start + LONGEST:
-            warnings.warn(f'a document has no place in {LONGEST:,} characters where the tokenizer {tokenizer.name_or_path!r} '
-                          'can read it in two pieces with the same token ids; it was cut all the same, to bound the memory, '
-                          'and some ids at the cut differ from those of the whole document', stacklevel=2)
+            warnings.warn(f'a document has no place in {LONGEST:,} characters where the tokenizer '
+                          f'{tokenizer.name_or_path!r} can read it in two pieces with the same token ids; it was cut '
+                          'all the same, to bound the memory, and some ids at the cut differ from those of the whole '
+                          'document', stacklevel=2)
         yield text[start:stop]
         start = following
     yield text[start:]
@@ -146,8 +148,8 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
 def _exact_place(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> Optional[tuple[int, int]]:
     """Where the text can be cut with the same ids: the end of a piece and the start of the next.
 
-    The places end a word, where a pre-tokenizer splits, too. Each is tried with the characters around it. The blank between
-    two pieces is left out where the tokenizer puts one before each text.
+    The places end a word, where a pre-tokenizer splits, too. Each is tried with the characters around it. The blank
+    between two pieces is left out where the tokenizer puts one before each text.
     """
     end = start + PIECE
     for low, high in (max(end - NEAR, start), end), (start, end), (end, start + LONGEST):

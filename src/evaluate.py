@@ -131,7 +131,8 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
     tokenizer = training.build_tokenizer(c)
     if start.manifest and start.manifest.tokenizer_hash and isinstance(tokenizer, HFTokenizer):
-        tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name, start.manifest.tokenizer_hash)
+        tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name,
+                             start.manifest.tokenizer_hash)
     model, parallelism = training.build_model(c, tokenizer, start, has_gpu)
     evaluators = training.build_evaluators(c, model)
     nodes.agree('data', fingerprints(None, evaluators[0].dataloader))

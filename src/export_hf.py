@@ -147,8 +147,8 @@ def main(args: argparse.Namespace) -> None:
     print(f'{args.out}: {model.config.model_type}, {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, '
           f'{size / 2**20:,.1f} MiB, {args.dtype}; from {path}')
     if added := tokenizer.num_special_tokens_to_add():  # pyright: ignore
-        print(f'note: the tokenizer, a class in Python, puts {added} tokens around each text, and training had none; call it '
-              'with add_special_tokens=False')
+        print(f'note: the tokenizer, a class in Python, puts {added} tokens around each text, and training had none; '
+              'call it with add_special_tokens=False')
 
 
 if __name__ == '__main__':

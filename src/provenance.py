@@ -16,9 +16,10 @@ from src.tokenizer import HFTokenizer
 
 
 def check_tokenizer(stream: CheckedStream, tokenizer: HFTokenizer) -> None:
-    """Refuses tokens that another tokenizer made. For data without a manifest of convert_c4.py there is nothing to compare.
+    """Refuses tokens that another tokenizer made.
 
-    In an object store one process of each node alone looks.
+    For data without a manifest of convert_c4.py there is nothing to compare. In an object store one process of each
+    node alone looks.
 
     Raises:
         UserError: The tokens are of another tokenizer, or the manifest cannot be read.
@@ -32,8 +33,8 @@ def check_tokenizer(stream: CheckedStream, tokenizer: HFTokenizer) -> None:
     try:
         manifest = json.loads(text or '{}')
     except ValueError:
-        raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole JSON; copy it again, or delete it if it '
-                        'is not of convert_c4.py') from None
+        raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole JSON; copy it again, or delete '
+                        'it if it is not of convert_c4.py') from None
     options: Any = manifest.get('options') if isinstance(manifest, dict) else None
     if isinstance(options, dict) and options.get('tokenizer_hash'):
         tokenizer.check_made(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), options['tokenizer_hash'])

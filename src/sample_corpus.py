@@ -148,6 +148,6 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     # `save_pretrained` writes this file again, in Rust, where a full disk is a bare Exception; here it is an OSError.
     Path(folder, 'tokenizer.json').write_text(bpe.to_str(pretty=True), 'utf-8')
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end, pad_token=end,
-                            model_input_names=['input_ids', 'attention_mask'],  # without token_type_ids, which GPT-2 would add
+                            model_input_names=['input_ids', 'attention_mask'],  # no token_type_ids: GPT-2 adds them
                             clean_up_tokenization_spaces=False).save_pretrained(str(folder))
     return bpe.get_vocab_size()

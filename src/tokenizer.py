@@ -16,13 +16,13 @@ from src.encoding import encode_documents
 from src.errors import UserError, first_line
 from src.schema import Config
 
-# Files that hold a vocabulary and do not say of which tokenizer it is. For each a class of transformers that reads such a
-# file, and the EOS token that goes with it.
+# Files that hold a vocabulary and do not say of which tokenizer it is. For each a class of transformers that reads such
+# a file, and the EOS token that goes with it.
 CLASSES = {'tokenizer.model': ('LlamaTokenizer', '</s>'), 'spiece.model': ('T5Tokenizer', '</s>'),
            'vocab.json': ('GPT2Tokenizer', '<|endoftext|>'), 'vocab.txt': ('BertTokenizer', '[SEP]')}
 PACKAGES = 'sentencepiece', 'tiktoken', 'protobuf'  # that some tokenizers need, and the kit does not
 SHOWN = 200  # characters of another library's message
-# Two tokenizers with the same vocabulary are told apart by the ids of this text: case, accents, blanks, digits, scripts.
+# Two tokenizers with the same vocabulary are told apart by the ids of this text: case, accents, blanks, digits, ...
 PROBE = ('The  QUICK brown fox\'s\tname:\n\n  na\u00efve cafe\u0301 \uff21\ufb01 3.14159 12345678 '
          '\u4e2d\u6587\u3002 \u0416\u0443\u043a \U0001f600 <b>don\'t</b> ')
 
@@ -30,9 +30,9 @@ PROBE = ('The  QUICK brown fox\'s\tname:\n\n  na\u00efve cafe\u0301 \uff21\ufb01
 class HFTokenizer:
     """A Hugging Face tokenizer that has an EOS and a pad token, and gives the ids of a text alone.
 
-    A call, `encode` and `decode` are those of the Hugging Face tokenizer. Where that one puts tokens around each text (BOS,
-    as Llama's and Gemma's do, or [CLS] and [SEP]), it does so no longer: documents in training have none. It returns
-    `input_ids` and `attention_mask`, and pads on the right.
+    A call, `encode` and `decode` are those of the Hugging Face tokenizer. Where that one puts tokens around each text
+    (BOS, as Llama's and Gemma's do, or [CLS] and [SEP]), it does so no longer: documents in training have none. It
+    returns `input_ids` and `attention_mask`, and pads on the right.
 
     Args:
         tokenizer_name: A name on the hub, such as `gpt2`, or a folder, such as `./my-copy-c4/tokenizer`.
@@ -83,11 +83,6 @@ class HFTokenizer:
         """Number of tokens, with those that were added to the vocabulary."""
         return len(self.tokenizer)
 
-    @property
-    def n_ids(self) -> int:
-        """One more than the highest id. A vocabulary with gaps has fewer tokens than this."""
-        return 1 + max(self.tokenizer.get_vocab().values())
-
     def check_made(self, what: str, made_by: Optional[str], its_hash: str, setting: str = 'tokenizer_name') -> None:
         """Raises UserError where something was made with another tokenizer.
 
@@ -98,9 +93,9 @@ class HFTokenizer:
             setting: Where this tokenizer is named.
         """
         if its_hash not in (self.hash, self._old_hash):
-            raise UserError(f'{setting}: {self.tokenizer_name!r} (hash {self.hash[:12]}) is another tokenizer than that of '
-                            f'{what}: {made_by or "one whose name is not known"} (hash {its_hash[:12]}); set the one that was '
-                            'used')
+            raise UserError(f'{setting}: {self.tokenizer_name!r} (hash {self.hash[:12]}) is another tokenizer than '
+                            f'that of {what}: {made_by or "one whose name is not known"} (hash {its_hash[:12]}); set '
+                            'the one that was used')
 
 
 def _load(name: str) -> PreTrainedTokenizerBase:
@@ -110,10 +105,11 @@ def _load(name: str) -> PreTrainedTokenizerBase:
         dist.barrier()
     try:
         # Documents longer than a sample are the loader's to cut: without the length, no warning about them. A document that
-        # spells a special token is text: the id of EOS is where a document ends, and nowhere else. GPT-2 adds an embedding for
-        # `token_type_ids`, which training has not: the names of what a model takes are without it.
-        return _class_for(name).from_pretrained(name, trust_remote_code=False, model_max_length=int(1e30), padding_side='right',
-                                                split_special_tokens=True, model_input_names=['input_ids', 'attention_mask'])
+        # spells a special token is text: the id of EOS is where a document ends, and nowhere else. Training has no
+        # `token_type_ids`, and GPT-2 adds an embedding for each: a tokenizer makes none.
+        return _class_for(name).from_pretrained(
+            name, trust_remote_code=False, model_max_length=int(1e30), padding_side='right', split_special_tokens=True,
+            model_input_names=['input_ids', 'attention_mask'])
     except UserError:
         raise
     except Exception as e:  # of a damaged file, tokenizers raises just that
@@ -124,7 +120,7 @@ def _load(name: str) -> PreTrainedTokenizerBase:
 
 
 def _class_for(name: str) -> Any:
-    """The class of transformers that loads a tokenizer. A folder of one file may not say which: that needs no more to be read.
+    """The class of transformers that loads a tokenizer; a folder of one file does not name it.
 
     Raises:
         UserError: A folder with a vocabulary alone, which several classes read in different ways.
@@ -136,9 +132,10 @@ def _class_for(name: str) -> Any:
         return PreTrainedTokenizerFast
     for file, (cls, eos) in CLASSES.items():
         if (folder / file).is_file():
-            raise UserError(f'tokenizer_name: folder {name!r} holds {file}, and nothing that says which tokenizer it belongs to; '
-                            f'write the name of its class in transformers, and its EOS token, into {folder}/tokenizer_config.json'
-                            f', such as {{"tokenizer_class": "{cls}", "eos_token": "{eos}"}}')
+            raise UserError(f'tokenizer_name: folder {name!r} holds {file}, and nothing that says which tokenizer it '
+                            'belongs to; write the name of its class in transformers, and its EOS token, into '
+                            f'{folder}/tokenizer_config.json, such as '
+                            f'{{"tokenizer_class": "{cls}", "eos_token": "{eos}"}}')
     return AutoTokenizer
 
 
@@ -189,8 +186,8 @@ def _add_nothing(tokenizer: Any) -> None:
 def tokenizer_hash(tokenizer: Any) -> str:
     """What is the same for tokenizers that give every document the same ids, and else differs.
 
-    It does not depend on what a tokenizer puts around a text, on padding, or on the version of transformers, and stays when a
-    tokenizer is saved and loaded again.
+    It does not depend on what a tokenizer puts around a text, on padding, or on the version of transformers. It stays
+    when a tokenizer is saved and loaded again.
 
     Args:
         tokenizer: Hugging Face's own object, as it was loaded.
@@ -200,12 +197,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """
     if tokenizer.is_fast and _is_byte_level(tokenizer):
         return _structure_hash(tokenizer)
-    says = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, encode_documents(tokenizer, [PROBE])[0].tolist()]
-    return hashlib.sha256(json.dumps(says).encode()).hexdigest()
+    ids = encode_documents(tokenizer, [PROBE])[0].tolist()
+    says = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, ids])
+    return hashlib.sha256(says.encode()).hexdigest()
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Whether the serialization says all, the same in each version: of GPT-2's tokenizer and those that the kit trains."""
+    """Whether the serialization is the same in each version, as of GPT-2's tokenizer and those that the kit trains."""
     post = tokenizer.backend_tokenizer.post_processor
     kind = post is not None and json.loads(post.__getstate__())['type']
     return kind == 'ByteLevel' and type(tokenizer.backend_tokenizer.model).__name__ == 'BPE'
@@ -213,7 +211,8 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 def _structure_hash(tokenizer: Any) -> str:
     """The hash of the serialization: that of all tokenizers in data which an earlier version of the kit has made."""
-    says = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    fast = tokenizer.is_fast
+    says = tokenizer.backend_tokenizer.to_str() if fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f'{says} {tokenizer.eos_token_id}'.encode()).hexdigest()
 
 
@@ -251,13 +250,18 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> NDAr
     return lengths
 
 
+def n_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id. A vocabulary with gaps has fewer tokens than this."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def check_vocab(tokenizer: HFTokenizer, model_vocab_size: int) -> None:
     """Holds a tokenizer's ids against a model's embedding.
 
     Raises:
         UserError: The tokenizer has ids that the model has no embedding for.
     """
-    needed = tokenizer.n_ids
+    needed = n_ids(tokenizer.tokenizer)
     if needed > model_vocab_size:
         raise UserError(f'model.vocab_size: {model_vocab_size} is too small for tokenizer_name {tokenizer.tokenizer_name!r}, '
                         f'whose ids need {needed}; set model.vocab_size={needed} or more (of hf_causal_lm: '

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import tokenizers_of
 import torch
 from launch import clean_env, ranks, tiny
 from runs import train
@@ -21,6 +22,7 @@ from src.hf_causal_lm import ComposerHFCausalLM
 from src.hf_model import GPT2_HAS, TRAINING_ALONE, gpt2_config, hf_model
 from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
 from src.schema import MosaicGPTConfig
+from src.tokenizer import HFTokenizer, encode_documents
 
 QUICKSTART, GPT2 = 'yamls/quickstart.yaml', 'yamls/hf_causal_lm/gpt2-small.yaml'
 EVERY = ('run_name=one', 'eval_loader=null', 'max_duration=4ba', 'scheduler.t_warmup=1ba')
@@ -129,6 +131,60 @@ def test_the_folder_holds_one_embedding_the_config_and_the_tokenizer(exported, f
     text = 'Perhaps it was asked.\n  <|endoftext|> 3'
     assert tokenizer.decode(tokenizer(text)['input_ids']) == text and tokenizer.model_max_length == 32
     assert tokenizer('<|endoftext|>')['input_ids'] == [0] and tokenizer.pad_token_id == 0
+
+
+def test_what_its_tokenizer_hands_the_model_gives_the_logits_of_the_kit(exported, full):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    texts = ['The river was quietly built.', 'Perhaps']
+    batch = tokenizer(texts, return_tensors='pt', padding=True)
+    assert sorted(batch) == ['attention_mask', 'input_ids'] and batch['attention_mask'][1].tolist()[-1] == 0
+    with torch.no_grad():
+        logits, alone = model(**batch).logits, model(**tokenizer(texts[0], return_tensors='pt')).logits
+    for row, text in enumerate(texts):
+        ids = torch.tensor([tokenizer(text)['input_ids']])
+        assert (logits[row, :ids.shape[1]] - kit_logits(full[1], ids)[0]).abs().max() < 1e-5, text
+    assert (alone[0] - logits[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('kind', ['byte-level', 'prefix'])
+def test_the_exported_tokenizer_adds_no_bos(full, tmp_path, kind):
+    tokenizer = tokenizers_of.save(kind, tmp_path / 'tokenizer', bos=True)
+    own = AutoTokenizer.from_pretrained(tokenizer)
+    own.chat_template = '{{ bos_token }}{{ messages[0].content }}'
+    own.save_pretrained(tokenizer)
+    assert own('The river')['input_ids'][0] == own.bos_token_id
+    checkpoint = tmp_path / 'ep0-ba4-rank0.pt'
+    checkpoint.write_bytes((full[0] / 'ep0-ba4-rank0.pt').read_bytes())
+    export(checkpoint, tmp_path / 'out', '--yaml', QUICKSTART, *tiny(tokenizer.parent, *EVERY))
+    exported = AutoTokenizer.from_pretrained(tmp_path / 'out')
+    [ids] = encode_documents(HFTokenizer(str(tokenizer), 8).tokenizer, ['The river'])
+    assert exported('The river')['input_ids'] == ids[:-1].tolist()
+    assert exported.chat_template == own.chat_template and exported.bos_token == '<s>'
+    assert exported('<s>')['input_ids'][-1] == own.bos_token_id, 'a special token in a prompt is one'
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_the_bytes(exported, full, tmp_path, capsys, dtype):
+    export(full[0] / 'ep0-ba4-rank0.pt', tmp_path / 'out', '--dtype', dtype)
+    assert f'MiB, {dtype}; from' in capsys.readouterr().out
+    sizes = [(folder / 'model.safetensors').stat().st_size for folder in (tmp_path / 'out', exported)]
+    assert 0.5 < sizes[0] / sizes[1] < 0.65  # the header is as long
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert (config.get('dtype') or config['torch_dtype']) == dtype
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / 'out', torch_dtype='auto')
+    assert model.dtype == getattr(torch, dtype)
+    with torch.no_grad():
+        assert 0 < (model(IDS).logits.float() - kit_logits(full[1], IDS)).abs().max() < 0.02
+
+
+def test_another_tokenizer_than_the_runs_is_refused(full, mds_root, tmp_path):
+    from src.sample_corpus import train_tokenizer
+
+    (tmp_path / 'other').mkdir()
+    train_tokenizer(['another text of a few words'], tmp_path / 'other', 300)
+    said = refused(full[0], tmp_path / 'out', '--tokenizer', tmp_path / 'other')
+    assert said.startswith(f"--tokenizer: '{tmp_path}/other' (hash ") and f'{mds_root}/tokenizer (hash ' in said
+    assert f'of the checkpoint {full[0]}/ep0-ba4-rank0.pt: ' in said
 
 
 def test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary(sharded, tmp_path, capsys):

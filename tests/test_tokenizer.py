@@ -1,17 +1,22 @@
 """The tokenizer: what it loads, what it makes of documents, and what it says when there is none."""
 
+import hashlib
+import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers_of
 from conftest import EOS, documents
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from src import tokenizer as tokenizer_module
 from src.errors import UserError
-from src.tokenizer import TOKENIZER_REGISTRY, HFTokenizer, check_vocab, encode_documents
+from src.tokenizer import TOKENIZER_REGISTRY, HFTokenizer, check_vocab, encode_documents, n_ids
 
 
 @pytest.fixture(scope='module')
@@ -73,8 +78,109 @@ def test_without_eos_is_refused(tokenizer_dir: Path, tmp_path: Path):
         HFTokenizer(str(tmp_path), 128)
 
 
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as e:
+        HFTokenizer(str(folder), 128)
+    return str(e.value)
+
+
+def test_a_folder_with_tokenizer_json_alone_needs_to_name_its_eos(tokenizer: HFTokenizer, tokenizer_dir: Path, tmp_path: Path):
+    shutil.copy(tokenizer_dir / 'tokenizer.json', tmp_path)
+    said = refused(tmp_path)
+    assert 'its special tokens are <|endoftext|>: write the token that ends a text into' in said and len(said) < 500
+    (tmp_path / 'tokenizer_config.json').write_text(said.rpartition('such as ')[2])
+    alone = HFTokenizer(str(tmp_path), 128)
+    assert (alone.eos_token_id, alone.hash) == (tokenizer.eos_token_id, tokenizer.hash)
+    assert alone.encode('The river') == tokenizer.encode('The river')
+
+
+@pytest.mark.parametrize('file', ['tokenizer.model', 'spiece.model', 'vocab.json', 'vocab.txt'])
+def test_a_folder_with_a_vocabulary_alone_needs_to_name_its_class(tmp_path: Path, file: str):
+    (tmp_path / file).write_text('{}')
+    said = refused(tmp_path)
+    assert f'holds {file}, and nothing that says which tokenizer it belongs to; write' in said and len(said) < 500
+    assert 'Tokenizer' in json.loads(said.rpartition('such as ')[2])['tokenizer_class']
+
+
+def test_the_files_of_a_byte_level_bpe(tmp_path: Path):
+    backend = tokenizers_of.backend_of('byte-level')
+    backend.model.save(str(tmp_path))  # vocab.json and merges.txt
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}')
+    assert HFTokenizer(str(tmp_path), 8).encode('The river') == backend.encode('The river').ids
+
+
+def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "LlamaTokenizer"}')
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ImportError('LlamaTokenizer requires the SentencePiece library but it was not found')
+
+    monkeypatch.setattr(tokenizer_module, 'distributions', list)
+    monkeypatch.setattr(AutoTokenizer, 'from_pretrained', fails)
+    assert 'needs packages that are not installed: pip install sentencepiece' in refused(tmp_path)
+
+
+def test_a_long_message_of_another_library_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert len(refused(tmp_path)) < 500  # transformers names 400 architectures
+
+
+# ---------------------------------------------------------------- the same tokenizer
+
+
+@pytest.mark.parametrize('kind', tokenizers_of.ALL)
+def test_it_is_the_same_when_saved_and_loaded_again(tmp_path: Path, kind: str):
+    first = HFTokenizer(str(tokenizers_of.save(kind, tmp_path / 'bos', bos=True)), 8)
+    assert first.encode('The river') == encode_documents(first.tokenizer, ['The river'])[0][:-1].tolist(), 'no BOS'
+    first.tokenizer.save_pretrained(tmp_path / 'again')
+    again = HFTokenizer(str(tmp_path / 'again'), 8)
+    assert again.hash == first.hash
+    assert again.encode('The river') == first.encode('The river')
+
+
+def test_the_hash_of_packed_data_stays(tmp_path: Path):
+    """Of the serialization and EOS: manifests of data that others have made hold it."""
+    from src.sample_corpus import train_tokenizer
+
+    train_tokenizer(documents('train'), tmp_path, 300)
+    says = Tokenizer.from_file(str(tmp_path / 'tokenizer.json')).to_str()
+    assert HFTokenizer(str(tmp_path), 8).hash == hashlib.sha256(f'{says} 0'.encode()).hexdigest()
+    unigram = HFTokenizer(str(tokenizers_of.save('unigram', tmp_path / 'unigram')), 8)
+    old = hashlib.sha256(f'{unigram.tokenizer.backend_tokenizer.to_str()} {unigram.eos_token_id}'.encode()).hexdigest()
+    assert old != unigram.hash
+    unigram.check_made('the tokens in x', None, old)
+    with pytest.raises(UserError, match=r'another tokenizer than that of the tokens in x: gpt2 \(hash 000\)'):
+        unigram.check_made('the tokens in x', 'gpt2', '000')
+
+
+def test_tokenizers_of_one_vocabulary_are_told_apart(tmp_path: Path):
+    from tokenizers import normalizers
+
+    cased = PreTrainedTokenizerFast.from_pretrained(tokenizers_of.save('wordpiece', tmp_path / 'cased'))
+    cased.backend_tokenizer.normalizer = normalizers.Lowercase()
+    cased.save_pretrained(tmp_path / 'uncased')
+    assert HFTokenizer(str(tmp_path / 'cased'), 8).hash != HFTokenizer(str(tmp_path / 'uncased'), 8).hash
+
+
+def test_the_wrapper_is_the_tokenizer(tokenizer: HFTokenizer):
+    batch = tokenizer(['The river', 'The'], padding=True, return_tensors='np')
+    assert sorted(batch) == ['attention_mask', 'input_ids'] and batch['attention_mask'][1, -1] == 0
+    assert tokenizer.decode(tokenizer.encode('The river')) == 'The river'
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (None, 0, 0)
+
+
 def test_ids_must_fit_the_model(tokenizer: HFTokenizer):
     n = tokenizer.vocab_size
     check_vocab(tokenizer, n)
     with pytest.raises(UserError, match=f'model.vocab_size: {n - 1} is too small for tokenizer_name .*tokenizer.*need {n}'):
         check_vocab(tokenizer, n - 1)
+
+
+def test_a_vocabulary_with_gaps_needs_its_highest_id(tmp_path: Path):
+    from tokenizers import models
+
+    words = Tokenizer(models.WordLevel({'<eos>': 0, 'the': 7, 'river': 90}, '<eos>'))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token='<eos>').save_pretrained(tmp_path)
+    gaps = HFTokenizer(str(tmp_path), 8)
+    assert (gaps.vocab_size, n_ids(gaps.tokenizer)) == (3, 91)
+    with pytest.raises(UserError, match='model.vocab_size: 90 is too small .*need 91'):
+        check_vocab(gaps, 90)

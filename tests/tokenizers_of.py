@@ -1,0 +1,91 @@
+"""Small tokenizers of every type, trained on the documents of the fixtures."""
+
+from pathlib import Path
+from typing import Any
+
+from conftest import documents
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
+
+SPECIAL = ['<unk>', '<s>', '</s>', '<pad>']
+NAMES = {'unk_token': '<unk>', 'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>'}
+# As Llama 3's: a word takes the sign before it, and signs take the line breaks after them.
+LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r'|\s*[\r\n]+|\s+(?!\S)|\s+')
+
+
+def train(model: Any, trainer: Any, pre_tokenizer: Any, texts: Any = None) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
+    backend.train_from_iterator(texts or documents('train'), trainer)
+    return backend
+
+
+def bpe(pre_tokenizer: Any, size: int = 400, texts: Any = None, **model: Any) -> Tokenizer:
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend = train(models.BPE(**model), trainer, pre_tokenizer, texts)
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return backend
+
+
+def backend_of(kind: str) -> Tokenizer:
+    byte_level: Any = pre_tokenizers.ByteLevel
+    if kind == 'unigram':
+        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token='<unk>', show_progress=False)
+        return train(models.Unigram(), trainer, pre_tokenizers.Metaspace())
+    if kind == 'wordpiece':
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
+        return train(models.WordPiece(unk_token='<unk>'), trainer, pre_tokenizers.WhitespaceSplit())
+    if kind == 'wordlevel':
+        trainer = trainers.WordLevelTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
+        return train(models.WordLevel(unk_token='<unk>'), trainer, pre_tokenizers.WhitespaceSplit())
+    if kind == 'bpe that merges':  # `</s>` is frequent in its corpus, so that a merge makes the special token
+        return bpe(pre_tokenizers.WhitespaceSplit(), texts=[f'{text} </s> </s> </s>' for text in documents('train')])
+    if kind == 'bpe of whole words':  # as Llama 3's: a word of the vocabulary is a token without merges
+        return bpe(pre_tokenizers.WhitespaceSplit(), ignore_merges=True)
+    if kind == 'prefix':  # as Llama 2's
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
+        backend = train(models.BPE(unk_token='<unk>', fuse_unk=True), trainer, pre_tokenizers.Metaspace())
+        backend.pre_tokenizer = None  # pyright: ignore[reportAttributeAccessIssue]
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+        return backend
+    if kind == 'llama 3':
+        splits = [pre_tokenizers.Split(Regex(LLAMA_3), 'isolated'), byte_level(add_prefix_space=False, use_regex=False)]
+        return bpe(pre_tokenizers.Sequence(splits), 500, ignore_merges=True)
+    backend = bpe(byte_level(add_prefix_space=False), 500)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)  # pyright: ignore[reportAttributeAccessIssue]
+    return backend
+
+
+ALL = ('byte-level', 'llama 3', 'unigram', 'wordpiece', 'wordlevel', 'bpe that merges', 'bpe of whole words', 'prefix')
+
+
+def save(kind: str, folder: Path, bos: bool = False) -> Path:
+    """Saves the tokenizer of a type to a folder; with `bos`, one that puts <s> before each text."""
+    backend = backend_of(kind)
+    cls: Any = LlamaTokenizerFast if kind == 'prefix' else PreTrainedTokenizerFast
+    if bos and kind != 'prefix':  # the class does it
+        template = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', backend.token_to_id('<s>'))])
+        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    cls(tokenizer_object=backend, **NAMES).save_pretrained(folder)
+    return folder
+
+
+def with_unmarked_eos(folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer whose EOS token was added as a word like others."""
+    backend = bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    backend.add_tokens([AddedToken('<stop>', special=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder, eos_token='<stop>')
