@@ -1,7 +1,8 @@
 """Initial weights: the same on any number of ranks, with and without sharding, built on the CPU and on meta.
 
-Each parameter has a seed of its own, made from a key: `init_seed` and the parameter's name. A large parameter is drawn in
-chunks of whole rows, each with its own seed. So a rank draws only the chunks that it keeps a part of, and threads share them.
+Each parameter has a seed of its own, made from a key: `init_seed` and the parameter's name. A large parameter is drawn
+in chunks of whole rows, each with its own seed. So a rank draws only the chunks that it keeps a part of, and threads
+share them.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from src.errors import UserError
 
 CHUNK = 2**19  # numbers, as many as the largest parameter of the quick start has; a chunk has at least one row
-WRAPPERS = ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')  # of FSDP1, activation checkpointing, compile
+# Of FSDP1, activation checkpointing and torch.compile
+WRAPPERS = ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')
 
 _loads_weights: ContextVar[bool] = ContextVar('loads_weights', default=False)
 
@@ -100,7 +102,8 @@ def copy_whole(param: Tensor, whole: Tensor) -> None:
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module is a Linear or an Embedding with PyTorch's `reset_parameters`: the model draws those."""
-    return getattr(type(module), 'reset_parameters', None) in (nn.Linear.reset_parameters, nn.Embedding.reset_parameters)
+    own = getattr(type(module), 'reset_parameters', None)
+    return own in (nn.Linear.reset_parameters, nn.Embedding.reset_parameters)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -169,7 +172,8 @@ def reset(module: nn.Module, path: str, seed: int, has_values: bool) -> None:
     init, held = _own_initialisation(module), own_tensors(module)
     if init is None or not held:
         return
-    blank = {name: t.detach().clone() if has_values else torch.empty(t.shape, dtype=t.dtype) for name, t in held.items()}
+    blank = {name: t.detach().clone() if has_values else torch.empty(t.shape, dtype=t.dtype)
+             for name, t in held.items()}
     for name, t in blank.items():
         if name in module._buffers:
             module._buffers[name] = t

@@ -81,7 +81,7 @@ def compute_in_fp8(blocks: nn.Module) -> str:
         raise UserError(f"model.linear_impl: 'fp8' needs a GPU of compute capability 8.9 or above, and "
                         f'{torch.cuda.get_device_name()} has {".".join(map(str, torch.cuda.get_device_capability()))}; set plain')
     if not any(type(module) is nn.Linear for module in blocks.modules()):
-        raise UserError("model.linear_impl: 'fp8': the blocks of the model have no nn.Linear to compute in 8 bits; set plain")
+        raise UserError("model.linear_impl: 'fp8': the model's blocks have no nn.Linear to compute in 8 bits; set plain")
     convert_to_float8_training(blocks, config=Float8LinearConfig(emulate=not has_gpu),
                                module_filter_fn=lambda module, name: type(module) is nn.Linear)
     return 'fp8 by torchao' if has_gpu else 'fp8 by torchao, emulated on the CPU'
@@ -221,8 +221,8 @@ class MosaicGPT(nn.Module):
         """Calls `param_init_fn` for modules that have come from meta.
 
         Args:
-            modules: None: for every module. A model that was built on the CPU then redraws what is random, and a module without
-                `reset_parameters`, or without random numbers in it, keeps its values.
+            modules: None: for every module. A model that was built on the CPU then redraws what is random, and a
+                module without `reset_parameters`, or without random numbers in it, keeps its values.
         """
         self.has_values = modules is None and self.cfg.device == 'cpu'
         for module in self.modules() if modules is None else modules:
@@ -241,7 +241,7 @@ class MosaicGPT(nn.Module):
     # ------------------------------------------------------------ what Composer asks for
 
     def _block_number(self, module: nn.Module) -> Optional[int]:
-        """Which member of `transformer.blocks` the module is, of any class and within any wrapper; None: none of them."""
+        """Which member of `transformer.blocks` the module is, of any class, in any wrapper; None: none of them."""
         return next((n for n, block in enumerate(self.blocks) if initialisation.unwrap(block) is module), None)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:

@@ -1,4 +1,7 @@
-"""Layers as a fork would add them, and runs with them on real ranks: `composer -n 2 tests/own_layers.py FOLDER ARGUMENTS...`."""
+"""Layers as a fork would add them, and runs with them on real ranks.
+
+    composer -n 2 tests/own_layers.py FOLDER ARGUMENTS_OF_MAIN...
+"""
 
 import sys
 from pathlib import Path

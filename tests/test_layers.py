@@ -1,4 +1,4 @@
-"""The user's own layers and blocks: their initial values, what FSDP makes of them, and training. And how weights are drawn."""
+"""The user's own layers and blocks: initial values, what FSDP makes of them, training. And how weights are drawn."""
 
 import copy
 import math
@@ -41,7 +41,8 @@ def own_block(monkeypatch) -> None:
 
 def same(model: nn.Module, other: nn.Module) -> bool:
     tensors, others = ([*m.named_parameters(), *m.named_buffers()] for m in (model, other))
-    return [n for n, _ in tensors] == [n for n, _ in others] and all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors, others))
+    return all(name == other_name and torch.equal(a, b)
+               for (name, a), (other_name, b) in zip(tensors, others, strict=True))
 
 
 # ---------------------------------------------------------------- initial values
@@ -55,7 +56,8 @@ def test_own_layers_keep_their_own_initialisation(own_block, device):
         assert (block.norm.weight == 1).all() and (block.gain.floor == 0.25).all()
         assert ((block.gain.weight >= 0.5) & (block.gain.weight <= 0.6)).all()
         assert (block.attention.in_proj_bias == 0).all() and (block.attention.out_proj.bias == 0).all()
-        assert block.attention.in_proj_weight.std().item() == pytest.approx(math.sqrt(2 / (64 + 3 * 64)), rel=0.05)  # Xavier
+        xavier = math.sqrt(2 / (64 + 3 * 64))
+        assert block.attention.in_proj_weight.std().item() == pytest.approx(xavier, rel=0.05)
         assert block.tables.inv_freq.tolist() == pytest.approx([1, 0.1, 0.01, 0.001])
         assert block.tables.odd.tolist() == [False, True, False, True]
         # Linear layers are the model's, also those within other modules
@@ -103,7 +105,7 @@ def test_an_initialisation_that_forgets_something_is_an_error_on_meta(forgotten)
 
     model = MosaicGPT(TINY | {'device': 'meta'})
     model.blocks[2].own = Forgetful('meta')
-    with pytest.raises(UserError, match=rf'nothing gives values to {forgotten} of Forgetful \(transformer.blocks.2.own\)'):
+    with pytest.raises(UserError, match=rf'gives values to {forgotten} of Forgetful \(transformer.blocks.2.own\)'):
         model.materialize('cpu')
 
 
@@ -154,7 +156,7 @@ def test_a_subclass_may_initialise_modules_itself():
 
 
 def test_modules_may_come_from_meta_one_by_one_and_untied(own_block):
-    """As FSDP1 takes them from meta through Composer: the head before the embedding, to which it is tied again later."""
+    """As FSDP1 takes them from meta through Composer: the head before the embedding, tied again later."""
     model = MosaicGPT(TINY | {'device': 'meta'})
     for module in (model.lm_head, *model.transformer.modules()):
         if initialisation.own_tensors(module):
@@ -189,7 +191,8 @@ def test_blocks_that_are_replaced_after_the_build():
         assert units == [*each.blocks] == [m for m in each.modules() if each.activation_checkpointing_fn(m)]
     every_other = MosaicGPT(TINY | {'activation_checkpointing_every': 2})
     every_other.blocks[2] = OwnBlock(every_other.cfg)
-    assert [m for m in every_other.modules() if every_other.activation_checkpointing_fn(m)] == [*every_other.blocks[::2]]
+    checkpointed = [m for m in every_other.modules() if every_other.activation_checkpointing_fn(m)]
+    assert checkpointed == [*every_other.blocks[::2]]
 
 
 def test_wrappers_change_neither_blocks_nor_names():
@@ -242,7 +245,7 @@ def test_a_tie_of_the_users_own_stays_on_meta():
 
 
 def test_a_block_that_takes_no_documents_cannot_keep_attention_within_them(own_block):
-    with pytest.raises(UserError, match='attn_within_document: true, but forward of OwnBlock takes no `documents`; add'):
+    with pytest.raises(UserError, match='within_document: true, but forward of OwnBlock takes no `documents`; add'):
         MosaicGPT(TINY | {'attn_within_document': True})
 
 
@@ -251,7 +254,7 @@ def test_8_bits_leave_layers_of_the_users_own(own_block):
     assert type(model.blocks[0].linear).__name__ == 'Float8Linear'
     assert type(model.blocks[0].attention.out_proj).__name__ == 'NonDynamicallyQuantizableLinear'
     assert same(model, MosaicGPT(TINY))
-    with pytest.raises(UserError, match=r"linear_impl: 'fp8': the blocks of the model have no nn.Linear to compute in 8 bits"):
+    with pytest.raises(UserError, match="linear_impl: 'fp8': the model's blocks have no nn.Linear to compute in 8 bits"):
         mosaic_gpt.compute_in_fp8(nn.ModuleList([nn.RMSNorm(4)]))
 
 
@@ -338,8 +341,8 @@ def test_sharded_models_have_the_weights_of_whole_ones(own_block, fake_rank, mon
 
 
 def test_a_changed_block_trains_and_a_loaded_model_is_not_drawn(own_block, mds_root, tmp_path, monkeypatch):
-    argv = [QUICKSTART, *tiny(mds_root, 'max_duration=4ba', f'save_folder={tmp_path}/one', 'run_name=one', 'model.device=meta',
-                              'eval_first=false', 'callbacks.text_samples=false')]
+    argv = [QUICKSTART, *tiny(mds_root, 'max_duration=4ba', f'save_folder={tmp_path}/one', 'run_name=one',
+                              'model.device=meta', 'eval_first=false', 'callbacks.text_samples=false')]
     weights, loss = run(*argv)
     assert 0 < loss < 6.3 and (weights['model.transformer.blocks.0.norm.weight'] - 1).abs().max() < 0.1
 
@@ -348,8 +351,9 @@ def test_a_changed_block_trains_and_a_loaded_model_is_not_drawn(own_block, mds_r
 
     monkeypatch.setattr(initialisation, 'draw_normal', draw)
     file = f'{tmp_path}/one/ep0-ba4-rank0.pt'
-    monkeypatch.setattr(main, 'finish_loading', lambda start, trainer, finish=main.finish_loading: (
-        finish(start, trainer), tables.append(trainer.state.model.get_buffer('model.transformer.blocks.1.tables.inv_freq'))))
+    finish, name = main.finish_loading, 'model.transformer.blocks.1.tables.inv_freq'
+    monkeypatch.setattr(main, 'finish_loading', lambda start, trainer: (
+        finish(start, trainer), tables.append(trainer.state.model.get_buffer(name))))
     for settings in (['load_weights_only=true', 'model.device=cpu'], ['fsdp_config.sharding_strategy=FULL_SHARD']):
         tables: list[torch.Tensor] = []
         loaded, _ = run(*argv, f'load_path={file}', 'save_folder=null', *settings, train=False)
@@ -366,9 +370,9 @@ def test_rms_norm_trains(mds_root, monkeypatch):
             self.ln_1, self.ln_2 = (nn.RMSNorm(cfg.d_model, device=cfg.device) for _ in range(2))
 
     monkeypatch.setattr(mosaic_gpt, 'GPTBlock', Block)
-    argv = [QUICKSTART, *tiny(mds_root, 'model.device=meta', 'max_duration=3ba', 'fsdp_config.sharding_strategy=FULL_SHARD',
-                              'fsdp_config.activation_checkpointing=true', 'model.attn_within_document=true',
-                              'callbacks.text_samples=false')]
+    argv = [QUICKSTART, *tiny(mds_root, 'model.device=meta', 'max_duration=3ba', 'callbacks.text_samples=false',
+                              'fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.activation_checkpointing=true',
+                              'model.attn_within_document=true')]
     weights, loss = run(*argv)
     assert 5.5 < loss < 6.3  # ln 512 = 6.24
     norm = weights['model.transformer.blocks.1.ln_2.weight']

@@ -527,8 +527,8 @@ def test_the_guides_wrapping_wraps_every_mlp_too():
 
 
 def test_the_guides_layer_keeps_its_initialisation_and_trains(mds_root, monkeypatch):
-    namespace = {'torch': torch, 'nn': nn, 'Tensor': Tensor, 'Optional': Optional, 'Documents': Documents, 'GPTBlock': GPTBlock,
-                 'MosaicGPTConfig': MosaicGPTConfig}
+    namespace = {'torch': torch, 'nn': nn, 'Tensor': Tensor, 'Optional': Optional, 'Documents': Documents,
+                 'GPTBlock': GPTBlock, 'MosaicGPTConfig': MosaicGPTConfig}
     exec(next(b for b in blocks('python', DOCS['src/README.md']) if 'class Gain' in b), namespace)
     monkeypatch.setattr('src.mosaic_gpt.GPTBlock', namespace['ScaledBlock'])
     trainer = main.main(config.load([str(ROOT / QUICKSTART), *tiny(mds_root, 'model.device=meta', 'max_duration=3ba')]))
