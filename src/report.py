@@ -33,7 +33,7 @@ def log_to_stderr() -> None:
 
 def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str,
          changed: Sequence[str] = ()) -> str:
-    """Every quantity that follows from the config, and what has `changed` since the checkpoint: printed before training."""
+    """Every quantity that follows from the config, and what has `changed` since the checkpoint, before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
     tokens = c.global_train_batch_size * c.max_seq_len
     lines = [f'model: {c.model.name}, {model.n_params:,} parameters',
