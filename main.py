@@ -169,7 +169,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             load_path=None if start.weights_of_a_file else start.path,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=same_weights(start, model.state_dict()),
-            load_exclude_algorithms=dir(algorithms),  # Composer would `eval` what a checkpoint says of them, and add them
+            load_exclude_algorithms=dir(algorithms),  # Composer would `eval` what a checkpoint says of them
         )
     check_warmup(c, trainer.state.dataloader_len)
     sharding.average_gradients(trainer.state.model)
@@ -248,7 +248,7 @@ def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple
 
 @contextmanager
 def explained(c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
-    """Says which settings save memory where there is too little, and names the last whole checkpoint after a mistake."""
+    """Says which settings save memory where it runs out, and names the last whole checkpoint after a mistake."""
     try:
         yield
     except UserError as e:

@@ -133,7 +133,7 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
     """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
 
     Raises:
-        UserError: A package is not installed, or a class refuses a value: by a UserError, or a ValueError of Composer's.
+        UserError: A package is missing, or a class refuses a value by a UserError, or a ValueError of Composer's.
     """
     built = []
     for name, kwargs in chosen.items():

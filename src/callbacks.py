@@ -90,7 +90,7 @@ class StepCounters(Callback):
 
 
 class UnigramBaseline(Callback):
-    """Logs `baseline/unigram_entropy`, once a start: the entropy in nats of the token frequencies of the evaluation set.
+    """Logs `baseline/unigram_entropy`, once a start: the entropy in nats of the evaluation set's token frequencies.
 
     It is the loss of the best model that ignores all context; one that learns anything falls below it. Each sample counts once,
     on any number of ranks. A resumed run computes it again, because its evaluation set may be another.

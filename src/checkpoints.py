@@ -93,7 +93,7 @@ def manifests(folder: Folder) -> Iterator[Manifest]:
 def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:
     """The names of the checkpoints in a folder, whole or not, and of the saves that were interrupted.
 
-    An interrupted save is no checkpoint. A checkpoint that was whole once and is not now is a loss, which has to be said.
+    An interrupted save is no checkpoint. One that was whole once and is not now is a loss, which has to be said.
     """
     files = folder.names()
     half = {file[:-len(UNFINISHED)] for file in files if file.endswith(UNFINISHED)} - {file[:-5] for file in files}
@@ -101,14 +101,13 @@ def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:
 
 
 def newest_whole(folder: Folder, setting: str) -> Optional[Manifest]:
-    """The newest whole checkpoint of a folder. Newer ones that are not whole are named in a warning, after `setting`."""
+    """The newest whole checkpoint of a folder. A warning names the newer ones that are not whole."""
     whole = next((manifest for manifest in manifests(folder) if manifest.is_whole(folder)), None)
     if whole:
         damaged = [name for name in saved_steps(folder)[0] if int(name.rpartition('-ba')[2]) > whole.batch]
         if damaged:
-            log.warning('%s: %s in %s is not whole: its manifest is missing, or its files are not those that the manifest '
-                        'lists. The newest whole checkpoint is %s, and that is taken',
-                        setting, ', '.join(damaged), folder, whole.name)
+            log.warning('%s: %s in %s is not whole: its manifest is missing, or a file that it lists. The newest whole '
+                        'checkpoint is %s, and that is taken', setting, ', '.join(damaged), folder, whole.name)
     return whole
 
 
@@ -161,8 +160,8 @@ def reachable(setting: str, place: str) -> Iterator[None]:
     except Exception as e:  # each object store has error classes of its own
         if '://' not in place and not isinstance(e, OSError):
             raise
-        raise UserError(f'{setting}: {place} cannot be read: {type(e).__name__}: {first_line(e)}; check the address, the '
-                        'network and the credentials') from None
+        raise UserError(f'{setting}: {place} cannot be read: {type(e).__name__}: {first_line(e)}; check the address, '
+                        'the network and the credentials') from None
 
 
 def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool, load_path: Optional[str],
@@ -193,16 +192,17 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
             folder = run_folder(save_folder, name)
             there, half = saved_steps(folder) if folder else ([], [])
             if half and autoresume:
-                log.info('autoresume: %s in %s is half a save that was interrupted; it is ignored', ', '.join(half), folder)
+                log.info('autoresume: %s in %s is an interrupted save; it is ignored', ', '.join(half), folder)
             if folder and autoresume and there:
                 if manifest := newest_whole(folder, 'autoresume'):
                     return Start('resume', folder.uri(manifest.path), manifest.sharded, manifest, own=True)
                 raise UserError(f'autoresume: {folder} holds {", ".join(there)}, and none is whole: each lacks its '
-                                'manifest, or a file that the manifest lists. To load one all the same give its file as '
-                                'load_path, with another run_name; to start afresh move them away')
+                                'manifest, or a file that the manifest lists. To load one all the same give its file '
+                                'as load_path, with another run_name; to start afresh move them away')
             if folder and there and not load_path:
                 raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set '
-                                'autoresume=true; to start afresh set another run_name or save_folder, or move them away')
+                                'autoresume=true; to start afresh set another run_name or save_folder, or move them '
+                                'away')
     if load_path:
         with reachable('load_path', load_path):
             path = load_path.replace('{rank}', '0').rstrip('/')
@@ -215,8 +215,8 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
     """A checkpoint that somebody names.
 
     Args:
-        path: The file or the folder of a checkpoint, local or a URI. For the folder of a run, its newest whole checkpoint
-            is taken. Composer's runs have a link `latest-rank0.pt`: where it is missing, the newest whole one beside it.
+        path: The file or the folder of a checkpoint, local or a URI. Of a run's folder the newest whole checkpoint is
+            taken. Composer's runs have a link `latest-rank0.pt`: where there is none, the newest whole one beside it.
         kind: What it is for.
         own: The folder of the run.
         setting: Where it is named, for messages.
@@ -231,8 +231,8 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
         run = folder if re.fullmatch(r'latest(-rank0)?(\.pt)?', name) else open_folder(path)
         newest = newest_whole(run, setting)
         if newest is None:
-            raise UserError(f'{setting}: {path}: no such file, and no folder of a sharded checkpoint, or of a run with whole '
-                            'checkpoints; give one of them')
+            raise UserError(f'{setting}: {path}: no such file, and no folder of a sharded checkpoint, or of a run with '
+                            'whole checkpoints; give one of them')
         log.info('%s: %s: the newest whole checkpoint there is %s', setting, path, run.uri(newest.path))
         return given_start(run.uri(newest.path), kind, own, setting)
     step = STEP.match(name)
@@ -269,12 +269,12 @@ def same_weights(start: Start, own: Mapping[str, Any]) -> Callable[[dict[str, An
         found = _shapes_in_shards(start.path) if start.sharded and start.path else shapes_of(there)
         missing, unknown = set(shapes) - set(found), set(found) - set(shapes)
         other = sorted(name for name in set(shapes) & set(found) if shapes[name] != found[name])
-        differ = [f'{len(missing)} are missing, {len(unknown)} are not known, such as {min(missing | unknown)}'
-                  ] if missing or unknown else []
-        differ += [f'{name} has the shape {found[name]} there and {shapes[name]} here' for name in other[:1]]
+        differ = [f'{name} has the shape {found[name]} there and {shapes[name]} here' for name in other[:1]]
+        if missing or unknown:
+            differ = [f'{len(missing)} are missing, {len(unknown)} are not known, such as {min(missing | unknown)}']
         if differ:
-            raise UserError(f'{start.setting}: {start.path} holds other weights than this model has: {"; ".join(differ)}. '
-                            'Set section model as the run had it that saved them')
+            raise UserError(f'{start.setting}: {start.path} holds other weights than this model has: {differ[0]}. Set '
+                            'section model as the run had it that saved them')
     return check
 
 
@@ -328,7 +328,7 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
     if is_tar(start.path):  # which Composer would unpack, wherever its members point to
         raise UserError(f'{start.setting}: {start.path} is an archive; unpack it, and give the file of the checkpoint')
     if trusted:
-        log.warning('trust_checkpoint: objects of any class are loaded from %s, and that runs what code it holds', start.path)
+        log.warning('trust_checkpoint: any object is loaded from %s. That runs code that it holds', start.path)
 
 
 def finish_loading(start: Start, trainer: Trainer) -> None:

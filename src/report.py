@@ -34,7 +34,7 @@ def log_to_stderr() -> None:
 
 def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str,
          train_loader: Any, changed: Sequence[str] = ()) -> str:
-    """Every quantity that follows from the config, and what has `changed` since the checkpoint: printed before training."""
+    """Every quantity that follows from the config, and what has `changed` since the checkpoint, before training."""
     accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
     seq_len = c.train_loader.dataset.max_seq_len
     tokens = c.global_train_batch_size * seq_len

@@ -1,4 +1,4 @@
-"""A run that goes on with other settings than its checkpoint's: what takes effect, what is refused, what the plan says."""
+"""A run that goes on with other settings than its checkpoint's: what takes effect, what is refused, what is said."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -41,8 +41,8 @@ def run_settings(c: Config, data: Mapping[str, str]) -> dict[str, Any]:
     return {**config.flat(c), 'devices': world_size, 'nodes': world_size // dist.get_local_world_size(), **data}
 
 
-UNKNOWN = ('changed since the checkpoint: not known, for no manifest says what settings its run had. Data that is packed '
-           'on the fly goes on at the right place only with the same batch size, devices, workers and data')
+UNKNOWN = ('changed since the checkpoint: not known, for no manifest says what settings its run had. Data that is '
+           'packed on the fly goes on at the right place only with the same batch size, devices, workers and data')
 
 
 class Changes(NamedTuple):
@@ -58,8 +58,8 @@ def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Chang
     Args:
         start: Where the run starts.
         now: From `run_settings`.
-        counts_samples: Whether the training set goes on from a number of samples. Otherwise Composer goes on from a number
-            of batches: it reads the epoch again, and drops the batches that were trained on.
+        counts_samples: Whether the training set goes on from a number of samples. Otherwise Composer goes on from a
+            number of batches: it reads the epoch again, and drops the batches that were trained on.
 
     Raises:
         UserError: The checkpoint is within an epoch, and its number of batches is another place in this run's epoch.
@@ -91,7 +91,7 @@ def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Chang
                      f'{", ".join(changed[key] for key in no_effect)}')
     if in_epoch and (moved := [key for key in moved if key not in no_effect]):
         lines.append(f'data: {", ".join(changed[key] for key in moved)}: this epoch goes on at its sample '
-                     f'{start.manifest.sample_in_epoch:,} in another order, so it may repeat samples and leave out others')
+                     f'{start.manifest.sample_in_epoch:,} in another order: it may repeat samples and leave out some')
     in_duration = any(str(now.get(key)).endswith('dur') for key in ('scheduler.t_warmup', 'scheduler.t_max'))
     return Changes(lines, any(key.startswith('scheduler.') or key == 'max_duration' and in_duration for key in changed))
 
@@ -107,11 +107,11 @@ def _moves_samples(key: str, now: Mapping[str, Any], counts_samples: bool) -> bo
 
 
 class OptimizerSettings(Callback):
-    """Has the optimizer's settings of the config take effect in a resumed run. A checkpoint brings those of its own run.
+    """Has the config's settings of the optimizer take effect in a resumed run. A checkpoint brings its own run's.
 
     Args:
-        new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's. Where they are the
-            same, the rate of the first batch is the checkpoint's to the bit.
+        new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's. Where they are
+            the same, the rate of the first batch is the checkpoint's to the bit.
     """
 
     def __init__(self, new_schedule: bool = False):

@@ -1,7 +1,7 @@
 """Reads checkpoints without running code: tensors and plain values are read, everything else is refused.
 
-A full checkpoint is a pickle. So are `.metadata` and the values of a sharded one. Composer 0.32.1 and torch unpickle any
-object.
+A full checkpoint is a pickle. So are `.metadata` and the values of a sharded one. Composer 0.32.1 and torch unpickle
+any object.
 """
 
 import io
@@ -27,8 +27,8 @@ from src.errors import UserError, first_line, is_out_of_memory
 
 ONLY_WEIGHTS = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # by which torch.load ignores `weights_only=False`
 
-# Composer's checkpoints hold these beside tensors and plain values: random states, times, a version. Numpy's numbers and
-# the rest are for the state of callbacks. A fork adds classes of its own in the same way.
+# Composer's checkpoints hold these beside tensors and plain values: random states, times, a version. Numpy's numbers
+# and the rest are for the state of callbacks. A fork adds classes of its own in the same way.
 SAFE: list[Any] = [
     timedelta, datetime, timezone, TorchVersion, np.ndarray, np.dtype,
     np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0],
@@ -129,7 +129,7 @@ def loading(setting: str, path: str, trusted: bool = False) -> Iterator[None]:
     Args:
         setting: Names the checkpoint, for messages.
         path: Where the checkpoint lies.
-        trusted: Lets the checkpoint hold any object, and so run code. `.metadata` never needs to: torch alone writes it.
+        trusted: Lets the checkpoint hold any object, and so run code. `.metadata` never may: torch alone writes it.
     """
     reads: list[tuple[Any, str]] = [
         (checkpoint, 'download_checkpoint'), (checkpoint, '_torch_load_with_validation'), (checkpoint, 'dist_cp_load'),
