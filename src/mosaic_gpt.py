@@ -20,6 +20,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from src import initialisation
 from src.attention import CausalAttention, Documents
@@ -224,6 +225,8 @@ class MosaicGPT(nn.Module):
             modules: None: for every module. A model that was built on the CPU then redraws what is random, and a
                 module without `reset_parameters`, or without random numbers in it, keeps its values.
         """
+        if isinstance(self.transformer['wte'].weight, FakeTensor):  # a prediction of memory: tensors without data
+            return
         self.has_values = modules is None and self.cfg.device == 'cpu'
         for module in self.modules() if modules is None else modules:
             self.param_init_fn(module)

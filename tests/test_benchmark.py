@@ -165,6 +165,7 @@ def test_mfu_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = benchmark.Stopwatch(0, 1, {})
     watch.timed = [{'total': [(0.0, 0.5)]} | {part: [(0.0, 0.1)] for part in PARTS}]
     for name, value in (('is_available', True), ('get_device_name', 'NVIDIA L4'), ('synchronize', None),
+                        ('is_current_stream_capturing', False),
                         ('max_memory_allocated', 7)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     args = benchmark.parse_args([QUICKSTART])

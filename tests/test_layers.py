@@ -341,8 +341,8 @@ def test_sharded_models_have_the_weights_of_whole_ones(own_block, fake_rank, mon
 
 
 def test_a_changed_block_trains_and_a_loaded_model_is_not_drawn(own_block, mds_root, tmp_path, monkeypatch):
-    argv = [QUICKSTART, *tiny(mds_root, 'max_duration=4ba', f'save_folder={tmp_path}/one', 'run_name=one',
-                              'model.device=meta', 'eval_first=false', 'callbacks.text_samples=false')]
+    argv = [QUICKSTART, *tiny(mds_root, 'max_duration=4ba', 'scheduler.t_warmup=1ba', f'save_folder={tmp_path}/one',
+                              'run_name=one', 'model.device=meta', 'eval_first=false', 'callbacks.text_samples=false')]
     weights, loss = run(*argv)
     assert 0 < loss < 6.3 and (weights['model.transformer.blocks.0.norm.weight'] - 1).abs().max() < 0.1
 
@@ -370,7 +370,8 @@ def test_rms_norm_trains(mds_root, monkeypatch):
             self.ln_1, self.ln_2 = (nn.RMSNorm(cfg.d_model, device=cfg.device) for _ in range(2))
 
     monkeypatch.setattr(mosaic_gpt, 'GPTBlock', Block)
-    argv = [QUICKSTART, *tiny(mds_root, 'model.device=meta', 'max_duration=3ba', 'callbacks.text_samples=false',
+    argv = [QUICKSTART, *tiny(mds_root, 'model.device=meta', 'max_duration=3ba', 'scheduler.t_warmup=1ba',
+                              'callbacks.text_samples=false',
                               'fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.activation_checkpointing=true',
                               'model.attn_within_document=true')]
     weights, loss = run(*argv)
@@ -382,7 +383,8 @@ def test_rms_norm_trains(mds_root, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_own_layers_are_the_same_on_two_ranks(own_block, mds_root, tmp_path):
-    argv = [QUICKSTART, *tiny(mds_root, 'max_duration=3ba', 'eval_first=false', 'callbacks.text_samples=false')]
+    argv = [QUICKSTART, *tiny(mds_root, 'max_duration=3ba', 'scheduler.t_warmup=1ba',
+                              'eval_first=false', 'callbacks.text_samples=false')]
     launcher = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port())]
     done = subprocess.run([*launcher, 'tests/own_layers.py', str(tmp_path), *argv], cwd=ROOT, env=clean_env(),
                           capture_output=True, text=True, timeout=800)

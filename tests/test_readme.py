@@ -478,7 +478,7 @@ def test_the_guides_loader(mds_root, tmp_path, monkeypatch, capfd):
     exec(code, namespace)
     monkeypatch.setattr(main, 'build_c4_dataloader', namespace['build_c4_dataloader'])
     overrides = next(c for c in commands() if 'my-bins' in c).split()[3:]
-    short = tiny(mds_root, 'eval_first=false', 'max_duration=4ba', 'eval_interval=4ba')
+    short = tiny(mds_root, 'eval_first=false', 'scheduler.t_warmup=1ba', 'max_duration=4ba', 'eval_interval=4ba')
     argv = [str(ROOT / QUICKSTART), *short, *overrides]
     trainer = main.main(config.load(argv))
     trainer.close()
@@ -531,7 +531,8 @@ def test_the_guides_layer_keeps_its_initialisation_and_trains(mds_root, monkeypa
                  'GPTBlock': GPTBlock, 'MosaicGPTConfig': MosaicGPTConfig}
     exec(next(b for b in blocks('python', DOCS['src/README.md']) if 'class Gain' in b), namespace)
     monkeypatch.setattr('src.mosaic_gpt.GPTBlock', namespace['ScaledBlock'])
-    trainer = main.main(config.load([str(ROOT / QUICKSTART), *tiny(mds_root, 'model.device=meta', 'max_duration=3ba')]))
+    trainer = main.main(config.load([str(ROOT / QUICKSTART), *tiny(mds_root, 'model.device=meta', 'scheduler.t_warmup=1ba',
+                                                                            'max_duration=3ba')]))
     blocks_ = trainer.state.model.model.blocks
     for name, start in (('gain_1', 0.1), ('gain_2', 0.1), ('ln_1', 1)):
         assert 0 < (blocks_[1].get_parameter(f'{name}.weight') - start).abs().max() < 0.01, name
