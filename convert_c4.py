@@ -54,10 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that mosaicml-streaming reads. '
                                      'Stopped at any moment, the same command goes on.')
     add = parser.add_argument
-    add('--out_root', metavar='DIR|URL', help='the splits become DIR/train and DIR/val; or s3://bucket/..., gs://bucket/...')
+    folder: Any = os.path.expanduser  # a shell leaves the ~ of --out_root=~/data as it is
+    add('--out_root', type=folder, metavar='DIR|URL',
+        help='the splits become DIR/train and DIR/val; or s3://bucket/..., gs://bucket/...')
     add('--splits', nargs='+', choices=list(SPLITS), default=['train', 'val'],
         help=f'default: train val; train_small: the first {SMALL:,} documents of train')
-    add('--source', default='hub', metavar='hub|sample|FOLDER',
+    add('--source', type=folder, default='hub', metavar='hub|sample|FOLDER',
         help='hub: a data set from the Hugging Face hub (default); sample: English prose out of the Python installation, with a '
         "tokenizer of 4096 tokens in DIR/tokenizer, no network needed; FOLDER: a folder that holds C4's own files, such as "
         'c4-train.00000-of-01024.json.gz, or other .jsonl, .parquet or .txt files')
@@ -68,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--txt_lines', action='store_true', help='each line of a .txt file is a document; default: each file is one')
     group = parser.add_argument_group('what is written')
     group.add_argument('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
-    group.add_argument('--tokenizer', metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
+    group.add_argument('--tokenizer', type=folder, metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
     group.add_argument('--train_tokenizer', type=positive, metavar='VOCAB',
                        help='train a byte-level BPE of VOCAB tokens on the text and write it to DIR/tokenizer')
     group.add_argument('--compression', metavar='NAME', help="of streaming, such as zstd or zstd:7; default: none")
@@ -82,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument('--partition', type=fraction, metavar='i/n', help='do the part i of n, from 0, and do not close the split')
     group.add_argument('--merge', action='store_true', help='close the splits, once every --partition is done')
     group.add_argument('--skip_disk_check', action='store_true', help='begin even if the disk looks too small')
-    add('--verify', metavar='DIR', help='check a copy against its manifests, and do nothing else')
+    add('--verify', type=folder, metavar='DIR', help='check a copy against its manifests, and do nothing else')
     return parser
 
 

@@ -435,4 +435,4 @@ if __name__ == '__main__':
     try:
         main(parse_args())
     except UserError as e:
-        sys.exit(f'error: {e}')
+        sys.exit(f'error: {e}'.replace('tokenizer_name', '--tokenizer'))

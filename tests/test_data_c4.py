@@ -628,6 +628,8 @@ def test_smoke_test_says_what_is_missing(mds_root: Path, temp: Path):
     assert done.returncode == 1 and done.stdout == ''
     assert done.stderr.startswith('error: dataset: ') and "has no split 'test'; it has: train, val" in done.stderr
     assert 'Traceback' not in done.stderr
+    done = run(['src/data_c4.py', str(mds_root), '--tokenizer', '/nowhere/tokenizer'], temp)
+    assert done.returncode == 1 and done.stderr.startswith("error: --tokenizer: no folder '/nowhere/tokenizer'")
 
 
 HOLD = """

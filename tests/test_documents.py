@@ -153,6 +153,12 @@ def test_a_tokenizer_of_little_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert os.listdir(tmp_path / 'empty') == []
 
 
+def test_a_home_folder_that_the_shell_leaves_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', '/home/me')
+    args = convert_c4.parse_args(['--out_root=~/c4', '--source=~/raw', '--tokenizer=~/tok', '--concat_tokens=8'])
+    assert (args.out_root, args.source, args.tokenizer) == ('/home/me/c4', '/home/me/raw', '/home/me/tok')
+
+
 def test_main_takes_a_namespace_of_some_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_jsonl(tmp_path / 'in/a.jsonl', ['one']).parent
     args = argparse.Namespace(out_root=tmp_path / 'out/', splits=['train'], source=folder)
