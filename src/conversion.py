@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -416,10 +416,7 @@ def _documents(job: Job, folder: Path, counts: dict[str, int]) -> Iterator[Docum
     if found is None:
         folder.mkdir()
         found = read(job.file, folder, o.columns, o.text_column, o.txt_lines)
-    for document in good_documents(found, o.skip_bad_docs, counts):
-        if counts['documents'] == job.max_docs:
-            return
-        yield document
+    yield from islice(good_documents(found, o.skip_bad_docs, counts), job.max_docs)
 
 
 @cache

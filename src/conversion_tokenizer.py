@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -101,6 +102,7 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
         from huggingface_hub import snapshot_download
         # Once, so that the workers find it on this disk.
         name = retried(lambda: snapshot_download(args.tokenizer, allow_patterns=TOKENIZER_FILES), name, 2, '--tokenizer')
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # processes are the parallelism, and they are forked
     try:
         return name, given, HFTokenizer(name, args.concat_tokens).hash
     except UserError as error:

@@ -165,10 +165,17 @@ def explain(e: Exception, remote: Optional[str], local: str, split: str, setting
     return f'{setting}: {where!r} cannot be opened: {type(e).__name__}: {text}'
 
 
-def is_missing(error: Exception) -> bool:
-    """Whether a store says that there is no such object; each has error classes of its own."""
+def is_missing(error: Exception, or_forbidden: bool = False) -> bool:
+    """Whether a store says that there is no such object; each has error classes of its own.
+
+    Args:
+        error: What the store raised.
+        or_forbidden: Whether an object that may not be read counts too. S3 says 403 of one that is missing to whoever
+            may not list the bucket.
+    """
+    says = ('404', 'NoSuchKey', 404, *('403', 'AccessDenied', 403) * or_forbidden)
     response: Any = getattr(error, 'response', None)
     code = (response.get('Error', {}).get('Code') if isinstance(response, dict) else
             getattr(response, 'status_code', None))
     codes = [code, *(getattr(error, name, None) for name in ('code', 'status', 'status_code'))]
-    return isinstance(error, FileNotFoundError) or any(code in ('404', 'NoSuchKey', 404) for code in codes)
+    return isinstance(error, FileNotFoundError) or any(code in says for code in codes)

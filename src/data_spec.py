@@ -16,6 +16,7 @@ from src.causal_lm import IGNORE, ComposerCausalLM
 from src.data_c4 import EvalView, StreamingC4, get_num_tokens_in_batch, targets_per_sample
 from src.errors import UserError
 from src.schema import Config
+from src.tokenizer import check_vocab
 
 log = logging.getLogger('src')
 KEYS = ('input_ids', 'labels', 'attention_mask', 'sequence_id')  # that models read; others are handed on
@@ -34,6 +35,8 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
         UserError: All ranks would read the same samples, or the batches can be read only once.
     """
     ranks = dist.get_world_size()
+    if is_kits(loader):
+        check_vocab(getattr(loader.dataset, 'dataset', loader.dataset), model.vocab_size)
     if setting == 'eval_loader' and isinstance(loader, Iterator):
         raise UserError(f'eval_loader: a {type(loader).__name__} can be read only once, and each evaluation reads the '
                         'loader anew; give a DataLoader, a list, or an object whose __iter__ begins anew')

@@ -61,8 +61,9 @@ def _calls(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not tokenizer.is_fast:
         # Some tokenizers in Python keep a special token whole in any case: a blank inside its spelling makes it text.
-        spelled = re.compile('|'.join(re.escape(token) for token in _special_tokens(tokenizer)))
-        texts = [spelled.sub(lambda found: f'{found[0][0]} {found[0][1:]}', text) for text in texts]
+        if special := _special_tokens(tokenizer):
+            spelled = re.compile('|'.join(map(re.escape, special)))
+            texts = [spelled.sub(lambda found: f'{found[0][0]} {found[0][1:]}', text) for text in texts]
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)['input_ids']  # pyright: ignore
     if tokenizer not in _backends:
         _backends[tokenizer] = _blind_to_special_tokens(tokenizer)

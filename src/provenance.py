@@ -53,7 +53,7 @@ def _read(stream: CheckedStream, name: str) -> Optional[str]:
                 stream._downloader.download(path, f'{folder}/{name}', stream.download_timeout)
                 return Path(folder, name).read_text('utf-8')
             except Exception as e:  # as above
-                if is_missing(e):
+                if is_missing(e, or_forbidden=True):
                     return None
                 raise
 

@@ -88,7 +88,8 @@ def trace(settings: Settings) -> Trace:
             _traces[key] = _run(settings)
         except UserError:
             raise
-        except (RuntimeError, ValueError, AssertionError) as e:  # what kernels raise for tensors that they do not take
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            # A model's own code and kernels, on tensors that they do not take
             where = traceback.extract_tb(e.__traceback__)[-1]
             raise UserError(
                 f'model.name: the memory of {settings.model.name!r} cannot be predicted. Its step without data '

@@ -54,7 +54,8 @@ class HFTokenizer:
             raise UserError(_no_eos(tokenizer_name, self.tokenizer))
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.hash, self._old_hash = tokenizer_hash(self.tokenizer), _structure_hash(self.tokenizer)
+        self._old_hash = _structure_hash(self.tokenizer)  # first: to encode changes the truncation that is part of it
+        self.hash = tokenizer_hash(self.tokenizer)
         _add_nothing(self.tokenizer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -255,8 +256,12 @@ def n_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max(tokenizer.get_vocab().values())
 
 
-def check_vocab(tokenizer: HFTokenizer, model_vocab_size: int) -> None:
+def check_vocab(tokenizer: Any, model_vocab_size: int) -> None:
     """Holds a tokenizer's ids against a model's embedding.
+
+    Args:
+        tokenizer: An HFTokenizer, or a dataset, which has the two attributes that are read here.
+        model_vocab_size: The rows of the embedding.
 
     Raises:
         UserError: The tokenizer has ids that the model has no embedding for.
