@@ -133,7 +133,8 @@ def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
                        epoch_size=steps * cfg.global_train_batch_size)
         for key in 'streams', 'cache_limit', 'validate_hash':  # which belong to the YAML's data
             dataset.pop(key, None)
-        cfg.tokenizer.tokenizer_name = data['tokenizer_name']
+        if cfg.get('tokenizer'):  # null: main.py says whether the loader does without
+            cfg.tokenizer.tokenizer_name = data['tokenizer_name']
     return cfg
 
 

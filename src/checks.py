@@ -3,7 +3,7 @@
 import math
 import os
 from fractions import Fraction
-from typing import Any, Optional
+from typing import Optional
 
 from src.batch_size import device_batch_size
 from src.data_places import columns_of, is_copied, is_url, only_copy, stream_errors, streams_of
@@ -191,14 +191,14 @@ def _long_warmup(c: Config) -> str:
             'would end before the learning rate reaches its peak; set a shorter one, such as scheduler.t_warmup=0.1dur')
 
 
-def check_warmup(c: Config, epoch: Any) -> None:
+def check_warmup(c: Config, epoch: Optional[int]) -> None:
     """Refuses a warm-up in epochs or batches that is not shorter than a run in the other unit.
 
     Args:
         c: The config.
         epoch: Its batches; None where the training loader has no length.
     """
-    batches = {'ba': 1, 'ep': math.nan if epoch is None else int(epoch)}
+    batches = {'ba': 1, 'ep': math.nan if epoch is None else epoch}
     times = (TIME.fullmatch(c.scheduler.t_warmup), TIME.fullmatch(c.max_duration))
     warmup, run = (float(m[1]) * batches.get(m[2], math.nan) for m in times if m)
     if warmup >= run:
@@ -296,7 +296,10 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
                    'callbacks.profiler=false')
     out += _compile_errors(c, c.compile_config) if c.compile_config else []
     if c.compile_config and c.compile_config.backend == 'inductor':
-        out += compiler_errors(has_gpu)
+        import torch.cuda  # here: it takes a second
+
+        if has_gpu == torch.cuda.is_available():  # else it is an estimate for another machine
+            out += compiler_errors(has_gpu)
     if c.autoresume and (c.save_folder is None or run_name(c) is None):
         out.append('autoresume: true needs save_folder and run_name, so that a later start finds the checkpoints')
     if c.save_num_checkpoints_to_keep == 0:

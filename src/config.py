@@ -55,9 +55,9 @@ def load(argv: list[str]) -> DictConfig:
         raise UserError(f'the first argument must be a YAML file, not {argv[0] if argv else "nothing"!r}.\n'
                         '  usage: composer main.py yamls/quickstart.yaml [key=value ...]')
     path = Path(argv[0])
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = difflib.get_close_matches(argv[0], [str(p) for p in path.parent.glob('*.yaml')], n=1)
-        what = 'a folder, not a YAML file.' if path.is_dir() else 'no such file.'
+        what = 'a folder, not a YAML file.' if os.path.isdir(path) else 'no such file.'
         raise UserError(f'{argv[0]}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
     try:
         loaded = OmegaConf.load(path)

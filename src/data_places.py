@@ -125,11 +125,11 @@ def only_copy(setting: str, cache_limit: Any) -> str:
 
 def _check_folder(root: str, split: str, setting: str) -> None:
     folder = Path(root, split)
-    if (folder / 'index.json').is_file():
+    if os.path.isfile(folder / 'index.json'):
         return
-    if not Path(root).is_dir():
+    if not os.path.isdir(root):
         wrong = f'no folder {root!r}'
-    elif not folder.is_dir():
+    elif not os.path.isdir(folder):
         splits = sorted(index.parent.name for index in Path(root).glob('*/index.json'))
         wrong = f'{root!r} has no split {split!r}; it has: {", ".join(splits) or "none"}'
         if split == 'train' and 'val' in splits:

@@ -47,7 +47,7 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
             raise UserError(f'{setting}: the DataLoader has no DistributedSampler, so each of {ranks} ranks would read '
                             'the same samples; give it sampler=composer.utils.dist.get_sampler(dataset, shuffle=True)')
         if not _resumes(loader.dataset):
-            loader = (Batches if _length(loader) is None else SizedBatches)(loader)
+            loader = (Batches if epoch_length(loader) is None else SizedBatches)(loader)
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
     return DataSpec(loader, batch_transforms=BatchForm(setting, model.vocab_size, model.max_seq_len), split_batch=split,
                     get_num_samples_in_batch=lambda batch: len(batch['input_ids']), get_num_tokens_in_batch=count)
@@ -98,7 +98,7 @@ def _sampler(loader: DataLoader) -> Optional[DistributedSampler]:
     return next((s for s in (loader.batch_sampler, loader.sampler) if isinstance(s, DistributedSampler)), None)
 
 
-def _length(loader: Any) -> Optional[int]:
+def epoch_length(loader: Any) -> Optional[int]:
     """Batches in an epoch; None: nobody knows."""
     try:
         return len(loader)
@@ -139,7 +139,7 @@ def check_train_loader(c: Config, loader: Any) -> None:
     """
     for setting, time in (('max_duration', c.max_duration), ('scheduler.t_warmup', c.scheduler.t_warmup),
                           ('scheduler.t_max', c.scheduler.t_max)):
-        if time.endswith('ep') and _length(loader) is None:
+        if time.endswith('ep') and epoch_length(loader) is None:
             raise UserError(f'{setting}: {time!r}, but the train loader, {_name(loader)}, does not say how many '
                             'batches an epoch has; give batches (ba) or tokens (tok)')
     if c.device_train_microbatch_size == 'auto' and getattr(loader, 'batch_size', None) is None:
@@ -155,7 +155,7 @@ def describe(loader: Any) -> list[str]:
                 'run first reads again what its epoch has read; packed tokens do neither']
     if is_kits(loader):
         return []
-    length, ranks = _length(loader), dist.get_world_size()
+    length, ranks = epoch_length(loader), dist.get_world_size()
     number = 'an unknown number of' if length is None else length
     lines = [f'data: a loader of your own, {_name(loader)}, with {number} batches in an epoch; a resumed run first '
              'reads again what its epoch has read']

@@ -96,8 +96,8 @@ def compiler_errors(has_gpu: bool) -> list[str]:
 
 def not_writable(path: str) -> Optional[str]:
     """The folder that keeps `path`, which may not exist yet, from being written; None: it can be written."""
-    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-    return None if existing.is_dir() and os.access(existing, os.W_OK) else str(existing)
+    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.exists(p))
+    return None if os.path.isdir(existing) and os.access(existing, os.W_OK) else str(existing)
 
 
 def free_shared_memory() -> Optional[int]:

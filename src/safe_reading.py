@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ def readable(setting: str, path: str, purpose: str, trust: str = '') -> Iterator
         raise
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError,
             pickle.UnpicklingError, BotoCoreError, ClientError, CheckpointException) as e:
-        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        cause = next(iter(e.failures.values()), (e,))[0] if isinstance(e, CheckpointException) else e
         if is_out_of_memory(cause) or isinstance(cause, UserError):
             raise cause from None
         unsafe = re.search(r'GLOBAL ([\w.]+)', str(cause))
@@ -121,7 +121,7 @@ def read_weights(path: str, setting: str = 'load_path') -> dict[str, Any]:
 
 
 @contextmanager
-def loading(setting: str, path: str, trusted: bool = False) -> Iterator[None]:
+def loading(setting: str, path: str, trusted: Optional[bool] = None) -> Iterator[None]:
     """Has Composer's Trainer read its `load_path` without running code. A fault of the file ends in one message.
 
     Only the functions that read are wrapped. An error of a model, an optimizer or a callback keeps its traceback.
@@ -130,6 +130,7 @@ def loading(setting: str, path: str, trusted: bool = False) -> Iterator[None]:
         setting: Names the checkpoint, for messages.
         path: Where the checkpoint lies.
         trusted: Lets the checkpoint hold any object, and so run code. `.metadata` never may: torch alone writes it.
+            None: never, and the message does not offer it.
     """
     reads: list[tuple[Any, str]] = [
         (checkpoint, 'download_checkpoint'), (checkpoint, '_torch_load_with_validation'), (checkpoint, 'dist_cp_load'),
@@ -138,7 +139,7 @@ def loading(setting: str, path: str, trusted: bool = False) -> Iterator[None]:
 
     def wrapped(read: Callable, may_trust: bool) -> Callable:
         def safely(*args: Any, **kwargs: Any) -> Any:
-            trust = ', or set trust_checkpoint=true if you trust who wrote this one' if may_trust else ''
+            trust = ', or set trust_checkpoint=true if you trust who wrote this one' if may_trust and trusted is not None else ''
             fault = readable(setting, path, 'into this model and optimizer', trust)
             with fault, nullcontext() if trusted and may_trust else no_code():
                 return read(*args, **kwargs)

@@ -492,6 +492,7 @@ def test_interpolations_reach_nested_sections():
 
 @pytest.mark.parametrize('has_gpu, language', [(False, 'C\\+\\+'), (True, 'C')], ids=['CPU', 'GPU'])
 def test_compilation_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_path, has_gpu, language):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
     check('compile_config={}', has_gpu=has_gpu)
     with monkeypatch.context() as patch:
         patch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
@@ -502,6 +503,7 @@ def test_compilation_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp
     with pytest.raises(UserError, match=f'torch.compile needs a {language} compiler on a .PU, .* install one'):
         check('compile_config={}', has_gpu=has_gpu)
     check('compile_config.backend=aot_eager', has_gpu=has_gpu)
+    check('compile_config={}', has_gpu=not has_gpu)  # an estimate for another machine
 
 
 def test_an_evaluation_has_batches_of_a_microbatch_unless_set():
