@@ -108,7 +108,7 @@ def test_the_baseline_counts_each_sample_once_on_any_number_of_ranks(n: int, mds
     """Where the samples do not divide, ranks have one twice: at the end of a batch, alone in one, or instead of any."""
     cases = {'in a batch': (31, 8), 'alone': (25, 4), 'one sample': (1, 8)}
     found = ranks(n, {name: ['yamls/quickstart.yaml', *tiny(
-        mds_root, 'max_duration=1ba', 'eval_interval=1ba', 'scheduler.t_warmup=1ba', f'eval_samples={samples}',
+        mds_root, 'max_duration=1ba', 'eval_interval=1ba', 'scheduler.t_warmup=0ba', f'eval_samples={samples}',
         f'device_eval_batch_size={batch}')] for name, (samples, batch) in cases.items()}, tmp_path)
     tokenizer = Tokenizer.from_file(str(mds_root / 'tokenizer' / 'tokenizer.json'))
     for name, (samples, _) in cases.items():
