@@ -90,7 +90,7 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
     from src.tokenizer import HFTokenizer
 
     name = args.tokenizer or f'{args.out_root}/tokenizer'
-    given = args.tokenizer or 'tokenizer'  # beside the splits, wherever they lie
+    given = args.tokenizer or '../tokenizer'  # from each split, wherever they lie
     if args.tokenizer is None and Place(name).read('tokenizer_config.json') is None:
         raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
                         'add --train_tokenizer VOCAB')
