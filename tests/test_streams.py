@@ -111,7 +111,7 @@ def test_a_shard_that_is_never_whole_ends_the_run(build, data: Path, tmp_path: P
     assert re.fullmatch(f'dataset.remote: {SHARD} of {data}/train could not be had in 3 attempts: {SAYS[how]}. '
                         'Check that the data is whole there', str(e.value)), str(e.value)
     assert e.value.__context__ is None
-    assert not list((tmp_path / 'copy').rglob('*.part*')) and not (tmp_path / 'copy' / 'train' / SHARD).exists()
+    assert not list((tmp_path / 'copy' / 'train').glob(f'{SHARD}*'))  # another shard may still be on its way
 
 
 @pytest.mark.parametrize('how', SAYS)
