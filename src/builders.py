@@ -155,8 +155,11 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
 
 
 @contextmanager
-def outside_failures_explained() -> Iterator[None]:
+def outside_failures_explained(loader: str = 'train_loader') -> Iterator[None]:
     """Says what failed outside of the run: the store of a logger, or a loader worker that the system has ended.
+
+    Args:
+        loader: The section of the loader that is most likely the worker's.
 
     Raises:
         UserError: A logger's folder cannot be written, its server does not answer, or its service refuses; or a worker
@@ -168,7 +171,7 @@ def outside_failures_explained() -> Iterator[None]:
         if (name := _refusing_logger(e)) is not None:
             raise UserError(f'loggers.{name}: {type(e).__name__}: {first_line(e)}. Change the keys of loggers.{name} '
                             f'or the variables that its service reads, or switch it off: loggers.{name}=false') from e
-        if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, 'train_loader')):
+        if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, loader)):
             raise UserError(why) from e
         raise
 

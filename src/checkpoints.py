@@ -300,7 +300,7 @@ def _load_weights(start: Start, path: str, model: nn.Module) -> None:
                 get_file(path, local)
         with dist.local_rank_zero_download_and_wait(local):  # a download may take longer than a barrier waits
             dist.barrier()
-        weights = read_weights(local)
+        weights = read_weights(local, start.setting, path)
         same_weights(start, get_model_state_dict(model))({'state': {'model': weights}})
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=True))
         dist.barrier()

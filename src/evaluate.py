@@ -109,6 +109,7 @@ class Totals(Metric):
         return self.sums
 
 
+@builders.outside_failures_explained('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """The figures of one split.
 

@@ -6,7 +6,7 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel
 
 from src.errors import UserError
@@ -36,9 +36,9 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
     text = text.strip()
     if not equals or not key or key.startswith('-'):
         raise UserError(f'override {key!r} is not of the form key=value, as in max_duration=100ba or optimizer.lr=3e-4')
-    if not text:
-        raise UserError(f'override {key}=: has no value. If it comes from a variable of the shell, that variable is empty; for '
-                        f'no value write {key}=null')
+    if text in ('', '???'):  # OmegaConf takes the latter for a value that is not given yet
+        raise UserError(f'override {key}={text}: has no value. If it comes from a variable of the shell, that variable '
+                        f'is empty; for no value write {key}=null')
     as_it_stands = takes_only_text(key) and text[0] not in '\'"' and text not in NULL
     try:
         if not as_it_stands and _ends_in_a_comment(text):
@@ -49,10 +49,14 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
             OmegaConf.update(cfg, key, {} if text == '{}' else text, merge=False, force_add=True)
             return cfg
         merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f'{key}={text}']))
-    except (yaml.YAMLError, OmegaConfBaseException) as e:
-        raise UserError(f'override {key}=...: its value cannot be read as YAML: {str(e).splitlines()[0]}') from None
-    except TypeError:
-        raise UserError(f'override {key}=...: is a section with keys of its own, not a list') from None
+    except UserError:
+        raise
+    except (yaml.YAMLError, GrammarParseError):  # both quote the value
+        raise UserError(f'override {key}=...: its value cannot be read as YAML; put text in two pairs of quotes, as in '
+                        f'''{key}="'text'"''') from None
+    except (TypeError, ValueError, IndexError, OmegaConfBaseException):
+        raise UserError(f'override {key}=...: a list stands where a section with keys of its own has to, or a key of a '
+                        'section where a list does. A list is given whole, as in optimizer.betas=[0.9,0.95]') from None
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -103,12 +103,13 @@ def readable(setting: str, path: str, purpose: str, trust: str = '') -> Iterator
                         f'{trust if isinstance(cause, pickle.UnpicklingError) else ""}') from None
 
 
-def read_weights(path: str, setting: str = 'load_path') -> dict[str, Any]:
+def read_weights(local: str, setting: str, path: str) -> dict[str, Any]:
     """The model's state dict out of a full checkpoint, without running code that the file may hold.
 
     Args:
-        path: A local file.
-        setting: Where it is named, for messages.
+        local: The file.
+        setting: Where the checkpoint is named, for messages.
+        path: Where it lies; `local` may be a copy.
 
     Returns:
         Tensors on the CPU, mapped from the file.
@@ -117,7 +118,7 @@ def read_weights(path: str, setting: str = 'load_path') -> dict[str, Any]:
         UserError: The file is no checkpoint, or holds objects other than tensors and plain values.
     """
     with readable(setting, path, 'as the weights of a checkpoint'):
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['state']['model']
+        return torch.load(local, map_location='cpu', weights_only=True, mmap=True)['state']['model']
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from src.folders import open_folder
 from src.safe_reading import no_code, read_weights, readable
 
 
-def read_sharded_weights(path: str, setting: str) -> dict[str, Tensor]:
+def read_sharded_weights(local: str, setting: str, path: str) -> dict[str, Tensor]:
     """The model's state dict out of a sharded checkpoint; the optimizer's state is not read.
 
     Args:
-        path: A local folder.
-        setting: Where it is named, for messages.
+        local: The folder.
+        setting: Where the checkpoint is named, for messages.
+        path: Where it lies; `local` may be a copy.
 
     Returns:
         Whole tensors on the CPU.
@@ -34,7 +35,7 @@ def read_sharded_weights(path: str, setting: str) -> dict[str, Tensor]:
     Raises:
         UserError: A file is missing or damaged, or holds objects other than tensors and plain values.
     """
-    reader = FileSystemReader(path)
+    reader = FileSystemReader(local)
     with readable(setting, path, 'as the weights of a checkpoint'), no_code(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that it is a single process
         there = reader.read_metadata().state_dict_metadata
@@ -71,7 +72,7 @@ def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Opt
     assert start.path
     read_local = read_sharded_weights if start.sharded else read_weights
     if '://' not in start.path:
-        return read_local(start.path, setting), start.manifest, start.path
+        return read_local(start.path, setting, start.path), start.manifest, start.path
     with tempfile.TemporaryDirectory() as temp:  # the tensors of a file that is mapped outlive its name
         local = os.path.join(temp, 'checkpoint')
         folder = open_folder(start.path)
@@ -80,4 +81,4 @@ def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Opt
                 os.mkdir(local)
             for name in folder.names() if start.sharded else ['']:
                 get_file(folder.uri(name) if name else start.path, os.path.join(local, name) if name else local)
-        return read_local(local, setting), start.manifest, start.path
+        return read_local(local, setting, start.path), start.manifest, start.path

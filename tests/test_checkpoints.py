@@ -337,7 +337,7 @@ def test_missing_optimizer_state_is_an_error(mds_root, folder):
 
 def test_weights_only_takes_the_weights_and_nothing_else(mds_root, folder, tmp_path):
     path = folder / 'ep0-ba12-rank0.pt'
-    weights = read_weights(str(path))
+    weights = read_weights(str(path), 'load_path', str(path))
     got = run(mds_root, f'load_path={path}', 'load_weights_only=true', 'max_duration=1ba', 'optimizer.lr=1e-30',
               'scheduler.t_warmup=0ba')
     assert got['batch'] == 1

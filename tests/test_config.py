@@ -106,7 +106,7 @@ BAD = [
     (['load_weights_only=true'], ['load_weights_only: true does nothing without load_path']),
     (['optimizer=null'], ['optimizer: missing; it has no default']),
     (['model=null'], ['node `model` is not a container', 'model.attn_within_document']),
-    (['model=[1,2]'], ['override model=...: is a section with keys of its own, not a list']),
+    (['model=[1,2]'], ['override model=...: a list stands where a section with keys of its own has to']),
     (['callbacks=[speed_monitor]'], ['override callbacks=...']),
     (['callbacks.speed_monitor=5'], ['1 mistake', 'callbacks.speed_monitor: must be a section with keys of its own']),
     (['callbacks.speed_monitor.window_size=x'], ["callbacks.speed_monitor.window_size: 'x' must be a whole number"]),
@@ -388,12 +388,22 @@ def test_missing_keys_are_named(tmp_path):
     ([str(ROOT / 'yamls')], 'yamls: a folder, not a YAML file'),
     ([QUICKSTART, 'max_duration'], "override 'max_duration' is not of the form key=value"),
     ([QUICKSTART, '--max_duration=3'], "override '--max_duration' is not of the form key=value"),
-    ([QUICKSTART, 'optimizer.betas=[0.9'], 'override optimizer.betas=...: its value cannot be read as YAML'),
+    ([QUICKSTART, 'optimizer.betas=[0.9'], 'override optimizer.betas=...: its value cannot be read as YAML; put text in '),
+    ([QUICKSTART, 'optimizer.betas.0=0.9'], 'A list is given whole, as in optimizer.betas=[0.9,0.95]'),
+    ([QUICKSTART, 'seed=???'], 'override seed=???: has no value'),
+    ([QUICKSTART, 'optimizer.betas.x={}'], 'override optimizer.betas.x=...: a list stands where'),
 ])
 def test_a_bad_command_line_is_named(argv, message):
     with pytest.raises(UserError) as e:
         config.load(argv)
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize('secret', ['*abc', '!abc x', '${abc', '{abc'])
+def test_a_value_that_cannot_be_read_is_not_printed(secret):
+    with pytest.raises(UserError, match='loggers.wandb.api_key=...: its value cannot be read') as e:
+        config.load([QUICKSTART, f'loggers.wandb.api_key={secret}'])
+    assert 'abc' not in str(e.value)
 
 
 @pytest.mark.parametrize('text', ['a: [1, 2', 'a: b: c', '- 1\n- 2', '\t- x'])

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src import export_hf, weights
-from src.checkpoints import read_weights
 from src.errors import UserError
 from src.hf_causal_lm import ComposerHFCausalLM
 from src.hf_model import GPT2_HAS, TRAINING_ALONE, gpt2_config, hf_model
@@ -208,6 +207,8 @@ def test_from_s3(s3, kind, full, sharded, tmp_path):
     assert difference(tmp_path / 'out', state, **model) < 1e-5
     assert 's3://bucket/none.pt: no such file' in refused('s3://bucket/none.pt', tmp_path / 'none')
     assert 'check the address' in refused('s3://other/none.pt', tmp_path / 'none')
+    s3.put_object(Bucket='bucket', Key='damaged.pt', Body=b'no checkpoint')
+    assert refused('s3://bucket/damaged.pt', tmp_path / 'none').startswith('CHECKPOINT: s3://bucket/damaged.pt cannot be loaded')
 
 
 @pytest.mark.slow
@@ -292,6 +293,16 @@ def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path
     assert difference(tmp_path / 'out', full[1]) < 1e-5
 
 
+def test_a_null_in_the_yaml_is_the_models_own_value(mds_root, tmp_path):
+    shape = {'model_type': 'gpt2', 'n_embd': 16, 'n_layer': 1, 'n_head': 2, 'vocab_size': 512}
+    model = {'name': 'hf_causal_lm', 'config_overrides': shape}
+    torch.save({'state': {'model': ComposerHFCausalLM(model).state_dict()}}, tmp_path / 'bare.pt')
+    yaml = {'model': model, 'tokenizer': {'tokenizer_name': str(mds_root / 'tokenizer')}}
+    (tmp_path / 'run.yaml').write_text(json.dumps(yaml))
+    export(tmp_path / 'bare.pt', tmp_path / 'out', '--yaml', tmp_path / 'run.yaml', 'model.config_overrides.n_positions=null')
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / 'out').config.n_positions == 1024
+
+
 class Runs:
     def __reduce__(self):
         return print, ('ran',)
@@ -358,4 +369,4 @@ def test_a_tokenizer_that_has_moved(full, mds_root, tmp_path):
 
 def test_a_model_of_ones_own_is_named(full):
     with pytest.raises(UserError, match="model.name: 'parallel_gpt'; what can be exported is mosaic_gpt, hf_causal_lm"):
-        hf_model({'name': 'parallel_gpt'}, read_weights(str(full[0] / 'ep0-ba4-rank0.pt')), 'x')
+        hf_model({'name': 'parallel_gpt'}, {}, 'x')

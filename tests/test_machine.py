@@ -26,7 +26,7 @@ from streaming.base import stream as streaming_stream
 from torch.utils.data import DataLoader, Dataset
 
 import main
-from src import builders, config, machine, processes, report, shared_memory
+from src import builders, config, evaluate, machine, processes, report, shared_memory
 from src.data_c4 import StreamingC4, build_c4_dataloader
 from src.errors import UserError
 from src.processes import init_loader_worker
@@ -177,6 +177,15 @@ def test_other_errors_of_loaders_stay_as_they_are(monkeypatch):
         machine.explain_lost_worker(lost, 'train_loader'))
     with pytest.raises(UserError, match='found no room'), builders.outside_failures_explained():
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')
+
+
+def test_a_lost_worker_is_explained_in_an_evaluation(monkeypatch):
+    def lose(timeout: float) -> None:
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+
+    monkeypatch.setattr(evaluate.rendezvous, 'initialize', lose)
+    with pytest.raises(UserError, match='eval_loader: a loader worker was killed'):
+        evaluate.evaluate(config.load([f'{ROOT}/yamls/quickstart.yaml', 'dist_timeout=1']))  # pyright: ignore
 
 
 class Unsendable(Dataset):
