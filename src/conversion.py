@@ -245,10 +245,12 @@ def done(job: Job, listed: Optional[set[str]] = None) -> Optional[dict[str, Any]
         return None
     try:
         part = json.loads(text)
-        old, files = part['made_from'], part['files']
+        old, files = dict(part['made_from']), part['files']
     except (ValueError, KeyError, TypeError):
         return None  # damaged: made anew
     new = job.identity
+    if not part.get('bad_documents'):  # then this option has changed nothing
+        old['skip_bad_docs'] = new['skip_bad_docs']
     if old != new:
         differ = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in new.items() if old.get(k) != v)
         raise UserError(f'--out_root: {job.root}/{job.name} was made with {differ}; use the same options (and --revision) to go '

@@ -127,8 +127,9 @@ def verify(root: str) -> list[str]:
     for path in manifests:
         try:
             manifest = json.loads(path.read_text('utf-8'))
-            files, made = manifest['files'], 'tokenizer' if path.name == TRAINED else f'{manifest["documents"]:,} documents'
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            files = {name: {'bytes': int(info['bytes']), HASH: info[HASH]} for name, info in manifest['files'].items()}
+            made = 'tokenizer' if path.name == TRAINED else f'{manifest["documents"]:,} documents'
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split: it writes it '
                             'anew') from error
         bad, checked = [], [(path.parent / name, info) for name, info in files.items()]

@@ -325,11 +325,15 @@ def held_by(stream: CheckedStream, shard: Any, max_seq_len: int) -> str:
     Raises:
         UserError: Neither, or the sequences do not fit `max_seq_len`.
     """
+    if not hasattr(shard, 'column_encodings'):
+        raise UserError(f'{stream.setting}: {stream.place} holds no shards of the format MDS; write it by MDSWriter')
     encodings = dict(zip(shard.column_names, shard.column_encodings))
     if 'tokens' not in encodings:
         if 'text' not in encodings:
             raise UserError(f"{stream.setting}: {stream.place} has no column 'text' (documents) and no column 'tokens' "
                             f'(sequences); its columns are {shard.column_names}')
+        if encodings['text'] not in ('str', 'json'):
+            raise UserError(f"{stream.setting}: column 'text' of {stream.place} is {encodings['text']!r}; it must be 'str'")
         return 'text'
     encoding, dtype, shape = (encodings['tokens'] + '::').split(':')[:3]  # as ndarray:uint16:128; the last two may be missing
     if encoding != 'ndarray' or (dtype and not dtype.startswith(('int', 'uint'))):

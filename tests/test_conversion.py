@@ -653,12 +653,14 @@ def test_null_text_empty_files_and_long_documents(tmp_path: Path, capsys: pytest
     parquet.write_table(pyarrow.table({'text': ['one', None, 'three']}), folder / 'c.parquet')
     with pytest.raises(UserError, match=r'^--source: .*c.parquet, row 2 has no string text; .*--skip_bad_docs'):
         convert(tmp_path / 'out', folder, 'train', size_limit='1mb')
-    convert(tmp_path / 'out2', folder, 'train', size_limit='1mb', skip_bad_docs=True)
-    assert [row['text'] for row in read_split(tmp_path / 'out2/train')] == [long, 'short', long, 'one', 'three']
-    shards = json.loads((tmp_path / 'out2/train/index.json').read_text())['shards']
+    convert(tmp_path / 'out', folder, 'train', size_limit='1mb', skip_bad_docs=True)  # which goes on after a.jsonl
+    assert [row['text'] for row in read_split(tmp_path / 'out/train')] == [long, 'short', long, 'one', 'three']
+    shards = json.loads((tmp_path / 'out/train/index.json').read_text())['shards']
     assert [shard['samples'] for shard in shards] == [1, 1, 1, 2], 'no empty shard before a long document'
-    assert len(list(StreamingDataset(local=str(tmp_path / 'out2/train'), batch_size=1))) == 5
-    assert manifest(tmp_path / 'out2/train')['bad_documents'] == 1
+    assert len(list(StreamingDataset(local=str(tmp_path / 'out/train'), batch_size=1))) == 5
+    assert manifest(tmp_path / 'out/train')['bad_documents'] == 1
+    with pytest.raises(UserError, match='00002 was made with skip_bad_docs True, now False'):
+        convert(tmp_path / 'out', folder, 'train', size_limit='1mb')
     out = capsys.readouterr().out
     assert 'skipped: ' in out and 'c.parquet, row 2' in out and '5 documents, 1 skipped, ' in out
 
@@ -806,9 +808,10 @@ def test_verify_names_what_is_damaged_and_the_same_command_mends_it(source: Path
     (copy / 'manifest.json').write_text('{')
     with pytest.raises(UserError, match='--verify: .*manifest.json is damaged .*; run the command that made the split'):
         verify(str(copy))
-    (copy / 'manifest.json').write_text('[]')
-    with pytest.raises(UserError, match='--verify: .*manifest.json is damaged'):
-        verify(str(copy))
+    for files in ('[]', '{"a": {}}', '{"a": 3}'):
+        (copy / 'manifest.json').write_text(f'{{"documents": 1, "files": {files}}}')
+        with pytest.raises(UserError, match='--verify: .*manifest.json is damaged'):
+            verify(str(copy))
     (copy / 'manifest.json').unlink()
     assert verify(str(tmp_path / 'copy')) == [f'{copy}: has no manifest.json, so it was not finished']
     with pytest.raises(UserError, match='--verify: .* holds no SPLIT/manifest.json: it is no folder that this program finished'):

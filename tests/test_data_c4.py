@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import documents, leaves_no_orphans, orphans, write_mds
 from launch import free_port
-from streaming import StreamingDataLoader
+from streaming import JSONWriter, StreamingDataLoader
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -567,6 +567,13 @@ def test_datasets_that_are_no_c4(config, tmp_path: Path):
     write_mds(tmp_path / 'other', [{'body': 'x', 'url': 'y'}], {'body': 'str', 'url': 'str'})
     with pytest.raises(UserError, match=r"has no column 'text' .* no column 'tokens' .*; its columns are \['body', 'url'\]"):
         build_c4_dataloader(config({'local': str(tmp_path), 'split': 'other'}), 4)
+    write_mds(tmp_path / 'bytes', [{'text': b'x'}], {'text': 'bytes'})
+    with pytest.raises(UserError, match=r"dataset: column 'text' of .*bytes is 'bytes'; it must be 'str'"):
+        build_c4_dataloader(config({'local': str(tmp_path), 'split': 'bytes'}), 4)
+    with JSONWriter(out=str(tmp_path / 'json'), columns={'text': 'str'}) as out:
+        out.write({'text': 'x'})
+    with pytest.raises(UserError, match='dataset: .*json holds no shards of the format MDS'):
+        build_c4_dataloader(config({'local': str(tmp_path), 'split': 'json'}), 4)
     for split, index, says in (('empty', '{"version": 2, "shards": []}', 'holds no documents.*--splits empty'),
                                ('broken', '{"ver', 'index.json is empty or corrupted')):
         (tmp_path / split).mkdir()
