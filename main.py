@@ -237,6 +237,10 @@ def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple
     """
     with explained(c), weights_come_later(start.kind != 'fresh'):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
+    if not isinstance(model, ComposerCausalLM):
+        raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, which has '
+                        'what the run asks of a model (src/README.md, "The contract")')
+    sharding.check_blocks(c.fsdp_config, model.model, has_gpu)
     if tokenizer:
         check_vocab(tokenizer, model.vocab_size)
     check_seq_len(c, model.max_seq_len)

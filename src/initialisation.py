@@ -8,7 +8,7 @@ share them.
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -106,6 +106,14 @@ def is_matrix(module: nn.Module) -> bool:
     return own in (nn.Linear.reset_parameters, nn.Embedding.reset_parameters)
 
 
+def set_by_hand(model: nn.Module) -> dict[str, Tensor]:
+    """The weights and biases of new Linear and Embedding layers that code outside of their constructors has set."""
+    return {f'{path}.{name}': p for path, module in model.named_modules() if is_matrix(module)
+            if type(module).__name__ != 'NonDynamicallyQuantizableLinear'  # MultiheadAttention sets its bias to 0, too
+            for name, p in module._parameters.items()
+            if p is not None and p._version > 1 + (getattr(module, 'padding_idx', None) is not None)}
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a module by name, without those of its children."""
     return {name: t for name, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
@@ -154,7 +162,7 @@ def _unset(module: nn.Module, path: str, names: set[str]) -> UserError:
 
 
 @torch.no_grad()
-def reset(module: nn.Module, path: str, seed: int, has_values: bool) -> None:
+def reset(module: nn.Module, path: str, seed: int, has_values: bool, tied: Collection[str] = ()) -> None:
     """Calls the module's own initialisation, with random numbers that depend on the seed and the path alone.
 
     The initialisation sets whole tensors on the CPU, and this rank keeps its part of them.
@@ -165,6 +173,7 @@ def reset(module: nn.Module, path: str, seed: int, has_values: bool) -> None:
         seed: `init_seed`.
         has_values: The module's constructor has set its values, and the user may have changed them: if the
             initialisation draws no random numbers, the module stays as it is.
+        tied: Parameters that have their values from another module.
 
     Raises:
         UserError: The initialisation leaves a tensor without a value.
@@ -194,7 +203,7 @@ def reset(module: nn.Module, path: str, seed: int, has_values: bool) -> None:
             module._buffers[name] = t if keeps else made[name].to(t.device)
             continue
         module._parameters[name] = t  # pyright: ignore[reportArgumentType]
-        if not keeps:
+        if not keeps and name not in tied:
             copy_whole(t, made[name])
 
 

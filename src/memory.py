@@ -172,22 +172,23 @@ def moments(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> list[
     s = sharding_of(c, world_size, has_gpu)
     accumulates = is_accumulated(c, world_size, microbatch)
     workspace, n_params = GPU_WORKSPACE if has_gpu else 0, t.model.n_params
-    shard, optimizer = 4 * n_params // s.shards, int(state_bytes(c.optimizer) * n_params) // s.shards
-    buckets = 4 * n_params if s.buckets else 0
-    summed = shard
+    n_trained = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
+    shard, optimizer = 4 * n_params // s.shards, int(state_bytes(c.optimizer) * n_trained) // s.shards
+    trained = summed = 4 * n_trained // s.shards
+    buckets = 4 * n_trained if s.buckets else 0
     if f and not f.reduce_every_microbatch:
-        summed = (s.reduce if s.version == 2 else s.weight) * n_params
+        summed = (s.reduce if s.version == 2 else s.weight) * n_trained
     out = []
     for phase, held in t.peaks.items():
         weights, gradients = 0, buckets
         if s.weight:
             weights, gradients = sharded_bytes(s, t, phase, f is not None and f.sharding_strategy == 'SHARD_GRAD_OP')
             done = t.units[phase.unit + 1:] if phase.name in (BACKWARD, UNIT_END, EMBEDDINGS) else ()
-            gradients += shard if phase.name == END else summed if accumulates else 4 * sum(done) // s.shards
+            gradients += trained if phase.name == END else summed if accumulates else 4 * sum(done) // s.shards
         name = phase.name if phase.unit < 0 else f'{phase.name} of block {phase.unit + 1} of {len(t.units)}'
         out.append(Memory(name, shard + weights + held['weights'], gradients + held['gradients'], optimizer,
                           held['activations'], held['logits'], workspace))
-    return [*out, Memory('optimizer step', shard, buckets + shard, optimizer, 0, 0, workspace)]
+    return [*out, Memory('optimizer step', shard, buckets + trained, optimizer, 0, 0, workspace)]
 
 
 def predict(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> Memory:

@@ -124,6 +124,12 @@ class MosaicGPT(nn.Module):
         for kernel in sorted(set(self._of_attention('kernel'))):
             log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
         self.draws_weights = initialisation.draws_weights()
+        by_hand = initialisation.set_by_hand(self)
+        if lost := [name for name, param in by_hand.items() if param.is_meta]:
+            raise UserError(f'model.device: on meta {lost[0]} loses the values that the code around its layer has set; write '
+                            'a subclass of the layer with a method reset_parameters(self) that sets them, or set '
+                            'model.device=cpu')
+        self.set_by_hand = {*by_hand}
         if cfg.device != 'meta':
             self.init_weights()
 
@@ -202,12 +208,15 @@ class MosaicGPT(nn.Module):
         path = next((path for path, other in initialisation.named_modules(self) if other is module), '')
         if not self.has_values:
             initialisation.check_initialisation(module, path)
+        params = dict(module.named_parameters(recurse=False))
+        # A tied parameter is drawn under the first of its names
+        tied = {name for name, param in params.items() if initialisation.first_owner(self, param) is not module}
         if not initialisation.is_matrix(module):
-            initialisation.reset(module, path, self.cfg.init_seed, self.has_values)
+            initialisation.reset(module, path, self.cfg.init_seed, self.has_values, tied)
             return
-        for name, param in module.named_parameters(recurse=False):
-            if name not in ('weight', 'bias') or initialisation.first_owner(self, param) is not module:
-                continue  # a tied parameter is drawn under the first of its names
+        for name, param in params.items():
+            if name not in ('weight', 'bias') or name in tied or f'{path}.{name}' in self.set_by_hand:
+                continue
             if not self.draws_weights:
                 param.fill_(torch.nan)
             elif name == 'bias':

@@ -184,7 +184,7 @@ def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Settings) -> list[lis
     for module in modules:
         module.register_forward_pre_hook(before_forward, with_kwargs=True)
         module.register_forward_hook(after_forward)
-    for p in model.parameters():
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         if s.accumulates:
             p.grad = torch.zeros_like(p)
             live.set_kind(p.grad, 'gradients')

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from composer.models import ComposerClassifier
 from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
 from own_layers import OwnBlock, OwnValues, run
 from torch import nn
@@ -17,10 +18,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import main
-from src import initialisation, mosaic_gpt
+from src import config, initialisation, mosaic_gpt
 from src.errors import UserError
 from src.initialisation import draw_normal, seed_of
+from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT
+from src.schema import FSDPConfig
+from src.sharding import check_blocks
 
 TINY = dict(d_model=16, n_heads=2, n_layers=3, max_seq_len=8, vocab_size=64, init_std=0.08, attn_impl='sdpa')
 DEVICES = pytest.mark.parametrize('device', ['cpu', 'meta'])
@@ -88,6 +92,57 @@ def test_what_a_constructor_set_stays_on_the_cpu_and_is_an_error_on_meta(monkeyp
     model = MosaicGPT(TINY | {'device': 'meta'})
     with pytest.raises(UserError, match='nothing gives values to scale of OwnValues'):
         model.param_init_fn(model.blocks[0].values)  # as Composer calls it
+
+
+@DEVICES
+def test_what_the_code_around_a_matrix_writes_into_it_stays_or_is_an_error_on_meta(monkeypatch, device):
+    class Gated(GPTBlock):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.ids = nn.Embedding(64, 16, padding_idx=0, device=cfg.device)
+            self.gate = nn.Linear(16, 4, device=cfg.device)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.constant_(self.gate.bias, -3)
+
+    monkeypatch.setattr(mosaic_gpt, 'GPTBlock', Gated)
+    if device == 'meta':
+        with pytest.raises(UserError, match='model.device: on meta transformer.blocks.0.gate.weight loses the values'):
+            built('meta')
+        return
+    model = built('cpu')
+    for _ in range(2):
+        assert all((block.gate.weight == 0).all() and (block.gate.bias == -3).all() for block in model.blocks)
+        assert model.blocks[0].ids.weight.std().item() == pytest.approx(0.08, rel=0.1)
+        model.init_weights()
+
+
+@DEVICES
+def test_a_tied_head_with_an_initialisation_of_its_own_leaves_the_embedding_alone(device):
+    class Head(nn.Linear):
+        def reset_parameters(self):
+            nn.init.uniform_(self.weight, 5, 6)
+
+    model = MosaicGPT(TINY | {'device': device})
+    model.lm_head = Head(16, 64, bias=False, device=device)
+    model.tie_weights()
+    model.materialize('cpu') if device == 'meta' else model.init_weights()
+    assert model.lm_head.weight is model.transformer['wte'].weight and same(model.transformer, MosaicGPT(TINY).transformer)
+
+
+def test_one_block_in_several_places_is_refused_with_fsdp2():
+    model = MosaicGPT(TINY)
+    fsdp = FSDPConfig(sharding_strategy='FULL_SHARD')
+    check_blocks(fsdp, model, has_gpu=False)
+    model.transformer['blocks'] = nn.ModuleList([model.blocks[0]] * 3)
+    check_blocks(None, model, has_gpu=False)
+    with pytest.raises(UserError, match='transformer.blocks.1, transformer.blocks.2 are one and the same module, .*version 2'):
+        check_blocks(fsdp, model, has_gpu=False)
+
+
+def test_a_model_of_another_class_is_refused(mds_root, monkeypatch):
+    monkeypatch.setitem(COMPOSER_MODEL_REGISTRY, 'mosaic_gpt', lambda cfg: ComposerClassifier(nn.Linear(1, 1), num_classes=2))
+    with pytest.raises(UserError, match="model.name: 'mosaic_gpt' is a ComposerClassifier; derive it from ComposerCausalLM"):
+        main.main(config.load([QUICKSTART, *tiny(mds_root)]))
 
 
 @pytest.mark.parametrize('forgotten', ['weight', 'mask'])
