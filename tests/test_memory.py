@@ -137,8 +137,8 @@ def allocated_peak(c: Config, microbatch: int) -> int:
         with profiler:
             model, _ = two_steps(c, microbatch, False)
         sums = list(accumulate(e.nbytes() for e in profiler.kineto_results.events() if e.name() == '[memory]'))
-            kept = sum((1 + 3 * p.requires_grad) * p.nbytes for p in model.parameters())
-            if sums[-1] >= kept:  # else the profiler has lost events on a busy machine
+        kept = sum((1 + 3 * p.requires_grad) * p.nbytes for p in model.parameters())
+        if sums[-1] >= kept:  # else the profiler has lost events on a busy machine
             return max(sums)
     raise AssertionError('the profiler loses events')
 
