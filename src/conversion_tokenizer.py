@@ -52,14 +52,22 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
 
     place = Place(out_root)
     if place.read('tokenizer/tokenizer.json') is not None:
-        asked = json.loads(place.read(f'tokenizer/{TRAINED}') or '{}').get('vocab_size', vocab_size)
+        trained = place.read_bytes(f'tokenizer/{TRAINED}')
+        try:
+            asked = vocab_size if trained is None else json.loads(trained).get('vocab_size', vocab_size)
+        except (ValueError, AttributeError):
+            raise UserError(f'--train_tokenizer: {out_root}/tokenizer/{TRAINED} is no whole JSON object; delete '
+                            f'{out_root}/tokenizer and what was tokenized with it') from None
         if asked != vocab_size:
             raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set that, '
                             'delete the folder and what was tokenized with it, or name another --out_root')
         print(f'{out_root}/tokenizer: kept, it was there before')
         return
-    staging = None
+    staging, folder = None, Path(out_root, 'tokenizer')
     try:
+        if not place.remote and (folder.is_file() or folder.is_dir() and os.listdir(folder)):
+            raise UserError(f'--out_root: {folder} is there, and holds something else than a trained tokenizer; move '
+                            'it away, or name another --out_root')
         staging = place.staging('tokenizer')
         n_tokens = train_tokenizer(texts, staging, vocab_size)
         (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}), 'utf-8')
@@ -91,7 +99,7 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
 
     name = args.tokenizer or f'{args.out_root}/tokenizer'
     given = args.tokenizer or '../tokenizer'  # from each split, wherever they lie
-    if args.tokenizer is None and Place(name).read('tokenizer_config.json') is None:
+    if args.tokenizer is None and all(Place(name).read(file) is None for file in STORED_TOKENIZER[:2]):
         raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
                         'add --train_tokenizer VOCAB')
     if is_url(name):

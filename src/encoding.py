@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from src.errors import UserError
+
 PIECE = 1_000_000  # characters in one call of a tokenizer, which takes up to 200 bytes of memory for each
 LONGEST = 8 * PIECE  # a text without a safe place to cut may be one piece up to this length
 WINDOW = 256  # characters before and after a place that decide whether a cut there is exact
@@ -36,6 +38,9 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
 
     Returns:
         For each document an array of shape (tokens + 1,).
+
+    Raises:
+        UserError: The tokenizer has no unknown token, and needs one for a document.
     """
     pieces = [(i, piece) for i, text in enumerate(texts) for piece in _pieces(tokenizer, text)]
     parts: list[list[NDArray[np.int64]]] = [[] for _ in texts]
@@ -73,7 +78,17 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     backend.no_padding()
     backend.encode_special_tokens = True
     # Past the wrapper, which makes Python lists of masks and offsets that nobody reads.
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as e:  # tokenizers raises just that
+        if 'unk' not in str(e).lower():
+            raise
+    parts = texts if len(texts) > 1 else texts[0].split()
+    for part in parts if len(parts) > 1 else []:
+        _encode(tokenizer, [part])  # raises for the first word that it cannot encode
+    raise UserError(f'tokenizer_name: {tokenizer.name_or_path!r} has no unknown token, and a document holds a sign '
+                    f'that is not in its vocabulary, in {texts[0][:50]!r}; give the tokenizer an unknown token, or set '
+                    'another one (of convert_c4.py: --tokenizer)')
 
 
 # ---------------------------------------------------------------- the text of special tokens

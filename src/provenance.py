@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from streaming.base.distributed import get_local_rank
 from streaming.base.util import retry
@@ -30,28 +30,32 @@ def check_tokenizer(stream: CheckedStream, tokenizer: HFTokenizer) -> None:
         text = _read(stream, 'manifest.json')
     except Exception as e:  # each object store has error classes of its own
         raise UserError(explain(e, stream.remote, stream.local, stream.split, stream.setting)) from None
+    if text is None:
+        return
     try:
-        manifest = json.loads(text or '{}')
-    except ValueError:
-        raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole JSON; copy it again, or delete '
-                        'it if it is not of convert_c4.py') from None
-    options: Any = manifest.get('options') if isinstance(manifest, dict) else None
-    if isinstance(options, dict) and options.get('tokenizer_hash'):
-        tokenizer.check_made(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), options['tokenizer_hash'])
+        manifest = json.loads(text)
+        its_hash = manifest['options'].get('tokenizer_hash')
+    except (ValueError, KeyError, TypeError, AttributeError):
+        manifest, its_hash = {}, False
+    if its_hash is not None and not isinstance(its_hash, str):
+        raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole manifest; copy it again, or '
+                        'delete it if it is not of convert_c4.py')
+    if its_hash:
+        tokenizer.check_made(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), its_hash)
 
 
-def _read(stream: CheckedStream, name: str) -> Optional[str]:
+def _read(stream: CheckedStream, name: str) -> Optional[bytes]:
     """A small file beside the index where the data comes from; None where there is none."""
     path = os.path.join(stream.place, name)
 
     @retry(num_attempts=1 + stream.download_retry)
-    def read() -> Optional[str]:
+    def read() -> Optional[bytes]:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 if not is_url(stream.remote):
-                    return Path(path).read_text('utf-8')
+                    return Path(path).read_bytes()
                 stream._downloader.download(path, f'{folder}/{name}', stream.download_timeout)
-                return Path(folder, name).read_text('utf-8')
+                return Path(folder, name).read_bytes()
             except Exception as e:  # as above
                 if is_missing(e, or_forbidden=True):
                     return None

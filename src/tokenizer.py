@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Optional
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.distributed import get_local_rank
 from torch import distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from src.encoding import encode_documents
 from src.errors import UserError, first_line
@@ -21,7 +22,8 @@ from src.schema import Config
 CLASSES = {'tokenizer.model': ('LlamaTokenizer', '</s>'), 'spiece.model': ('T5Tokenizer', '</s>'),
            'vocab.json': ('GPT2Tokenizer', '<|endoftext|>'), 'vocab.txt': ('BertTokenizer', '[SEP]')}
 PACKAGES = 'sentencepiece', 'tiktoken', 'protobuf'  # that some tokenizers need, and the kit does not
-SHOWN = 200  # characters of another library's message
+ENDS = '</s>', '<|endoftext|>', '<eos>', '[SEP]'  # special tokens that are likely to end a text
+SHOWN = 200  # characters of another library's message, or of a list of files
 # Two tokenizers with the same vocabulary are told apart by the ids of this text: case, accents, blanks, digits, ...
 PROBE = ('The  QUICK brown fox\'s\tname:\n\n  na\u00efve cafe\u0301 \uff21\ufb01 3.14159 12345678 '
          '\u4e2d\u6587\u3002 \u0416\u0443\u043a \U0001f600 <b>don\'t</b> ')
@@ -43,7 +45,8 @@ class HFTokenizer:
         hash: What tells this tokenizer from others; see `tokenizer_hash`.
 
     Raises:
-        UserError: No such tokenizer, or the hub cannot be reached, or it has no EOS token to end a document with.
+        UserError: No such tokenizer, or the hub cannot be reached, or it has no EOS token to end a document with, or
+            the config of a folder names one that is not in its vocabulary.
     """
 
     def __init__(self, tokenizer_name: str, max_seq_len: int) -> None:
@@ -52,9 +55,11 @@ class HFTokenizer:
         self.tokenizer = _load(tokenizer_name)
         if self.tokenizer.eos_token_id is None:
             raise UserError(_no_eos(tokenizer_name, self.tokenizer))
+        _check_eos(Path(tokenizer_name), self.tokenizer)
+        _warn_of_gaps(tokenizer_name, self.tokenizer)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._old_hash = _structure_hash(self.tokenizer)  # first: to encode changes the truncation that is part of it
+        self._old_hash = _structure_hash(self.tokenizer)  # first: the other changes the truncation that is part of it
         self.hash = tokenizer_hash(self.tokenizer)
         _add_nothing(self.tokenizer)
 
@@ -124,10 +129,15 @@ def _class_for(name: str) -> Any:
     """The class of transformers that loads a tokenizer; a folder of one file does not name it.
 
     Raises:
-        UserError: A folder with a vocabulary alone, which several classes read in different ways.
+        UserError: A file; or a folder without a tokenizer, or with a vocabulary alone, which several classes read in
+            different ways.
     """
     folder = Path(name)
-    if not folder.is_dir() or _names_class(folder / 'tokenizer_config.json') or _names_class(folder / 'config.json'):
+    if folder.is_file():
+        raise UserError(f'tokenizer_name: {name!r} is a file; name its folder: {str(folder.parent)!r}')
+    configs = [_json(folder / file) for file in ('tokenizer_config.json', 'config.json')]
+    if not folder.is_dir() or any(config.get('tokenizer_class') or config.get('model_type') in CONFIG_MAPPING
+                                  for config in configs):
         return AutoTokenizer
     if (folder / 'tokenizer.json').is_file():  # as the library tokenizers saves
         return PreTrainedTokenizerFast
@@ -137,12 +147,24 @@ def _class_for(name: str) -> Any:
                             'belongs to; write the name of its class in transformers, and its EOS token, into '
                             f'{folder}/tokenizer_config.json, such as '
                             f'{{"tokenizer_class": "{cls}", "eos_token": "{eos}"}}')
-    return AutoTokenizer
+    raise UserError(f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: there is no '
+                    'tokenizer.json, and no file names the class of another; it holds '
+                    f'{_files(folder)}; name the folder of a tokenizer')
 
 
-def _names_class(config: Path) -> bool:
-    found = json.loads(config.read_text('utf-8')) if config.is_file() else {}
-    return bool(found.get('tokenizer_class') or found.get('model_type'))
+def _json(path: Path) -> dict[str, Any]:
+    """A file of a tokenizer; empty where there is none."""
+    try:
+        found = json.loads(path.read_text('utf-8')) if path.is_file() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f'tokenizer_name: {path} is no whole JSON object; copy it again')
+    return found
+
+
+def _files(folder: Path) -> str:
+    return ', '.join(sorted(path.name for path in folder.iterdir()))[:SHOWN] or 'no files'
 
 
 def _why_not(name: str, error: Exception) -> str:
@@ -151,6 +173,10 @@ def _why_not(name: str, error: Exception) -> str:
     if lacking := [package for package in PACKAGES if package in text and package not in installed]:
         return f'tokenizer_name: {name!r} needs packages that are not installed: pip install {" ".join(lacking)}'
     if Path(name).is_dir():
+        if 'PathLike' in reason or "'endswith'" in reason:  # None in place of the path of a file that its class reads
+            return (f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: a file is missing that '
+                    'its class reads, such as tokenizer.json, or merges.txt beside vocab.json; copy it; the folder '
+                    f'holds {_files(Path(name))}')
         return f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: {type(error).__name__}: {reason}'
     if name.startswith(('.', '/', '~')) or name.count('/') > 1:
         root = Path(name).parent if Path(name).name == 'tokenizer' else './my-copy-c4'
@@ -164,12 +190,54 @@ def _why_not(name: str, error: Exception) -> str:
 
 
 def _no_eos(name: str, tokenizer: Any) -> str:
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = _special(tokenizer)
+    likely = [*(token for token in ENDS if token in special), *special[-1:], '<|endoftext|>'][0]
     there = f'its special tokens are {", ".join(special[:10])}' if special else 'it has no special tokens'
     mend = (f'write the token that ends a text into {Path(name)}/tokenizer_config.json, such as '
-            f'{{"eos_token": "{(special or ["<|endoftext|>"])[-1]}"}}' if Path(name).is_dir() else
+            f'{{"eos_token": "{likely}"}}' if Path(name).is_dir() else
             'choose a tokenizer of a causal language model, such as gpt2')
     return f'tokenizer_name: {name!r} has no EOS token, which every document ends with; {there}: {mend}'
+
+
+def _special(tokenizer: Any) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _check_eos(folder: Path, tokenizer: Any) -> None:
+    """Of a mistyped EOS token, transformers makes a new token.
+
+    Where a tokenizer has no special tokens, the one that its config names may be new.
+
+    Raises:
+        UserError: The config of a folder names an EOS token that no other file of it has.
+    """
+    eos, config = tokenizer.eos_token, _json(folder / 'tokenizer_config.json')
+    named = config.get('eos_token')
+    others = [token for token in _special(tokenizer) if token != eos]
+    known = (tokenizer.backend_tokenizer.model.token_to_id(eos) is not None if tokenizer.is_fast else
+             tokenizer.eos_token_id < tokenizer.vocab_size)
+    if known or not others or eos not in (named, *_contents([named])):
+        return
+    added = [*_json(folder / 'tokenizer.json').get('added_tokens', []),
+             *config.get('added_tokens_decoder', {}).values()]
+    if eos not in {*_contents(added), *_json(folder / 'added_tokens.json')}:
+        raise UserError(f'tokenizer_name: eos_token {eos!r} of {folder}/tokenizer_config.json is no token of it; its '
+                        f'special tokens are {", ".join(others[:10])}: name the one that ends a text, or add a token, '
+                        'with add_special_tokens and save_pretrained of transformers')
+
+
+def _contents(tokens: list[Any]) -> list[str]:
+    return [token['content'] for token in tokens if isinstance(token, dict)]
+
+
+def _warn_of_gaps(name: str, tokenizer: Any) -> None:
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    if backend is None or type(backend.model).__name__ != 'BPE' or get_local_rank() != 0:
+        return
+    steps = b''.join(step.__getstate__() for step in (backend.pre_tokenizer, backend.normalizer) if step is not None)
+    if backend.model.unk_token is None and not backend.model.byte_fallback and b'"ByteLevel"' not in steps:
+        warnings.warn(f'the tokenizer {name!r} has no unknown token and no tokens for bytes: signs of a text that are '
+                      'not in its vocabulary are left out', stacklevel=1)  # its own line: once in a process
 
 
 def _add_nothing(tokenizer: Any) -> None:
@@ -188,7 +256,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """What is the same for tokenizers that give every document the same ids, and else differs.
 
     It does not depend on what a tokenizer puts around a text, on padding, or on the version of transformers. It stays
-    when a tokenizer is saved and loaded again.
+    when a tokenizer is saved and loaded again. The tokenizer no longer cuts or pads, as calls of it may have told it.
 
     Args:
         tokenizer: Hugging Face's own object, as it was loaded.
@@ -197,10 +265,21 @@ def tokenizer_hash(tokenizer: Any) -> str:
         64 hexadecimal digits.
     """
     if tokenizer.is_fast and _is_byte_level(tokenizer):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         return _structure_hash(tokenizer)
-    ids = encode_documents(tokenizer, [PROBE])[0].tolist()
+    ids: Any = _ids_of(tokenizer, PROBE)
+    if ids is None:
+        ids = [_ids_of(tokenizer, part) for part in (*PROBE.split(), *PROBE)]
     says = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, ids])
     return hashlib.sha256(says.encode()).hexdigest()
+
+
+def _ids_of(tokenizer: Any, text: str) -> Optional[list[int]]:
+    try:
+        return encode_documents(tokenizer, [text])[0].tolist()
+    except UserError:  # a sign that it does not have
+        return None
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from xxhash import xxh3_128_intdigest
 
 from src import conversion
 from src.conversion import Packer, token_dtype
+from src.conversion_tokenizer import tokenizer_of, write_tokenizer
 from src.documents import documents
 from src.errors import UserError
 from src.manifest import verify
@@ -568,9 +570,28 @@ def test_a_tokenizer_trained_on_the_text_is_the_same_in_s3(s3: Any, source: Path
 def test_a_folder_of_the_users_is_no_place_for_a_trained_tokenizer(source: Path, tmp_path: Path) -> None:
     (tmp_path / 'out/tokenizer').mkdir(parents=True)
     (tmp_path / 'out/tokenizer/vocab.json').write_text('{}')
-    with pytest.raises(UserError, match='--out_root: cannot write .*/out/tokenizer: Directory not empty'):
-        convert(tmp_path / 'out', source, 'val', train_tokenizer=300)
-    assert tree(tmp_path / 'out') == {'tokenizer/vocab.json': b'{}'}
+    (tmp_path / 'file').mkdir()
+    (tmp_path / 'file/tokenizer').write_text('{}')
+    for out in (tmp_path / 'out', tmp_path / 'file'):
+        with pytest.raises(UserError, match=f'--out_root: {out}/tokenizer is there, and holds something else than'):
+            convert(out, source, 'val', train_tokenizer=300)
+    assert tree(tmp_path) == {'file/tokenizer': b'{}', 'out/tokenizer/vocab.json': b'{}'}
+
+
+def test_a_damaged_record_of_a_trained_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / 'tokenizer').mkdir()
+    for text in (b'', b'[]', b'{"vocab_size": 3', b'\xff'):
+        (tmp_path / 'tokenizer/tokenizer.json').write_text('{}')
+        (tmp_path / 'tokenizer/trained.json').write_bytes(text)
+        with pytest.raises(UserError, match='--train_tokenizer: .*trained.json is no whole JSON object; delete /'):
+            write_tokenizer(str(tmp_path), [], 300)
+
+
+def test_a_tokenizer_beside_the_splits_without_a_config(tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / 'tokenizer').mkdir()
+    shutil.copy(tokenizer_dir / 'tokenizer.json', tmp_path / 'tokenizer')
+    with pytest.raises(UserError, match='^--tokenizer: .* has no EOS token'):
+        tokenizer_of(Namespace(concat_tokens=8, tokenizer=None, out_root=str(tmp_path)), tmp_path)
 
 
 def test_tokenizers_that_do_not_do(source: Path, tokenizer_dir: Path, tmp_path: Path) -> None:

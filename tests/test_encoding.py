@@ -12,6 +12,7 @@ from conftest import documents
 
 from src import encoding
 from src.encoding import encode_documents
+from src.errors import UserError
 from src.tokenizer import HFTokenizer
 
 
@@ -57,6 +58,13 @@ def test_a_tokenizer_in_python(tmp_path: Path):
     tokenizer = BertTokenizer(tmp_path / 'vocab.txt', eos_token='[SEP]', split_special_tokens=True)
     [ids] = encode_documents(tokenizer, ['the [SEP] the'])
     assert tokenizer.convert_ids_to_tokens(ids) == ['the', '[', 'sep', ']', 'the', '[SEP]']
+
+
+def test_a_sign_that_a_tokenizer_cannot_encode_is_named(tmp_path: Path):
+    tokenizer = HFTokenizer(str(tokenizers_of.without_unknown_token('wordlevel', tmp_path)), 8).tokenizer
+    assert [ids.tolist() for ids in encode_documents(tokenizer, ['ab ba', ''])] == [[1, 2, 3, 2, 1, 0], [0]]
+    with pytest.raises(UserError, match="tokenizer_name: '.*' has no unknown token, and a document .* in 'a文'; give"):
+        encode_documents(tokenizer, ['ab', 'ab a文 文'])
 
 
 # ---------------------------------------------------------------- long documents

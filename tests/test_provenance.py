@@ -13,7 +13,9 @@ from conftest import documents, write_mds
 import convert_c4
 from src.data_c4 import StreamingC4
 from src.errors import UserError
+from src.provenance import check_tokenizer
 from src.sample_corpus import train_tokenizer
+from src.tokenizer import HFTokenizer
 
 
 def convert(*argv: Any) -> None:
@@ -62,14 +64,21 @@ def test_tokens_in_an_object_store(packed: Path, tmp_path: Path, s3: Any):
     assert len(read(packed, packed / 'other', remote='s3://bucket/data', local=str(tmp_path / 'two'))) > 100
 
 
-@pytest.mark.parametrize('text', ['[]', '{"options": 3}', '{"files": {}}'])
-def test_a_manifest_of_another_tool_says_nothing(packed: Path, tmp_path: Path, text: str):
+def test_a_manifest_that_is_not_whole_is_refused(packed: Path, tmp_path: Path):
     shutil.copytree(packed / 'val', tmp_path / 'val')
-    (tmp_path / 'val' / 'manifest.json').write_text(text)
-    assert len(read(tmp_path, packed / 'other')) > 100
-    (tmp_path / 'val' / 'manifest.json').write_text('{"options": ')
-    with pytest.raises(UserError, match='^dataset: manifest.json of .*val is no whole JSON'):
-        read(tmp_path, packed / 'other')
+    manifest = tmp_path / 'val' / 'manifest.json'
+    stream: Any = read(tmp_path, packed / 'tokenizer').streams[0]
+    other = HFTokenizer(str(packed / 'other'), 32)
+    for text in ('', '[]', 'null', '{}', '{"options": null}', '{"options": 3}', '{"options": ', '{"options": {}, "\xff',
+                 '{"options": {"tokenizer_hash": 3}}', '{"options": {"tokenizer_hash": []}}'):
+        manifest.write_text(text, 'latin-1')
+        with pytest.raises(UserError, match='^dataset: manifest.json of .*val is no whole manifest; copy it again'):
+            check_tokenizer(stream, other)
+    for text in ('{"options": {}}', '{"options": {"tokenizer_hash": null}}'):  # of earlier versions
+        manifest.write_text(text)
+        check_tokenizer(stream, other)
+    manifest.unlink()  # of another tool
+    check_tokenizer(stream, other)
 
 
 @pytest.mark.parametrize(('dtype', 'wrong'), [('uint16', 290), ('int64', -1), ('int32', -100)])

@@ -66,9 +66,31 @@ def test_no_such_tokenizer(name: str, says: str):
     assert e.value.__suppress_context__
 
 
-def test_a_folder_that_holds_none(tmp_path: Path):
-    with pytest.raises(UserError, match='holds no tokenizer that can be loaded'):
-        HFTokenizer(str(tmp_path), 128)
+MISSING = 'a file is missing that its class reads, .*; the folder holds'
+
+
+@pytest.mark.parametrize(('files', 'says'), [
+    ({}, 'there is no tokenizer.json, and no file names the class of another; it holds no files; name'),
+    ({'x.tiktoken': ''}, 'it holds x.tiktoken; name'),
+    ({'config.json': '{"model_type": "own"}'}, 'it holds config.json; name'),
+    ({'tokenizer_config.json': '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, f'{MISSING} tokenizer_config.json$'),
+    ({'tokenizer_config.json': '{"tokenizer_class": "GPT2Tokenizer"}', 'vocab.json': '{}'}, MISSING),
+])
+def test_a_folder_that_holds_none(tmp_path: Path, files: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, Path('.')):
+        with pytest.raises(UserError, match=f'^tokenizer_name: folder .* holds no tokenizer that can be .*{says}'):
+            HFTokenizer(str(folder), 128)
+
+
+def test_files_that_are_no_folder_or_no_json(tokenizer_dir: Path, tmp_path: Path):
+    said = refused(tokenizer_dir / 'tokenizer.json')
+    assert said == f"tokenizer_name: '{tokenizer_dir}/tokenizer.json' is a file; name its folder: '{tokenizer_dir}'"
+    for text in ('', '[]', '{"eos'):
+        (tmp_path / 'tokenizer_config.json').write_text(text)
+        assert refused(tmp_path).endswith(f'{tmp_path}/tokenizer_config.json is no whole JSON object; copy it again')
 
 
 def test_without_eos_is_refused(tokenizer_dir: Path, tmp_path: Path):
@@ -92,6 +114,30 @@ def test_a_folder_with_tokenizer_json_alone_needs_to_name_its_eos(tokenizer: HFT
     alone = HFTokenizer(str(tmp_path), 128)
     assert (alone.eos_token_id, alone.hash) == (tokenizer.eos_token_id, tokenizer.hash)
     assert alone.encode('The river') == tokenizer.encode('The river')
+    (tmp_path / 'config.json').write_text('{"model_type": "own"}')  # of a model that transformers does not have
+    assert HFTokenizer(str(tmp_path), 128).hash == tokenizer.hash
+
+
+def test_a_likely_token_is_proposed_for_eos(tmp_path: Path):
+    (tmp_path / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the']))
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer"}')
+    assert refused(tmp_path).endswith('such as {"eos_token": "[SEP]"}')
+
+
+def test_an_eos_token_that_the_tokenizer_does_not_have(tokenizer: HFTokenizer, tokenizer_dir: Path, tmp_path: Path):
+    copy = shutil.copytree(tokenizer_dir, tmp_path / 'copy')
+    config = json.loads((copy / 'tokenizer_config.json').read_text())
+    for eos in ('<|endoftxt|>', {'content': '<|endoftxt|>', '__type': 'AddedToken'}):
+        (copy / 'tokenizer_config.json').write_text(json.dumps(config | {'eos_token': eos}))
+        assert refused(copy).startswith(f"tokenizer_name: eos_token '<|endoftxt|>' of {copy}/tokenizer_config.json is "
+                                        f'no token of it; its special tokens are {EOS}: name the one')
+    tokenizer = HFTokenizer(str(tokenizer_dir), 8)
+    tokenizer.tokenizer.add_special_tokens({'eos_token': '<|endoftxt|>'})
+    tokenizer.tokenizer.save_pretrained(copy)
+    assert HFTokenizer(str(copy), 8).eos_token_id == tokenizer.vocab_size - 1, 'one that was added is one of it'
+    (tmp_path / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the']))
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "[SPE]"}')
+    assert "eos_token '[SPE]' of" in refused(tmp_path)
 
 
 @pytest.mark.parametrize('file', ['tokenizer.model', 'spiece.model', 'vocab.json', 'vocab.txt'])
@@ -120,8 +166,9 @@ def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest
     assert 'needs packages that are not installed: pip install sentencepiece' in refused(tmp_path)
 
 
-def test_a_long_message_of_another_library_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert len(refused(tmp_path)) < 500  # transformers names 400 architectures
+def test_a_long_message_of_another_library_is_cut(tmp_path: Path):
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': 'x' * 1000}))
+    assert 'ValueError: Tokenizer class xxx' in refused(tmp_path) and len(refused(tmp_path)) < 500
 
 
 # ---------------------------------------------------------------- the same tokenizer
@@ -159,6 +206,36 @@ def test_tokenizers_of_one_vocabulary_are_told_apart(tmp_path: Path):
     cased.backend_tokenizer.normalizer = normalizers.Lowercase()
     cased.save_pretrained(tmp_path / 'uncased')
     assert HFTokenizer(str(tmp_path / 'cased'), 8).hash != HFTokenizer(str(tmp_path / 'uncased'), 8).hash
+
+
+@pytest.mark.parametrize('kind', ['byte-level', 'unigram'])
+def test_the_hash_of_a_tokenizer_that_cut_and_padded_stays(tmp_path: Path, kind: str):
+    first = HFTokenizer(str(tokenizers_of.save(kind, tmp_path / 'plain')), 8)
+    first(['The river', 'The'], padding=True, truncation=True, max_length=4)  # which the backend holds from now on
+    first.tokenizer.save_pretrained(tmp_path / 'saved')
+    says = Tokenizer.from_file(str(tmp_path / 'saved' / 'tokenizer.json')).to_str()
+    assert '"truncation":{' in says and '"padding":{' in says
+    again = HFTokenizer(str(tmp_path / 'saved'), 8)
+    assert again.hash == first.hash
+    old = hashlib.sha256(f'{says} {again.eos_token_id}'.encode()).hexdigest()
+    again.check_made('the tokens in x', None, old)  # as an earlier version has named it
+
+
+@pytest.mark.parametrize('kind', ['wordlevel', 'wordpiece', 'unigram', 'bpe'])
+def test_tokenizers_without_an_unknown_token(tmp_path: Path, kind: str):
+    from tokenizers import normalizers
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('default')
+        folder = str(tokenizers_of.without_unknown_token(kind, tmp_path / 'plain'))
+        plain, again = HFTokenizer(folder, 8), HFTokenizer(folder, 8)
+    assert plain.encode('ab ba') == [1, 2, 3, 2, 1] and plain.hash == again.hash
+    said = [str(warning.message) for warning in caught if 'has no unknown token' in str(warning.message)]
+    assert len(said) == (kind == 'bpe'), 'once; the others refuse such a document'
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path / 'plain')
+    other.backend_tokenizer.normalizer = normalizers.Replace('e', 'a')
+    other.save_pretrained(tmp_path / 'other')
+    assert HFTokenizer(str(tmp_path / 'other'), 8).hash != plain.hash, 'they are told apart all the same'
 
 
 def test_the_wrapper_is_the_tokenizer(tokenizer: HFTokenizer):

@@ -82,6 +82,17 @@ def save(kind: str, folder: Path, bos: bool = False) -> Path:
     return folder
 
 
+def without_unknown_token(kind: str, folder: Path) -> Path:
+    """Saves a tokenizer of `<eos>`, `a`, `b` and the blank alone, with a token for each sign."""
+    vocabulary = {'<eos>': 0, 'a': 1, 'b': 2, ' ': 3}
+    model: Any = {'wordlevel': models.WordLevel, 'wordpiece': models.WordPiece, 'bpe': lambda of: models.BPE(of, []),
+                  'unigram': lambda of: models.Unigram([(token, -1.0) for token in of])}[kind]
+    backend = Tokenizer(model(vocabulary))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex('.'), 'isolated')  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token='<eos>').save_pretrained(folder)
+    return folder
+
+
 def with_unmarked_eos(folder: Path) -> PreTrainedTokenizerFast:
     """A tokenizer whose EOS token was added as a word like others."""
     backend = bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
