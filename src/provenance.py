@@ -34,14 +34,13 @@ def check_tokenizer(stream: CheckedStream, tokenizer: HFTokenizer) -> None:
         return
     try:
         manifest = json.loads(text)
-        its_hash = manifest['options'].get('tokenizer_hash')
-    except (ValueError, KeyError, TypeError, AttributeError):
-        manifest, its_hash = {}, False
-    if its_hash is not None and not isinstance(its_hash, str):
+    except ValueError:
         raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole manifest; copy it again, or '
-                        'delete it if it is not of convert_c4.py')
+                        'delete it if it is not of convert_c4.py') from None
+    options = manifest.get('options') if isinstance(manifest, dict) else None  # another tool's has none
+    its_hash = options.get('tokenizer_hash') if isinstance(options, dict) else None
     if its_hash:
-        tokenizer.check_made(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), its_hash)
+        tokenizer.check_made(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), str(its_hash))
 
 
 def _read(stream: CheckedStream, name: str) -> Optional[bytes]:
