@@ -1,5 +1,6 @@
 """Optimizer, scheduler, algorithms, callbacks and loggers by their names in the YAML."""
 
+import importlib.util
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -133,7 +134,8 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
     """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
 
     Raises:
-        UserError: A package is missing, or a class refuses a value by a UserError, or a ValueError of Composer's.
+        UserError: A package is missing or broken, or a class refuses a value by a UserError, or a ValueError of
+            Composer's.
     """
     built = []
     for name, kwargs in chosen.items():
@@ -142,11 +144,14 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
         cls = REGISTRIES[section][name]
         try:
             built.append(cls(**(kwargs or {})))
-        except (ImportError, MissingConditionalImportError):
+        except (ImportError, MissingConditionalImportError) as e:
             if name not in PACKAGES:
                 raise
-            raise UserError(f'{section}.{name}: its package is not installed; pip install {PACKAGES[name]}, '
-                            f'or remove {name} from {section}') from None
+            broken = importlib.util.find_spec(PACKAGES[name]) is not None
+            why = f'cannot be imported: {first_line(e.__cause__ or e)}' if broken else 'is not installed'
+            raise UserError(f'{section}.{name}: its package {why}; pip install '
+                            f'{"--force-reinstall " * broken}{PACKAGES[name]}, or remove {name} from '
+                            f'{section}') from None
         except (ValueError, TypeError) as e:
             if not isinstance(e, UserError) and not cls.__init__.__module__.startswith('composer.'):
                 raise  # in another class it may be a bug
@@ -181,7 +186,8 @@ def _refusing_logger(e: BaseException) -> Optional[str]:
     if own and not isinstance(e, OSError):
         return None
     senders = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
-    return next((name for sender in senders for name, cls in LOGGERS.items() if type(sender) is cls), None)
+    stock = (*PACKAGES, 'file')  # an error of another logger may be a bug: it keeps its traceback
+    return next((name for sender in senders for name in stock if type(sender) is LOGGERS[name]), None)
 
 
 def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional[profiling.Profiler]]:

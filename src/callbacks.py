@@ -145,6 +145,8 @@ class NonFiniteGuard(Algorithm):
     The batch counts and the schedule advances; weights, momentum and clipping see nothing of it. Logs
     `trainer/skipped_batches` when it changes and, before clipping, `trainer/grad_norm`.
 
+    Ends a run whose optimizer computes no loss: Composer would go on, and save untrained weights.
+
     The last of the algorithms: Composer runs them backwards at `AFTER_TRAIN_BATCH`, and clipping by an infinite norm would
     turn the gradients into zeros and nans. Under amp_fp16 only the loss counts: there gradients overflow as a matter of
     course, and the scaler skips them.
@@ -164,19 +166,24 @@ class NonFiniteGuard(Algorithm):
         self.in_a_row, self.total = state['in_a_row'], state['total']
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.FIT_START, Event.BEFORE_TRAIN_BATCH, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH)
+        return event in (Event.FIT_START, Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.AFTER_LOSS,
+                         Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
             assert state.algorithms[-1] is self, f'NonFiniteGuard is the last algorithm, not before {state.algorithms[-1]}'
             self._copies = gradient_copies(state.model)
             logger.log_metrics({'trainer/skipped_batches': self.total})
-        elif event == Event.BEFORE_TRAIN_BATCH:  # which also comes again, after a microbatch that did not fit
+        elif event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH):  # the second again, where a microbatch did not fit
             self._losses: list[torch.Tensor] = []
         elif event == Event.AFTER_LOSS:
             self._losses.append(torch.stack([loss.detach().float().mean() for loss in ensure_tuple(state.loss)]).sum())
-        else:
+        elif event == Event.AFTER_TRAIN_BATCH:
             self._judge(state, logger)
+        elif not self._losses:
+            raise UserError(f'optimizer: step of {type(state.optimizers[0]).__name__} did not call its closure, which '
+                            'computes forward and backward passes; call it first: '
+                            'loss = torch.enable_grad()(closure)() if closure else None')
 
     def _judge(self, state: State, logger: Logger) -> None:
         loss, norm = self._loss_and_norm(state)

@@ -19,9 +19,12 @@ from src.schema import HFCausalLMConfig
 
 log = logging.getLogger(__name__)
 
+DTYPE_KEYS = ('dtype', 'torch_dtype')  # new and old name of one key
+DERIVED_KEYS = ('head_dim', 'layer_types')  # which a saved config holds, and which follow from others where it does not
+ENCODERS = {'bert-generation', *MODEL_FOR_MASKED_LM_MAPPING_NAMES}  # causal with `is_decoder`
+NEVER_CAUSAL = ('cpmant', 'mega', 'xlm', 'xlnet')  # with it neither
 # Logits of these are exactly `base_model(...) @ head.T`, so the loss can be computed in chunks. Others may scale or
 # cap their logits: they get the plain way.
-DTYPE_KEYS = ('dtype', 'torch_dtype')  # new and old name of one key
 PLAIN_HEADS = ('gpt2', 'gpt_neo', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'opt')
 
 
@@ -104,12 +107,19 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
             base = AutoConfig.for_model(overrides.pop('model_type'))
         else:
             with dist.run_local_rank_zero_first():  # the others find it in the cache
-                base = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
                 stored, _ = PretrainedConfig.get_config_dict(name)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as e:
+                if 'model_type' not in stored and 'AutoConfig' not in stored.get('auto_map', ()):
+                    # transformers would take a family whose name is in the path
+                    raise ValueError('it has no config.json, or one without model_type')
+                base = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
         raise UserError(f'model.pretrained_model_name_or_path: {name!r}: {first_line(e)}\n'
-                        '  Give a folder, a model of the hub (which must be reachable, or the model in its cache), or leave it '
-                        'out and set model.config_overrides.model_type, as in gpt2') from None
+                        '  Give a folder whose config.json names a model_type, a model of the hub (which must be '
+                        'reachable, or the model in its cache), or leave it out and set '
+                        'model.config_overrides.model_type, as in gpt2') from None
+    if overrides.get('model_type', base.model_type) != base.model_type:
+        raise UserError(f'model.config_overrides.model_type: {overrides["model_type"]!r}, but {name!r} is '
+                        f'{base.model_type!r}; take it back, or leave model.pretrained_model_name_or_path out')
     unknown = [key for key in overrides if not hasattr(base, key)]
     if unknown:
         raise UserError(f'model.config_overrides: {", ".join(unknown)}: no such key in the config of {base.model_type}; '
@@ -118,14 +128,26 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
     try:
         # Made anew rather than changed: what is derived from other keys, such as a head dimension, is derived again.
         own = {key: value for key, value in stored.items() if key not in DTYPE_KEYS}
+        derived = type(base)(**{key: value for key, value in own.items() if key not in DERIVED_KEYS})
+        for key in DERIVED_KEYS:
+            if key in own and own[key] == getattr(derived, key, None):
+                del own[key]
         config = type(base)(**own | overrides)
         if not any(overrides.get(key) for key in DTYPE_KEYS):
             config.dtype = torch.float32
+        if not isinstance(config.dtype, torch.dtype):
+            raise TypeError(f'dtype {config.dtype!r} is no type such as float32 or bfloat16')
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:  # the last is transformers' from 5 on
         raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: {first_line(e)}') from None
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
-        raise UserError(f'model: {name or config.model_type!r} sees the tokens that it has to predict, as encoders do; choose a '
-                        'causal model such as gpt2, or set model.config_overrides.is_decoder=true')
+    never = config.model_type in NEVER_CAUSAL
+    if never or config.model_type in ENCODERS and not config.is_decoder:
+        way = '' if never else ', or set model.config_overrides.is_decoder=true'
+        raise UserError(f'model: {name or config.model_type!r} sees the tokens that it has to predict, as encoders do; '
+                        f'choose a causal model such as gpt2{way}')
+    if getattr(config, 'output_router_logits', False) and not keep_nulls:
+        raise UserError(f'model: {name or config.model_type!r} has output_router_logits: true, and the loss here is '
+                        "that of the tokens alone, without Hugging Face's auxiliary loss of the router; set "
+                        'model.config_overrides.output_router_logits=false')
     return config
 
 
@@ -145,6 +167,9 @@ class ComposerHFCausalLM(ComposerCausalLM):
         name = cfg.pretrained_model_name_or_path
         if cfg.pretrained and name is None:
             raise UserError('model.pretrained: true needs model.pretrained_model_name_or_path')
+        refusals = (OSError, ValueError, RuntimeError, TypeError, LookupError, ZeroDivisionError, StrictDataclassError)
+        if not (cfg.trust_remote_code and hasattr(config, 'auto_map')):  # in code of the model's own these may be bugs
+            refusals += (AttributeError, AssertionError, StopIteration, ImportError)
         try:
             if cfg.pretrained and name:
                 with dist.run_local_rank_zero_first():
@@ -155,14 +180,23 @@ class ComposerHFCausalLM(ComposerCausalLM):
                     torch.manual_seed(cfg.init_seed)
                     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype,
                                                              trust_remote_code=cfg.trust_remote_code)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, ZeroDivisionError, StrictDataclassError) as e:
+            head = model.get_output_embeddings()
+            if head is None or config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+                raise ValueError('it has no output layer, or none that shares its weight with the embeddings, as its '
+                                 'config says')
+            sizes = config.num_hidden_layers, config.hidden_size, config.vocab_size
+            positions = getattr(config, 'max_position_embeddings', None) or -1
+            max_seq_len = positions if positions > 0 else None  # some say -1 where there is no limit
+        except refusals as e:
+            hint = ''
+            if 'Padding_idx' in str(e):
+                hint = "; set model.config_overrides.pad_token_id to the tokenizer's padding token, below vocab_size"
+            elif config.sub_configs:
+                hint = f'; it has several parts: choose that of its text alone, {config.get_text_config().model_type}'
             raise UserError(f'model: {name or config.model_type!r} cannot be built as a causal language model: '
-                            f'{first_line(e)}') from None
-        head = model.get_output_embeddings()
-        assert head is not None and (not config.tie_word_embeddings or head.weight is model.get_input_embeddings().weight)
+                            f'{first_line(e)}{hint}') from None
         log.info('attention: Hugging Face %s', config._attn_implementation)
-        super().__init__(HFCausalLM(model), config.num_hidden_layers, config.hidden_size, vocab_size=config.vocab_size,
-                         max_seq_len=getattr(config, 'max_position_embeddings', None))
+        super().__init__(HFCausalLM(model), *sizes, max_seq_len=max_seq_len)
         # The shape itself rather than a name: whoever uses a checkpoint may have neither the hub nor the folder.
         known = type(config)()
         shape = {key: value for key, value in config.to_diff_dict().items() if hasattr(known, key) and key != '_name_or_path'}

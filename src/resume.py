@@ -10,7 +10,7 @@ from composer.utils import dist
 from src import config
 from src.checkpoints import Start
 from src.errors import UserError
-from src.schema import Config
+from src.schema import Config, OptimizerConfig
 
 # Sections of the config that change nothing of the training.
 ELSEWHERE = {'run_name', 'save_folder', 'load_path', 'load_weights_only', 'trust_checkpoint', 'autoresume', 'callbacks',
@@ -23,8 +23,6 @@ NO_ORDER = {'remote', 'pin_memory', 'prefetch_factor', 'persistent_workers', 'ti
 # On these neither, where the dataset counts its samples. It then keeps the checkpoint's values of the second set.
 NO_ORDER_OF_COUNTED = {'num_workers', 'max_seq_len', 'tokenizer_name', 'sequence_ids'}
 KEPT_BY_COUNTED = {'train_loader.dataset.shuffle_seed', 'train_loader.dataset.num_canonical_nodes'}
-
-OPTIMIZER = ('initial_lr', 'betas', 'eps', 'weight_decay')  # of a parameter group; `initial_lr` is the peak rate
 
 
 def run_settings(c: Config, data: Mapping[str, str]) -> dict[str, Any]:
@@ -119,7 +117,10 @@ class OptimizerSettings(Callback):
 
     def before_load(self, state: State, logger: Logger) -> None:
         groups = state.optimizers[0].param_groups
-        self._asked = [{key: group[key] for key in OPTIMIZER if key in group} for group in groups]
+        # Keys that a setting is named like: others may be the optimizer's state. `initial_lr` is the peak rate, `lr`
+        # follows from it, and the optimizer sets `fused` at each step.
+        keys = {'initial_lr', *OptimizerConfig.model_fields} - {'lr', 'fused'}
+        self._asked = [{key: value for key, value in group.items() if key in keys} for group in groups]
 
     def after_load(self, state: State, logger: Logger) -> None:
         groups = state.optimizers[0].param_groups

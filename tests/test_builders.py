@@ -99,6 +99,16 @@ def test_a_logger_whose_package_is_missing_says_how_to_install_it(name):
         builders.build_all('loggers', {name: {}})
 
 
+def test_a_logger_whose_package_is_broken_says_why(monkeypatch):
+    def broken() -> None:
+        raise ImportError("cannot import name 'Writer'")
+
+    monkeypatch.setitem(builders.LOGGERS, 'tensorboard', broken)
+    with pytest.raises(UserError, match="tensorboard: its package cannot be imported: cannot import name 'Writer'; "
+                                        'pip install --force-reinstall tensorboard, or remove'):
+        builders.build_all('loggers', {'tensorboard': {}})
+
+
 def test_a_value_that_the_class_refuses_is_named():
     with pytest.raises(UserError, match='callbacks.speed_monitor: Invalid time_unit: parsecs. Must be one of'):
         builders.build_all('callbacks', {'speed_monitor': {'time_unit': 'parsecs'}})

@@ -206,6 +206,30 @@ def test_under_fp16_the_scaler_has_the_gradients_and_the_guard_the_loss(loss: fl
     assert guard.total == (not keeps)
 
 
+class NoClosure(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step()
+
+
+class Forgetful(torch.optim.SGD):
+    """Calls its closure in the first step alone."""
+
+    def step(self, closure: Any = None) -> Any:
+        used, self.used = getattr(self, 'used', False), True
+        return super().step(None if used else closure)
+
+
+@pytest.mark.parametrize(('cls', 'trained'), [(NoClosure, 1), (Forgetful, 2)])
+def test_an_optimizer_that_does_not_call_its_closure_ends_the_run(cls: Any, trained: int, tmp_path: Path) -> None:
+    model = Line()
+    trainer = train(3, guard=NonFiniteGuard(1), model=model, optimizers=cls(model.parameters(), lr=0.1),
+                    save_folder=str(tmp_path), save_interval='2ba')
+    with pytest.raises(UserError, match=f'^optimizer: step of {cls.__name__} did not call its closure.*; call it'):
+        trainer.fit()
+    assert int(trainer.state.timestamp.batch) == trained and not list(tmp_path.glob('*.pt'))
+    trainer.close()
+
+
 def test_the_guard_has_to_run_before_clipping() -> None:
     trainer = train(1, algorithms=[NonFiniteGuard(1), GradientClipping('norm', 0.1)])
     with pytest.raises(AssertionError, match='NonFiniteGuard is the last algorithm'):

@@ -377,16 +377,23 @@ class Store(builders.loggers.InMemoryLogger):
     def __init__(self, error: str) -> None:
         super().__init__()
         if error:
-            raise {'mlflow': MlflowException, 'own': KeyError}[error](f'{error}\nmore')
+            raise {'mlflow': MlflowException, 'own': KeyError, 'file': FileNotFoundError}[error](f'{error}\nmore')
 
 
 def test_what_a_logger_s_service_raises_is_named_and_its_bugs_stay(monkeypatch):
-    monkeypatch.setitem(builders.LOGGERS, 'mlflow', Store)
+    class Mlflow(Store):
+        pass
+
+    monkeypatch.setitem(builders.LOGGERS, 'mlflow', Mlflow)
     with pytest.raises(UserError) as e, builders.outside_failures_explained():
         builders.build_all('loggers', {'mlflow': {'error': 'mlflow'}})
     assert str(e.value).startswith('loggers.mlflow: MlflowException: mlflow. Change the keys of loggers.mlflow or the')
     with pytest.raises(KeyError, match='own'), builders.outside_failures_explained():
         builders.build_all('loggers', {'mlflow': {'error': 'own'}})
+    monkeypatch.setitem(builders.LOGGERS, 'mine', Store)
+    for error, kind in (('mlflow', MlflowException), ('file', FileNotFoundError)):  # of a logger that is no stock one
+        with pytest.raises(kind), builders.outside_failures_explained():
+            builders.build_all('loggers', {'mine': {'error': error}})
     with pytest.raises(OSError, match='of something else'), builders.outside_failures_explained():
         raise OSError('of something else')
 

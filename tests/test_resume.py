@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from launch import ROOT, tiny
 from runs import Samples
 
 import main
-from src import config
+from src import config, resume
 from src.callbacks import UnigramBaseline
 from src.checkpoints import Manifest, Start
 from src.errors import UserError
 from src.resume import changes
+from src.schema import OptimizerConfig
 
 EVERY = ('save_interval=4ba', 'run_name=one', 'max_duration=8ba', 'save_num_checkpoints_to_keep=-1',
          'callbacks.text_samples=false', 'log_to_console=false')
@@ -75,6 +77,20 @@ def test_the_optimizers_settings_of_the_config_take_effect(run, tmp_path, shardi
         assert (group['initial_lr'], group['betas'], group['eps'], group['weight_decay']) == (1e-5, (0.8, 0.9), 1e-6, 0.1)
     assert (f'changed since the checkpoint: optimizer.lr {peak} → 1e-05, optimizer.betas [0.9, 0.95] → [0.8, 0.9], '
             'optimizer.eps 1e-08 → 1e-06, optimizer.weight_decay 0.0 → 0.1') in less.said
+
+
+def test_settings_of_an_own_optimizer_take_effect_and_what_its_groups_keep_stays(monkeypatch):
+    class Own(OptimizerConfig):
+        momentum: float = 0.9
+
+    monkeypatch.setattr(resume, 'OptimizerConfig', Own)
+    callback = resume.OptimizerSettings()
+    group: dict[str, Any] = dict(lr=0.1, initial_lr=0.1, momentum=0.5, fused=None, steps=0, params=[])
+    state: Any = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[group])], schedulers=[])
+    callback.before_load(state, Logger(state))
+    group.update(lr=0.1, initial_lr=0.2, momentum=0.9, fused=True, steps=7)  # the checkpoint's
+    callback.after_load(state, Logger(state))
+    assert group == dict(lr=0.05, initial_lr=0.1, momentum=0.5, fused=True, steps=7, params=[])
 
 
 def test_another_schedule_holds_from_the_first_batch(run, tmp_path):
