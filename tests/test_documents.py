@@ -64,9 +64,9 @@ WHOLE = {
     'documents in an object': ('{"v": 1, "data": [{"text": "a"}]}', "b.json is one JSON object with a list 'data';"),
     'an object over several lines': ('{\n "text": "a"\n}', 'b.json is JSON over several lines; write an object a line'),
     'no document can be used': ('{"text": 1}\n{"text": null}\n{}', 'line 1 has no string text; .*; none of the 3 doc'),
-    'columns of pandas': ('{"text": {"0": "a", "1": "b"}}', 'line 1 has no string text; .*an object a line .df.to_json'),
+    'columns of pandas': ('{"text": {"0": "a", "1": "b"}}', 'line 1 has no string text; .* a line .df.to_json'),
     'columns of lists': ('{"text": ["a", "b"]}', 'an object a line .df.to_json.*; none of the 1 document of this file'),
-    'documents on one line': ('{"text": "a"}{"text": "a"}', 'line 1 is not JSON .Extra data: .*; write an object a line'),
+    'documents on one line': ('{"text": "a"}{"text": "a"}', 'line 1 is not JSON .Extra data: .* an object a line'),
     'line ends of old Macs': ('{"text": "a"}\r{"text": "b"}\r', 'line 1 is not JSON .Extra data: .* an object a line'),
     'text in another field': ('{"body": "a"}\n{"body": "b"}', "text_column: .* no field 'text'; it has: body; none of"),
 }

@@ -61,7 +61,7 @@ def test_files_of_no_split_are_train_where_no_file_says_train(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize('split, names', [
-    ('test', ['testset', 'testsets', 'held_out', 'Held-Out', 'holdout2', 'TestData', 'evals', 'evalset', 'a.testsplit']),
+    ('test', ['testset', 'evalsets', 'held_out', 'Held-Out', 'holdout2', 'TestData', 'evals', 'a.testsplit']),
     ('train', ['trainset', 'TrainData', 'train-split']), ('val', ['valset', 'devset', 'validation_data', 'ValidSplit']),
     ('', ['latest', 'contest', 'trainer', 'evaluate', 'trains', 'value', 'device', 'testament', 'upheld_outside'])])
 def test_words_of_splits(split: str, names: list[str]) -> None:

@@ -180,8 +180,8 @@ def test_a_linked_split_is_read_in_place(build, data: Path, whole, tmp_path: Pat
 
 
 def test_copies_do_not_lie_among_the_originals(build, data: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=f'dataset.local: {data}/train/train lies in {data}/train, a split of the remote '
-                                        f'{data}, and the run removes copies; set data_local to a folder of its own'):
+    with pytest.raises(UserError, match=f'dataset.local: {data}/train/train lies in {data}/train, a split of the '
+                                        f'remote {data}, and the run removes copies; set data_local to a folder of its own'):
         build(local=str(data / 'train'))
     assert not (data / 'train' / 'train').exists()
     assert build(local=str(data / 'copies'))
