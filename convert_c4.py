@@ -237,7 +237,7 @@ def describe(source: Any, listed: dict[str, list[SourceFile]]) -> None:
         print(f'{split}: {sum(len(file.paths) for file in files):,}{of_c4} in {source.name}, '
               f'{sum(file.size for file in files):,} bytes')
     if isinstance(source, FolderSource):
-        for line in [*source.unread_lines(), *doubles(file for files in listed.values() for file in files)]:
+        for line in [*source.unread_lines(), *doubles(source.read.values())]:
             print(line)
 
 
@@ -360,9 +360,13 @@ def main(args: argparse.Namespace) -> None:
     listed = {split: source.files(SPLITS[split]) for split in splits}  # everything is checked first
     if args.source != 'sample':
         describe(source, listed)
-    if args.txt_lines and not any(file.path.lower().endswith(TXT) for files in listed.values() for file in files):
+    paths = [file.path.lower() for files in listed.values() for file in files]
+    if args.txt_lines and not any(path.endswith(TXT) for path in paths):
         raise UserError(f'--txt_lines: no .txt file is read from --source {args.source}; leave it out, or name another '
                         'folder')
+    if args.text_column != 'text' and all(path.endswith(TXT) for path in paths):
+        raise UserError(f'--text_column: {args.text_column}, and all files of --source {args.source} are .txt, which '
+                        'have no fields; leave it out')
     for split in splits:
         check_strangers(f'{args.out_root}/{split}', len(listed[split]))
         Place(f'{args.out_root}/{split}').sweep()

@@ -133,7 +133,8 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> list[str]:
 
 def _dataset_errors(c: Config, name: str, data: DatasetConfig) -> list[str]:
     out = [f'{name}.{error}' for error in stream_errors(data)]
-    if data.cache_limit is not None and not all(is_copied(stream.remote, stream.local) for stream in streams_of(data).values()):
+    if data.cache_limit is not None and not all(is_copied(stream.remote, stream.local, stream.split)
+                                            for stream in streams_of(data).values()):
         out.append(only_copy(f'{name}.dataset', data.cache_limit))
     within = getattr(c.model, 'attn_within_document', None)  # None: a model without it
     if within is None and data.sequence_ids:

@@ -333,7 +333,7 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         # Else each epoch draws a number from the generator of dropout, and a resumed run would draw it once more.
         'generator': torch.Generator().manual_seed(cfg.dataset.shuffle_seed)}
     copies = {os.path.realpath(os.path.join(stream.local, stream.split or '')) for stream in streams_of(cfg.dataset).values()
-              if is_copied(stream.remote, stream.local)}
+              if is_copied(stream.remote, stream.local, stream.split)}
     if not evaluate:
         _copied_for_training.update(copies)
         dataset = StreamingC4(**data)
@@ -347,7 +347,7 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
             warnings.warn(f'eval_loader.dataset.{key} is ignored: an evaluation reads its samples in order', stacklevel=2)
     clash = not copies.isdisjoint(_copied_for_training)  # streaming refuses two copies of one split in one place
     for name, stream in (data['streams'] or {'': data}).items():
-        if clash and is_copied(stream['remote'], stream['local']):
+        if clash and is_copied(stream['remote'], stream['local'], stream['split'] or data['split']):
             stream['local'] = os.path.join(stream['local'], 'eval')
         for key in ('proportion', 'repeat', 'choose') if name else ():
             if stream.pop(key) is not None:

@@ -17,9 +17,12 @@ def is_url(remote: Optional[str]) -> bool:
     return remote is not None and re.match(r'[a-z][a-z0-9+.-]*:/', remote) is not None
 
 
-def is_copied(remote: Optional[str], local: str) -> bool:
-    """Whether the two are different places, so that shards are copied."""
-    return remote is not None and (is_url(remote) or os.path.realpath(remote) != os.path.realpath(local))
+def is_copied(remote: Optional[str], local: str, split: Optional[str]) -> bool:
+    """Whether the split is a different place in the two, so that shards are copied. Links can make it one."""
+    if remote is None or is_url(remote):
+        return remote is not None
+    one, other = (os.path.realpath(os.path.join(root, split or '')) for root in (remote, local))
+    return one != other and not (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
 
 
 def streams_of(data: DatasetConfig) -> dict[str, StreamConfig]:
@@ -103,7 +106,7 @@ def check_places(remote: Optional[str], local: Optional[str], split: str, cache_
         if remote is None or is_url(remote):
             raise UserError(f'{setting}.local: missing; name a folder for the copies of the shards of {remote}')
         local = remote
-    if not is_copied(remote, local):
+    if not is_copied(remote, local, split):
         remote = None
     if cache_limit is not None and remote is None:
         raise UserError(only_copy('dataset', cache_limit))
@@ -114,7 +117,21 @@ def check_places(remote: Optional[str], local: Optional[str], split: str, cache_
         if copy.is_file() and copy.read_bytes() != index.read_bytes():
             raise UserError(f'{setting}.local: {copy.parent} holds shards of other data than {index.parent}; '
                             'remove it, or choose another data_local')
+        _check_apart(remote, local, split, setting)
     return remote, local
+
+
+def _check_apart(remote: str, local: str, split: str, setting: str) -> None:
+    """Refuses a place for copies that is, in part, the place of the originals: a run removes copies."""
+    copy, root = Path(os.path.realpath(os.path.join(local, split))), os.path.realpath(remote)
+    inside = next((p for p in copy.parents if p.is_relative_to(root) and (p / 'index.json').is_file()), None)
+    entries = os.scandir(copy) if copy.is_dir() else ()
+    links = [entry.name for entry in entries if entry.is_symlink() and entry.is_dir()]
+    linked = next((copy / name for name in links if not is_copied(remote, local, os.path.join(split, name))), None)
+    if inside or linked:
+        wrong = f'{copy} lies in {inside}, a split' if inside else f'{linked} is a link to a folder'
+        raise UserError(f'{setting}.local: {wrong} of the remote {remote}, and the run removes copies; set data_local '
+                        'to a folder of its own, or to the same as data_remote: then nothing is copied')
 
 
 def only_copy(setting: str, cache_limit: Any) -> str:

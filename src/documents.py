@@ -5,7 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -30,6 +30,7 @@ class Bad(NamedTuple):
     """A document that cannot be used, and why."""
     reason: str
     setting: str = '--source'
+    is_file: bool = False  # it is all of a file
 
     @property
     def error(self) -> UserError:
@@ -48,7 +49,8 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
         shown: How many of them are named.
 
     Raises:
-        UserError: A document is bad; or, with `skip_bad_docs`, all of them are, so that a whole file would be left out.
+        UserError: A document is bad; or, with `skip_bad_docs`, all of them are, so that a whole file would be left out,
+            which may be only where it is one document.
     """
     good, bad, first = 0, 0, None
     for document in found:
@@ -63,9 +65,10 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
         counts['bad_documents'] += 1
         if bad <= shown:
             print(f'skipped: {document.reason}', flush=True)
-    if first and bad > 1 and not good:
-        raise UserError(f'{first.setting}: {first.reason}; none of the {bad} documents of this file can be used, and '
-                        '--skip_bad_docs leaves out a document, not a file: mend the file, or move it away')
+    if first and not good and not (bad == 1 and first.is_file):
+        raise UserError(f'{first.setting}: {first.reason}; none of the {bad} document{"s" * (bad > 1)} of this file '
+                        'can be used, and --skip_bad_docs leaves out a document, not a file: mend the file, or move '
+                        'it away')
 
 
 def documents(path: Path, columns: Iterable[str], text_column: str = 'text', where: Optional[str] = None,
@@ -87,8 +90,8 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
     kind = 'row' if name.endswith('.parquet') else 'document' if name.endswith(TXT) and not txt_lines else 'line'
     number = 0
 
-    def bad(reason: str, *setting: str) -> Bad:
-        return Bad(f'{where}, {kind} {number} {reason}', *setting)
+    def bad(reason: str, setting: str = '--source') -> Bad:
+        return Bad(f'{where}, {kind} {number} {reason}', setting, kind == 'document')
 
     try:
         for number, row in _rows(path, where, [name for _, name in names], txt_lines):  # noqa: B007  (`bad` reads it)
@@ -107,8 +110,10 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
                 wrong = [name for column, name in names if not isinstance(document[column], str)]
                 if wrong:
                     reasons = [value.reason for value in document.values() if isinstance(value, Bad)]
+                    columns_of_json = kind == 'line' and isinstance(document['text'], (dict, list))
                     yield bad(reasons[0] if reasons else f'has no string {", ".join(wrong)}; a document is an object '
-                              f'with the strings {", ".join(name for _, name in names)}')
+                              f'with the strings {", ".join(name for _, name in names)}' + columns_of_json *
+                              '; write an object a line (df.to_json(FILE, orient="records", lines=True) does)')
                     continue
             if not (joined := ''.join(document.values())).isascii() and not _is_unicode(joined):
                 yield bad('holds characters that are not Unicode text; download the file again')
@@ -127,7 +132,7 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
 def _as_text(value: Any) -> Any:
     """What C4 has as a string and Parquet may have as something else."""
     if isinstance(value, datetime):  # C4 has 2019-04-25T12:57:54Z
-        return value.strftime('%Y-%m-%dT%H:%M:%SZ')
+        return (value.astimezone(timezone.utc) if value.tzinfo else value).strftime('%Y-%m-%dT%H:%M:%SZ')
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -154,7 +159,9 @@ def _rows(path: Path, where: str, names: list[str], txt_lines: bool) -> Iterator
     else:
         for number, text in enumerate(_lines(path, where) if txt_lines else _whole(path, where), start=1):
             if text.strip():
-                yield number, {names[0]: text.removesuffix(b'\n').removesuffix(b'\r') if txt_lines else text}
+                nul = Bad('holds NUL bytes: it is damaged or not UTF-8; download the file again, or write it as UTF-8')
+                line = text.removesuffix(b'\n').removesuffix(b'\r') if txt_lines else text
+                yield number, nul if 0 in text else {names[0]: line}
 
 
 def _parquet_rows(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
@@ -170,7 +177,9 @@ def _parquet_rows(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
                 rows = batch.to_pylist()
             except UnicodeDecodeError:  # of one string: as bytes, they are decoded one by one
                 strings, binary = {pyarrow.string(), pyarrow.large_string()}, pyarrow.large_binary()
-                columns = [column.cast(binary) if column.type in strings else column for column in batch.columns]
+                columns = [column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+                           for column in batch.columns]
+                columns = [column.cast(binary) if column.type in strings else column for column in columns]
                 rows = pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
             yield from enumerate(rows, start=number + 1)
             number += len(rows)
@@ -187,7 +196,9 @@ def _json_rows(path: Path, where: str, text_column: str) -> Iterator[tuple[int, 
             try:
                 row = json.loads(line)  # what the standard alone refuses: NaN, half a surrogate pair, a byte order mark
             except (ValueError, RecursionError) as error:
-                row = Bad(f'is not JSON ({error}); download the file again')
+                several = 'Extra data' in str(error)
+                row = Bad(f'is not JSON ({error}); ' + several * 'write an object a line (jq -c . does), or ' +
+                          'download the file again')
         if first:
             _check_first_row(row, line, where, text_column)
         elif isinstance(row, list) and row and isinstance(row[0], dict):
@@ -217,11 +228,10 @@ def _lines(path: Path, where: str) -> Iterator[bytes]:
     """The lines of a file with their ends. A byte order mark of UTF-8 is left out."""
     lines = _raw_lines(path, where)
     first = next(lines, b'')
-    is_json = not path.name.lower().endswith(TXT)
     if first.startswith(NOT_TEXT):
         raise UserError(f'--source: {where} holds no text: it is damaged, or of a format that its name does not end '
                         'in, such as .gz, .zst or .parquet; rename, unpack or delete it')
-    if first.startswith(UTF_16) or is_json and 0 in first[:4]:
+    if first.startswith(UTF_16) or 0 in first[:4]:
         raise UserError(f'--source: {where} is UTF-16 or UTF-32 text; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)')
     if first:
         yield first.removeprefix(codecs.BOM_UTF8)

@@ -17,9 +17,9 @@ TXT = tuple(f'.txt{packed}' for packed in PACKED)
 FORMATS = (*(f'.{kind}{packed}' for packed in PACKED for kind in ('jsonl', 'json', 'ndjson')), '.parquet', *TXT)
 SPLIT_WORDS = {
     'train': ('train',), 'val': ('validation', 'valid', 'val', 'dev'),
-    'test': ('test', 'tests', 'testing', 'eval', 'evaluation', 'heldout', 'holdout'),  # never read
+    'test': ('tests?', 'testing', 'evals?', 'evaluation', 'h[eo]ld[-_ ]?out'),  # never read
 }  # fmt: skip
-IN_PATH = {split: re.compile(rf'(?<![a-z])({"|".join(words)})(?![a-z])', re.IGNORECASE)
+IN_PATH = {split: re.compile(rf'(?<![a-z])({"|".join(words)})((set|split)s?|data)?(?![a-z])', re.IGNORECASE)
            for split, words in SPLIT_WORDS.items()}
 SAMPLED = 1 << 16  # bytes at both ends of a file that tell it from another
 GROUPED = 1 << 26  # bytes of small text files that are converted together
@@ -62,6 +62,7 @@ class FolderSource:
 
     Attributes:
         unread: The files and folders that are not read, relative to `folder`: path → reason.
+        read: Those of the splits that were asked for, each alone, by path.
 
     Raises:
         UserError: There is no such folder, or the splits of its files are not clear.
@@ -76,6 +77,7 @@ class FolderSource:
                             f"holds files of documents: C4's own, or others that end in {READABLE}")
         out = None if is_url(out_root) or not out_root else Path(out_root).resolve()
         self.folder, self.name = Path(folder), folder
+        self.read: dict[str, SourceFile] = {}
         if out == self.folder.resolve():
             raise UserError(f'--out_root: {out_root} is the folder of --source too, so that the shards would lie among '
                             'the documents; name another folder, which may lie below --source')
@@ -84,7 +86,12 @@ class FolderSource:
             self.paths = self._assign(paths)
         except OSError as error:
             raise _unreadable(error) from error
-        self.is_c4 = any(re.match(r'c4-(train|validation)\.', Path(p).name) for of in self.paths.values() for p in of)
+        others = [p for of in self.paths.values() for p in of if not re.match(r'c4-(train|validation)\.', Path(p).name)]
+        found = sum(map(len, self.paths.values()))
+        self.is_c4 = found > 0 and not others
+        if 0 < len(others) < found:
+            print(f'note: beside the files of C4 there are others: {listing(others)}; so the text alone is written. To '
+                  'keep timestamp and url, move the others to a folder of their own')
         self.columns = C4_COLUMNS if self.is_c4 else C4_COLUMNS[:1]
 
     def _assign(self, paths: list[str]) -> dict[str, list[str]]:
@@ -97,7 +104,10 @@ class FolderSource:
         for path in paths:
             splits[_split_of(path)].append(path)
         unnamed = splits.pop('')
-        if splits['train']:
+        if unnamed and not any(splits.values()) and IN_PATH['val'].fullmatch(Path(os.path.abspath(self.folder)).name):
+            print(f'val: no file says a split, and the name of the folder is a word of val: {listing(unnamed)}')
+            splits['val'] = unnamed
+        elif splits['train']:
             self.unread |= dict.fromkeys(unnamed, 'no word of the path says a split, and other files say train')
         elif unnamed:
             print(f'train: no file says train, so it is all files that say no split: {listing(unnamed)}')
@@ -140,9 +150,11 @@ class FolderSource:
             others = ' and '.join(str((self.folder / p).parent) for p in found if Path(p).name == Path(twice).name)
             raise UserError(f'--source: {Path(twice).name} lies in {others}; name the folder of one of them')
         try:
-            return _grouped([_local_file(str(self.folder / p)) for p in found])
+            files = [_local_file(str(self.folder / p)) for p in found]
         except OSError as error:
             raise _unreadable(error) from error
+        self.read |= {file.path: file for file in files}
+        return _grouped(files)
 
     def unread_lines(self) -> list[str]:
         """What is not read, a line for each reason."""
@@ -161,13 +173,15 @@ def doubles(files: Iterable[SourceFile]) -> list[str]:
     """A note for files that seem to hold the same documents: by content, or by names such as a.jsonl and a.jsonl.gz."""
     alike: dict[object, list[str]] = {}
     for file in files:
-        if file.size and not file.more:
+        if file.size:
             stem = re.sub(r'\.(jsonl|json|ndjson|parquet|txt)(\.gz|\.zst)?$', '', file.path, flags=re.IGNORECASE)
             for key in (file.size, file.digest), stem:
                 alike.setdefault(key, []).append(file.path)
     same = dict.fromkeys(tuple(paths) for paths in alike.values() if len(paths) > 1)
-    return [f'note: these files seem to hold the same documents, and all of them are read: {listing(list(paths))}'
-            for paths in same]
+    notes = [f'note: these files seem to hold the same documents, and all of them are read: {listing(list(paths))}'
+             for paths in same]
+    more = [f'note: so do the files of {len(notes) - SHOWN} more such groups'] if len(notes) > SHOWN else []
+    return notes[:SHOWN] + more
 
 
 def _unreadable(error: OSError) -> UserError:
@@ -211,7 +225,7 @@ def _why_skip_folder(name: str, real: Path, names: Iterable[str], visited: set[s
     if str(real) in visited:
         return 'another name of a folder that is read, or a link to a folder above'
     shards = 'manifest.json' in names or any('.mds' in name for name in names)
-    if 'part.json' in names or 'index.json' in names and shards:
+    if 'index.json' in names and ('part.json' in names or shards):
         return 'it holds shards, which a conversion has made'
     return 'it holds a tokenizer, which a conversion has made' if {'trained.json', 'tokenizer.json'} <= names else ''
 

@@ -264,6 +264,12 @@ def test_val_alone_is_enough_to_profile(mds_root, tmp_path):
         check_places(None, str(tmp_path), 'train', None)
 
 
+def test_a_linked_split_has_no_cache_limit(mds_root, tmp_path):
+    (tmp_path / 'train').symlink_to(mds_root / 'train')
+    with pytest.raises(UserError, match='train_loader.dataset.cache_limit: .* would delete the only copy'):
+        check(f'data_remote={mds_root}', f'data_local={tmp_path}', 'train_loader.dataset.cache_limit=1gb')
+
+
 @pytest.mark.parametrize('key, says', [
     ('seeed', "did you mean 'seed'?"),
     ('model.n_layrs', "did you mean 'n_layers'?"),

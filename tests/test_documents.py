@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Union
 
@@ -18,6 +19,7 @@ from test_convert_c4 import REPO, convert, read_split
 
 import convert_c4
 from src.conversion import Packer
+from src.documents import _as_text
 from src.errors import UserError
 
 
@@ -62,6 +64,10 @@ WHOLE = {
     'documents in an object': ('{"v": 1, "data": [{"text": "a"}]}', "b.json is one JSON object with a list 'data';"),
     'an object over several lines': ('{\n "text": "a"\n}', 'b.json is JSON over several lines; write an object a line'),
     'no document can be used': ('{"text": 1}\n{"text": null}\n{}', 'line 1 has no string text; .*; none of the 3 doc'),
+    'columns of pandas': ('{"text": {"0": "a", "1": "b"}}', 'line 1 has no string text; .* a line .df.to_json'),
+    'columns of lists': ('{"text": ["a", "b"]}', 'an object a line .df.to_json.*; none of the 1 document of this file'),
+    'documents on one line': ('{"text": "a"}{"text": "a"}', 'line 1 is not JSON .Extra data: .* an object a line'),
+    'line ends of old Macs': ('{"text": "a"}\r{"text": "b"}\r', 'line 1 is not JSON .Extra data: .* an object a line'),
     'text in another field': ('{"body": "a"}\n{"body": "b"}', "text_column: .* no field 'text'; it has: body; none of"),
 }
 
@@ -69,7 +75,7 @@ WHOLE = {
 @pytest.mark.parametrize('data, message', WHOLE.values(), ids=list(WHOLE))
 def test_a_file_is_not_left_out_as_a_bad_document(data: str, message: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / 'in/a.jsonl', ['good'])
-    (tmp_path / 'in/b.json').write_text(data)
+    (tmp_path / 'in/b.json').write_bytes(data.encode())
     with pytest.raises(UserError, match=message):
         convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
 
@@ -87,8 +93,7 @@ def test_files_that_hold_no_text(name: str, data: bytes, tmp_path: Path) -> None
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.txt'])
 def test_files_that_are_not_utf_8(name: str, encoding: str, tmp_path: Path) -> None:
     (tmp_path / 'in').mkdir()
-    mark = '\ufeff' if encoding.endswith(('le', 'be')) and name == 'a.txt' else ''  # JSON tells without
-    (tmp_path / 'in' / name).write_text(mark + '{"text": "a"}\n{"text": "b"}\n', encoding)
+    (tmp_path / 'in' / name).write_text('{"text": "a"}\n{"text": "b"}\n', encoding)
     with pytest.raises(UserError, match=f'{name} is UTF-16 or UTF-32 text; write it as UTF-8'):
         convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
 
@@ -102,18 +107,38 @@ def test_strings_that_are_not_unicode_are_bad_documents(tmp_path: Path, capsys: 
              b'{"text": "two"}']
     (tmp_path / 'in/a.jsonl').write_bytes(b'\r\n'.join(lines))
     values = [b'three', b'\xff', None, 'vier\u00e9'.encode()]
-    for name, kind in ('b', pyarrow.binary()), ('c', pyarrow.string()), ('d', pyarrow.large_string()):
-        binary = pyarrow.array(values, pyarrow.large_binary() if name == 'd' else pyarrow.binary())
-        parquet.write_table(pyarrow.table({'text': binary.view(kind)}), tmp_path / f'in/{name}.parquet')
+    kinds = pyarrow.binary(), pyarrow.string(), pyarrow.large_string(), pyarrow.string()
+    for name, kind in zip('bcde', kinds):
+        binary = pyarrow.array(values, pyarrow.large_binary() if name == 'd' else pyarrow.binary()).view(kind)
+        column = binary.dictionary_encode() if name == 'e' else binary
+        parquet.write_table(pyarrow.table({'text': column}), tmp_path / f'in/{name}.parquet')
     convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
-    assert texts(tmp_path / 'out/train') == ['one', 'two'] + ['three', 'vier\u00e9'] * 3
-    assert manifest(tmp_path / 'out/train')['bad_documents'] == 3 + 2 * 3
+    assert texts(tmp_path / 'out/train') == ['one', 'two'] + ['three', 'vier\u00e9'] * 4
+    assert manifest(tmp_path / 'out/train')['bad_documents'] == 3 + 2 * 4
     out = capsys.readouterr().out
     assert 'a.jsonl, line 3 holds characters that are not Unicode' in out
     assert r"a.jsonl, line 4 has no field 'text'; it has: \ud800" in out
-    assert out.count('.parquet, row 2 holds bytes that are not UTF-8 (invalid start byte, byte 0)') == 3
+    assert out.count('.parquet, row 2 holds bytes that are not UTF-8 (invalid start byte, byte 0)') == 4
     with pytest.raises(UserError, match='a.jsonl, line 3 holds .*or leave such documents out with --skip_bad_docs'):
         convert(tmp_path / 'out2', tmp_path / 'in', 'train')
+
+
+def test_nul_bytes_in_text_files_are_bad_documents(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for name, data in ('a', b'good'), ('b', b'text' + bytes(99)), ('c', '日本日本\n日本\n'.encode('utf-16-le')):
+        (folder / f'{name}.txt').write_bytes(data)
+    convert(tmp_path / 'out', folder, 'train', skip_bad_docs=True)
+    assert texts(tmp_path / 'out/train') == ['good']
+    out = capsys.readouterr().out
+    for name in 'bc':
+        assert f'{name}.txt, document 1 holds NUL bytes: it is damaged or not UTF-8; download the file again, or' in out
+
+
+def test_times_of_parquet_are_written_in_utc() -> None:
+    for zone in None, timezone.utc, timezone(timedelta(hours=2)):
+        time = datetime(2019, 4, 25, 12 + (zone is not None and zone != timezone.utc) * 2, 57, 54, tzinfo=zone)
+        assert _as_text(time) == '2019-04-25T12:57:54Z'
 
 
 def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -131,6 +156,8 @@ def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert 'd.txt, line 2 holds bytes that are not UTF-8' in capsys.readouterr().out
     with pytest.raises(UserError, match="was made with txt_lines None, now True"):
         convert(tmp_path / 'files', folder, 'train', skip_bad_docs=True, txt_lines=True)
+    with pytest.raises(UserError, match='--text_column: body, and all files of --source .*in are .txt, which have no'):
+        convert(tmp_path / 'body', folder, 'train', text_column='body')
     monkeypatch.setattr('src.documents.MAX_TEXT', 10)
     with pytest.raises(UserError, match='a.txt has more than 10 bytes, and would be one document; add --txt_lines'):
         convert(tmp_path / 'long', folder, 'train')

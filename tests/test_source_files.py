@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from test_conversion import write_format, write_jsonl
-from test_convert_c4 import convert, read_split
+from test_convert_c4 import c4_documents, convert, read_split, write_file
 
 from src.errors import UserError
+from src.source_files import SourceFile, _split_of, doubles
 
 
 def texts(out: Path, *splits: str) -> list[list[object]]:
@@ -59,6 +60,34 @@ def test_files_of_no_split_are_train_where_no_file_says_train(tmp_path: Path, ca
         convert(tmp_path / 'out3', write_named(folder, 'test.jsonl'), 'train')
 
 
+@pytest.mark.parametrize('split, names', [
+    ('test', ['testset', 'evalsets', 'held_out', 'Held-Out', 'holdout2', 'TestData', 'evals', 'a.testsplit']),
+    ('train', ['trainset', 'TrainData', 'train-split']), ('val', ['valset', 'devset', 'validation_data', 'ValidSplit']),
+    ('', ['latest', 'contest', 'trainer', 'evaluate', 'trains', 'value', 'device', 'testament', 'upheld_outside'])])
+def test_words_of_splits(split: str, names: list[str]) -> None:
+    assert {name: _split_of(f'{name}.jsonl') for name in names} == dict.fromkeys(names, split)
+
+
+def test_a_folder_that_is_named_val(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write_named(tmp_path / 'val', 'a.jsonl', 'b.jsonl')
+    convert(tmp_path / 'out', folder, 'val')
+    assert texts(tmp_path / 'out', 'val') == [['a.jsonl', 'b.jsonl']]
+    assert 'the name of the folder is a word of val: a.jsonl, b.jsonl\n' in capsys.readouterr().out
+    convert(tmp_path / 'out2', write_named(folder, 'val.jsonl'))
+    assert texts(tmp_path / 'out2', 'train', 'val') == [['a.jsonl', 'b.jsonl'], ['val.jsonl']]
+
+
+def test_files_beside_those_of_c4(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write_named(tmp_path / 'in', 'val.jsonl')
+    write_file(folder / 'c4-train.00000-of-01024.json.gz', c4_documents('train', 2))
+    convert(tmp_path / 'out', folder)
+    assert read_split(tmp_path / 'out/train') == [{'text': row['text']} for row in c4_documents('train', 2)]
+    assert texts(tmp_path / 'out', 'val') == [['val.jsonl']]
+    out = capsys.readouterr().out
+    assert 'note: beside the files of C4 there are others: val.jsonl; so the text alone is written.' in out
+    assert 'val: 1 files in ' in out and 'files of C4 in' not in out
+
+
 def test_links_are_followed_and_a_file_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_named(tmp_path / 'in', 'train/b.jsonl', 'train/c.jsonl')
     write_named(tmp_path, 'above.jsonl', 'elsewhere/far.jsonl', 'elsewhere/deep/far2.jsonl')
@@ -100,6 +129,9 @@ def test_files_of_unclear_splits_are_refused(tmp_path: Path) -> None:
 
 def test_what_the_program_wrote_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_named(tmp_path / 'in', 'train/a.jsonl', 'val/a.jsonl')
+    write_named(tmp_path / 'own', 'train/part.json', 'train/b.jsonl')
+    convert(tmp_path / 'out-own', tmp_path / 'own', 'train')
+    assert texts(tmp_path / 'out-own', 'train') == [['train/b.jsonl', 'train/part.json']]
     for _ in range(2):  # the same command goes on
         convert(folder / 'mds', folder, train_tokenizer=300)
         assert texts(folder / 'mds', 'train', 'val') == [['train/a.jsonl'], ['val/a.jsonl']]
@@ -146,6 +178,16 @@ def test_files_that_seem_the_same_are_noted(tmp_path: Path, capsys: pytest.Captu
     for other in 'train.jsonl.gz', 'val.jsonl':
         assert f'note: these files seem to hold the same documents, and all of them are read: {folder}/train.jsonl, ' \
                f'{folder}/{other}\n' in out
+    convert(tmp_path / 'out2', write_named(tmp_path / 'one', 'a.jsonl'), 'train', 'train_small')
+    assert 'note: these files' not in capsys.readouterr().out
+    notes = doubles(SourceFile(f'{i % 9}/{i}.txt', 3, f'{i % 9}') for i in range(18))
+    assert len(notes) == 6 and notes[-1] == 'note: so do the files of 4 more such groups'
+    (tmp_path / 'small').mkdir()
+    paths = [str(tmp_path / f'small/{name}.txt') for name in ('train', 'train2', 'val')]
+    for path in paths:
+        Path(path).write_text('one')
+    convert(tmp_path / 'out3', tmp_path / 'small')
+    assert f'and all of them are read: {", ".join(paths)}\n' in capsys.readouterr().out
 
 
 def test_small_text_files_are_converted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

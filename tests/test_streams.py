@@ -162,6 +162,41 @@ def test_a_shard_that_vanishes_in_place(build, data: Path):
         rows(loader)
 
 
+def test_a_linked_split_is_read_in_place(build, data: Path, whole, tmp_path: Path):
+    with_hashes(data, ['xxh64'], 'zstd')
+    (tmp_path / 'copy').mkdir()
+    (tmp_path / 'copy' / 'train').symlink_to(data / 'train')
+    before = {path.name: path.read_bytes() for path in (data / 'train').iterdir()}
+    assert rows(build()) == whole
+    assert rows(build(evaluate=True)) and not (tmp_path / 'copy' / 'eval').exists()
+    left = {path.name: path.read_bytes() for path in (data / 'train').iterdir()}
+    assert before.items() <= left.items()
+    with pytest.raises(UserError, match='dataset.cache_limit: .* would delete the only copy'):
+        build(cache_limit='1gb')
+    damage(data / 'train' / SHARD, 'truncated')
+    with pytest.raises(UserError, match=f'shard {SHARD} of .*copy/train is damaged'):
+        build()
+    assert (data / 'train' / SHARD).exists()
+
+
+def test_copies_do_not_lie_among_the_originals(build, data: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=f'dataset.local: {data}/train/train lies in {data}/train, a split of the '
+                                        f'remote {data}, and the run removes copies; set data_local to a folder of its own'):
+        build(local=str(data / 'train'))
+    assert not (data / 'train' / 'train').exists()
+    assert build(local=str(data / 'copies'))
+    part, copy = data / 'train' / '00000', tmp_path / 'copy' / 'train'
+    part.mkdir()
+    copy.mkdir(parents=True)
+    (copy / '00000').symlink_to(part)
+    with pytest.raises(UserError, match=f'dataset.local: {copy}/00000 is a link to a folder of the remote {data}, and'):
+        build()
+    (copy / '00000').unlink()
+    (tmp_path / 'disk').mkdir()
+    (copy / '00000').symlink_to(tmp_path / 'disk')
+    assert build()
+
+
 @pytest.mark.parametrize('keep_zip', [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=SLOW)])
 def test_compressed_shards(build, data: Path, whole, tmp_path: Path, keep_zip: bool, num_workers: int):
