@@ -41,7 +41,7 @@ from src.checkpoint_writer import CheckpointWriter
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_weights
 from src.checks import check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
 from src.data_c4 import build_c4_dataloader
-from src.data_spec import build_data_spec, check_train_loader, counts_samples, epoch_length, fingerprints
+from src.data_spec import build_data_spec, check_first_batch, check_train_loader, counts_samples, epoch_length, fingerprints
 from src.dry_run import check_plugins, config_text, rehearsal
 from src.errors import UserError, is_out_of_memory
 from src.initialisation import weights_come_later
@@ -126,6 +126,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     check_train_loader(c, train_data.dataloader)
     check_warmup(c, epoch_length(train_data.dataloader))
     evaluators = build_evaluators(c, model)
+    if evaluators:
+        check_first_batch(evaluators[0].dataloader)
     data = fingerprints(train_data, evaluators[0].dataloader if evaluators else None)
     nodes.agree('data', data)
     settings = run_settings(asked, data)

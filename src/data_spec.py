@@ -10,6 +10,7 @@ import torch
 from composer.core import DataSpec
 from composer.utils import dist
 from torch import Tensor
+from torch.utils import data
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from src.causal_lm import IGNORE, ComposerCausalLM
@@ -19,6 +20,7 @@ from src.schema import Config
 from src.tokenizer import check_vocab
 
 log = logging.getLogger('src')
+TORCHS = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)  # that shuffle
 KEYS = ('input_ids', 'labels', 'attention_mask', 'sequence_id')  # that models read; others are handed on
 
 
@@ -32,70 +34,107 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
         seed: Of the order of a DataLoader that has no random generator of its own.
 
     Raises:
-        UserError: All ranks would read the same samples, or the batches can be read only once.
+        UserError: It is no loader, all ranks would read the same samples, or the batches can be read only once.
     """
-    ranks = dist.get_world_size()
+    ranks, evaluate = dist.get_world_size(), setting == 'eval_loader'
+    if isinstance(loader, (Mapping, str)) or not (hasattr(loader, '__iter__') or hasattr(loader, '__getitem__')):
+        raise UserError(f'{setting}: build_c4_dataloader returned a {type(loader).__name__}; have it return one '
+                        'DataLoader, a list of batches, or an object whose __iter__ begins anew')
     if is_kits(loader):
         check_vocab(getattr(loader.dataset, 'dataset', loader.dataset), model.vocab_size)
-    if setting == 'eval_loader' and isinstance(loader, Iterator):
+    if evaluate and isinstance(loader, Iterator):
         raise UserError(f'eval_loader: a {type(loader).__name__} can be read only once, and each evaluation reads the '
                         'loader anew; give a DataLoader, a list, or an object whose __iter__ begins anew')
     if isinstance(loader, DataLoader) and loader.generator is None:
         loader.generator = torch.Generator().manual_seed(seed + dist.get_global_rank())
-    if isinstance(loader, DataLoader) and not is_kits(loader) and not _sampler(loader):
-        if ranks > 1 and not isinstance(loader.dataset, IterableDataset):
-            raise UserError(f'{setting}: the DataLoader has no DistributedSampler, so each of {ranks} ranks would read '
-                            'the same samples; give it sampler=composer.utils.dist.get_sampler(dataset, shuffle=True)')
-        if not _resumes(loader.dataset):
-            loader = (Batches if epoch_length(loader) is None else SizedBatches)(loader)
+    if (ranks > 1 and isinstance(loader, DataLoader) and not is_kits(loader)
+            and type(_order(loader)) in (data.SequentialSampler, data.RandomSampler)):
+        raise UserError(f'{setting}: the DataLoader has no DistributedSampler, so each of {ranks} ranks would read the '
+                        'same samples; give it sampler=composer.utils.dist.get_sampler(dataset, shuffle=True). Where '
+                        'the dataset is already cut for each rank, make it an IterableDataset, or give it a sampler of '
+                        'a class of your own, as `class Mine(torch.utils.data.RandomSampler): pass`')
+    if not is_kits(loader) and not (evaluate and _composers(loader) or _resumes(loader)):
+        length = epoch_length(loader)
+        if not evaluate:  # ranks that disagree would have other learning rates
+            lengths: list[Any] = dist.all_gather_object(length)
+            length = None if None in lengths else min(lengths)
+        loader = Batches(loader, evaluate) if length is None else SizedBatches(loader, evaluate, length)
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
-    return DataSpec(loader, batch_transforms=BatchForm(setting, model.vocab_size, model.max_seq_len), split_batch=split,
+    form = None if is_kits(loader) else BatchForm(setting, model.vocab_size, model.max_seq_len)
+    return DataSpec(loader, batch_transforms=form, split_batch=split,
                     get_num_samples_in_batch=lambda batch: len(batch['input_ids']), get_num_tokens_in_batch=count)
 
 
 class Batches:
-    """The batches of a DataLoader, in an order that depends on the number of the epoch alone.
+    """The batches of a loader of the user's own, in an order that depends on the number of the epoch alone.
 
     A resumed run begins each epoch that is over, reads a batch of it, and so comes to its own epoch; PyTorch's samplers
-    draw more random numbers in a whole epoch. Composer sees no more than the batches: it would call `state_dict` of any
-    dataset in a form that other libraries do not have.
+    draw more random numbers in a whole epoch. Every evaluation has the order of epoch 0. Composer sees no more than the
+    batches: it would call `state_dict` of any dataset in a form that other libraries do not have.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader, self.batch_size = loader, loader.batch_size
-        self._epoch = 0
-        samplers: list[Any] = [loader.sampler, getattr(loader.batch_sampler, 'sampler', None)]
+    def __init__(self, loader: Any, evaluate: bool = False) -> None:
+        self.loader, self._evaluate, self._epoch = loader, evaluate, 0
+        batches = getattr(loader, 'batch_sampler', None)
+        samplers: list[Any] = [getattr(loader, 'sampler', None), batches, getattr(batches, 'sampler', None)]
         for sampler in samplers:
-            if getattr(sampler, 'generator', loader) is None:
-                sampler.generator = loader.generator
-        generators = {loader.generator, *(getattr(sampler, 'generator', None) for sampler in samplers)} - {None}
+            if isinstance(sampler, TORCHS) and sampler.generator is None:
+                sampler.generator = getattr(loader, 'generator', None)
+        generators = {part.generator for part in (loader, *samplers)
+                      if isinstance(getattr(part, 'generator', None), torch.Generator)}
         self._seeds = [(generator, generator.initial_seed()) for generator in generators]
+        parts: dict[int, Any] = {id(part): part for part in (loader, getattr(loader, 'dataset', None), *samplers)}
+        self._told = [part for part in parts.values() if hasattr(part, 'set_epoch')]
 
     def __iter__(self) -> Iterator[Any]:
         for generator, seed in self._seeds:
             generator.manual_seed(seed + self._epoch * dist.get_world_size())
-        self._epoch += 1
+        for part in self._told:
+            part.set_epoch(self._epoch)
+        self._epoch += not self._evaluate
         return iter(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # callbacks ask for `dataset`, `batch_size` and others
 
 
 class SizedBatches(Batches):
-    """Batches that are counted. Composer refuses an evaluation whose `len` raises TypeError, as a DataLoader's may."""
+    """Batches that are counted. Composer refuses an evaluation whose `len` raises TypeError, as a DataLoader's may.
+
+    Args:
+        length: Batches in an epoch; in training those of the rank that has the fewest.
+    """
+
+    def __init__(self, loader: Any, evaluate: bool, length: int) -> None:
+        super().__init__(loader, evaluate)
+        self._length = length
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self._length
 
 
-def _resumes(dataset: Any) -> bool:
-    """Whether Composer can save the place in a dataset, which streaming's have."""
+def _resumes(loader: Any) -> bool:
+    """Whether Composer can save the place in a loader's dataset, which streaming's have."""
+    if not (isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)):
+        return False
     try:
-        inspect.signature(dataset.state_dict).bind(num_samples=0, from_beginning=True)
+        state_dict: Any = loader.dataset.state_dict  # pyright: ignore
+        inspect.signature(state_dict).bind(num_samples=0, from_beginning=True)
     except (AttributeError, TypeError):
         return False
     return True
 
 
-def _sampler(loader: DataLoader) -> Optional[DistributedSampler]:
-    return next((s for s in (loader.batch_sampler, loader.sampler) if isinstance(s, DistributedSampler)), None)
+def _order(loader: DataLoader) -> Any:
+    """What gives the numbers of the samples, in PyTorch's own batches or in others."""
+    order = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    return order.sampler if type(order) is data.BatchSampler else order
+
+
+def _composers(loader: Any) -> bool:
+    """Whether Composer knows the sampler: an evaluation then leaves out samples that come twice."""
+    return isinstance(loader, DataLoader) and any(
+        isinstance(sampler, DistributedSampler) for sampler in (loader.batch_sampler, loader.sampler))
 
 
 def epoch_length(loader: Any) -> Optional[int]:
@@ -106,8 +145,12 @@ def epoch_length(loader: Any) -> Optional[int]:
         return None
 
 
+def _given(loader: Any) -> Any:
+    return loader.loader if isinstance(loader, Batches) else loader
+
+
 def _name(loader: Any) -> str:
-    loader = loader.loader if isinstance(loader, Batches) else loader
+    loader = _given(loader)
     of = f' of {type(loader.dataset).__name__}' if isinstance(loader, DataLoader) else ''
     return f'{type(loader).__name__}{of}'
 
@@ -122,7 +165,7 @@ def is_kits(loader: Any) -> bool:
 
 def counts_samples(loader: Any) -> bool:
     """Whether a resumed run goes on from a number of samples, and not from a number of batches."""
-    return hasattr(getattr(loader, 'dataset', None), 'load_state_dict')
+    return isinstance(loader, DataLoader) and hasattr(loader.dataset, 'load_state_dict')
 
 
 def fingerprints(train: Optional[DataSpec], evals: Optional[DataSpec]) -> dict[str, str]:
@@ -147,6 +190,20 @@ def check_train_loader(c: Config, loader: Any) -> None:
                         f'{_name(loader)} has none; set a number')
 
 
+def check_first_batch(spec: DataSpec) -> None:
+    """Reads a batch of an evaluation that the user's own loader gives: the first evaluation may be hours away.
+
+    Raises:
+        UserError: There is none, or the model does not take it.
+    """
+    if is_kits(spec.dataloader):
+        return
+    batch = next(iter(spec.dataloader), None)
+    if batch is None:
+        raise UserError('eval_loader: it gave no batch, so there is nothing to evaluate')
+    spec.batch_transforms(batch)
+
+
 def describe(loader: Any) -> list[str]:
     """Lines for the plan: about a loader of the user's own, or about text that is packed while it is read."""
     dataset = getattr(loader, 'dataset', None)
@@ -157,9 +214,13 @@ def describe(loader: Any) -> list[str]:
         return []
     length, ranks = epoch_length(loader), dist.get_world_size()
     number = 'an unknown number of' if length is None else length
-    lines = [f'data: a loader of your own, {_name(loader)}, with {number} batches in an epoch; a resumed run first '
-             'reads again what its epoch has read']
-    if ranks > 1 and not (isinstance(loader, DataLoader) and _sampler(loader)):
+    resumed = 'first reads again what its epoch has read'
+    if counts_samples(loader):
+        resumed = 'goes on from a number of samples'
+    lines = [f'data: a loader of your own, {_name(loader)}, with {number} batches in an epoch; a resumed run '
+             f'{resumed}']
+    given = _given(loader)
+    if ranks > 1 and not (isinstance(given, DataLoader) and isinstance(_order(given), DistributedSampler)):
         lines.append(f'data: no DistributedSampler divides the samples among {ranks} ranks: where the loader does not '
                      'do that itself, each rank trains on the same samples')
     return lines
@@ -172,7 +233,7 @@ class BatchForm:
     """Checks a batch and completes it, before it is split into microbatches: DataSpec's `batch_transforms`.
 
     Token ids become int64. `labels` that are missing are the `input_ids`; labels of padding become -100. Other keys
-    stay. The kit's own loaders give batches in this form, with `n_targets`, which are handed on as they are.
+    stay. The kit's own loaders give batches in this form.
 
     Args:
         setting: The loader, for messages.
@@ -185,8 +246,6 @@ class BatchForm:
         self._said = False
 
     def __call__(self, batch: Any) -> dict[str, Any]:
-        if isinstance(batch, dict) and 'n_targets' in batch:
-            return batch
         given = dict(batch) if isinstance(batch, Mapping) else {}
         if 'input_ids' not in given:
             is_dict = isinstance(batch, Mapping)
@@ -204,14 +263,16 @@ class BatchForm:
         return {**given, **ids, 'n_targets': targets_per_sample(ids)}
 
     def _ids(self, key: str, value: Any) -> Tensor:
-        tensor = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-        if isinstance(tensor, Tensor) and tensor.dim() == 2:
+        tensor = value
+        if isinstance(value, np.ndarray) and value.dtype.kind in ('iubf' if key == 'attention_mask' else 'iu'):
+            tensor = torch.from_numpy(value.astype(np.int64))  # of either byte order
+        if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.numel():
             whole = not tensor.is_floating_point() and tensor.dtype != torch.bool
             if whole or key == 'attention_mask':
                 return tensor.long()
         this = f'a {type(value).__name__}'
-        if isinstance(tensor, Tensor):
-            this = f'{tensor.dtype} of shape {tuple(tensor.shape)}'
+        if isinstance(value, (Tensor, np.ndarray)):
+            this = f'{value.dtype} of shape {tuple(value.shape)}'
         raise UserError(f'{self.setting}: {key} of a batch must be whole numbers in a tensor of shape (batch, seq), '
                         f'and is {this}; have the dataset give each sample as tensors, not as lists')
 

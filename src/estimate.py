@@ -205,6 +205,8 @@ def main(args: argparse.Namespace) -> list[Estimate]:
     Raises:
         UserError: An unknown GPU, a number out of range, or a mistake in a config.
     """
+    import main as training  # which imports this module
+
     if args.gpu not in CARDS:
         raise UserError(f'--gpu: {args.gpu!r} is not in the table; set one of {", ".join(CARDS)}')
     if not 0 < args.mfu <= 1:
@@ -213,7 +215,8 @@ def main(args: argparse.Namespace) -> list[Estimate]:
         raise UserError(f'--price: {args.price:g} must be a number of dollars, 0 or more')
 
     def of(yaml: str) -> Estimate:
-        c: Config = config.check(config.load([yaml, *args.overrides]), builders.REGISTRIES, args.gpus or 1, True)
+        c: Config = config.check(config.load([yaml, *args.overrides]), builders.REGISTRIES, args.gpus or 1, True,
+                                 kits_loader=training.has_kits_loader())
         return estimate(c, CARDS[args.gpu], args.gpus, args.mfu)
 
     if args.yaml:

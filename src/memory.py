@@ -218,7 +218,10 @@ def main(args: argparse.Namespace) -> Memory:
     Raises:
         UserError: A mistake in the config, a microbatch of `auto`, or a model that cannot be predicted.
     """
-    c = config.check(config.load([args.yaml, *args.overrides]), builders.REGISTRIES, args.devices, not args.cpu)
+    import main as training  # which imports this module
+
+    c = config.check(config.load([args.yaml, *args.overrides]), builders.REGISTRIES, args.devices, not args.cpu,
+                     kits_loader=training.has_kits_loader())
     if not isinstance(c.device_train_microbatch_size, int):
         raise UserError("device_train_microbatch_size: 'auto' is found by trying; set a number to predict its memory")
     device_batch = device_batch_size(c.global_train_batch_size, args.devices)

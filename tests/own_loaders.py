@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils.dist import get_sampler
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from composer.utils.dist import get_global_rank, get_sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 ROWS, SEQ, VOCAB = 31, 32, 512
 
@@ -37,6 +37,49 @@ class Stream(IterableDataset):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         raise AssertionError
+
+
+class Stateful(Rows):
+    """Rows with a state of the form of other libraries."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError
+
+
+class Told(IterableDataset):
+    """Rows that begin with another one in each epoch, which `set_epoch` says; at the end is no row left out."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return (Rows()[(i + 7 * self.epoch) % ROWS] for i in range(ROWS))
+
+
+class Forward(Sampler):
+    """The rows in order, with a generator that is not PyTorch's."""
+
+    def __init__(self):
+        self.random, self.epochs = np.random.default_rng(0), []
+
+    @property
+    def generator(self) -> Any:
+        return self.random
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(ROWS))
+
+    def __len__(self) -> int:
+        return ROWS
 
 
 class Anew:
@@ -70,7 +113,10 @@ FORMS: dict[str, Callable[[], Any]] = {
     'no length': lambda: DataLoader(Stream(), 12),
     'a list': lambda: [*DataLoader(Rows(), 12)],
     'any iterable': lambda: Anew([*DataLoader(Rows(), 12)]),
-    'arrays': lambda: Anew([{key: value.numpy() for key, value in batch.items()} for batch in DataLoader(Rows(), 12)]),
+    'arrays': lambda: Anew([{'input_ids': batch['input_ids'].numpy(), 'labels': batch['labels'].numpy().astype('>u2')}
+                            for batch in DataLoader(Rows(), 12)]),
+    'own state': lambda: DataLoader(Stateful(), 12, sampler=get_sampler(Stateful(), shuffle=False)),
+    'own n_targets': lambda: [{**batch, 'n_targets': 3} for batch in DataLoader(Rows(narrow), 12)],
 }
 
 
@@ -85,4 +131,14 @@ def shuffled(cfg: Any, batch_size: int, evaluate: bool = False) -> DataLoader:
     return DataLoader(Rows(), batch_size, shuffle=not evaluate)
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {'sampled': sampled, 'shuffled': shuffled}
+def told(cfg: Any, batch_size: int, evaluate: bool = False) -> DataLoader:
+    """An order that the number of the epoch gives."""
+    return DataLoader(Told(), batch_size)
+
+
+def uneven(cfg: Any, batch_size: int, evaluate: bool = False) -> list[Any]:
+    """Four batches on rank 0, two on the others."""
+    return [*DataLoader(Rows(), 6)][:2 if get_global_rank() else 4]
+
+
+BUILDERS: dict[str, Callable[..., Any]] = {'sampled': sampled, 'shuffled': shuffled, 'uneven': uneven}

@@ -4,21 +4,23 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from composer.core import Callback
+from composer.core import Callback, DataSpec
 from launch import ROOT, ranks, tiny
-from own_loaders import FORMS, ROWS, SEQ, Rows, Stream, sampled, shuffled, with_other_keys
-from runs import generated
+from own_loaders import FORMS, ROWS, SEQ, Anew, Forward, Rows, Stream, sampled, shuffled, told, uneven, with_other_keys
+from runs import generated, train
 from test_world_size import HF
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 
 import main
-from src import benchmark, config, data_spec
+from src import benchmark, config, data_spec, estimate, memory
 from src.callbacks import UnigramBaseline
 from src.data_spec import BatchForm, split
 from src.errors import UserError
 
+MODEL: Any = SimpleNamespace(vocab_size=512, max_seq_len=None)
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
 # No data, no tokenizer, and a section `dataset` that says what is not so
 OWN = ['data_remote=/nowhere', 'tokenizer=null', 'callbacks.text_samples=false',
@@ -92,13 +94,14 @@ def test_no_loader_of_evaluation_is_needed(run):
 
 
 def test_a_resumed_run_has_the_samples_and_weights_of_one_that_never_stopped(run, tmp_path, capfd):
-    for build in (shuffled, sampled):
+    for build in (shuffled, sampled, told):
         argv = ['model.resid_pdrop=0.1', 'eval_interval=1ba', f'save_folder={tmp_path}/{build.__name__}/{{run_name}}',
                 'autoresume=true', 'scheduler.t_max=5ba']
         whole, seen = run(build, *argv, 'run_name=whole', 'max_duration=5ba')
         _, first = run(build, *argv, 'run_name=stopped', 'max_duration=4ba')
         resumed, rest = run(build, *argv, 'run_name=stopped', 'max_duration=5ba')
         assert first.rows + rest.rows == seen.rows and len(rest.rows) == 1, build
+        assert seen.rows[0] != seen.rows[3 if build is not sampled else 2], build
         want = whole.state.model.state_dict()
         assert all(torch.equal(value, want[key]) for key, value in resumed.state.model.state_dict().items()), build
         assert 'a resumed run first reads again what its epoch has read' in capfd.readouterr().err
@@ -147,8 +150,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     'epochs': (lambda: DataLoader(Stream(), 12), ['max_duration=1ep'],
                "max_duration: '1ep', but the train loader, DataLoader of Stream, does not say how many batches an epoch"),
     'read once': (lambda: iter([*DataLoader(Rows(), 12)]), [], 'eval_loader: a list_iterator can be read only once'),
-    'read once, in training': (lambda: iter([*DataLoader(Rows(), 12)]), ['eval_loader=null', 'callbacks={}'],
+    'read once, in training': (lambda: iter([*DataLoader(Rows(), 12)]), [],
                                'must begin anew each time that it is iterated'),
+    'objects': (lambda: [{'input_ids': np.array([[1, 2], [3]], object)}], [], 'and is object of shape (2,)'),
+    'no rows': (batch(0, 8), [], 'and is torch.int64 of shape (0, 8)'),
+    'not checked': (batch(12, 64, n_targets=torch.ones(12)), [], 'input_ids have 64 tokens in a row'),
     'nothing': (list, [], 'train_loader: an epoch holds not one full batch'),
 }
 
@@ -157,13 +163,25 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
 def test_what_a_loader_lacks_is_one_message(case, run):
     build, overrides, message = MISTAKES[case]
     with pytest.raises(UserError) as e:
-        run(lambda *args, **kwargs: build(), *overrides)
+        alone = [] if case == 'read once' else ['eval_loader=null', 'callbacks={}']
+        run(lambda *args, **kwargs: build(), *alone, *overrides)
     assert message in str(e.value)
 
 
-def test_an_evaluation_without_a_batch_is_a_message(run):
-    with pytest.raises(UserError, match='eval_loader: it gave no batch'):
-        run(lambda cfg, batch_size, evaluate=False: [] if evaluate else DataLoader(Rows(), batch_size))
+@pytest.mark.parametrize(('given', 'message'), [([], 'it gave no batch'), ([(1, 2)], 'a batch must be a dict')])
+def test_an_evaluation_that_cannot_be_is_found_before_the_training(run, given, message):
+    class Unread(Anew):
+        def __iter__(self):
+            raise AssertionError
+
+    with pytest.raises(UserError, match=f'eval_loader: {message}'):
+        run(lambda cfg, batch_size, evaluate=False: given if evaluate else Unread([]))
+
+
+@pytest.mark.parametrize('given', [DataSpec([]), None, {'a': [], 'b': []}], ids=['DataSpec', 'NoneType', 'dict'])
+def test_what_is_no_loader_is_a_message(given):
+    with pytest.raises(UserError, match=f'eval_loader: build_c4_dataloader returned a {type(given).__name__}; have it'):
+        data_spec.build_data_spec(given, 'eval_loader', MODEL, 17)
 
 
 def test_the_kits_own_loader_needs_a_tokenizer(mds_root):
@@ -173,15 +191,55 @@ def test_the_kits_own_loader_needs_a_tokenizer(mds_root):
         main.main(config.load([QUICKSTART, *tiny(mds_root, 'tokenizer=null')]))
 
 
+def test_an_epochs_number_reaches_samplers_and_an_evaluation_has_one_order():
+    for form in (lambda s: DataLoader(Rows(), 12, sampler=s),
+                 lambda s: DataLoader(Rows(), batch_sampler=BatchSampler(s, 12, False))):
+        for setting, epochs in (('train_loader', [0, 1]), ('eval_loader', [0, 0])):
+            sampler = Forward()
+            loader: Any = data_spec.build_data_spec(form(sampler), setting, MODEL, 17).dataloader
+            assert [[*map(len, loader)], [*map(len, loader)]] == [[2, 2, 2]] * 2 and sampler.epochs == epochs
+    loader = data_spec.build_data_spec(shuffled(None, 31), 'eval_loader', MODEL, 17).dataloader
+    assert torch.equal(*(next(iter(loader))['input_ids'] for _ in range(2)))
+
+
+def test_what_callbacks_and_resumed_runs_ask_of_a_loader():
+    class Counted(Stream):
+        def state_dict(self, num_samples, from_beginning):
+            return {}
+
+    for dataset, counts, again in ((Counted(), True, 'goes on from a number of samples'),
+                                   (Stream(), False, 'first reads again what its epoch has read')):
+        loader: Any = data_spec.build_data_spec(DataLoader(dataset, 12), 'train_loader', MODEL, 17).dataloader
+        assert (loader.dataset, loader.num_workers, data_spec.counts_samples(loader)) == (dataset, 0, counts)
+        assert f'a resumed run {again}' in data_spec.describe(loader)[0]
+
+
+def test_the_rank_with_the_fewest_batches_says_how_many_an_epoch_has(monkeypatch):
+    for lengths, length in (([4, 2], 2), ([4, None], None)):
+        monkeypatch.setattr(data_spec.dist, 'all_gather_object', lambda mine, lengths=lengths: lengths)
+        loader = data_spec.build_data_spec(uneven(None, 12), 'train_loader', MODEL, 17).dataloader
+        assert data_spec.epoch_length(loader) == length
+
+
 def test_ranks_that_would_read_the_same_samples_are_told(monkeypatch):
     monkeypatch.setattr(data_spec.dist, 'get_world_size', lambda: 2)
-    model: Any = SimpleNamespace(vocab_size=512, max_seq_len=None)
+    monkeypatch.setattr(data_spec.dist, 'all_gather_object', lambda mine: [mine, mine])
     for setting in ('train_loader', 'eval_loader'):
-        with pytest.raises(UserError, match=f'{setting}: the DataLoader has no DistributedSampler, so each of 2 ranks'):
-            data_spec.build_data_spec(DataLoader(Rows(), 12), setting, model, 17)
-    loader = data_spec.build_data_spec(DataLoader(Stream(), 12), 'train_loader', model, 17).dataloader
-    assert 'each rank trains on the same samples' in data_spec.describe(loader)[1]
-    assert len(data_spec.describe(sampled(None, 12))) == 1
+        for loader in (DataLoader(Rows(), 12), DataLoader(Rows(), 12, shuffle=True),
+                       DataLoader(Rows(), batch_sampler=BatchSampler(RandomSampler(Rows()), 12, False))):
+            with pytest.raises(UserError, match=f'{setting}: the DataLoader has no DistributedSampler, so each of 2'):
+                data_spec.build_data_spec(loader, setting, MODEL, 17)
+
+    def lines(*args: Any, **kwargs: Any) -> list[str]:
+        spec = data_spec.build_data_spec(DataLoader(*args, **kwargs), 'train_loader', MODEL, 17)
+        return data_spec.describe(spec.dataloader)
+
+    own = BatchSampler(Forward(), 12, False)
+    for said in (lines(Stream(), 12), lines(Rows(), 12, sampler=Forward()), lines(Rows(), batch_sampler=own)):
+        assert 'each rank trains on the same samples' in said[1]
+    divided = DistributedSampler(Rows(), 2, 0)
+    for given in ({'batch_size': 12, 'sampler': divided}, {'batch_sampler': BatchSampler(divided, 12, False)}):
+        assert len(lines(Rows(), **given)) == 1
 
 
 def test_padding_is_never_predicted_and_labels_may_be_one_longer():
@@ -191,7 +249,6 @@ def test_padding_is_never_predicted_and_labels_may_be_one_longer():
     assert batch['labels'].tolist() == [[*range(8)], [-100] * 3 + [*range(11, 16)]] and batch['n_targets'] == [7, 4]
     longer = form({'input_ids': ids[:, :7], 'labels': ids})
     assert longer['labels'].tolist() == ids.tolist() and longer['n_targets'] == [7, 7]
-    assert form(longer) is longer
 
 
 def test_a_batch_is_split_by_samples_and_the_rest_goes_to_all():
@@ -209,9 +266,11 @@ def test_two_ranks_do_what_one_does(run, mds_root, tmp_path):
     own = [*OWN, 'callbacks.speed_monitor=false', 'max_duration=4ba', 'scheduler.t_warmup=1ba']
     hf = [*HF, 'fsdp_config.sharding_strategy=FULL_SHARD', 'tokenizer_name=none',
           *(o for o in tiny(mds_root, *own) if not o.startswith(('model.', 'loggers.', 'callbacks.')))]
+    epochs = [QUICKSTART, *tiny(mds_root, *own), 'eval_loader=null', 'callbacks={lr_monitor: {}}', 'max_duration=2ep']
     program = ['src/evaluate.py', QUICKSTART, *tiny(mds_root, *own), 'device_eval_batch_size=4']
     found = ranks(2, {name: [*argv, 'own_loader=sampled'] for name, argv in (
-        ('own', [QUICKSTART, *tiny(mds_root, *own)]), ('hf', hf), ('program', program))}, tmp_path)
+        ('own', [QUICKSTART, *tiny(mds_root, *own)]), ('hf', hf), ('program', program))}
+        | {'uneven': [*epochs, 'own_loader=uneven']}, tmp_path)
 
     trainer, seen = run(sampled, *own)
     rows = [[row[0] for row in batch] for batch in found['own']['batches']]
@@ -219,6 +278,7 @@ def test_two_ranks_do_what_one_does(run, mds_root, tmp_path):
     assert [*found['own']['losses'].values()] == pytest.approx(seen.losses, rel=1e-5)
     baseline = next(cb for cb in trainer.state.callbacks if isinstance(cb, UnigramBaseline))
     assert found['own']['unigram'] == pytest.approx(baseline.entropy, rel=1e-9)
+    assert found['uneven']['lrs'] == train(*epochs)['lrs']  # of a loader of two batches
     program = found['program']
     assert (program['sequences'], program['tokens'], program['bytes']) == (ROWS, ROWS * (SEQ - 1), None)
 
@@ -228,6 +288,12 @@ def test_two_ranks_do_what_one_does(run, mds_root, tmp_path):
     assert model.config is model.model.hf.config and model.config.n_layer == 2
     assert len(generated(model)[0]) == 14
     assert found['hf']['generated'] == generated(model)
+
+
+def test_programs_that_predict_take_a_config_of_an_own_loader(mds_root, monkeypatch, capsys):
+    monkeypatch.setattr(main, 'build_c4_dataloader', sampled)
+    argv = [QUICKSTART, *tiny(mds_root, *OWN)]
+    assert estimate.main(estimate.parse_args(argv)) and memory.main(memory.parse_args([*argv, '--cpu'])).total
 
 
 def test_a_benchmark_times_the_loader_that_trains(mds_root, tmp_path, monkeypatch):
