@@ -11,6 +11,9 @@ from src.errors import UserError
 from src.machine import compiler_errors, not_writable
 from src.schema import TIME, CompileConfig, Config, DatasetConfig, FSDPConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
 
+METRICS = ('LanguageCrossEntropy', 'Perplexity')  # of ComposerCausalLM
+HF_SIZES = ('n_embd', 'n_layer', 'n_head', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size')
+
 
 def fsdp_version(cfg: Optional[FSDPConfig], has_gpu: bool) -> int:
     """1 or 2: of FSDP; 0: DDP. FSDP1 needs GPUs, so CPUs shard by version 2."""
@@ -48,6 +51,8 @@ def _model_errors(c: Config, has_gpu: bool) -> list[str]:
         if model.pretrained_model_name_or_path is None and 'model_type' not in model.config_overrides:
             out.append('model.pretrained_model_name_or_path: missing; name a model, or set '
                        'model.config_overrides.model_type, as in gpt2')
+        out += [f'model.config_overrides.{key}: {n} must be greater than 0' for key, n in model.config_overrides.items()
+                if key in HF_SIZES and isinstance(n, int) and n <= 0]
     elif isinstance(model, MosaicGPTConfig):
         if model.d_model % model.n_heads:
             divisors = ', '.join(str(i) for i in range(1, min(model.d_model, 128) + 1) if model.d_model % i == 0)
@@ -174,6 +179,10 @@ def _evaluation_errors(c: Config) -> list[str]:
     if 'eval_samples' in c.train_loader.model_fields_set:
         out.append(f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; '
                    'set it for eval_loader, and train_loader.dataset.epoch_size for training')
+    stopper, labels = c.callbacks.get('early_stopper') or {}, ('train', 'eval')[:1 + bool(c.eval_loader)]
+    for key, known in (('dataloader_label', labels), ('monitor', METRICS)):
+        if key in stopper and stopper[key] not in known:
+            out.append(f'callbacks.early_stopper.{key}: {stopper[key]!r} is not one of {", ".join(map(repr, known))}')
     if c.eval_loader is None:
         return out
     if c.eval_loader.eval_samples != c.eval_samples:
@@ -192,18 +201,24 @@ def _long_warmup(c: Config) -> str:
             'would end before the learning rate reaches its peak; set a shorter one, such as scheduler.t_warmup=0.1dur')
 
 
+def _short_t_max(c: Config) -> str:
+    return f'scheduler.t_max: {c.scheduler.t_max!r} must be at least max_duration {c.max_duration!r}, or 1dur'
+
+
 def check_warmup(c: Config, epoch: Optional[int]) -> None:
-    """Refuses a warm-up in epochs or batches that is not shorter than a run in the other unit.
+    """Refuses a warm-up in epochs or batches that is not shorter than a run in the other unit, and a t_max that is.
 
     Args:
         c: The config.
         epoch: Its batches; None where the training loader has no length.
     """
     batches = {'ba': 1, 'ep': math.nan if epoch is None else epoch}
-    times = (TIME.fullmatch(c.scheduler.t_warmup), TIME.fullmatch(c.max_duration))
-    warmup, run = (float(m[1]) * batches.get(m[2], math.nan) for m in times if m)
+    times = map(TIME.fullmatch, (c.scheduler.t_warmup, c.scheduler.t_max, c.max_duration))
+    warmup, t_max, run = (float(m[1]) * batches.get(m[2], math.nan) for m in times if m)
     if warmup >= run:
         raise UserError(_long_warmup(c))
+    if t_max < run:
+        raise UserError(_short_t_max(c))
 
 
 def in_units_of_the_run(interval: str, max_duration: str) -> str:
@@ -234,7 +249,7 @@ def _unit_errors(c: Config, packed: bool) -> list[str]:
         if warmup[0] >= {duration[1]: duration[0], 'dur': 1.0}.get(warmup[1], math.inf):
             out.append(_long_warmup(c))
         if t_max[0] < {duration[1]: duration[0], 'dur': 1.0}.get(t_max[1], 0.0):
-            out.append(f'scheduler.t_max: {c.scheduler.t_max!r} must be at least max_duration {c.max_duration!r}, or 1dur')
+            out.append(_short_t_max(c))
     for key in ('max_duration', 'eval_interval', 'save_interval'):
         amount = TIME.match(getattr(c, key))
         if amount and not float(amount[1]):
@@ -286,6 +301,9 @@ def _machine_errors(c: Config, world_size: int, has_gpu: bool) -> list[str]:
     except UserError as e:
         out.append(str(e))
     chosen = {name for name, kwargs in c.callbacks.items() if kwargs is not False}
+    ema = c.algorithms.get('ema') or {}
+    if ema.get('half_life', '') is None and not ema.get('update_interval'):
+        out.append('algorithms.ema.update_interval: missing; without half_life it has no default; set one, such as 1ba')
     if c.tokenizer is None and 'text_samples' in chosen:
         out.append('callbacks.text_samples: writes with the tokenizer, which is null; set callbacks.text_samples=false')
     out += [f'callbacks.{name}: needs a GPU, whose memory it records; set callbacks.{name}=false'

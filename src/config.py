@@ -11,7 +11,8 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, Optional, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,7 +23,7 @@ from yaml import YAMLError
 from src.checks import combination_errors
 from src.errors import UserError, masked
 from src.old_keys import translate, what_to_write
-from src.overrides import override
+from src.overrides import NOT_OF_ITS_TAG, override
 from src.schema import (
     MODEL_CONFIGS,
     TIME,
@@ -61,7 +62,7 @@ def load(argv: list[str]) -> DictConfig:
         raise UserError(f'{argv[0]}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as e:
+    except (YAMLError, OmegaConfBaseException, OSError, *NOT_OF_ITS_TAG) as e:
         raise UserError(f'{argv[0]}: cannot be read as YAML: {e}') from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(loaded).__name__}')
@@ -79,13 +80,25 @@ def plain(cfg: Any) -> dict[str, Any]:
     """
     if isinstance(cfg, BaseModel):
         return cfg.model_dump()
+    cfg = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
     try:
-        container = OmegaConf.to_container(cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg)),
-                                           resolve=True, throw_on_missing=True)
+        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as e:
-        raise UserError(f'config: {str(e).splitlines()[0]} (key: {e.full_key or "?"})') from None
+        raise UserError(_unresolved(str(e).splitlines()[0], e.full_key, cfg)) from None
     assert isinstance(container, dict)
     return {str(k): v for k, v in _at_home(container).items()}
+
+
+def _unresolved(said: str, key: Any, cfg: DictConfig) -> str:
+    """What to say of an interpolation that OmegaConf does not resolve."""
+    if refers := re.search(r"(?:trying to access |Interpolation key ')(\w+)(\.?)", said):
+        top, raw = refers[1], OmegaConf.to_container(cfg)
+        value = raw.get(top) if isinstance(raw, dict) else None
+        if not refers[2]:
+            said += f'; for a variable of the shell write ${{oc.env:{top}}}'
+        elif not isinstance(value, dict) or not value:
+            return f'{top}: {masked(value, top)!r} must be a section with keys of its own; {key} refers to one'
+    return f'config: {said} (key: {key or "?"})'
 
 
 def _at_home(value: Any) -> Any:
@@ -201,7 +214,8 @@ def _fields_at(schema: type[BaseModel], loc: tuple) -> list[str]:
 
 
 _TYPES = {'int_type': 'a whole number', 'float_type': 'a number', 'bool_type': 'true or false', 'string_type': 'text',
-          'model_type': 'a section with keys of its own', 'dict_type': 'a section with keys of its own',
+          'finite_number': 'a finite number', 'model_type': 'a section with keys of its own',
+          'dict_type': 'a section with keys of its own',
           'list_type': 'a list', 'model_attributes_type': 'a section with keys of its own'}
 
 
@@ -216,6 +230,8 @@ def _explain(err: Any, schema: type[BaseModel]) -> str:
         return f'{key}: no such key; {what_to_write(key) or _nearest(str(loc[-1]), _fields_at(schema, loc[:-1]))}'
     if kind == 'missing':
         return f'{key}: missing; it has no default'
+    if kind == 'string_too_short':
+        return f'{key}: is empty, as is a variable of the shell that is not set; write a value, or {key}=null for none'
     if kind == 'literal_error':
         return f'{key}: {value!r} is not one of {ctx["expected"]}'
     if kind.startswith('union_tag'):
@@ -243,6 +259,8 @@ TIMES = {prefix + name for prefix, cls in (('', Config), ('scheduler.', Schedule
 
 def _quotes(key: str, value: Any) -> str:
     """How to write a value that YAML takes for a number."""
+    if isinstance(value, bool):
+        return '; write null for none'
     if not isinstance(value, (int, float)):
         return ''
     return f""": put it in quotes, {key.split('.')[-1]}: '{value}' in a YAML, {key}="'{value}'" in a shell"""
@@ -255,9 +273,19 @@ def _without_nulls(chosen: Any, classes: Mapping[str, Any]) -> Any:
     out = {}
     for name, kwargs in chosen.items():
         parameters = inspect.signature(classes[name]).parameters if isinstance(kwargs, dict) and name in classes else {}
+        hints = _hints(classes[name]) if parameters else {}
         out[name] = {key: value for key, value in kwargs.items() if value is not None or key not in parameters
-                     or parameters[key].default in (None, inspect.Parameter.empty)} if parameters else kwargs
+                     or parameters[key].default in (None, inspect.Parameter.empty)
+                     or NoneType in get_args(hints.get(key))} if parameters else kwargs
     return out
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a class's keywords; empty where its module imports one for type checkers alone."""
+    try:
+        return get_type_hints(cls.__init__)
+    except NameError:
+        return {}
 
 
 def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, Any]) -> list[str]:
@@ -275,23 +303,30 @@ def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, A
     out = [f'{section}.{name}.{key}: no such key; {_nearest(key, list(parameters))}' for key in kwargs if key not in parameters]
     out += [f'{section}.{name}.{key}: missing; it has no default' for key, p in parameters.items()
             if p.default is p.empty and key not in kwargs]
-    try:
-        hints = get_type_hints(classes[name].__init__)
-    except NameError:  # a type that its module imports for type checkers alone
-        hints = {}
+    hints = _hints(classes[name])
     for key, value in kwargs.items():
         if key in hints:
             try:
-                TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True, strict=True)).validate_python(value)
+                strict = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
+                TypeAdapter(hints[key], config=strict).validate_python(value)
             except ValidationError as e:
                 wanted = ' or '.join(dict.fromkeys(_TYPES.get(err['type'], err['msg']) for err in e.errors()))
+                if isinstance((*e.errors()[0]['loc'], '')[0], int):
+                    wanted = f'a list, each item {wanted}'
                 quotes = _quotes(f'{section}.{name}.{key}', masked(value, key)) * (wanted == _TYPES['string_type'])
                 out.append(f'{section}.{name}.{key}: {masked(value, key)!r} must be {wanted}{quotes}')
             except PydanticSchemaGenerationError:  # a type that only Python can check
                 continue
-        if isinstance(value, (int, float)) and key in ABOVE_ZERO and value <= 0:
-            out.append(f'{section}.{name}.{key}: {value!r} must be greater than 0')
+        if isinstance(value, (int, float)) and (key in ABOVE_ZERO and value <= 0 or key in FROM_ZERO and value < 0):
+            least = 'greater than' if key in ABOVE_ZERO else 'at least'
+            out.append(f'{section}.{name}.{key}: {value!r} must be {least} 0')
+        if key == 'clipping_type' and isinstance(value, str) and value not in CLIPPING_TYPES:
+            out.append(f'{section}.{name}.{key}: {value!r} is not one of {", ".join(map(repr, CLIPPING_TYPES))}')
     return out
 
 
-ABOVE_ZERO = {'window_size', 'flush_interval', 'buffer_size', 'clipping_threshold'}  # Composer finds out in mid-run, or never
+# Composer finds out in mid-run, or never
+ABOVE_ZERO = {'window_size', 'flush_interval', 'buffer_size', 'clipping_threshold', 'batch_log_interval',
+              'dist_aggregate_batch_interval'}
+FROM_ZERO = {'skip_batches'}
+CLIPPING_TYPES = ('norm', 'value', 'adaptive')

@@ -67,18 +67,24 @@ def load(args: argparse.Namespace) -> DictConfig:
         UserError: It has no `eval_loader`, or cannot be read.
     """
     cfg = config.load([args.yaml, 'eval_samples=-1', *args.overrides])
-    if not cfg.get('eval_loader'):
+    _set(cfg, allow_same_split=True, global_train_batch_size=dist.get_world_size(), max_duration='1ba',
+         scheduler={'t_warmup': '0dur'}, algorithms={}, callbacks={}, loggers={}, save_folder=None, autoresume=False,
+         compile_config=None)
+    given = config.plain(cfg)
+    if not given.get('eval_loader'):
         raise UserError(f'eval_loader: {args.yaml} has none, so there is no data to evaluate on; see yamls/quickstart.yaml')
-    changed = {'allow_same_split': True, 'global_train_batch_size': dist.get_world_size(), 'max_duration': '1ba',
-               'scheduler': {'t_warmup': '0dur'}, 'algorithms': {}, 'callbacks': {}, 'loggers': {},
-               'save_folder': None, 'autoresume': False, 'compile_config': None,
-               'load_weights_only': cfg.get('load_path') is not None, 'eval_loader.drop_last': False,
-               'eval_loader.eval_samples': cfg.eval_samples}
-    if cfg.get('device_eval_batch_size') is not None:  # else its default is the YAML's own microbatch
-        changed['device_train_microbatch_size'] = 1
-    for key, value in {**changed, **({'eval_loader.dataset.split': args.split} if args.split else {})}.items():
-        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    _set(cfg, load_weights_only=given.get('load_path') is not None,
+         **{'eval_loader.drop_last': False, 'eval_loader.eval_samples': given['eval_samples']})
+    if given.get('device_eval_batch_size') is not None:  # else its default is the YAML's own microbatch
+        _set(cfg, device_train_microbatch_size=1)
+    if args.split:
+        _set(cfg, **{'eval_loader.dataset.split': args.split})
     return cfg
+
+
+def _set(cfg: DictConfig, **changed: Any) -> None:
+    for key, value in changed.items():
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
 class Totals(Metric):
@@ -173,7 +179,8 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     place = dataset.place if dataset else 'what eval_loader, a loader of your own, gives'
     if not targets:
         raise UserError(f'eval_loader.dataset: {place} holds no token to predict')
-    return {'loss': nats / targets, 'perplexity': math.exp(nats / targets),
+    loss = nats / targets
+    return {'loss': loss, 'perplexity': math.inf if loss > 709 else math.exp(loss),  # more has no float
             'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes > 0 else None,  # NaN is not above 0
             'documents' if dataset and dataset.column == 'text' else 'sequences': int(samples), 'tokens': int(targets),
             'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': place, 'weights': weights(c, start)}
@@ -220,7 +227,8 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
     if dist.get_global_rank() == 0:
         print(text(found), flush=True)
         if args.out:
-            args.out.write_text(json.dumps(found, indent=1) + '\n', 'utf-8')
+            no_json = {key: None for key, x in found.items() if isinstance(x, float) and not math.isfinite(x)}
+            args.out.write_text(json.dumps({**found, **no_json}, indent=1) + '\n', 'utf-8')
     return found
 
 

@@ -1,6 +1,7 @@
 """One `key=value` of the command line, merged into the config that the YAML gave."""
 
 import copy
+import re
 from types import NoneType
 from typing import Any, Union, get_args, get_origin
 
@@ -13,6 +14,8 @@ from src.errors import UserError
 from src.schema import Config
 
 NULL = ('null', 'Null', 'NULL', '~')  # as YAML spells it
+NOT_OF_ITS_TAG = (ValueError, KeyError, AttributeError)  # PyYAML's, of `!!int abc`, `!!bool abc`, `!!timestamp abc`
+OTHER_BASES = re.compile(r'[-+]?(0[0-7_]*[0-7]|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)')  # 8 and 60, in YAML 1.1
 
 
 def override(cfg: DictConfig, arg: str) -> DictConfig:
@@ -40,6 +43,9 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
         raise UserError(f'override {key}={text}: has no value. If it comes from a variable of the shell, that variable '
                         f'is empty; for no value write {key}=null')
     as_it_stands = takes_only_text(key) and text[0] not in '\'"' and text not in NULL
+    if not as_it_stands and OTHER_BASES.fullmatch(text):
+        raise UserError(f'override {key}=...: YAML reads a number that begins with 0 in base 8, and one with colons in '
+                        f"""base 60; write it in base 10, or put text in two pairs of quotes, as in {key}="'text'\"""")
     try:
         if not as_it_stands and _ends_in_a_comment(text):
             raise UserError(f"override {key}=...: YAML reads '#' as the start of a comment here and drops the rest of the value; "
@@ -51,10 +57,11 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
         merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f'{key}={text}']))
     except UserError:
         raise
-    except (yaml.YAMLError, GrammarParseError):  # both quote the value
-        raise UserError(f'override {key}=...: its value cannot be read as YAML; put text in two pairs of quotes, as in '
-                        f'''{key}="'text'"''') from None
-    except (TypeError, ValueError, IndexError, OmegaConfBaseException):
+    except (yaml.YAMLError, *NOT_OF_ITS_TAG, TypeError, IndexError, OmegaConfBaseException) as e:  # some quote it
+        of_keys = text == '{}' or isinstance(e, (TypeError, IndexError, OmegaConfBaseException))
+        if isinstance(e, GrammarParseError) or not of_keys:
+            raise UserError(f'override {key}=...: its value cannot be read as YAML; put text in two pairs of quotes, '
+                            f'''as in {key}="'text'"''') from None
         raise UserError(f'override {key}=...: a list stands where a section with keys of its own has to, or a key of a '
                         'section where a list does. A list is given whole, as in optimizer.betas=[0.9,0.95]') from None
     assert isinstance(merged, DictConfig)

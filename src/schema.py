@@ -5,21 +5,29 @@ A key that is not here is not a setting. `src/config.py` holds a YAML and comman
 
 import re
 from types import NoneType
-from typing import Any, Literal, Optional, Union, get_args
+from typing import Annotated, Any, Literal, Optional, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-Positive = Field(gt=0)
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Length = Annotated[int, Field(gt=1, le=2**31 - 1)]  # of a sequence
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Seconds = Annotated[float, Field(gt=0, le=2e6)]  # the system waits for a number of milliseconds that has 32 bits
 # A whole number of epochs, batches, samples or tokens, or a fraction of the duration
-TIME = re.compile(r'^([0-9]+(?:_[0-9]+)*(?!\.)|[0-9]+\.[0-9]+(?=dur))(ep|ba|sp|tok|dur)$')
+TIME = re.compile(r'^([0-9]+(?:_[0-9]+)*(?!\.)|[0-9]+\.[0-9]+(?=dur))(ep|ba|sp|tok|dur)\Z')
 TimeString = Field(pattern=TIME.pattern)
 Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its keywords; null: no keywords; false: off
 
 
 class Section(BaseModel):
-    """A part of the YAML: unknown keys are mistakes, types are not converted, and null is a setting's default."""
+    """A part of the YAML: unknown keys are mistakes, types are not converted, and null is a setting's default.
 
-    model_config = ConfigDict(extra='forbid', strict=True, frozen=True, protected_namespaces=(), regex_engine='python-re')
+    Empty text is a mistake, not "off": it comes from a variable of the shell that is not set.
+    """
+
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True, protected_namespaces=(), str_min_length=1,
+                              regex_engine='python-re', allow_inf_nan=False)
 
     @model_validator(mode='before')
     @classmethod
@@ -34,7 +42,7 @@ class Section(BaseModel):
 class TokenizerConfig(Section):
     name: Literal['hftokenizer'] = 'hftokenizer'
     tokenizer_name: str  # a hub name or a folder
-    max_seq_len: int = Field(gt=1)
+    max_seq_len: Length
 
 
 class MosaicGPTConfig(Section):
@@ -42,14 +50,14 @@ class MosaicGPTConfig(Section):
 
     name: Literal['mosaic_gpt'] = 'mosaic_gpt'
     device: Literal['cpu', 'meta'] = 'cpu'  # meta: no memory until the weights are drawn, shard by shard
-    d_model: int = Positive
-    n_heads: int = Positive
-    n_layers: int = Positive
-    mlp_ratio: int = Field(default=4, gt=0)
-    max_seq_len: int = Field(gt=1)
-    vocab_size: int = Positive
+    d_model: Count
+    n_heads: Count
+    n_layers: Count
+    mlp_ratio: Count = 4
+    max_seq_len: Length
+    vocab_size: Count
     init_std: float = Field(default=0.02, gt=0)
-    init_seed: int = Field(default=17, ge=0)  # a YAML without it: seed
+    init_seed: Seed = 17  # a YAML without it: seed
     mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
     attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
     flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'  # for flash
@@ -59,9 +67,9 @@ class MosaicGPTConfig(Section):
     emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
     linear_impl: Literal['plain', 'fp8'] = 'plain'  # of the blocks' linear layers
     loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits of a microbatch at once, for torch.compile to fuse
-    loss_chunk_tokens: int = Field(default=1024, gt=0)  # tokens whose logits exist at one time
-    vocab_multiple: Optional[int] = Field(default=None, gt=0)  # of the chunked loss's logits' width; null: 64 on a GPU, else 1
-    activation_checkpointing_every: int = Field(default=1, gt=0)  # n: of every n blocks the first, where fsdp_config turns it on
+    loss_chunk_tokens: Count = 1024  # tokens whose logits exist at one time
+    vocab_multiple: Optional[Count] = None  # of the chunked loss's logits' width; null: 64 on a GPU, else 1
+    activation_checkpointing_every: Count = 1  # n: of every n blocks the first, where fsdp_config turns it on
 
 
 class HFCausalLMConfig(Section):
@@ -71,7 +79,7 @@ class HFCausalLMConfig(Section):
     pretrained_model_name_or_path: Optional[str] = None  # a hub name or a folder; null: config_overrides alone
     pretrained: bool = False  # load its weights, or only its shape
     config_overrides: dict[str, Any] = {}
-    init_seed: int = Field(default=17, ge=0)
+    init_seed: Seed = 17
     trust_remote_code: bool = False
 
 
@@ -79,18 +87,30 @@ ModelConfig = Union[MosaicGPTConfig, HFCausalLMConfig]
 MODEL_CONFIGS: dict[str, type[Section]] = {get_args(cls.model_fields['name'].annotation)[0]: cls for cls in get_args(ModelConfig)}
 
 
+def _amount(whole: str, unit: str, what: str, example: str) -> AfterValidator:
+    """Holds a value against what streaming reads as a number: it takes 0 for a setting that is not given."""
+    pattern = re.compile(rf'(?=.*[1-9])({whole}|[0-9]+([.][0-9]+)? *{unit})', re.IGNORECASE)
+
+    def check(value: Union[int, str, None]) -> Union[int, str, None]:
+        if value is not None and not pattern.fullmatch(str(value)):
+            raise PydanticCustomError('amount', 'must be a number of {what} above 0, such as 5000000 or {example}',
+                                      {'what': what, 'example': example})
+        return value
+    return AfterValidator(check)
+
+
 class StreamConfig(Section):
     """One of a dataset's `streams:`. `split` and the keys from `download_retry` on are the dataset's where they are null."""
 
     remote: Optional[str] = None  # null or equal to `local`: nothing is copied
     local: str
-    split: Optional[str] = None
+    split: Optional[str] = Field(default=None, min_length=0)
     # At most one of these, and `proportion` for all streams or none: of the epoch, of the stream's samples, or samples
     proportion: Optional[float] = Field(default=None, gt=0)
     repeat: Optional[float] = Field(default=None, gt=0)
     choose: Optional[int] = Field(default=None, gt=0)
     download_retry: Optional[int] = Field(default=None, ge=1)
-    download_timeout: Optional[float] = Field(default=None, gt=0)
+    download_timeout: Optional[Seconds] = None
     validate_hash: Optional[str] = None
     keep_zip: Optional[bool] = None
 
@@ -101,25 +121,25 @@ class DatasetConfig(Section):
     remote: Optional[str] = None  # null or equal to `local`: nothing is copied
     local: Optional[str] = None  # null: with `streams` alone
     streams: Optional[dict[str, StreamConfig]] = Field(default=None, min_length=1)  # by name, instead of remote and local
-    split: str
+    split: str = Field(min_length=0)  # '': what lies in `remote` itself
     tokenizer_name: str
-    max_seq_len: int = Field(gt=1)
+    max_seq_len: Length
     group_method: Literal['truncate', 'concat'] = 'truncate'
     sequence_ids: bool = False  # number the documents of a sample, and train no target across a border
     shuffle: bool = False
     shuffle_algo: Literal['py1e', 'py1br', 'py1s', 'py2s', 'naive'] = 'py1e'
-    shuffle_seed: int = Field(default=9176, ge=0)
-    shuffle_block_size: Optional[int] = Field(default=None, gt=0)
-    predownload: Optional[int] = Field(default=None, gt=0)
-    cache_limit: Union[int, str, None] = None
-    num_canonical_nodes: int = Field(default=64, gt=0)  # with shuffle_seed the order of samples, on any number of devices
+    shuffle_seed: Seed = 9176
+    shuffle_block_size: Optional[Count] = None
+    predownload: Optional[Count] = None
+    cache_limit: Annotated[Union[int, str, None], _amount('[0-9]{1,18}b?', '[kmgtpezy]b', 'bytes', '100gb')] = None
+    num_canonical_nodes: Count = 64  # with shuffle_seed the order of samples, on any number of devices
     download_retry: int = Field(default=2, ge=1)  # after the first attempt
-    download_timeout: float = Field(default=60.0, gt=0)
+    download_timeout: Seconds = 60.0
     validate_hash: Optional[str] = None  # also hash what lies in `local` at the start; what is fetched always is
     keep_zip: bool = False
-    epoch_size: Union[int, str, None] = None
+    epoch_size: Annotated[Union[int, str, None], _amount('[0-9]{1,18}', '[kmbt]', 'samples', '2.5m')] = None
     sampling_method: Literal['balanced', 'fixed'] = 'balanced'
-    sampling_granularity: int = Field(default=1, gt=0)
+    sampling_granularity: Count = 1
     batching_method: Literal['random', 'stratified', 'per_stream'] = 'random'  # device_per_stream depends on the devices
 
 
@@ -132,14 +152,14 @@ class LoaderConfig(Section):
     drop_last: bool = False
     num_workers: int = Field(default=0, ge=0)
     pin_memory: bool = False
-    prefetch_factor: Optional[int] = Field(default=None, gt=0)
+    prefetch_factor: Optional[Count] = None
     persistent_workers: bool = False
-    timeout: float = Field(default=0, ge=0)
+    timeout: float = Field(default=0, ge=0, le=2e6)
 
 
 class OptimizerConfig(Section):
     name: Literal['decoupled_adamw', 'adamw'] = 'decoupled_adamw'
-    lr: float = Positive
+    lr: float = Field(gt=0)
     betas: list[float] = [0.9, 0.95]
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -163,12 +183,12 @@ class FSDPConfig(Section):
     activation_checkpointing_reentrant: bool = False
     activation_cpu_offload: bool = False
     backward_prefetch: Literal['BACKWARD_PRE', 'BACKWARD_POST', 'NONE'] = 'BACKWARD_PRE'
-    backward_prefetch_limit: int = Field(default=1, gt=0)
+    backward_prefetch_limit: Count = 1
     cpu_offload: Literal[False] = False  # Composer refuses true
     data_parallel_shard_degree: int = Field(default=-1, ge=-1)
-    data_parallel_replicate_degree: Optional[int] = Field(default=None, gt=0)
+    data_parallel_replicate_degree: Optional[Count] = None
     forward_prefetch: bool = False
-    forward_prefetch_limit: int = Field(default=1, gt=0)
+    forward_prefetch_limit: Count = 1
     keep_low_precision_grads: bool = False
     limit_all_gathers: bool = True
     load_monolith_rank0_only: bool = False
@@ -198,9 +218,9 @@ class Config(Section):
     data_remote: Optional[str] = None
     data_local: str
     tokenizer_name: str
-    max_seq_len: int = Field(gt=1)
+    max_seq_len: Length
     run_name: Optional[str] = None  # null: $COMPOSER_RUN_NAME, else a random name
-    seed: int = Field(default=17, ge=0, le=2**32 - 1)
+    seed: Seed = 17
 
     model: ModelConfig = Field(discriminator='name')
     tokenizer: Optional[TokenizerConfig]  # null: a loader of your own does without
@@ -216,18 +236,18 @@ class Config(Section):
     max_duration: str = TimeString
     eval_interval: str = Field(default='1ep', pattern=TIME.pattern)
     eval_first: bool = False  # also evaluate the model as it was initialised
-    global_train_batch_size: int = Positive  # the maths
+    global_train_batch_size: Count  # the maths
     device_train_microbatch_size: Union[int, Literal['auto']]  # the execution
-    device_eval_batch_size: Optional[int] = Field(default=None, gt=0)  # null: the microbatch, which is a number then
+    device_eval_batch_size: Optional[Count] = None  # null: the microbatch, which is a number then
     precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16'] = 'auto'
     fsdp_config: Optional[FSDPConfig] = None
     compile_config: Optional[CompileConfig] = None  # {}: torch.compile with its defaults; null: without
-    dist_timeout: float = Field(default=600.0, gt=0)  # seconds
-    max_nonfinite_in_a_row: int = Field(default=10, gt=0)  # batches with a loss or gradient that is no number, before it ends
+    dist_timeout: Seconds = 600.0
+    max_nonfinite_in_a_row: Count = 10  # batches with a loss or gradient that is no number, before it ends
 
     progress_bar: bool = True
     log_to_console: bool = True
-    console_log_interval: str = Field(default='1ba', pattern=r'^[1-9][0-9]*(ep|ba)$')
+    console_log_interval: str = Field(default='1ba', pattern=r'^[1-9][0-9]*(ep|ba)\Z')
     log_traces: bool = False
     callbacks: Plugins = {}
     loggers: Plugins = {}

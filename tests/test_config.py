@@ -105,7 +105,8 @@ BAD = [
     (['autoresume=true'], ['autoresume: true needs save_folder and run_name']),
     (['load_weights_only=true'], ['load_weights_only: true does nothing without load_path']),
     (['optimizer=null'], ['optimizer: missing; it has no default']),
-    (['model=null'], ['node `model` is not a container', 'model.attn_within_document']),
+    (['model=null'], ['model: None must be a section with keys of its own; train_loader.dataset.sequence_ids']),
+    (['model={}'], ['model: {} must be a section with keys of its own']),
     (['model=[1,2]'], ['override model=...: a list stands where a section with keys of its own has to']),
     (['callbacks=[speed_monitor]'], ['override callbacks=...']),
     (['callbacks.speed_monitor=5'], ['1 mistake', 'callbacks.speed_monitor: must be a section with keys of its own']),
@@ -164,12 +165,56 @@ BAD = [
     (['max_nonfinite_in_a_row=0'], ['max_nonfinite_in_a_row: 0 must be greater than 0']),
     (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True is not one of False']),
     (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be at least 1']),
-    (['data_local=${nowhere}'], ['nowhere']),
+    (['data_local=${nowhere}'],
+     ["'nowhere' not found; for a variable of the shell write ${oc.env:nowhere} (key: data_local)"]),
+    (["load_path=''"], ['1 mistake', 'load_path: is empty, as is a variable of the shell that is not set; write a '
+                        'value, or load_path=null for none']),
+    (['save_folder=${oc.env:EMPTY}', "run_name=''", 'autoresume=true'],
+     ['save_folder: is empty', 'run_name: is empty']),
+    (["data_remote=''"], ['data_remote: is empty', 'train_loader.dataset.remote: is empty']),
+    (['max_duration="1200ba\\n"'], ["max_duration: '1200ba\\n' is not a time"]),
+    (['console_log_interval="1ba\\n"'], ["console_log_interval: '1ba\\n' must be a number of batches"]),
+    (['dist_timeout=1e30', 'train_loader.timeout=1e7', 'train_loader.num_workers=1',
+      'eval_loader.dataset.download_timeout=1e7'],
+     ['3 mistakes', 'dist_timeout: 1e+30 must be at most 2000000', 'train_loader.timeout: 1', 'download_timeout: 1']),
+    (['algorithms.gradient_clipping.clipping_threshold=.nan', 'optimizer.betas=[.nan,0.9]'],
+     ['2 mistakes', 'clipping_threshold: nan must be a finite number', 'optimizer.betas.0: nan must be a']),
+    (['algorithms.ema={half_life: null, smoothing: 0.9}'],
+     ['1 mistake', 'algorithms.ema.update_interval: missing; without half_life']),
+    (['callbacks.early_stopper={monitor: foo, dataloader_label: bar}'],
+     ["callbacks.early_stopper.dataloader_label: 'bar' is not one of 'train', 'eval'",
+      "callbacks.early_stopper.monitor: 'foo' is not one of 'LanguageCrossEntropy', 'Perplexity'"]),
+    (['callbacks.early_stopper={monitor: Perplexity, dataloader_label: eval}', 'eval_loader=null'],
+     ["1 mistake", "dataloader_label: 'eval' is not one of 'train'"]),
+    (['train_loader.dataset.epoch_size=0', 'eval_loader.dataset.epoch_size=abc'],
+     ['2 mistakes', 'train_loader.dataset.epoch_size: 0: must be a number of samples above 0, such as 5000000 or 2.5m',
+      "eval_loader.dataset.epoch_size: 'abc': must be"]),
+    (['train_loader.dataset.cache_limit=0', 'eval_loader.dataset.cache_limit=0gb'],
+     ["2 mistakes", "train_loader.dataset.cache_limit: 0: must be a number of bytes above 0, such as 5000000 or 100gb",
+      "eval_loader.dataset.cache_limit: '0gb': must"]),
+    (['seed=017'], ['override seed=...: YAML reads a number that begins with 0 in base 8, and one with colons']),
+    (['global_train_batch_size=1:30'], ['override global_train_batch_size=...', 'in base 60; write it in base 10']),
+    (['algorithms.gradient_clipping.clipping_type=foo', 'callbacks.optimizer_monitor.batch_log_interval=0',
+      'callbacks.runtime_estimator.skip_batches=-1', 'callbacks.memory_monitor.dist_aggregate_batch_interval=0'],
+     ['4 mistakes', "clipping_type: 'foo' is not one of 'norm', 'value', 'adaptive'", 'batch_log_interval: 0 must be',
+      'skip_batches: -1 must be at least 0', 'dist_aggregate_batch_interval: 0 must be greater than 0']),
+    (['seed=!!int abc'], ['override seed=...: its value cannot be read as YAML']),
+    (['seed=!!bool abc'], ['override seed=...: its value cannot be read as YAML']),
+    (['seed=!!timestamp abc'], ['override seed=...: its value cannot be read as YAML']),
+    ([f'seed={"9" * 5000}'], ['override seed=...: its value cannot be read as YAML']),
+    (['callbacks.text_samples.prompts=[1,2]'], ['prompts: [1, 2] must be a list, each item text']),
+    (['loggers.tensorboard.log_dir=false'], ['log_dir: False must be text; write null for none']),
+    *(([f'{key}={2**80}'], [f'{key}: {2**80} must be at most ']) for key in (
+        'train_loader.dataset.shuffle_seed', 'model.init_seed', 'global_train_batch_size', 'device_eval_batch_size',
+        'train_loader.dataset.shuffle_block_size', 'max_seq_len', 'model.n_layers')),
+    *(([f'{key}=.inf'], ['1 mistake', f'{key}: inf must be a finite number']) for key in (
+        'optimizer.lr', 'optimizer.eps', 'optimizer.weight_decay', 'model.init_std', 'dist_timeout')),
 ]
 
 
 @pytest.mark.parametrize('overrides,parts', BAD, ids=[o[0][:60] for o, _ in BAD])
-def test_a_bad_value_is_named_with_what_is_allowed(overrides, parts):
+def test_a_bad_value_is_named_with_what_is_allowed(overrides, parts, monkeypatch):
+    monkeypatch.setenv('EMPTY', '')
     with pytest.raises(UserError) as e:
         check(*overrides)
     for part in parts:
@@ -202,8 +247,13 @@ def test_a_bad_value_is_named_with_what_is_allowed(overrides, parts):
     (['callbacks={}', 'callbacks.lr_monitor={}'], 'callbacks', {'lr_monitor': {}}),
     (['callbacks.speed_monitor={}'], 'callbacks.speed_monitor', {}),
     (['callbacks.speed_monitor.window_size=null'], 'callbacks.speed_monitor', {}),
-    (['callbacks.early_stopper={monitor: a, dataloader_label: b, patience: null}'], 'callbacks.early_stopper',
-     {'monitor': 'a', 'dataloader_label': 'b'}),
+    (['callbacks.early_stopper={monitor: Perplexity, dataloader_label: train, patience: null}'],
+     'callbacks.early_stopper', {'monitor': 'Perplexity', 'dataloader_label': 'train'}),
+    (['algorithms={ema: {half_life: null, smoothing: 0.9, update_interval: 1ba}}'], 'algorithms.ema',
+     {'half_life': None, 'smoothing': 0.9, 'update_interval': '1ba'}),
+    (['run_name=017'], 'run_name', '017'),
+    (["train_loader.dataset.split=''"], 'train_loader.dataset.split', ''),
+    (['train_loader.dataset.epoch_size=0.1k'], 'train_loader.dataset.epoch_size', '0.1k'),
     (['compile_config={}'], 'compile_config.scope', 'block'),
     (['compile_config.scope=model', 'compile_config={}'], 'compile_config.scope', 'block'),
     (['fsdp_config.verbose=true', 'fsdp_config={}'], 'fsdp_config.verbose', False),
@@ -221,6 +271,7 @@ def test_what_a_shell_and_yaml_make_of_a_value(overrides, key, value, monkeypatc
 
 
 @pytest.mark.parametrize('yaml, says', [
+    ('save_folder: false', 'save_folder: False must be text; write null for none'),
     ('run_name: 12345', 'run_name: 12345 must be text: put it in quotes, run_name: \'12345\' in a YAML'),
     ('eval_interval: 100', 'eval_interval: 100 is not a time: a whole number with a unit, as in 100ba'),
     ('console_log_interval: 10', 'console_log_interval: 10 must be a number of batches or epochs above 0, as in 10ba')])
@@ -244,6 +295,22 @@ def test_a_warm_up_in_epochs_is_held_against_a_run_in_batches():
     check_warmup(c, None)
     with pytest.raises(UserError, match=r"scheduler.t_warmup: '1ep' is not shorter than the run \(max_duration '100ba'\)"):
         check_warmup(c, 100)
+
+
+@pytest.mark.parametrize('t_max, run, epoch', [('10ba', '2ep', 6), ('1ep', '20ba', 19)])
+def test_t_max_in_epochs_or_batches_is_held_against_the_run(t_max, run, epoch):
+    c = check(f'scheduler.t_max={t_max}', f'max_duration={run}', 'scheduler.t_warmup=1ba',
+              'train_loader.dataset.group_method=truncate')
+    check_warmup(c, 5 if run == '2ep' else 20)
+    check_warmup(c, None)
+    with pytest.raises(UserError, match=f"scheduler.t_max: '{t_max}' must be at least max_duration '{run}', or 1dur"):
+        check_warmup(c, epoch)
+
+
+def test_sizes_of_a_hugging_face_model_are_above_zero():
+    yaml = str(ROOT / 'yamls/hf_causal_lm/gpt2-small.yaml')
+    with pytest.raises(UserError, match='2 mistakes.*\n.*overrides.n_embd: 0 must be greater than 0\n.*n_layer: -1'):
+        check('model.config_overrides.n_embd=0', 'model.config_overrides.n_layer=-1', yaml=yaml)
 
 
 def test_the_index_is_read_where_the_data_lies(tokens_root, mds_root, s3):
@@ -412,7 +479,8 @@ def test_a_value_that_cannot_be_read_is_not_printed(secret):
     assert 'abc' not in str(e.value)
 
 
-@pytest.mark.parametrize('text', ['a: [1, 2', 'a: b: c', '- 1\n- 2', '\t- x'])
+@pytest.mark.parametrize('text', ['a: [1, 2', 'a: b: c', '- 1\n- 2', '\t- x', 'a: !!int abc', 'a: !!bool abc',
+                                  'a: ' + '9' * 5000], ids=lambda text: text[:15])
 def test_a_broken_yaml_is_named(tmp_path, text):
     path = tmp_path / 'broken.yaml'
     path.write_text(text)

@@ -210,6 +210,17 @@ def test_without_bytes_the_loss_is_still_told(mds_root, tmp_path, capfd):
     assert json.loads((tmp_path / 'found.json').read_text())['bits_per_byte'] is None
 
 
+def test_a_loss_whose_perplexity_is_too_large_for_a_float(mds_root, tmp_path, capfd):
+    found = run(mds_root, 'model.init_std=1000', 'eval_samples=4', out=tmp_path / 'found.json')
+    assert found['loss'] > 710 and found['perplexity'] == math.inf and 'perplexity     inf' in capfd.readouterr().out
+    assert json.loads((tmp_path / 'found.json').read_text()) == {**found, 'perplexity': None}
+
+
+def test_what_an_evaluation_does_not_use_need_not_resolve():
+    args = evaluate.parse_args([QUICKSTART, 'save_folder=${oc.env:NOPE}/x', 'load_path=${oc.env:NOPE,null}'])
+    assert evaluate.load(args).load_weights_only is False
+
+
 def test_settings_written_as_numbers(checkpoint, mds_root, tmp_path):
     yaml = tmp_path / 'numbers.yaml'
     yaml.write_text((ROOT / 'yamls/quickstart.yaml').read_text().replace('eval_samples: ${eval_samples}', 'eval_samples: 256'))
@@ -228,6 +239,8 @@ def test_settings_written_as_numbers(checkpoint, mds_root, tmp_path):
     (['model.n_layers=3', 'load_path={checkpoint}'], ['load_path: ', 'other weights than this model has']),
     (['max_duraton=1ba'], ["did you mean 'max_duration'"]),
     (['eval_samples=0'], ['eval_samples: 0 would evaluate nothing']),
+    (['load_path=${{oc.env:NOPE}}'], ["'NOPE' not found", '(key: load_path)']),
+    (["load_path=''"], ['load_path: is empty']),
     (['eval_loader.dataset.group_method=concat'], ["group_method: 'concat' has no fixed set of samples"]),
     (['--out', '/nowhere/x.json'], ['--out: /nowhere/x.json: there is no folder /nowhere']),
     (['--out', '{checkpoint}'], ['--out: ', 'is there already; name another']),
