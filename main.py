@@ -39,7 +39,7 @@ from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
 from src.causal_lm import ComposerCausalLM
 from src.checkpoint_writer import CheckpointWriter
 from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_weights
-from src.checks import check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
+from src.checks import check_early_stopper, check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
 from src.data_c4 import build_c4_dataloader
 from src.data_spec import build_data_spec, check_first_batch, check_train_loader, counts_samples, epoch_length, fingerprints
 from src.dry_run import check_plugins, config_text, rehearsal
@@ -126,6 +126,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     check_train_loader(c, train_data.dataloader)
     check_warmup(c, epoch_length(train_data.dataloader))
     evaluators = build_evaluators(c, model)
+    check_early_stopper(c, model.get_metrics(), ['train', *(evaluator.label for evaluator in evaluators)])
     if evaluators:
         check_first_batch(evaluators[0].dataloader)
     data = fingerprints(train_data, evaluators[0].dataloader if evaluators else None)
@@ -248,7 +249,8 @@ def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple
     check_seq_len(c, model.max_seq_len)
     parallelism = sharding.build_parallelism(c.fsdp_config, has_gpu)
     if any(p.is_meta for p in model.parameters()) and not (parallelism and has_gpu):
-        model.model.materialize('cpu')  # Composer's FSDP would give it GPU memory
+        inner: Any = model.model
+        inner.materialize('cpu')  # Composer's FSDP would give it GPU memory
     return model, parallelism
 
 

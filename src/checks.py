@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Collection
 from fractions import Fraction
 from typing import Optional
 
@@ -11,7 +12,6 @@ from src.errors import UserError
 from src.machine import compiler_errors, not_writable
 from src.schema import TIME, CompileConfig, Config, DatasetConfig, FSDPConfig, HFCausalLMConfig, LoaderConfig, MosaicGPTConfig
 
-METRICS = ('LanguageCrossEntropy', 'Perplexity')  # of ComposerCausalLM
 HF_SIZES = ('n_embd', 'n_layer', 'n_head', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size')
 
 
@@ -179,10 +179,6 @@ def _evaluation_errors(c: Config) -> list[str]:
     if 'eval_samples' in c.train_loader.model_fields_set:
         out.append(f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; '
                    'set it for eval_loader, and train_loader.dataset.epoch_size for training')
-    stopper, labels = c.callbacks.get('early_stopper') or {}, ('train', 'eval')[:1 + bool(c.eval_loader)]
-    for key, known in (('dataloader_label', labels), ('monitor', METRICS)):
-        if key in stopper and stopper[key] not in known:
-            out.append(f'callbacks.early_stopper.{key}: {stopper[key]!r} is not one of {", ".join(map(repr, known))}')
     if c.eval_loader is None:
         return out
     if c.eval_loader.eval_samples != c.eval_samples:
@@ -343,6 +339,14 @@ def check_save_folder(c: Config) -> None:
     if wrong := not_writable(c.save_folder.split('{')[0]):
         raise UserError(f'save_folder: {c.save_folder} cannot be made or written: {wrong} is no folder that may be '
                         'written')
+
+
+def check_early_stopper(c: Config, metrics: Collection[str], labels: Collection[str]) -> None:
+    """Refuses a metric or a loader that there is none of: the stopper would fail at its first look, or never look."""
+    stopper = c.callbacks.get('early_stopper') or {}
+    for key, known in (('dataloader_label', labels), ('monitor', metrics)):
+        if key in stopper and stopper[key] not in known:
+            raise UserError(f'callbacks.early_stopper.{key}: {stopper[key]!r} is not one of {", ".join(map(repr, known))}')
 
 
 def check_seq_len(c: Config, max_positions: Optional[int]) -> None:
