@@ -77,6 +77,8 @@ def test_a_length_that_is_none_is_refused(number, capsys):
 def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / 'file').touch()
     monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ladder, 'prepare', lambda out: pytest.fail(f'{out} is made'))
     for out in (f'--out={tmp_path}/file', '--out=~/file'):
         with pytest.raises(UserError, match=f'--out: {tmp_path}/file cannot be made: File exists'):
             ladder.main(ladder.parse_args([out]))
