@@ -57,7 +57,7 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
             raise UserError(f'{section}: {cfg[section]!r} must be a section with keys of its own, as in the YAMLs')
     weights, manifest, path = checkpoint.read(path, setting)
     model = cfg.get('model') or (manifest and manifest.model)
-    if (overrides := (cfg.get('model') or {}).get('config_overrides')):  # a null in a YAML is the model's own value
+    if model and (overrides := (cfg.get('model') or {}).get('config_overrides')):  # null: the model's own value
         model['config_overrides'] = {key: value for key, value in overrides.items() if value is not None}
     name = tokenizer_name or (cfg.get('tokenizer') or {}).get('tokenizer_name') or (manifest and manifest.tokenizer_name)
     if model and not name:
