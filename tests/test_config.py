@@ -170,7 +170,7 @@ BAD = [
     (['save_folder=dbfs:/x', 'load_path=s3:/b/x'],
      ['2 mistakes', "save_folder: 'dbfs:/x' would be a folder on the disk", "load_path: 's3:/b/x' would", 's3://b']),
     (['save_folder=./ck/{run_name'], ["save_folder: './ck/{run_name' has braces around something else than run_name"]),
-    (['save_folder=./{foo}', 'loggers.file.filename=a{foo.txt'], ['2 mistakes', "'./{foo}' has", 'node_rank; write one']),
+    (['save_folder=./{foo}', 'loggers.file.filename=a{foo.txt'], ['2 mistakes', "'./{foo}' has", 'node_rank; write']),
     (['save_folder=./{}'], ["save_folder: './{}' has braces"]),
     (['save_folder=./{rank}'], ["save_folder: './{rank}' has braces around something else"]),
     (['run_name=a{b'], ["run_name: 'a{b' has braces", '$COMPOSER_RUN_NAME']),
