@@ -38,7 +38,7 @@ from src.batch_size import device_batch_size, microbatch_size
 from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
 from src.causal_lm import ComposerCausalLM
 from src.checkpoint_writer import CheckpointWriter
-from src.checkpoints import Start, check_loadable, find_start, finish_loading, same_weights
+from src.checkpoints import Start, check_loadable, check_model, check_place, find_start, finish_loading, same_weights
 from src.checks import check_early_stopper, check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
 from src.data_c4 import build_c4_dataloader
 from src.data_spec import build_data_spec, check_first_batch, check_train_loader, counts_samples, epoch_length, fingerprints
@@ -133,6 +133,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     nodes.agree('data', data)
     settings = run_settings(asked, data)
     changed = Changes([], False) if over else changes(start, settings, counts_samples(train_data.dataloader))
+    if has_kits_loader() and counts_samples(train_data.dataloader) and not over:
+        check_place(start, train_data.dataloader.dataset.epoch_size)  # pyright: ignore
 
     # Everything else
     writer = None
@@ -238,6 +240,7 @@ def build_model(c: Config, tokenizer: Any, start: Start, has_gpu: bool) -> tuple
     Raises:
         UserError: It cannot be built, or does not go with the tokenizer or the length of the samples.
     """
+    check_model(start.manifest, c.model.model_dump(), f'{start.setting}: {start.path}')
     with explained(c), weights_come_later(start.kind != 'fresh'):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     if not isinstance(model, ComposerCausalLM):

@@ -6,8 +6,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -155,9 +156,11 @@ class CheckpointWriter(Callback):
         dist.all_reduce(done, reduce_operation='MIN')
         if not done.item():
             return False
+        manifest = self.unfinished
         if self.sending:
-            self.sending.result()
-        self.sending, manifest = None, self.unfinished
+            with self._writing(manifest.name, str(self.folder)):
+                self.sending.result()
+        self.sending = None
         if self.all_sent:
             self.unfinished, self.newest = None, self.folder.uri(manifest.path)
         elif dist.get_global_rank() == 0:
@@ -181,19 +184,14 @@ class CheckpointWriter(Callback):
         if dist.get_local_rank() == 0:  # what is left of half a save may have been written by more ranks
             shutil.rmtree(Path(self.local, name), ignore_errors=True)
         if dist.get_global_rank() == 0:
-            self.folder.write(f'{name}{UNFINISHED}', '')
-            if self.folder.size(f'{name}.json') >= 0:  # of a save that has lost a file since
-                self.folder.write(f'{name}.json', '')
+            with self._writing(name, str(self.folder)):
+                self.folder.write(f'{name}{UNFINISHED}', '')
+                if self.folder.size(f'{name}.json') >= 0:  # of a save that has lost a file since
+                    self.folder.write(f'{name}.json', '')
         dist.barrier()
-        try:
+        with self._writing(name, self.local):
             saved = save_checkpoint(state, os.path.join(self.local, 'ep{epoch}-ba{batch}-rank{rank}.pt'))
             files = self._files(saved, sharded)
-        except (OSError, RuntimeError, CheckpointException) as e:
-            cause = e.__context__ or e  # torch's writer fails once more as it closes the file
-            if not isinstance(cause, OSError) and 'inline_container' not in str(e) and 'OSError' not in str(e):
-                raise
-            raise UserError(f'save_folder: cannot write {name} to {self.local}: {first_line(cause)}; what was saved '
-                            'before is untouched') from e
         sizes = {file: size for part in dist.all_gather_object({f: os.path.getsize(Path(self.local, f)) for f in files})
                  for file, size in part.items()}
         t, folder = state.timestamp, self.folder
@@ -203,6 +201,18 @@ class CheckpointWriter(Callback):
             self.sending = in_background(lambda: self._send(folder, files))
         else:
             self.wait()
+
+    @contextmanager
+    def _writing(self, name: str, place: str) -> Iterator[None]:
+        """Says in one message that a disk is full, or cannot be written."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as e:
+            cause = e.__context__ or e  # torch's writer fails once more as it closes the file
+            if not isinstance(cause, OSError) and 'inline_container' not in str(e) and 'OSError' not in str(e):
+                raise
+            raise UserError(f'save_folder: cannot write {name} to {place}: {first_line(cause)}; what was saved '
+                            'before is untouched') from e
 
     def _files(self, saved: Optional[str], sharded: bool) -> list[str]:
         """What this rank has just written, relative to the folder, on the disk for good."""

@@ -23,9 +23,11 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from src.config import parse
 from src.errors import UserError, first_line
 from src.folders import Folder, LocalFolder, open_folder
 from src.safe_reading import no_code, read_weights
+from src.schema import MODEL_CONFIGS
 
 log = logging.getLogger('src')
 STEP = re.compile(r'ep\d+-ba(\d+)')
@@ -186,7 +188,7 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
 
 def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool, load_path: Optional[str],
                 weights_only: bool) -> Start:
-    folder = None
+    folder, there = None, []
     if save_folder:
         with reachable('save_folder', save_folder):
             folder = run_folder(save_folder, name)
@@ -199,15 +201,14 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
                 raise UserError(f'autoresume: {folder} holds {", ".join(there)}, and none is whole: each lacks its '
                                 'manifest, or a file that the manifest lists. To load one all the same give its file '
                                 'as load_path, with another run_name; to start afresh move them away')
-            if folder and there and not load_path:
-                raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set '
-                                'autoresume=true; to start afresh set another run_name or save_folder, or move them '
-                                'away')
+    start = FRESH
     if load_path:
         with reachable('load_path', load_path):
-            path = load_path.replace('{rank}', '0').rstrip('/')
-            return given_start(path, 'weights' if weights_only else 'resume', folder)
-    return FRESH
+            start = given_start(load_path, 'weights' if weights_only else 'resume', folder)
+    if there and not start.own:  # retention would delete what another run has saved
+        raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set autoresume=true; to '
+                        'start afresh set another run_name or save_folder, or move them away')
+    return start
 
 
 def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder] = None,
@@ -215,8 +216,9 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
     """A checkpoint that somebody names.
 
     Args:
-        path: The file or the folder of a checkpoint, local or a URI. Of a run's folder the newest whole checkpoint is
-            taken. Composer's runs have a link `latest-rank0.pt`: where there is none, the newest whole one beside it.
+        path: The file or the folder of a checkpoint, or a link to one; local or a URI. Of a run's folder the newest
+            whole checkpoint is taken. Composer's runs have a link `latest-rank0.pt`: where there is none, the newest
+            whole one beside it.
         kind: What it is for.
         own: The folder of the run.
         setting: Where it is named, for messages.
@@ -224,6 +226,7 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
     Raises:
         UserError: It is not there, or not whole.
     """
+    path = path.replace('{rank}', '0').rstrip('/') or '/'
     parent, _, name = path.rpartition('/')
     folder = open_folder(parent or '.')
     sharded = folder.size(f'{name}/.metadata') >= 0
@@ -237,6 +240,8 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
         return given_start(run.uri(newest.path), kind, own, setting)
     step = STEP.match(name)
     manifest = read_manifest(folder, step[0]) if step else None
+    if manifest is None and '://' not in path and os.path.islink(path):  # the manifest lies beside what it points to
+        return given_start(os.path.realpath(path), kind, own, setting)
     if manifest and not manifest.is_whole(folder):
         raise UserError(f'{setting}: {path} is not whole: its files are not those that {manifest.name}.json lists')
     where = own and os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)
@@ -329,6 +334,57 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
         raise UserError(f'{start.setting}: {start.path} is an archive; unpack it, and give the file of the checkpoint')
     if trusted:
         log.warning('trust_checkpoint: any object is loaded from %s. That runs code that it holds', start.path)
+
+
+# Keys of a Hugging Face config that change nothing of what the weights compute
+HARMLESS = re.compile(r'^_|dtype|drop|^init|use_cache|token_id|max_position')
+
+
+def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting: str) -> None:
+    """Refuses a model that computes something else with weights of the same shapes.
+
+    Args:
+        manifest: Of the weights.
+        model: Section `model` of the config.
+        setting: Names the weights, for messages.
+
+    Raises:
+        UserError: It has other heads, say, than the model that was saved.
+    """
+    there, name = manifest.model if manifest else {}, model.get('name', 'mosaic_gpt')
+    if name not in MODEL_CONFIGS or there.get('name') != name:
+        return
+    prefix, here = 'model.', parse(MODEL_CONFIGS[name], model).model_dump()
+    if name == 'mosaic_gpt':
+        here = {key: here[key] for key in ('n_heads', 'mlp_act')}
+    else:
+        from transformers import CONFIG_MAPPING  # here: it takes seconds
+
+        prefix, here, there = 'model.config_overrides.', here['config_overrides'], there['config_overrides']
+        if there.get('model_type') in CONFIG_MAPPING:  # a manifest leaves out what is the class's own value
+            there = CONFIG_MAPPING[there['model_type']]().to_dict() | there
+        # A section may be completed by its class
+        here = {key: value for key, value in here.items()
+                if value is not None and not isinstance(value, dict) and not HARMLESS.search(key)}
+    for key, value in here.items():
+        if there.get(key, value) != value:
+            raise UserError(f'{setting}: the model that was saved has {prefix}{key} {there[key]!r}, and here it is '
+                            f'{value!r}. The weights would fit and compute something else; set section model as the '
+                            'run had it')
+
+
+def check_place(start: Start, samples: int) -> None:
+    """Refuses to go on behind the end of an epoch.
+
+    Args:
+        start: Where the run starts.
+        samples: In an epoch of this run.
+    """
+    place = start.manifest.sample_in_epoch if start.kind == 'resume' and start.manifest else 0
+    if place > samples:
+        raise UserError(f'{start.setting}: {start.path} lies at sample {place:,} of its epoch, and an epoch has '
+                        f'{samples:,} here. Go on with the data and epoch_size of its run, or start a new run from its '
+                        'weights: load_path=FILE load_weights_only=true')
 
 
 def finish_loading(start: Start, trainer: Trainer) -> None:

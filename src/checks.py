@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Collection
 from fractions import Fraction
 from typing import Optional
@@ -42,7 +43,8 @@ def combination_errors(c: Config, world_size: int, has_gpu: bool, num_nodes: int
             out += _loader_errors(c, name, loader) + (_dataset_errors(c, name, loader.dataset) if kits_loader else [])
     if kits_loader and c.eval_loader:
         out += _split_errors(c, c.train_loader.dataset, c.eval_loader.dataset)
-    return out + _evaluation_errors(c) + _unit_errors(c, packed) + _machine_errors(c, world_size, has_gpu)
+    out += _evaluation_errors(c) + _unit_errors(c, packed) + _machine_errors(c, world_size, has_gpu)
+    return out + _place_errors(c)
 
 
 def _model_errors(c: Config, has_gpu: bool) -> list[str]:
@@ -332,11 +334,43 @@ def run_name(c: Config) -> Optional[str]:
     return c.run_name or os.environ.get('COMPOSER_RUN_NAME') or os.environ.get('RUN_NAME')
 
 
+def _place_errors(c: Config) -> list[str]:
+    """Names that no shell reads, and fields in braces that are not filled in."""
+    places = {'save_folder': c.save_folder, 'load_path': c.load_path, **{
+        f'loggers.{name}.{key}': kwargs[key] for name, kwargs in c.loggers.items() if kwargs
+        for key in ('log_dir', 'filename') if isinstance(kwargs.get(key), str)}}
+    out = []
+    for key, text in ((key, text) for key, text in places.items() if text):
+        if text.lower() in ('none', 'null', 'false', 'off', 'no'):
+            out.append(f'{key}: {text!r} would be a file or folder of this name; write {key}=null, or ./{text} if you '
+                       'mean it')
+        elif re.search(r'^~|\$[A-Za-z_{(]', text):
+            out.append(f'{key}: {text!r} is read as it stands, for no shell expands it; write ${{oc.env:HOME}}/..., or '
+                       'the whole path')
+        elif re.match(r'[a-z][a-z0-9]+:/(?!/)', text):
+            out.append(f'{key}: {text!r} would be a folder on the disk; write an address with two slashes, as in '
+                       's3://bucket/x')
+    same_on_all = ['run_name', 'world_size', 'local_world_size']
+    for key, fields in {'save_folder': same_on_all,
+                        'loggers.file.filename': [*same_on_all, 'rank', 'local_rank', 'node_rank']}.items():
+        text = places.get(key) or ''
+        if set(re.sub(rf'{{({"|".join(fields)})(:\w*)?}}', '', text)) & set('{}'):
+            out.append(f'{key}: {text!r} has braces around something else than {", ".join(fields)}; write one of '
+                       'these, as in {run_name}, or no braces')
+    if set(run_name(c) or '') & set('{}'):
+        out.append(f'run_name: {run_name(c)!r} has braces, which stand for a field in the names of files; write it '
+                   'without (it may be of $COMPOSER_RUN_NAME)')
+    return out
+
+
 def check_save_folder(c: Config) -> None:
     """Refuses a folder on this disk that cannot be made or written."""
+    from composer.utils import format_name_with_dist  # here: it takes seconds
+
     if c.save_folder is None or '://' in c.save_folder:
         return
-    if wrong := not_writable(c.save_folder.split('{')[0]):
+    name = run_name(c)
+    if wrong := not_writable(format_name_with_dist(c.save_folder, name) if name else c.save_folder.split('{')[0]):
         raise UserError(f'save_folder: {c.save_folder} cannot be made or written: {wrong} is no folder that may be '
                         'written')
 

@@ -45,15 +45,19 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
     if sys.stderr.isatty():
         print(f'reading {path}', file=sys.stderr)
     from src import weights as checkpoint  # here: importing Composer takes seconds
+    from src.checkpoints import check_model
     from src.config import load, plain
     from src.hf_model import hf_model
     from src.tokenizer import HFTokenizer, check_vocab
 
     hf_logging.set_verbosity_error()
     cfg = plain(load(yaml)) if yaml else {}
+    for section in ('model', 'tokenizer'):
+        if not isinstance(cfg.get(section) or {}, dict):
+            raise UserError(f'{section}: {cfg[section]!r} must be a section with keys of its own, as in the YAMLs')
     weights, manifest, path = checkpoint.read(path, setting)
     model = cfg.get('model') or (manifest and manifest.model)
-    if (overrides := (cfg.get('model') or {}).get('config_overrides')):  # a null in a YAML is the model's own value
+    if model and (overrides := (cfg.get('model') or {}).get('config_overrides')):  # null: the model's own value
         model['config_overrides'] = {key: value for key, value in overrides.items() if value is not None}
     name = tokenizer_name or (cfg.get('tokenizer') or {}).get('tokenizer_name') or (manifest and manifest.tokenizer_name)
     if model and not name:
@@ -64,7 +68,13 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
     if not tokenizer_name and not yaml and name.startswith(('.', '/', '~')) and not Path(name).is_dir():
         raise UserError(f'--tokenizer: none given, and the run\'s is not here: {name}; name its folder, or start where '
                         'the run did')
-    hf = hf_model(model, weights, '--yaml' if yaml else path)
+    check_model(manifest, model, f'--yaml: {path}')
+    try:
+        hf = hf_model(model, weights, '--yaml' if yaml else path)
+    except UserError:
+        raise
+    except ValueError as e:  # transformers' of a shape that cannot be
+        raise UserError(f'model: {first_line(e)}; give section model as the run had it') from None
     kit = HFTokenizer(name, 2)
     if manifest and manifest.tokenizer_hash:
         kit.check_made(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash,
@@ -104,7 +114,7 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
     """
     from safetensors import SafetensorError
 
-    path = Path(os.path.abspath(out))
+    path = Path(os.path.realpath(out))
     part = path.with_name(f'.{path.name}.part')
     shutil.rmtree(part, ignore_errors=True)  # what a killed export has left
     try:

@@ -213,7 +213,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    out = args.out.resolve()
+    out = Path(os.path.expanduser(args.out)).resolve()  # a shell leaves the ~ of --out=~/x as it is
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -118,7 +118,21 @@ def read_weights(local: str, setting: str, path: str) -> dict[str, Any]:
         UserError: The file is no checkpoint, or holds objects other than tensors and plain values.
     """
     with readable(setting, path, 'as the weights of a checkpoint'):
-        return torch.load(local, map_location='cpu', weights_only=True, mmap=True)['state']['model']
+        return weights_in(torch.load(local, map_location='cpu', weights_only=True, mmap=True), setting, path)
+
+
+def weights_in(checkpoint: Any, setting: str, path: str) -> dict[str, Any]:
+    """The model's state dict out of what a file holds.
+
+    Raises:
+        UserError: It is nothing that Composer has saved.
+    """
+    state = checkpoint.get('state') if isinstance(checkpoint, dict) else None
+    weights = state.get('model') if isinstance(state, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(f'{setting}: {path} is no checkpoint of the kit: it holds no weights under state.model; take '
+                        'another file')
+    return weights
 
 
 @contextmanager
@@ -137,13 +151,17 @@ def loading(setting: str, path: str, trusted: Optional[bool] = None) -> Iterator
         (checkpoint, 'download_checkpoint'), (checkpoint, '_torch_load_with_validation'), (checkpoint, 'dist_cp_load'),
         (checkpoint, 'DistCPObjectStoreReader'), (checkpoint.FileSystemReaderWithValidation, 'read_metadata')]
     originals = [getattr(owner, name) for owner, name in reads]
+    load_file = checkpoint._torch_load_with_validation
 
     def wrapped(read: Callable, may_trust: bool) -> Callable:
         def safely(*args: Any, **kwargs: Any) -> Any:
             trust = ', or set trust_checkpoint=true if you trust who wrote this one' if may_trust and trusted is not None else ''
             fault = readable(setting, path, 'into this model and optimizer', trust)
             with fault, nullcontext() if trusted and may_trust else no_code():
-                return read(*args, **kwargs)
+                found = read(*args, **kwargs)
+            if read is load_file:
+                weights_in(found, setting, path)
+            return found
         return safely
 
     for (owner, name), read in zip(reads, originals):

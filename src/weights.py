@@ -52,7 +52,7 @@ def find(path: str, setting: str) -> Start:
         UserError: There is none, it is not whole, or the object store is out of reach.
     """
     with reachable(setting, path):
-        return given_start(path.replace('{rank}', '0').rstrip('/'), 'weights', setting=setting)
+        return given_start(path, 'weights', setting=setting)
 
 
 def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Optional[Manifest], str]:

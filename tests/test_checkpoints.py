@@ -16,9 +16,10 @@ from runs import train
 import main
 from src import weights
 from src.checkpoint_writer import CheckpointWriter
-from src.checkpoints import Manifest, find_start, manifests, read_weights
+from src.checkpoints import Manifest, check_model, find_start, manifests, read_weights
 from src.errors import UserError
 from src.folders import Folder, LocalFolder, open_folder
+from src.hf_causal_lm import ComposerHFCausalLM
 
 QUICKSTART = 'yamls/quickstart.yaml'
 EVERY = ('save_interval=4ba', 'run_name=one', 'eval_loader=null', 'max_duration=12ba', 'save_num_checkpoints_to_keep=-1')
@@ -211,6 +212,22 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(mds_root, folder):
     assert start.manifest and start.manifest.batch == 4 and set(before) < set(names(folder))
 
 
+@pytest.mark.parametrize('method, name', [
+    ('write', 'ep0-ba8.unfinished'), ('write', 'ep0-ba8.json'), ('delete', 'ep0-ba4.json')])
+def test_each_write_of_a_save_that_fails_is_said(mds_root, tmp_path, monkeypatch, method, name):
+    original = getattr(LocalFolder, method)
+
+    def read_only(self, names, *text):
+        if name in (names, *names):
+            raise OSError(30, 'Read-only file system')
+        original(self, names, *text)
+
+    monkeypatch.setattr(LocalFolder, method, read_only)
+    message = refused(mds_root, f'save_folder={tmp_path}', 'max_duration=8ba', 'save_num_checkpoints_to_keep=1')
+    assert message.startswith(f'save_folder: cannot write ep0-ba8 to {tmp_path}: [Errno 30] Read-only file system; ')
+    assert f'The last whole checkpoint is {tmp_path}/ep0-ba4-rank0.pt' in message
+
+
 # ---------------------------------------------------------------- exact
 
 
@@ -284,6 +301,33 @@ def test_a_run_starts_afresh_only_where_there_is_nothing(mds_root, folder):
     older = [f'save_folder={folder}', f'load_path={folder}/ep0-ba4-rank0.pt']
     assert refused(mds_root, *older).startswith(f'save_folder: {folder} already holds ep0-ba12, ep0-ba8, which this run')
     assert len(names(folder)) == 6
+
+
+@pytest.mark.parametrize('weights_only', [False, True])
+def test_a_run_that_starts_elsewhere_saves_nothing_among_anothers_checkpoints(folder, tmp_path, weights_only):
+    shutil.copytree(folder, tmp_path / 'other')
+    with pytest.raises(UserError, match=f'^save_folder: {folder} already holds checkpoints. To go on'):
+        find_start(str(folder), 'new', False, f'{tmp_path}/other/ep0-ba12-rank0.pt', weights_only)
+    (tmp_path / 'link').symlink_to(folder)
+    for path in (folder, tmp_path / 'link', os.path.relpath(folder)):
+        assert find_start(str(folder), 'new', False, f'{path}/ep0-ba12-rank0.pt', weights_only).own
+    assert not find_start(f'{tmp_path}/new', 'new', False, f'{folder}/ep0-ba12-rank0.pt', weights_only).own
+
+
+def test_a_link_to_a_checkpoint_has_its_manifest(folder, tmp_path):
+    for link, file in {'link.pt': 'ep0-ba8-rank0.pt', 'latest-rank0.pt': 'ep0-ba4-rank0.pt'}.items():
+        (tmp_path / link).symlink_to(folder / file)
+        start = find_start(None, None, False, f'{tmp_path}/{link}', False)
+        assert start.path == f'{folder}/{file}' and start.manifest and file == f'{start.manifest.name}-rank0.pt'
+    (tmp_path / 'ep0-ba8-rank0.pt').symlink_to(shutil.copy(folder / 'ep0-ba8-rank0.pt', tmp_path / 'blob'))
+    shutil.copy(folder / 'ep0-ba8.json', tmp_path)
+    start = find_start(None, None, False, f'{tmp_path}/ep0-ba8-rank0.pt', False)
+    assert start.path == f'{tmp_path}/ep0-ba8-rank0.pt' and start.manifest, 'a store of files by their content'
+
+
+def test_the_root_is_a_folder_like_others():
+    with pytest.raises(UserError, match='^load_path: /: no such file, and no folder'):
+        find_start(None, None, False, '/', False)
 
 
 def test_load_path_goes_on_from_the_file_that_it_names(mds_root, folder, saved, tmp_path, monkeypatch):
@@ -369,6 +413,27 @@ def test_weights_of_another_model_are_refused(mds_root, folder):
         for fsdp in ([], SHARDED[:1]):
             message = refused(mds_root, path, *fsdp, change, 'max_duration=20ba')
             assert 'holds other weights than this model has' in message or 'cannot be loaded into this model' in message
+    for change, here in {'model.n_heads=4': '2, and here it is 4', 'model.mlp_act=gelu_tanh': "'gelu', and"}.items():
+        for more in ('load_weights_only=true', 'max_duration=20ba'):
+            said = f'{path.replace("=", ": ")}: the model that was saved has {change.partition("=")[0]} {here}'
+            assert refused(mds_root, path, change, more).startswith(said)
+
+
+def test_settings_of_hugging_face_models_that_no_weight_tells_are_held_against_the_manifest():
+    def model(**overrides):
+        return {'name': 'hf_causal_lm', 'config_overrides': overrides}
+
+    shape = {'model_type': 'llama', 'hidden_size': 16, 'num_hidden_layers': 1, 'intermediate_size': 32,
+             'vocab_size': 64, 'num_attention_heads': 2, 'torch_dtype': 'float32',
+             'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}}
+    saved = json.loads(json.dumps(ComposerHFCausalLM(model(**shape)).described_by))
+    manifest = Manifest('ep0-ba4', False, 0, 4, 4, 4, 1, {}, model=saved)
+    check_model(manifest, model(**shape), 'x')
+    check_model(manifest, model(attention_dropout=0.5, torch_dtype='bfloat16', _attn_implementation='eager'), 'x')
+    check_model(manifest, {'name': 'own'}, 'x')
+    for key, value in {'num_attention_heads': 4, 'rope_theta': 5.0, 'hidden_act': 'gelu'}.items():
+        with pytest.raises(UserError, match=f'^x: .* has model.config_overrides.{key} .*, and here it is {value!r}'):
+            check_model(manifest, model(**{key: value}), 'x')
 
 
 # ---------------------------------------------------------------- sharded, on one device

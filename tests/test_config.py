@@ -13,7 +13,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from src import builders, config, evaluate
 from src.batch_size import device_batch_size, grad_accum, microbatch_size
-from src.checks import check_early_stopper, check_warmup, fsdp_version, in_units_of_the_run
+from src.checks import check_early_stopper, check_save_folder, check_warmup, fsdp_version, in_units_of_the_run
 from src.data_places import check_places
 from src.errors import UserError
 from src.schema import FSDPConfig
@@ -162,6 +162,19 @@ BAD = [
     (['train_loader.dataset.batching_method=device_per_stream'], ["'device_per_stream' is not one of"]),
     (['save_num_checkpoints_to_keep=0'], ['save_num_checkpoints_to_keep: 0 would keep none; set 1 or more, or -1 for all']),
     (['save_folder=gs://bucket/x'], ['save_num_checkpoints_to_keep: 2 works on disks and on s3://; for gs://bucket/x set -1']),
+    (['save_folder=None'], ["save_folder: 'None' would be a file or folder", 'write save_folder=null, or ./None']),
+    (["save_folder='null'", 'load_path=false', 'loggers.tensorboard.log_dir=none'],
+     ['3 mistakes', "save_folder: 'null' would", "load_path: 'false' would", 'loggers.tensorboard.log_dir=null']),
+    (['save_folder=$HOME/ck'], ["save_folder: '$HOME/ck' is read as it stands", 'write ${oc.env:HOME}/..., or']),
+    (['save_folder=/$(whoami)/ck', 'load_path=~nobodyx/ck', 'loggers.file.filename=~nobodyx/x'],
+     ['3 mistakes', "save_folder: '/$(whoami)/ck' is", "load_path: '~nobodyx/ck' is", 'loggers.file.filename: ']),
+    (['save_folder=dbfs:/x', 'load_path=s3:/b/x'],
+     ['2 mistakes', "save_folder: 'dbfs:/x' would be a folder on the disk", "load_path: 's3:/b/x' would", 's3://b']),
+    (['save_folder=./ck/{run_name'], ["save_folder: './ck/{run_name' has braces around something else than run_name"]),
+    (['save_folder=./{foo}', 'loggers.file.filename=a{foo.txt'], ['2 mistakes', "'./{foo}' has", 'node_rank; write']),
+    (['save_folder=./{}'], ["save_folder: './{}' has braces"]),
+    (['save_folder=./{rank}'], ["save_folder: './{rank}' has braces around something else"]),
+    (['run_name=a{b'], ["run_name: 'a{b' has braces", '$COMPOSER_RUN_NAME']),
     (['max_nonfinite_in_a_row=0'], ['max_nonfinite_in_a_row: 0 must be greater than 0']),
     (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True is not one of False']),
     (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be at least 1']),
@@ -232,6 +245,9 @@ def test_a_bad_value_is_named_with_what_is_allowed(overrides, parts, monkeypatch
     (['run_name=~'], 'run_name', None),
     (['save_folder=./c/{run_name}'], 'save_folder', './c/{run_name}'),
     (['save_folder=${data_remote}/c', 'data_remote=/d'], 'save_folder', '/d/c'),
+    (['save_folder=./none/{world_size}{run_name}'], 'save_folder', './none/{world_size}{run_name}'),
+    (['save_folder=${oc.env:HOME}/c$5~'], 'save_folder', '/home/me/c$5~'),
+    (['load_path=s3://b:1/x', 'loggers.file.filename=./{run_name}-{rank}'], 'load_path', 's3://b:1/x'),
     (['save_folder=~/c'], 'save_folder', '/home/me/c'),
     (['data_remote=~/d'], 'train_loader.dataset.local', '/home/me/d'),
     (['loggers.tensorboard.log_dir=~/runs'], 'loggers.tensorboard.log_dir', '/home/me/runs'),
@@ -409,6 +425,18 @@ def test_settings_that_would_do_nothing():
 def test_autoresume_takes_the_run_name_of_the_environment(monkeypatch):
     monkeypatch.setenv('COMPOSER_RUN_NAME', 'from-env')
     assert check('autoresume=true').autoresume
+    monkeypatch.setenv('COMPOSER_RUN_NAME', 'a}')
+    with pytest.raises(UserError, match="run_name: 'a}' has braces"):
+        check()
+
+
+def test_the_folder_of_the_run_itself_is_checked(tmp_path):
+    (tmp_path / 'a').touch()
+    c = check(f'save_folder={tmp_path}/{{run_name}}', 'run_name=a')
+    with pytest.raises(UserError, match=f'save_folder: .* cannot be made or written: {tmp_path}/a is no folder'):
+        check_save_folder(c)
+    for name in ('b', 'null'):
+        check_save_folder(check(f'save_folder={tmp_path}/{{run_name}}', f'run_name={name}'))
 
 
 def test_messages_hold_no_secret():

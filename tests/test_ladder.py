@@ -74,10 +74,14 @@ def test_a_length_that_is_none_is_refused(number, capsys):
     assert re.search(rf"{number} is not a number above 0|invalid above_zero value: '{number}'", capsys.readouterr().err)
 
 
-def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match='--out: .*/file cannot be made: File exists'):
-        ladder.main(ladder.parse_args(['--out', str(tmp_path / 'file')]))
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ladder, 'prepare', lambda out: pytest.fail(f'{out} is made'))
+    for out in (f'--out={tmp_path}/file', '--out=~/file'):
+        with pytest.raises(UserError, match=f'--out: {tmp_path}/file cannot be made: File exists'):
+            ladder.main(ladder.parse_args([out]))
 
 
 def test_a_model_that_ended_without_its_last_evaluation_is_named(tmp_path, monkeypatch):

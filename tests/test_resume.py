@@ -136,6 +136,16 @@ def test_counted_samples_go_on_with_another_batch_size(run, tmp_path):
             'train_loader.dataset.shuffle_seed 17 → 18') in other.said
 
 
+def test_an_epoch_that_is_shorter_than_the_place_of_the_checkpoint_is_refused(run, tmp_path):
+    run(f'save_folder={tmp_path}')
+    load = f'load_path={tmp_path}/ep0-ba4-rank0.pt'
+    with pytest.raises(UserError, match='ep0-ba4-rank0.pt lies at sample 48 of its epoch, and an epoch has 40 here'):
+        run(load, 'train_loader.dataset.epoch_size=40')
+    assert len(run(load, 'train_loader.dataset.epoch_size=48').batches) == 4
+    run(load, 'train_loader.dataset.epoch_size=40', 'load_weights_only=true', 'max_duration=1ba',
+        'scheduler.t_warmup=0ba')
+
+
 def settings(**changed: Any) -> dict[str, Any]:
     return {'devices': 1, 'nodes': 1, 'global_train_batch_size': 12, 'train_loader.num_workers': 0,
             'train_loader.dataset': 'abc', 'train_loader.dataset.split': 'train', 'train_loader.dataset.shuffle': True,

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from composer.core import Callback
+from composer.utils.checkpoint import safe_torch_load
 from launch import tiny
 from runs import train
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from src import builders, evaluate
 from src.errors import UserError
+from src.safe_reading import loading
 from src.weights import read
 
 QUICKSTART = 'yamls/quickstart.yaml'
@@ -110,6 +112,19 @@ def test_programs_that_take_weights_alone_run_no_code(mds_root, saved, tmp_path)
         with pytest.raises(UserError, match=r'it holds posix\.mkdir, and loading that would run code'):
             use()
         assert not marker.exists()
+
+
+@pytest.mark.parametrize('holds', [
+    {'a': 1}, {'w': torch.ones(2)}, [1], {'state': [1]}, {'state': {}}, {'state': {'model': [1]}}])
+def test_a_file_that_is_no_checkpoint_is_named(mds_root, tmp_path, holds):
+    torch.save(holds, tmp_path / 'x.pt')
+    says = f'{tmp_path}/x.pt is no checkpoint of the kit: it holds no weights under state.model'
+    with pytest.raises(UserError, match=f'CHECKPOINT: {says}'):
+        read(str(tmp_path / 'x.pt'))
+    with pytest.raises(UserError, match=f'load_path: {says}'), loading('load_path', f'{tmp_path}/x.pt', False):
+        safe_torch_load(tmp_path / 'x.pt')
+    if holds == [1]:
+        assert f'load_path: {says}' in refused(mds_root, f'load_path={tmp_path}/x.pt')
 
 
 def test_plain_values_in_the_state_of_a_callback_are_read(tmp_path):
