@@ -126,7 +126,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     check_train_loader(c, train_data.dataloader)
     check_warmup(c, epoch_length(train_data.dataloader))
     evaluators = build_evaluators(c, model)
-    check_early_stopper(c, model.get_metrics(), ['train', *(evaluator.label for evaluator in evaluators)])
+    metrics = {evaluator.label: model.get_metrics() for evaluator in evaluators}
+    check_early_stopper(c, {'train': model.get_metrics(is_train=True), **metrics})
     if evaluators:
         check_first_batch(evaluators[0].dataloader)
     data = fingerprints(train_data, evaluators[0].dataloader if evaluators else None)

@@ -187,7 +187,7 @@ def _refusing_logger(e: BaseException) -> Optional[str]:
         return None
     senders = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
     stock = (*PACKAGES, 'file')  # an error of another logger may be a bug: it keeps its traceback
-    return next((name for sender in senders for name in stock if type(sender) is LOGGERS[name]), None)
+    return next((name for sender in senders for name in stock if type(sender) is LOGGERS.get(name)), None)
 
 
 def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional[profiling.Profiler]]:

@@ -236,8 +236,13 @@ class CheckpointWriter(Callback):
         self.folder.write(f'{manifest.name}.json', json.dumps(asdict(manifest), indent=1))
         if self.folder.deletes:
             self.folder.delete([f'{manifest.name}{UNFINISHED}'])
-        if self.keep >= 0:
-            self._delete_old()
+        self.newest = self.folder.uri(manifest.path)
+        try:
+            if self.keep >= 0:
+                self._delete_old()
+        except OSError as e:
+            raise UserError(f'save_folder: {self.folder} has older checkpoints, which cannot be deleted: {first_line(e)}; delete '
+                            'them yourself, or set save_num_checkpoints_to_keep=-1') from e
 
     def _delete_old(self) -> None:
         """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older."""

@@ -205,7 +205,8 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
     if load_path:
         with reachable('load_path', load_path):
             start = given_start(load_path, 'weights' if weights_only else 'resume', folder)
-    if there and not start.own:  # retention would delete what another run has saved
+    copied = folder and start.manifest and start.manifest == read_manifest(folder, start.manifest.name)
+    if there and not (start.own or copied):  # retention would delete what another run has saved
         raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set autoresume=true; to '
                         'start afresh set another run_name or save_folder, or move them away')
     return start
@@ -336,8 +337,9 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
         log.warning('trust_checkpoint: any object is loaded from %s. That runs code that it holds', start.path)
 
 
-# Keys of a Hugging Face config that change nothing of what the weights compute
-HARMLESS = re.compile(r'^_|dtype|drop|^init|use_cache|token_id|max_position')
+# Keys of the model that the shapes of the weights do not tell
+UNTOLD = {'mosaic_gpt': ('n_heads', 'mlp_act'),
+          'hf_causal_lm': ('n_head', 'num_heads', 'num_attention_heads', 'activation_function', 'hidden_act')}
 
 
 def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting: str) -> None:
@@ -352,25 +354,20 @@ def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting:
         UserError: It has other heads, say, than the model that was saved.
     """
     there, name = manifest.model if manifest else {}, model.get('name', 'mosaic_gpt')
-    if name not in MODEL_CONFIGS or there.get('name') != name:
+    if name not in UNTOLD or there.get('name') != name:
         return
     prefix, here = 'model.', parse(MODEL_CONFIGS[name], model).model_dump()
-    if name == 'mosaic_gpt':
-        here = {key: here[key] for key in ('n_heads', 'mlp_act')}
-    else:
+    if name == 'hf_causal_lm':
         from transformers import CONFIG_MAPPING  # here: it takes seconds
 
         prefix, here, there = 'model.config_overrides.', here['config_overrides'], there['config_overrides']
         if there.get('model_type') in CONFIG_MAPPING:  # a manifest leaves out what is the class's own value
             there = CONFIG_MAPPING[there['model_type']]().to_dict() | there
-        # A section may be completed by its class
-        here = {key: value for key, value in here.items()
-                if value is not None and not isinstance(value, dict) and not HARMLESS.search(key)}
-    for key, value in here.items():
-        if there.get(key, value) != value:
+    for key in UNTOLD[name]:
+        if here.get(key) is not None and there.get(key, here[key]) != here[key]:
             raise UserError(f'{setting}: the model that was saved has {prefix}{key} {there[key]!r}, and here it is '
-                            f'{value!r}. The weights would fit and compute something else; set section model as the '
-                            'run had it')
+                            f'{here[key]!r}. The weights would fit and compute something else; set section model as '
+                            'the run had it')
 
 
 def check_place(start: Start, samples: int) -> None:

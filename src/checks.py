@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import Optional
 
@@ -354,7 +354,7 @@ def _place_errors(c: Config) -> list[str]:
     for key, fields in {'save_folder': same_on_all,
                         'loggers.file.filename': [*same_on_all, 'rank', 'local_rank', 'node_rank']}.items():
         text = places.get(key) or ''
-        if set(re.sub(rf'{{({"|".join(fields)})(:\w*)?}}', '', text)) & set('{}'):
+        if set(re.sub(rf'{{({"|".join(fields)})(:[^}}]*)?}}', '', text)) & set('{}'):
             out.append(f'{key}: {text!r} has braces around something else than {", ".join(fields)}; write one of '
                        'these, as in {run_name}, or no braces')
     if set(run_name(c) or '') & set('{}'):
@@ -375,10 +375,10 @@ def check_save_folder(c: Config) -> None:
                         'written')
 
 
-def check_early_stopper(c: Config, metrics: Collection[str], labels: Collection[str]) -> None:
+def check_early_stopper(c: Config, metrics: Mapping[str, Collection[str]]) -> None:
     """Refuses a metric or a loader that there is none of: the stopper would fail at its first look, or never look."""
     stopper = c.callbacks.get('early_stopper') or {}
-    for key, known in (('dataloader_label', labels), ('monitor', metrics)):
+    for key, known in (('dataloader_label', metrics), ('monitor', metrics.get(str(stopper.get('dataloader_label')), ()))):
         if key in stopper and stopper[key] not in known:
             raise UserError(f'callbacks.early_stopper.{key}: {stopper[key]!r} is not one of {", ".join(map(repr, known))}')
 

@@ -7,9 +7,10 @@ mistake at once, before anything is built.
 import copy
 import difflib
 import inspect
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Optional, TypeVar, get_args, get_type_hints
@@ -62,8 +63,10 @@ def load(argv: list[str]) -> DictConfig:
         raise UserError(f'{argv[0]}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, *NOT_OF_ITS_TAG) as e:
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as e:
         raise UserError(f'{argv[0]}: cannot be read as YAML: {e}') from None
+    except NOT_OF_ITS_TAG as e:  # which quotes the value
+        raise UserError(f'{argv[0]}: cannot be read as YAML: a value is not of the tag before it: {type(e).__name__}') from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(loaded).__name__}')
     merged, given = loaded, OmegaConf.create({})
@@ -307,7 +310,7 @@ def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, A
     for key, value in kwargs.items():
         if key in hints:
             try:
-                strict = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
+                strict = ConfigDict(arbitrary_types_allowed=True, strict=True)
                 TypeAdapter(hints[key], config=strict).validate_python(value)
             except ValidationError as e:
                 wanted = ' or '.join(dict.fromkeys(_TYPES.get(err['type'], err['msg']) for err in e.errors()))
@@ -317,16 +320,20 @@ def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, A
                 out.append(f'{section}.{name}.{key}: {masked(value, key)!r} must be {wanted}{quotes}')
             except PydanticSchemaGenerationError:  # a type that only Python can check
                 continue
-        if isinstance(value, (int, float)) and (key in ABOVE_ZERO and value <= 0 or key in FROM_ZERO and value < 0):
-            least = 'greater than' if key in ABOVE_ZERO else 'at least'
-            out.append(f'{section}.{name}.{key}: {value!r} must be {least} 0')
-        if key == 'clipping_type' and isinstance(value, str) and value not in CLIPPING_TYPES:
-            out.append(f'{section}.{name}.{key}: {value!r} is not one of {", ".join(map(repr, CLIPPING_TYPES))}')
+        is_composers = classes[name].__init__.__module__.startswith('composer.')  # a class of a fork has limits of its own
+        allowed, holds = (LIMITS | COMPOSERS_LIMITS if is_composers else LIMITS).get(key, ('', lambda value: True))
+        if isinstance(value, float) and math.isnan(value):
+            out.append(f'{section}.{name}.{key}: {value!r} must be a number')
+        elif isinstance(value, (int, float, str)) and not holds(value):
+            out.append(f'{section}.{name}.{key}: {value!r} must be {allowed}')
     return out
 
 
 # Composer finds out in mid-run, or never
-ABOVE_ZERO = {'window_size', 'flush_interval', 'buffer_size', 'clipping_threshold', 'batch_log_interval',
-              'dist_aggregate_batch_interval'}
-FROM_ZERO = {'skip_batches'}
-CLIPPING_TYPES = ('norm', 'value', 'adaptive')
+_ABOVE_0 = 'greater than 0', lambda value: isinstance(value, str) or value > 0
+LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    'window_size': _ABOVE_0, 'flush_interval': _ABOVE_0, 'buffer_size': _ABOVE_0, 'clipping_threshold': _ABOVE_0}
+COMPOSERS_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    'batch_log_interval': _ABOVE_0, 'dist_aggregate_batch_interval': _ABOVE_0,
+    'skip_batches': ('at least 0', lambda value: isinstance(value, str) or value >= 0),
+    'clipping_type': ("'norm', 'value' or 'adaptive'", lambda value: value in ('norm', 'value', 'adaptive'))}

@@ -124,7 +124,7 @@ def check_places(remote: Optional[str], local: Optional[str], split: str, cache_
 def _check_apart(remote: str, local: str, split: str, setting: str) -> None:
     """Refuses a place for copies that is, in part, the place of the originals: a run removes copies."""
     copy, root = Path(os.path.realpath(os.path.join(local, split))), os.path.realpath(remote)
-    inside = next((p for p in copy.parents if p.is_relative_to(root) and (p / 'index.json').is_file()), None)
+    inside = next((p for p in copy.parents if Path(root) in p.parents and (p / 'index.json').is_file()), None)
     entries = os.scandir(copy) if copy.is_dir() else ()
     links = [entry.name for entry in entries if entry.is_symlink() and entry.is_dir()]
     linked = next((copy / name for name in links if not is_copied(remote, local, os.path.join(split, name))), None)

@@ -95,6 +95,8 @@ class Batches:
         return iter(self.loader)
 
     def __getattr__(self, name: str) -> Any:
+        if name == 'loader' or name.startswith('__'):  # of a copy that is not filled yet, or Python's own
+            raise AttributeError(name)
         return getattr(self.loader, name)  # callbacks ask for `dataset`, `batch_size` and others
 
 

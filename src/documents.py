@@ -30,7 +30,7 @@ class Bad(NamedTuple):
     """A document that cannot be used, and why."""
     reason: str
     setting: str = '--source'
-    is_file: bool = False  # it is all of a file
+    several: bool = False  # documents that are not on lines of their own
 
     @property
     def error(self) -> UserError:
@@ -49,8 +49,7 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
         shown: How many of them are named.
 
     Raises:
-        UserError: A document is bad; or, with `skip_bad_docs`, all of them are, so that a whole file would be left out,
-            which may be only where it is one document.
+        UserError: A document is bad; or, with `skip_bad_docs`, all of several are, so that a whole file would be left out.
     """
     good, bad, first = 0, 0, None
     for document in found:
@@ -65,10 +64,9 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
         counts['bad_documents'] += 1
         if bad <= shown:
             print(f'skipped: {document.reason}', flush=True)
-    if first and not good and not (bad == 1 and first.is_file):
-        raise UserError(f'{first.setting}: {first.reason}; none of the {bad} document{"s" * (bad > 1)} of this file '
-                        'can be used, and --skip_bad_docs leaves out a document, not a file: mend the file, or move '
-                        'it away')
+    if first and not good and (bad > 1 or first.several):
+        raise UserError(f'{first.setting}: {first.reason}; none of the documents of this file can be used, and '
+                        '--skip_bad_docs leaves out a document, not a file: mend the file, or move it away')
 
 
 def documents(path: Path, columns: Iterable[str], text_column: str = 'text', where: Optional[str] = None,
@@ -90,13 +88,13 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
     kind = 'row' if name.endswith('.parquet') else 'document' if name.endswith(TXT) and not txt_lines else 'line'
     number = 0
 
-    def bad(reason: str, setting: str = '--source') -> Bad:
-        return Bad(f'{where}, {kind} {number} {reason}', setting, kind == 'document')
+    def bad(reason: str, setting: str = '--source', several: bool = False) -> Bad:
+        return Bad(f'{where}, {kind} {number} {reason}', setting, several)
 
     try:
         for number, row in _rows(path, where, [name for _, name in names], txt_lines):  # noqa: B007  (`bad` reads it)
             if isinstance(row, Bad):
-                yield bad(row.reason)
+                yield bad(row.reason, several=row.several)
                 continue
             if isinstance(row, dict) and text_column not in row:
                 # JSON can spell names that cannot be printed.
@@ -113,7 +111,8 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
                     columns_of_json = kind == 'line' and isinstance(document['text'], (dict, list))
                     yield bad(reasons[0] if reasons else f'has no string {", ".join(wrong)}; a document is an object '
                               f'with the strings {", ".join(name for _, name in names)}' + columns_of_json *
-                              '; write an object a line (df.to_json(FILE, orient="records", lines=True) does)')
+                              '; write an object a line (df.to_json(FILE, orient="records", lines=True) does)',
+                              several=columns_of_json)
                     continue
             if not (joined := ''.join(document.values())).isascii() and not _is_unicode(joined):
                 yield bad('holds characters that are not Unicode text; download the file again')
@@ -198,7 +197,7 @@ def _json_rows(path: Path, where: str, text_column: str) -> Iterator[tuple[int, 
             except (ValueError, RecursionError) as error:
                 several = 'Extra data' in str(error)
                 row = Bad(f'is not JSON ({error}); ' + several * 'write an object a line (jq -c . does), or ' +
-                          'download the file again')
+                          'download the file again', several=several)
         if first:
             _check_first_row(row, line, where, text_column)
         elif isinstance(row, list) and row and isinstance(row[0], dict):

@@ -128,11 +128,7 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
     try:
         # Made anew rather than changed: what is derived from other keys, such as a head dimension, is derived again.
         own = {key: value for key, value in stored.items() if key not in DTYPE_KEYS}
-        derived = type(base)(**{key: value for key, value in own.items() if key not in DERIVED_KEYS})
-        for key in DERIVED_KEYS:
-            if key in own and own[key] == getattr(derived, key, None):
-                del own[key]
-        config = type(base)(**own | overrides)
+        config = type(base)(**(_underived(type(base), own) if overrides else own) | overrides)
         if not any(overrides.get(key) for key in DTYPE_KEYS):
             config.dtype = torch.float32
         if not isinstance(config.dtype, torch.dtype):
@@ -149,6 +145,15 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
                         "that of the tokens alone, without Hugging Face's auxiliary loss of the router; set "
                         'model.config_overrides.output_router_logits=false')
     return config
+
+
+def _underived(cls: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """A saved config without the keys that its class would derive again, and to the same values."""
+    try:
+        derived = cls(**{key: value for key, value in own.items() if key not in DERIVED_KEYS})
+    except Exception:  # the class needs them: each has code of its own
+        return own
+    return {key: value for key, value in own.items() if key not in DERIVED_KEYS or value != getattr(derived, key, None)}
 
 
 class ComposerHFCausalLM(ComposerCausalLM):
@@ -194,7 +199,7 @@ class ComposerHFCausalLM(ComposerCausalLM):
             elif config.sub_configs:
                 hint = f'; it has several parts: choose that of its text alone, {config.get_text_config().model_type}'
             raise UserError(f'model: {name or config.model_type!r} cannot be built as a causal language model: '
-                            f'{first_line(e)}{hint}') from None
+                            f'{first_line(e)}{hint}') from e
         log.info('attention: Hugging Face %s', config._attn_implementation)
         super().__init__(HFCausalLM(model), *sizes, max_seq_len=max_seq_len)
         # The shape itself rather than a name: whoever uses a checkpoint may have neither the hub nor the folder.

@@ -198,7 +198,8 @@ class MosaicGPT(nn.Module):
     def param_init_fn(self, module: nn.Module) -> None:
         """Gives one module's own parameters and buffers their initial values, by the table above.
 
-        They depend on `init_seed` and the module's name alone. Where a checkpoint overwrites the weights
+        They depend on `init_seed` and the module's name alone, but for a Linear or Embedding into which the code around
+        it has written: there they stay. Where a checkpoint overwrites the weights
         (`initialisation.weights_come_later`), those that the model would draw are NaN: a weight that the checkpoint
         lacks cannot pass for an initial one.
 
@@ -215,10 +216,12 @@ class MosaicGPT(nn.Module):
             initialisation.reset(module, path, self.cfg.init_seed, self.has_values, tied)
             return
         for name, param in params.items():
-            if name not in ('weight', 'bias') or name in tied or f'{path}.{name}' in self.set_by_hand:
+            if name not in ('weight', 'bias') or name in tied:
                 continue
             if not self.draws_weights:
                 param.fill_(torch.nan)
+            elif f'{path}.{name}' in self.set_by_hand:
+                continue
             elif name == 'bias':
                 param.zero_()
             else:

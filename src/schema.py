@@ -57,7 +57,7 @@ class MosaicGPTConfig(Section):
     max_seq_len: Length
     vocab_size: Count
     init_std: float = Field(default=0.02, gt=0)
-    init_seed: Seed = 17  # a YAML without it: seed
+    init_seed: int = Field(default=17, ge=0, le=2**63 - 1)  # a YAML without it: seed
     mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
     attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
     flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'  # for flash
@@ -79,7 +79,7 @@ class HFCausalLMConfig(Section):
     pretrained_model_name_or_path: Optional[str] = None  # a hub name or a folder; null: config_overrides alone
     pretrained: bool = False  # load its weights, or only its shape
     config_overrides: dict[str, Any] = {}
-    init_seed: Seed = 17
+    init_seed: int = Field(default=17, ge=0, le=2**63 - 1)
     trust_remote_code: bool = False
 
 
@@ -89,7 +89,7 @@ MODEL_CONFIGS: dict[str, type[Section]] = {get_args(cls.model_fields['name'].ann
 
 def _amount(whole: str, unit: str, what: str, example: str) -> AfterValidator:
     """Holds a value against what streaming reads as a number: it takes 0 for a setting that is not given."""
-    pattern = re.compile(rf'(?=.*[1-9])({whole}|[0-9]+([.][0-9]+)? *{unit})', re.IGNORECASE)
+    pattern = re.compile(rf'(?=.*[1-9])({whole}|[0-9]*[.]?[0-9]+(e[0-9]+)? *{unit})', re.IGNORECASE)
 
     def check(value: Union[int, str, None]) -> Union[int, str, None]:
         if value is not None and not pattern.fullmatch(str(value)):

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from launch import tiny
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import main
 from src import config
 from src.errors import UserError
-from src.hf_causal_lm import ComposerHFCausalLM
+from src.hf_causal_lm import ComposerHFCausalLM, _underived
 from src.hf_model import hf_model
 
 LLAMA = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=64,
@@ -111,6 +111,17 @@ SIGLIP = dict(model_type='siglip_vision_model', **SMALL, image_size=16, patch_si
 def test_models_that_cannot_be_trained_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         build(config_overrides=overrides)
+
+
+def test_a_config_that_cannot_be_derived_is_taken_as_it_is():
+    class Needs:
+        def __init__(self, layers, layer_types):
+            self.layers = layers / len(layer_types)
+
+    own = {'layers': 2, 'layer_types': ['full']}
+    assert _underived(Needs, own) == own
+    assert _underived(LlamaConfig, {'hidden_size': 64, 'num_attention_heads': 4, 'head_dim': 16}).keys() == {
+        'hidden_size', 'num_attention_heads'}
 
 
 @pytest.mark.parametrize('text', [None, '{"n_layer": 1}', '[1]'])

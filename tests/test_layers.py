@@ -116,6 +116,16 @@ def test_what_the_code_around_a_matrix_writes_into_it_stays_or_is_an_error_on_me
         model.init_weights()
 
 
+def test_a_head_that_is_tied_to_an_embedding_with_padding_comes_from_meta(monkeypatch):
+    class Padded(nn.Embedding):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, padding_idx=0)
+
+    monkeypatch.setattr(mosaic_gpt.nn, 'Embedding', Padded)
+    here, meta = built('cpu'), built('meta')
+    assert same(here, meta) and meta.lm_head.weight is meta.transformer['wte'].weight and (meta.lm_head.weight[0] == 0).all()
+
+
 @DEVICES
 def test_a_tied_head_with_an_initialisation_of_its_own_leaves_the_embedding_alone(device):
     class Head(nn.Linear):

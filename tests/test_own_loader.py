@@ -1,5 +1,6 @@
 """A loader of the user's own: what gives dicts of token ids trains, evaluates and resumes, or is told what it lacks."""
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -212,6 +213,7 @@ def test_what_callbacks_and_resumed_runs_ask_of_a_loader():
         loader: Any = data_spec.build_data_spec(DataLoader(dataset, 12), 'train_loader', MODEL, 17).dataloader
         assert (loader.dataset, loader.num_workers, data_spec.counts_samples(loader)) == (dataset, 0, counts)
         assert f'a resumed run {again}' in data_spec.describe(loader)[0]
+        assert isinstance(copy.copy(loader), type(loader))
 
 
 def test_the_rank_with_the_fewest_batches_says_how_many_an_epoch_has(monkeypatch):

@@ -72,7 +72,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_whole_checkpoint(md
 
 def test_out_of_memory_lists_what_to_change_in_order(mds_root, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    assert main.cli([QUICKSTART, *tiny(mds_root, f'model.vocab_size={1 << 40}')]) == 1
+    assert main.cli([QUICKSTART, *tiny(mds_root, f'model.vocab_size={(1 << 31) - 1}', 'model.d_model=4096')]) == 1
     text = capfd.readouterr().err
     assert text.count('error: out of memory: ') == 1 and 'Traceback' not in text
     steps = re.findall(r'^  \d\. (\S+?):? ', text, re.MULTILINE)
