@@ -151,7 +151,7 @@ def _underived(cls: Any, own: dict[str, Any]) -> dict[str, Any]:
     """A saved config without the keys that its class would derive again, and to the same values."""
     try:
         derived = cls(**{key: value for key, value in own.items() if key not in DERIVED_KEYS})
-    except Exception:  # the class needs them: each has code of its own
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, StrictDataclassError):  # it needs them
         return own
     return {key: value for key, value in own.items() if key not in DERIVED_KEYS or value != getattr(derived, key, None)}
 

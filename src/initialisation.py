@@ -111,8 +111,8 @@ def set_by_hand(model: nn.Module) -> dict[str, Tensor]:
     return {f'{path}.{name}': p for path, module in model.named_modules() if is_matrix(module)
             if type(module).__name__ != 'NonDynamicallyQuantizableLinear'  # MultiheadAttention sets its bias to 0, too
             for name, p in module._parameters.items()
-            if p is not None and first_owner(model, p) is module
-            and p._version > 1 + (getattr(module, 'padding_idx', None) is not None)}
+            if p is not None and p._version > 1 + (getattr(module, 'padding_idx', None) is not None)
+            and first_owner(model, p) is module}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -33,10 +33,12 @@ def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Option
 
 def check_blocks(cfg: Optional[schema.FSDPConfig], model: nn.Module, has_gpu: bool) -> None:
     """Raises UserError where a block stands in the model several times, and FSDP2 would save what no run can load."""
+    if fsdp_version(cfg, has_gpu) != 2:
+        return
     is_block = getattr(model, 'fsdp_wrap_fn', lambda module: False)
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if is_block(module)]
-    if fsdp_version(cfg, has_gpu) == 2 and len(names) > sum(map(bool, map(is_block, model.modules()))):
-        raise UserError(f'fsdp_config: some of the blocks {", ".join(names)} are one and the same module, which version 2 '
+    blocks = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_block(module)}
+    if len(blocks) > len({*blocks.values()}):
+        raise UserError(f'fsdp_config: some of the blocks {", ".join(blocks)} are one and the same module, which version 2 '
                         'cannot load again from a checkpoint; set fsdp_config=null')
 
 
