@@ -21,18 +21,18 @@ from typing import Any, Optional
 
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # no other package is `src`
-    from src.machine import set_up_output
+    from src.common.machine import set_up_output
     set_up_output()
 
-from src.conversion import Job, Options, Place, all_done, convert, unfinished
-from src.conversion_tokenizer import first_texts, tokenizer_of, write_tokenizer
-from src.data_places import is_url
-from src.errors import UserError, positive
-from src.machine import check_shared_memory
-from src.manifest import check_strangers, merge, verify
-from src.processes import init_conversion_worker
-from src.source_files import C4_COLUMNS, TXT, FolderSource, SourceFile, doubles
-from src.sources import C4, C4_COUNTS, HubSource, Source
+from src.common.errors import UserError, positive
+from src.common.machine import check_shared_memory
+from src.common.workers import init_conversion_worker
+from src.config.data_places import is_url
+from src.conversion.manifest import check_strangers, merge, verify
+from src.conversion.parts import Job, Options, Place, all_done, convert, unfinished
+from src.conversion.source_files import C4_COLUMNS, TXT, FolderSource, SourceFile, doubles
+from src.conversion.sources import C4, C4_COUNTS, HubSource, Source
+from src.conversion.tokenizer import first_texts, tokenizer_of, write_tokenizer
 
 SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
 SMALL = 100_000  # documents of train_small
@@ -206,7 +206,7 @@ class SampleSource:
     name, revision, columns, is_c4 = 'sample', None, C4_COLUMNS, False
 
     def __init__(self) -> None:
-        from src.sample_corpus import gather
+        from src.conversion.sample_corpus import gather
         print('gathering the sample corpus (about 15 seconds)')
         self.corpus = gather()
 

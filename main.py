@@ -12,10 +12,11 @@ from pathlib import Path
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # no other package is `src`
 
-from src import machine, nodes, processes  # first: Composer reads what `nodes` sets, and importing it takes seconds
+from src.common import machine, workers
+from src.ranks.environment import agree, check_environment, preflight
 
 if __name__ == '__main__':
-    processes.die_with_launcher()
+    workers.die_with_launcher()
     machine.set_up_output()
 
 import os
@@ -33,29 +34,36 @@ from composer.utils import dist, reproducibility
 from omegaconf import DictConfig
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from src import builders, config, data_c4, rendezvous, sharding
-from src.batch_size import device_batch_size, microbatch_size
-from src.callbacks import GracefulStop, NonFiniteGuard, StepCounters
+from src import data_c4
+from src.callbacks.graceful_stop import GracefulStop
+from src.callbacks.guard import NonFiniteGuard
+from src.callbacks.loggers import resume_wandb
+from src.callbacks.metrics import StepCounters
 from src.causal_lm import ComposerCausalLM
-from src.checkpoint_writer import CheckpointWriter
-from src.checkpoints import Start, check_loadable, check_model, check_place, find_start, finish_loading, same_weights
-from src.checks import check_early_stopper, check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
+from src.checkpoints.loading import check_loadable, check_model, check_place, finish_loading, same_weights
+from src.checkpoints.resume import Changes, OptimizerSettings, changes, run_settings
+from src.checkpoints.safe_reading import loading
+from src.checkpoints.start import Start, find_start
+from src.checkpoints.writer import CheckpointWriter
+from src.common.errors import UserError, is_out_of_memory
+from src.config import load as config
+from src.config.checks import check_early_stopper, check_save_folder, check_seq_len, check_warmup, in_units_of_the_run, run_name
+from src.config.derived import device_batch_size, microbatch_size
+from src.config.schema import Config
 from src.data_c4 import build_c4_dataloader
-from src.data_spec import build_data_spec, check_first_batch, check_train_loader, counts_samples, epoch_length, fingerprints
-from src.dry_run import check_plugins, config_text, rehearsal
-from src.errors import UserError, is_out_of_memory
 from src.initialisation import weights_come_later
-from src.loggers import resume_wandb
 from src.model_registry import COMPOSER_MODEL_REGISTRY
-from src.processes import EXIT_STOPPED, FailureWatch, Stopped, StopRequest
-from src.report import environment, log, log_to_stderr, out_of_memory, plan, summary
-from src.resume import Changes, OptimizerSettings, changes, run_settings
-from src.safe_reading import loading
-from src.schema import Config
+from src.ranks import rendezvous
+from src.ranks.failure_watch import FailureWatch
+from src.ranks.stop import EXIT_STOPPED, Stopped, StopRequest
 from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
+from src.training import optimizers, plugins, sharding
+from src.training.data import build_data_spec, check_first_batch, check_train_loader, counts_samples, epoch_length, fingerprints
+from src.training.dry_run import check_plugins, config_text, rehearsal
+from src.training.report import environment, log, log_to_stderr, out_of_memory, plan, summary
 
 
-@builders.outside_failures_explained()
+@plugins.outside_failures_explained()
 def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Iterable[Callback] = (),
          dry_run: bool = False) -> Trainer:
     """Trains one model.
@@ -73,10 +81,10 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
         UserError: Everything in the config or the data that the user can mend.
         Stopped: SIGTERM or SIGINT came; the batch at hand is finished and saved.
     """
-    nodes.check_environment(os.environ)
+    check_environment(os.environ)
     machine.shorten_socket_paths()
     has_gpu, world_size = torch.cuda.is_available(), dist.get_world_size()
-    c = config.check(cfg, builders.REGISTRIES, world_size, has_gpu, world_size // dist.get_local_world_size(),
+    c = config.check(cfg, plugins.REGISTRIES, world_size, has_gpu, world_size // dist.get_local_world_size(),
                      has_kits_loader())
     log_to_stderr()
 
@@ -88,7 +96,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
             log.warning('device_train_microbatch_size: %d is more than the %d samples that each of %d devices has; using %d',
                         microbatch, device_batch, world_size, device_batch)
         microbatch = microbatch_size(device_batch, microbatch)
-    precision = builders.resolve_precision(c.precision, has_gpu)
+    precision = plugins.resolve_precision(c.precision, has_gpu)
     check_save_folder(c)
 
     # Processes and seeds
@@ -96,8 +104,8 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     stop = watch.stop if watch else StopRequest()
     if watch:
         watch.start()
-    nodes.agree('config', config.flat(c))
-    log.info('%s', nodes.preflight())
+    agree('config', config.flat(c))
+    log.info('%s', preflight())
     reproducibility.seed_all(c.seed)
 
     # Where the run starts. One that is over is built without what would write.
@@ -131,7 +139,7 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
     if evaluators:
         check_first_batch(evaluators[0].dataloader)
     data = fingerprints(train_data, evaluators[0].dataloader if evaluators else None)
-    nodes.agree('data', data)
+    agree('data', data)
     settings = run_settings(asked, data)
     changed = Changes([], False) if over else changes(start, settings, counts_samples(train_data.dataloader))
     if has_kits_loader() and counts_samples(train_data.dataloader) and not over:
@@ -146,19 +154,19 @@ def main(cfg: DictConfig, watch: Optional[FailureWatch] = None, callbacks: Itera
                                   tokenizer.tokenizer_name if tokenizer else '', getattr(tokenizer, 'hash', ''), settings)
     if c.autoresume and c.save_folder and (name := run_name(c)):
         c = c.model_copy(update={'loggers': resume_wandb(c.loggers, name, c.save_folder)})
-    chosen, profiler = builders.build_callbacks(c, hf_tokenizer)
+    chosen, profiler = plugins.build_callbacks(c, hf_tokenizer)
     with loading(start.setting, str(start.path), c.trust_checkpoint), explained(c):
         trainer = Trainer(
             model=model,
             train_dataloader=train_data,
             eval_dataloader=evaluators,
-            optimizers=builders.build_optimizer(c.optimizer, model.parameters()),
-            schedulers=builders.build_scheduler(c.scheduler),
-            algorithms=[*builders.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
+            optimizers=optimizers.build_optimizer(c.optimizer, model.parameters()),
+            schedulers=optimizers.build_scheduler(c.scheduler),
+            algorithms=[*plugins.build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)],
             callbacks=[StepCounters(device_batch), OptimizerSettings(changed.schedule),
                        *sharding.build_callbacks(c.fsdp_config), *chosen, *callbacks, *filter(None, [writer]),
                        GracefulStop(stop, writer.save_and_wait if writer else None)],
-            loggers=builders.build_all('loggers', c.loggers),
+            loggers=plugins.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=microbatch,
             accumulate_train_batch_on_tokens=True,

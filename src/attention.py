@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from src.errors import UserError
-from src.schema import MosaicGPTConfig
+from src.common.errors import UserError
+from src.config.schema import MosaicGPTConfig
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from src.errors import UserError
-from src.flops import train_flops_per_token
+from src.common.errors import UserError
+from src.common.flops import train_flops_per_token
 
 IGNORE = -100  # the label of a position that is not trained on
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, Optional, Union
 
 if __name__ == '__main__':  # run as `python src/data_c4.py`: import from the repository's root, not from src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from src.machine import set_up_output
+    from src.common.machine import set_up_output
     set_up_output()
 
 import numpy as np
@@ -31,16 +31,16 @@ from numpy.typing import NDArray
 from streaming.base.distributed import get_world_size
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from src.config import parse
-from src.data_places import explain, is_copied, stream_errors, streams_of
-from src.errors import UserError, positive
-from src.machine import shorten_socket_paths
-from src.processes import init_loader_worker
-from src.provenance import check_tokenizer
-from src.sample_order import batches_in_epoch, whole_batches
-from src.schema import LoaderConfig
-from src.shared_memory import check_loader, opening_a_dataset, remove_locks_at_exit
-from src.streams import CheckedDataset, CheckedStream, EvalLoader, TrainLoader, check_tokens, held_by
+from src.common.errors import UserError, positive
+from src.common.machine import shorten_socket_paths
+from src.common.workers import init_loader_worker
+from src.config.data_places import explain, is_copied, stream_errors, streams_of
+from src.config.load import parse
+from src.config.schema import LoaderConfig
+from src.loader.provenance import check_tokenizer
+from src.loader.sample_order import batches_in_epoch, whole_batches
+from src.loader.shared_memory import check_loader, opening_a_dataset, remove_locks_at_exit
+from src.loader.streams import CheckedDataset, CheckedStream, EvalLoader, TrainLoader, check_tokens, held_by
 from src.tokenizer import HFTokenizer, encode_documents, n_ids
 
 IGNORED = -100  # the label that no loss counts

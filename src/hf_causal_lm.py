@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, plain_cross_entropy
-from src.config import parse
-from src.errors import UserError, first_line
-from src.schema import HFCausalLMConfig
+from src.common.errors import UserError, first_line
+from src.config.load import parse
+from src.config.schema import HFCausalLMConfig
 
 log = logging.getLogger(__name__)
 

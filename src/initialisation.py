@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from src.errors import UserError
+from src.common.errors import UserError
 
 CHUNK = 2**19  # numbers, as many as the largest parameter of the quick start has; a chunk has at least one row
 # Of FSDP1, activation checkpointing and torch.compile

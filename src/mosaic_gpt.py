@@ -25,9 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from src import initialisation
 from src.attention import CausalAttention, Documents
 from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, padding_to_the_right, plain_cross_entropy
-from src.config import parse
-from src.errors import UserError
-from src.schema import MosaicGPTConfig
+from src.common.errors import UserError
+from src.config.load import parse
+from src.config.schema import MosaicGPTConfig
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from streaming.base.distributed import get_local_rank
 from torch import distributed as dist
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from src.encoding import encode_documents
-from src.errors import UserError, first_line
-from src.schema import Config
+from src.common.encoding import encode_documents
+from src.common.errors import UserError, first_line
+from src.config.schema import Config
 
 # Files that hold a vocabulary and do not say of which tokenizer it is. For each a class of transformers that reads such
 # a file, and the EOS token that goes with it.

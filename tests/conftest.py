@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from src.data_places import _fetched_index
+from src.config.data_places import _fetched_index
 
 EOS = '<|endoftext|>'
 N_DOCUMENTS = {'train': 400, 'val': 90}

@@ -37,7 +37,7 @@ print(f'{time.perf_counter() - start:.1f} seconds')
 
 def make_input(folder: Path, n_documents: int) -> int:
     """Returns the bytes of text."""
-    from src.sample_corpus import gather
+    from src.conversion.sample_corpus import gather
 
     corpus, rng, size = gather()['train'], random.Random(0), 0
     for i in range(FILES):
@@ -62,7 +62,8 @@ def timed(command: list[str], log: Path) -> tuple[float, float, float]:
 SHARE = """
 import sys, time
 sys.path.insert(0, '.')
-from src import conversion, sources, tokenizer
+from src import tokenizer
+from src.conversion import parts as conversion, sources
 spent = 0.0
 class Timed:
     def __init__(self, backend):

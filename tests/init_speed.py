@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from src import config
+from src.config import load as config
 from src.mosaic_gpt import MosaicGPT
 
 

@@ -27,7 +27,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from src import config
+from src.config import load as config
 
 PLAIN = ['model.attn_impl=torch', 'model.loss_impl=plain', 'optimizer.fused=false']
 ROWS = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from src import mosaic_gpt
-from src.schema import MosaicGPTConfig
+from src.config.schema import MosaicGPTConfig
 
 
 class Gain(nn.Module):
@@ -90,7 +90,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def run(*argv: str, train: bool = True) -> tuple[dict[str, Tensor], float]:
     """A run of main.py in this process: the whole weights at its end, and the last loss of this rank."""
     import main
-    from src import config
+    from src.config import load as config
 
     trainer = main.main(config.load([*argv, 'log_to_console=false']), dry_run=not train)
     result = whole_weights(trainer.state.model), float(trainer.state.loss) if train else 0.0
@@ -109,5 +109,5 @@ if __name__ == '__main__':
     results['trained'] = run(*sys.argv[2:], 'fsdp_config.sharding_strategy=FULL_SHARD', again)[0]
     if dist.get_global_rank() == 0:
         torch.save(results, Path(sys.argv[1], 'weights.pt'))
-    from src import rendezvous
+    from src.ranks import rendezvous
     rendezvous.leave()

@@ -1,7 +1,7 @@
 """Several runs in one set of real ranks: `composer -n 2 tests/runs.py FILE`.
 
 FILE is JSON: a list of [name, arguments of main.py]. Rank 0 writes for each run NAME.pt beside it, with what `record` returns.
-Arguments that begin with src/evaluate.py are of that program, and what is written are its figures.
+Arguments that begin with src/tools/evaluate.py are of that program, and what is written are its figures.
 An argument own_loader=NAME takes that builder of tests/own_loaders.py in place of the kit's.
 Importing Composer takes seconds in every rank, so one launch does what several would.
 """
@@ -23,10 +23,14 @@ from own_loaders import BUILDERS
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import main
-from src import builders, config, data_c4, evaluate, rendezvous
-from src.callbacks import UnigramBaseline
+from src import data_c4
+from src.callbacks.metrics import UnigramBaseline
+from src.config import load as config
+from src.ranks import rendezvous
+from src.tools import evaluate
+from src.training import plugins
 
-builders.LOGGERS['memory'] = InMemoryLogger
+plugins.LOGGERS['memory'] = InMemoryLogger
 reductions = 0  # of gradients that FSDP shards
 reduce_scatter: Any = torch.distributed.reduce_scatter_tensor
 
@@ -51,7 +55,7 @@ class Samples(Callback):
         self.batches.append(sorted(row for part in rows for row in part))
 
 
-builders.CALLBACKS['samples'] = Samples
+plugins.CALLBACKS['samples'] = Samples
 
 
 def record(trainer: Trainer) -> dict[str, Any]:
@@ -90,7 +94,7 @@ if __name__ == '__main__':
         own = [arg.partition('=')[2] for arg in argv if arg.startswith('own_loader=')]
         argv = [arg for arg in argv if not arg.startswith('own_loader=')]
         main.build_c4_dataloader = BUILDERS[own[0]] if own else data_c4.build_c4_dataloader
-        result = evaluate.main(evaluate.parse_args(argv[1:])) if argv[0] == 'src/evaluate.py' else train(*argv)
+        result = evaluate.main(evaluate.parse_args(argv[1:])) if argv[0] == 'src/tools/evaluate.py' else train(*argv)
         if dist.get_global_rank() == 0:
             torch.save(result, path.with_name(f'{name}.pt'))
     rendezvous.leave()

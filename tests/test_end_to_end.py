@@ -12,8 +12,8 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
 import main
-from src import config
-from src.plot_loss import read_scalars
+from src.config import load as config
+from src.tools.plot_loss import read_scalars
 
 QUICKSTART = 'yamls/quickstart.yaml'
 SECRET = '5ec2e7' * 6 + 'abcd'

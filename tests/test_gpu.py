@@ -9,12 +9,13 @@ from launch import ranks, tiny
 from runs import train
 
 import main
-from src import benchmark, config
 from src.attention import Documents, choose_attention, torch_attention
 from src.causal_lm import chunked_cross_entropy
-from src.errors import UserError
+from src.common.errors import UserError
+from src.config import load as config
 from src.mosaic_gpt import MosaicGPT
-from src.stopwatch import PARTS
+from src.tools import benchmark
+from src.tools.stopwatch import PARTS
 
 pytestmark = pytest.mark.gpu
 KERNELS = ['flash cudnn', 'flash pytorch', 'flash flash-attn-2', 'flash flash-attn-3', 'flash flash-attn-4']

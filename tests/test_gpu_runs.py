@@ -19,8 +19,9 @@ from test_stop import (  # noqa: F401  (the same tests, with a GPU)
 from torch._dynamo.utils import counters
 
 import main
-from src import config, evaluate, generate
-from src.stopwatch import PARTS
+from src.config import load as config
+from src.tools import evaluate, generate
+from src.tools.stopwatch import PARTS
 
 pytestmark = pytest.mark.gpu
 VISIBLE = os.environ.get('CUDA_VISIBLE_DEVICES', '0')  # which `clean_env` hides
@@ -133,7 +134,7 @@ def test_a_checkpoint_is_evaluated_and_continued_as_on_a_cpu(mds_root, tmp_path,
     train(QUICKSTART, *tiny(mds_root, f'save_folder={tmp_path}', 'precision=fp32'))
     checkpoint = str(tmp_path / 'ep0-ba20-rank0.pt')
     figures = evaluation(mds_root, f'load_path={checkpoint}', 'precision=fp32')
-    on_cpu = ranks(1, {'figures': ['src/evaluate.py', *figures]}, tmp_path)['figures']
+    on_cpu = ranks(1, {'figures': ['src/tools/evaluate.py', *figures]}, tmp_path)['figures']
     got = evaluate.main(evaluate.parse_args(figures))
     assert all(got[key] == pytest.approx(on_cpu[key], rel=1e-4) for key in ('loss', 'perplexity', 'bits_per_byte', 'tokens'))
     said = []

@@ -25,26 +25,17 @@ from torch import Tensor, nn
 
 import convert_c4
 import main
-from src import (
-    benchmark,
-    builders,
-    config,
-    estimate,
-    evaluate,
-    export_hf,
-    generate,
-    ladder,
-    memory,
-    plot_loss,
-    processes,
-    report,
-)
 from src.attention import Documents, torch_attention
+from src.common.errors import UserError
+from src.common.flops import train_flops_per_token
+from src.config import load as config
+from src.config.schema import Config, FSDPConfig, MosaicGPTConfig
 from src.data_c4 import parse_args
-from src.errors import UserError
-from src.flops import train_flops_per_token
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
-from src.schema import Config, FSDPConfig, MosaicGPTConfig
+from src.ranks import stop
+from src.sizing import memory
+from src.tools import benchmark, estimate, evaluate, export_hf, generate, ladder, plot_loss
+from src.training import plugins, report
 
 DOCS = {name: (ROOT / name).read_text()
         for name in ('README.md', 'src/README.md', '.github/CONTRIBUTING.md', '.github/CHANGELOG.md')}
@@ -82,29 +73,29 @@ CHECKED = {
     'pip install -r requirements.txt && python convert_c4.py --source sample --out_root ./my-copy-c4 '
     '&& composer main.py yamls/quickstart.yaml':
         'network: pip. The rest: test_quickstart.py::test_the_quick_start_learns_the_sample',
-    'python src/plot_loss.py runs/* --out loss.png': 'test_plot_loss.py::test_the_picture_is_drawn_in_both_themes',
-    'python src/plot_loss.py runs/* --x flops --log --smooth 20 --envelope --theme both --out loss.svg':
+    'python src/tools/plot_loss.py runs/* --out loss.png': 'test_plot_loss.py::test_the_picture_is_drawn_in_both_themes',
+    'python src/tools/plot_loss.py runs/* --x flops --log --smooth 20 --envelope --theme both --out loss.svg':
         'test_plot_loss.py::test_what_is_drawn_is_these_numbers',
-    'python src/plot_loss.py runs/* --html reports': 'test_plot_loss.py::test_runs_of_one_name_are_told_apart',
-    'python src/benchmark.py yamls/quickstart.yaml --against hf --against bare':
+    'python src/tools/plot_loss.py runs/* --html reports': 'test_plot_loss.py::test_runs_of_one_name_are_told_apart',
+    'python src/tools/benchmark.py yamls/quickstart.yaml --against hf --against bare':
         'test_benchmark.py::test_rivals_are_the_same_model',
-    'python src/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8 '
+    'python src/tools/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8 '
     '--append':
         'test_benchmark.py::test_a_sweep_has_a_row_for_each_combination',
-    'python src/benchmark.py yamls/quickstart.yaml --profile --out benchmark.profile':
+    'python src/tools/benchmark.py yamls/quickstart.yaml --profile --out benchmark.profile':
         'test_benchmark.py::test_a_profile_is_a_trace_and_a_table',
     'composer main.py yamls/quickstart.yaml callbacks.profiler={} max_duration=20ba scheduler.t_warmup=1ba':
         'test_builders.py::test_the_profiler_traces_the_active_batches_and_changes_no_loss',
-    'composer src/benchmark.py yamls/mosaic_gpt/125m.yaml --out benchmark.125m':
+    'composer src/tools/benchmark.py yamls/mosaic_gpt/125m.yaml --out benchmark.125m':
         'needs GPUs: test_benchmark.py::test_two_devices does it on CPUs',
-    'python src/evaluate.py yamls/quickstart.yaml load_path=checkpoints/first/ep0-ba1200-rank0.pt':
+    'python src/tools/evaluate.py yamls/quickstart.yaml load_path=checkpoints/first/ep0-ba1200-rank0.pt':
         'test_evaluate.py::test_text_is_what_a_plain_loop_finds',
-    'composer src/evaluate.py yamls/mosaic_gpt/125m.yaml load_path=s3://my-bucket/first/ep0-ba4800-rank0.pt --out val.json':
+    'composer src/tools/evaluate.py yamls/mosaic_gpt/125m.yaml load_path=s3://my-bucket/first/ep0-ba4800-rank0.pt --out val.json':
         'needs GPUs, a bucket: test_evaluate.py::test_every_sample_counts_once_on_any_number_of_ranks does it on CPUs',
-    'python src/memory.py yamls/mosaic_gpt/1b.yaml --devices 8': 'test_memory.py::test_the_command_line',
-    'python src/ladder.py': 'test_ladder.py::test_a_ladder_is_stopped_and_goes_on',
-    'python src/estimate.py': 'test_estimate.py::test_the_table_of_all_is_in_the_readme',
-    'python src/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
+    'python src/sizing/memory.py yamls/mosaic_gpt/1b.yaml --devices 8': 'test_memory.py::test_the_command_line',
+    'python src/tools/ladder.py': 'test_ladder.py::test_a_ladder_is_stopped_and_goes_on',
+    'python src/tools/estimate.py': 'test_estimate.py::test_the_table_of_all_is_in_the_readme',
+    'python src/tools/estimate.py yamls/mosaic_gpt/7b.yaml --gpu h100-sxm --gpus 64 --mfu 0.5 --price 2':
         'test_estimate.py::test_one_yaml_is_a_report',
     'composer main.py yamls/quickstart.yaml data_remote=./my-bins tokenizer=null callbacks.text_samples=false':
         'test_the_guides_loader',
@@ -167,11 +158,11 @@ CHECKED = {
         'test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console reads its files',
     'composer main.py yamls/mosaic_gpt/125m.yaml loggers.wandb.project=my-project':
         'needs GPUs, a W&B account: test_end_to_end.py::test_tensorboard_and_wandb_hold_the_values_of_the_console',
-    'python src/export_hf.py checkpoints/first ./my-gpt':
+    'python src/tools/export_hf.py checkpoints/first ./my-gpt':
         'test_export_hf.py::test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary',
-    'python src/export_hf.py s3://my-bucket/first/ep0-ba4800 ./my-125m': 'needs a bucket: test_export_hf.py::test_from_s3',
-    'python src/generate.py ./my-gpt "The class of an object"': 'test_generate.py::test_one_prompt_streams',
-    'python src/generate.py checkpoints/first "The class" "A function is" --max_new_tokens 50 --temperature 0.8 --top_k 50 '
+    'python src/tools/export_hf.py s3://my-bucket/first/ep0-ba4800 ./my-125m': 'needs a bucket: test_export_hf.py::test_from_s3',
+    'python src/tools/generate.py ./my-gpt "The class of an object"': 'test_generate.py::test_one_prompt_streams',
+    'python src/tools/generate.py checkpoints/first "The class" "A function is" --max_new_tokens 50 --temperature 0.8 --top_k 50 '
     '--top_p 0.95 --seed 1':
         'test_generate.py::test_a_checkpoint_and_its_export_say_the_same',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=./my-gpt model.pretrained=true '
@@ -198,7 +189,7 @@ def test_every_command_is_accounted_for():
     assert sorted(commands()) == sorted(CHECKED)
     for how in CHECKED.values():
         for file, name in re.findall(r'(?:(test_\w+\.py)::)?(test_\w+)(?!\w*\.py)', how):
-            assert f'def {name}(' in (ROOT / 'tests' / (file or 'test_readme.py')).read_text(), how
+            assert f'def {name}(' in next((ROOT / 'tests').rglob(file or 'test_readme.py')).read_text(), how
         assert how.startswith('test_') or re.match(r'network: |needs [^:]+: |a server: ', how)
 
 
@@ -219,28 +210,28 @@ def test_its_arguments_are_valid(command: str):
         convert_c4.parse_args(argv[1:])
     elif argv[:1] == ['src/data_c4.py']:
         parse_args(argv[1:])
-    elif argv[:1] == ['src/benchmark.py']:
+    elif argv[:1] == ['src/tools/benchmark.py']:
         args = benchmark.parse_args(argv[1:])
-        config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, world_size=8, has_gpu=True)
-    elif argv[:1] == ['src/evaluate.py']:
+        config.check(config.load([str(ROOT / args.yaml), *args.overrides]), plugins.REGISTRIES, world_size=8, has_gpu=True)
+    elif argv[:1] == ['src/tools/evaluate.py']:
         args = evaluate.parse_args([str(ROOT / argv[1]), *argv[2:]])
-        config.check(evaluate.load(args), builders.REGISTRIES, world_size=1, has_gpu=True)
-    elif argv[:1] == ['src/memory.py']:
+        config.check(evaluate.load(args), plugins.REGISTRIES, world_size=1, has_gpu=True)
+    elif argv[:1] == ['src/sizing/memory.py']:
         args = memory.parse_args(argv[1:])
-        config.check(config.load([str(ROOT / args.yaml), *args.overrides]), builders.REGISTRIES, args.devices, has_gpu=True)
-    elif argv[:1] == ['src/estimate.py']:
+        config.check(config.load([str(ROOT / args.yaml), *args.overrides]), plugins.REGISTRIES, args.devices, has_gpu=True)
+    elif argv[:1] == ['src/tools/estimate.py']:
         args = estimate.parse_args(argv[1:])
         if args.yaml:
             settings = config.load([str(ROOT / args.yaml), *args.overrides])
-            config.check(settings, builders.REGISTRIES, args.gpus or 1, has_gpu=True)
-    elif argv[:1] == ['src/export_hf.py']:
+            config.check(settings, plugins.REGISTRIES, args.gpus or 1, has_gpu=True)
+    elif argv[:1] == ['src/tools/export_hf.py']:
         export_hf.parse_args(argv[1:])
-    elif argv[:1] == ['src/generate.py']:
+    elif argv[:1] == ['src/tools/generate.py']:
         args = generate.parse_args(argv[1:])
         generate.check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    elif argv[:1] == ['src/plot_loss.py']:
+    elif argv[:1] == ['src/tools/plot_loss.py']:
         plot_loss.parse_args(argv[1:])
-    elif argv[:1] == ['src/ladder.py']:
+    elif argv[:1] == ['src/tools/ladder.py']:
         ladder.parse_args(argv[1:])
     elif program in ('composer', 'torchrun'):
         start = argv.index('main.py')
@@ -248,7 +239,7 @@ def test_its_arguments_are_valid(command: str):
         size = ['--world_size'] if program == 'composer' else ['--nnodes', '--nproc_per_node']
         assert launcher[::2] == [*size, '--node_rank', '--master_addr', '--master_port'][:len(launcher) // 2]
         if not {'model.name=parallel_gpt', 'optimizer.name=lion'} & {*overrides}:  # the guide's own
-            config.check(config.load([str(ROOT / file), *overrides]), builders.REGISTRIES, world_size=16 if launcher else 8,
+            config.check(config.load([str(ROOT / file), *overrides]), plugins.REGISTRIES, world_size=16 if launcher else 8,
                          has_gpu=True)
     elif program in ('pip', 'uv'):
         argv = argv[program == 'uv':]
@@ -419,9 +410,9 @@ def test_worked_example(mds_root, tmp_path):
     """The three edits, in a copy of the kit, make a model that trains."""
     schema, model, registry = blocks('python', DOCS['src/README.md'])[:3]
     copy_of_the_kit(tmp_path)
-    old = (ROOT / 'src/schema.py').read_text()
+    old = (ROOT / 'src/config/schema.py').read_text()
     assert len(re.findall('^ModelConfig = .*$', old, re.MULTILINE)) == 1
-    (tmp_path / 'src/schema.py').write_text(re.sub('^ModelConfig = .*\n', lambda _: schema, old, flags=re.MULTILINE))
+    (tmp_path / 'src/config/schema.py').write_text(re.sub('^ModelConfig = .*\n', lambda _: schema, old, flags=re.MULTILINE))
     (tmp_path / 'src/parallel_gpt.py').write_text(model)
     (tmp_path / 'src/model_registry.py').write_text(registry)
     done = subprocess.run([str(SCRIPTS / 'composer'), 'main.py', QUICKSTART, 'model.name=parallel_gpt', *tiny(mds_root)],
@@ -442,7 +433,7 @@ def test_the_guides_optimizer(mds_root, tmp_path):
     name, lion, build = next(found[i:i + 3] for found in [blocks('python', DOCS['src/README.md'])] for i in range(len(found))
                              if 'lion' in found[i])
     copy_of_the_kit(tmp_path)
-    schema, builder = tmp_path / 'src/schema.py', tmp_path / 'src/builders.py'
+    schema, builder = tmp_path / 'src/config/schema.py', tmp_path / 'src/training/plugins.py'
     old, line = schema.read_text(), "    name: Literal['decoupled_adamw', 'adamw'] = 'decoupled_adamw'\n"
     assert old.count(line) == 1
     schema.write_text(old.replace(line, textwrap.indent(name, '    ')))
@@ -593,7 +584,7 @@ def test_what_has_no_effect_in_version_2_is_what_a_run_says():
     others = {'backward_prefetch': 'NONE', 'backward_prefetch_limit': 2, 'forward_prefetch_limit': 2}
     given = [f'fsdp_config.{key}={others.get(key, str(not FSDPConfig.model_fields[key].default).lower())}' for key in no_effect]
     c = config.check(config.load([str(ROOT / QUICKSTART), 'fsdp_config.activation_checkpointing=true', *given]),
-                     builders.REGISTRIES, world_size=1, has_gpu=False)
+                     plugins.REGISTRIES, world_size=1, has_gpu=False)
     said = report._sharding(c)
     assert set(said.split('; without effect in FSDP2: ')[1].split(', ')) == no_effect
     assert not no_effect & FSDP2Config.settable_attrs()
@@ -643,9 +634,9 @@ def test_symptoms_in_the_troubleshooting_table_are_the_codes():
     assert len(keys) > 10
     for key in keys:  # a setting that is not there is a KeyError
         section = Config
-        if key.partition('.')[0] in builders.REGISTRIES:
+        if key.partition('.')[0] in plugins.REGISTRIES:
             part, name = key.split('.')
-            assert name in builders.REGISTRIES[part]
+            assert name in plugins.REGISTRIES[part]
             continue
         for name in key.split('.'):
             kinds = typing.get_args(section.model_fields[name].annotation) or (section.model_fields[name].annotation,)
@@ -654,4 +645,4 @@ def test_symptoms_in_the_troubleshooting_table_are_the_codes():
 
 def test_every_exit_code_is_in_the_table():
     codes = ','.join(code for code, _ in table('README.md', '| exit code | meaning |'))
-    assert sorted(map(int, codes.split(','))) == [0, 1, processes.EXIT_STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM]
+    assert sorted(map(int, codes.split(','))) == [0, 1, stop.EXIT_STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM]

@@ -1,0 +1,1 @@
+"""What looks into a running training: figures, guard, stop, profiling, loggers."""

@@ -1,0 +1,1 @@
+"""Where a run starts, and how it is saved and read."""

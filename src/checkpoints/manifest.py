@@ -1,0 +1,97 @@
+"""Checkpoints that are whole or absent, on a disk or in an object store, and which of them a run starts from.
+
+Composer writes the files. Each save ends with a manifest, `ep0-ba400.json` beside `ep0-ba400-rank0.pt` or the folder
+`ep0-ba400`, that lists every file with its size: it is written last, so a checkpoint without one, or with a file of
+another size, is half a save, which no run goes on from and the next save of that step replaces.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from composer.core import Time, Timestamp
+
+from src.common.storage import Folder
+
+log = logging.getLogger('src')
+
+STEP = re.compile(r'ep\d+-ba(\d+)')
+UNFINISHED = '.unfinished'  # ep0-ba400.unfinished lies there until the manifest does
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole checkpoint consists of."""
+
+    name: str  # ep0-ba400
+    sharded: bool
+    epoch: int
+    batch: int
+    sample: int
+    token: int
+    world_size: int
+    files: dict[str, int]  # relative to the folder: bytes
+    # What the weights alone do not tell, for whoever uses them: section `model` of the config, and the tokenizer.
+    model: dict[str, Any] = field(default_factory=dict)
+    tokenizer_name: str = ''
+    tokenizer_hash: str = ''  # empty: of an earlier version of the kit, or of a tokenizer that has none
+    # For a run that goes on with other settings: those of this run (see src/checkpoints/resume.py), and its place in the epoch.
+    settings: dict[str, Any] = field(default_factory=dict)
+    sample_in_epoch: int = 0
+
+    @property
+    def path(self) -> str:
+        """What Composer loads: the file of a full checkpoint, the folder of a sharded one."""
+        return self.name if self.sharded else next(iter(self.files))
+
+    def is_whole(self, folder: Folder) -> bool:
+        return all(folder.size(name) == size for name, size in self.files.items())
+
+    def reaches(self, max_duration: str) -> bool:
+        """Whether a run of this length is over."""
+        unit = Time.from_timestring(max_duration)
+        return Timestamp(epoch=self.epoch, batch=self.batch, sample=self.sample, token=self.token).get(unit.unit) >= unit
+
+
+def read_manifest(folder: Folder, name: str) -> Optional[Manifest]:
+    """That of the checkpoint `name`; None where there is none of this kit's."""
+    if folder.size(f'{name}.json') < 0:
+        return None
+    try:
+        manifest = Manifest(**json.loads(folder.read(f'{name}.json')))
+        own = rf'{name}(-rank0\.pt|/[\w.]+)'  # retention deletes what a manifest lists: its own files, and no others
+        return manifest if manifest.name == name and all(re.fullmatch(own, file) for file in manifest.files) else None
+    except (ValueError, TypeError):  # another program's, or of a save that was begun again
+        return None
+
+
+def manifests(folder: Folder) -> Iterator[Manifest]:
+    """Those of a folder, whole or not, newest first."""
+    names = [name[:-5] for name in folder.names() if re.fullmatch(rf'{STEP.pattern}\.json', name)]
+    for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r'\d+', name)][::-1], reverse=True):
+        if manifest := read_manifest(folder, name):
+            yield manifest
+
+
+def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:
+    """The names of the checkpoints in a folder, whole or not, and of the saves that were interrupted.
+
+    An interrupted save is no checkpoint. One that was whole once and is not now is a loss, which has to be said.
+    """
+    files = folder.names()
+    half = {file[:-len(UNFINISHED)] for file in files if file.endswith(UNFINISHED)} - {file[:-5] for file in files}
+    return sorted({match[0] for file in files if (match := STEP.match(file))} - half), sorted(half)
+
+
+def newest_whole(folder: Folder, setting: str) -> Optional[Manifest]:
+    """The newest whole checkpoint of a folder. A warning names the newer ones that are not whole."""
+    whole = next((manifest for manifest in manifests(folder) if manifest.is_whole(folder)), None)
+    if whole:
+        damaged = [name for name in saved_steps(folder)[0] if int(name.rpartition('-ba')[2]) > whole.batch]
+        if damaged:
+            log.warning('%s: %s in %s is not whole: its manifest is missing, or a file that it lists. The newest whole '
+                        'checkpoint is %s, and that is taken', setting, ', '.join(damaged), folder, whole.name)
+    return whole

@@ -1,0 +1,133 @@
+"""A run that goes on with other settings than its checkpoint's: what takes effect, what is refused, what is said."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from src.checkpoints.start import Start
+from src.common.errors import UserError
+from src.config import load as config
+from src.config.schema import Config, OptimizerConfig
+
+# Sections of the config that change nothing of the training.
+ELSEWHERE = {'run_name', 'save_folder', 'load_path', 'load_weights_only', 'trust_checkpoint', 'autoresume', 'callbacks',
+             'loggers', 'progress_bar', 'log_to_console', 'console_log_interval', 'log_traces'}
+# They are of a run's beginning, or a checkpoint brings its own.
+AT_THE_START = {'seed', 'eval_first', 'model.init_seed', 'model.init_std', 'model.pretrained'}
+# Keys of `train_loader` on which the order of its samples does not depend.
+NO_ORDER = {'remote', 'pin_memory', 'prefetch_factor', 'persistent_workers', 'timeout', 'drop_last', 'eval_samples',
+            'predownload', 'cache_limit', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip'}
+# On these neither, where the dataset counts its samples. It then keeps the checkpoint's values of the second set.
+NO_ORDER_OF_COUNTED = {'num_workers', 'max_seq_len', 'tokenizer_name', 'sequence_ids'}
+KEPT_BY_COUNTED = {'train_loader.dataset.shuffle_seed', 'train_loader.dataset.num_canonical_nodes'}
+
+
+def run_settings(c: Config, data: Mapping[str, str]) -> dict[str, Any]:
+    """What a manifest says of its run, for a later run to compare with.
+
+    Args:
+        c: The config.
+        data: Digests of the data sets, by the setting that names each.
+
+    Returns:
+        Dotted keys to JSON values, secrets masked; `devices` and `nodes` as well.
+    """
+    world_size = dist.get_world_size()
+    return {**config.flat(c), 'devices': world_size, 'nodes': world_size // dist.get_local_world_size(), **data}
+
+
+UNKNOWN = ('changed since the checkpoint: not known, for no manifest says what settings its run had. Data that is '
+           'packed on the fly goes on at the right place only with the same batch size, devices, workers and data')
+
+
+class Changes(NamedTuple):
+    """What a resumed run has changed since its checkpoint."""
+
+    lines: list[str]  # for the plan
+    schedule: bool  # whether the learning rate has another schedule
+
+
+def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Changes:
+    """Compares a run's settings with those of the checkpoint that it goes on from.
+
+    Args:
+        start: Where the run starts.
+        now: From `run_settings`.
+        counts_samples: Whether the training set goes on from a number of samples. Otherwise Composer goes on from a
+            number of batches: it reads the epoch again, and drops the batches that were trained on.
+
+    Raises:
+        UserError: The checkpoint is within an epoch, and its number of batches is another place in this run's epoch.
+    """
+    if start.kind != 'resume':
+        return Changes([], False)
+    then = start.manifest.settings if start.manifest else {}
+    if start.manifest is None or not then:
+        return Changes([UNKNOWN], False)
+    before, after = ({key: settings.get(key, 'unset') for key in [*now, *(then.keys() - now.keys())]}
+                     for settings in (then, now))
+    changed = {key: f'{key} {before[key]} → {value}' for key, value in after.items()
+               if value != before[key] and key.split('.')[0] not in ELSEWHERE}
+    moved = [key for key in changed if key in then and key in now and _moves_samples(key, now, counts_samples)]
+    in_epoch = start.manifest.sample_in_epoch > 0
+    if moved and in_epoch and not counts_samples:
+        raise UserError(
+            f'{start.setting}: {start.path} lies within an epoch whose place is a number of batches, as '
+            f'where text is packed on the fly. These settings change the samples of a batch, '
+            f'so some would come twice and others not at all: '
+            f'{", ".join(changed[key] for key in moved)}. Go on with the values that the checkpoint\'s run had, or start a '
+            'new run from its weights: load_path=FILE load_weights_only=true. With packed tokens (convert_c4.py '
+            '--concat_tokens) a run can go on with another batch size, other devices and other workers')
+    no_effect = [key for key in changed if key in AT_THE_START or counts_samples and key in KEPT_BY_COUNTED]
+    in_effect = [text for key, text in changed.items() if key not in no_effect]
+    lines = [f'changed since the checkpoint: {", ".join(in_effect)}'] if in_effect else []
+    if no_effect:
+        lines.append(f'changed without effect, since a resumed run keeps what its checkpoint has: '
+                     f'{", ".join(changed[key] for key in no_effect)}')
+    if in_epoch and (moved := [key for key in moved if key not in no_effect]):
+        lines.append(f'data: {", ".join(changed[key] for key in moved)}: this epoch goes on at its sample '
+                     f'{start.manifest.sample_in_epoch:,} in another order: it may repeat samples and leave out some')
+    in_duration = any(str(now.get(key)).endswith('dur') for key in ('scheduler.t_warmup', 'scheduler.t_max'))
+    return Changes(lines, any(key.startswith('scheduler.') or key == 'max_duration' and in_duration for key in changed))
+
+
+def _moves_samples(key: str, now: Mapping[str, Any], counts_samples: bool) -> bool:
+    """Whether the order of an epoch's samples depends on this setting."""
+    last = key.rpartition('.')[2]
+    if key in ('global_train_batch_size', 'devices', 'nodes'):
+        by_stream = now.get('train_loader.dataset.batching_method', 'random') != 'random'
+        return not counts_samples or by_stream and key == 'global_train_batch_size'
+    return (key.startswith('train_loader.') and last not in NO_ORDER
+            and not (counts_samples and last in NO_ORDER_OF_COUNTED))
+
+
+class OptimizerSettings(Callback):
+    """Has the config's settings of the optimizer take effect in a resumed run. A checkpoint brings its own run's.
+
+    Args:
+        new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's. Where they are
+            the same, the rate of the first batch is the checkpoint's to the bit.
+    """
+
+    def __init__(self, new_schedule: bool = False):
+        self._new_schedule = new_schedule
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        groups = state.optimizers[0].param_groups
+        # Keys that a setting is named like: others may be the optimizer's state. `initial_lr` is the peak rate, `lr`
+        # follows from it, and the optimizer sets `fused` at each step.
+        keys = {'initial_lr', *OptimizerConfig.model_fields} - {'lr', 'fused'}
+        self._asked = [{key: value for key, value in group.items() if key in keys} for group in groups]
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        groups = state.optimizers[0].param_groups
+        for group, asked in zip(groups, self._asked, strict=True):
+            group['lr'] *= asked['initial_lr'] / group['initial_lr']  # the schedule's factor stays
+            group.update(asked)
+        for scheduler in state.schedulers:
+            scheduler.base_lrs = [group['initial_lr'] for group in groups]
+            if self._new_schedule:
+                scheduler.step()  # Composer's take the rate from the state's timestamp

@@ -1,0 +1,173 @@
+"""Reads checkpoints without running code: tensors and plain values are read, everything else is refused.
+
+A full checkpoint is a pickle. So are `.metadata` and the values of a sharded one. Composer 0.32.1 and torch unpickle
+any object.
+"""
+
+import io
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from botocore.exceptions import BotoCoreError, ClientError
+from composer.utils import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.torch_version import TorchVersion
+
+from src.common.errors import UserError, first_line, is_out_of_memory
+
+ONLY_WEIGHTS = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # by which torch.load ignores `weights_only=False`
+
+# Composer's checkpoints hold these beside tensors and plain values: random states, times, a version. Numpy's numbers
+# and the rest are for the state of callbacks. A fork adds classes of its own in the same way.
+SAFE: list[Any] = [
+    timedelta, datetime, timezone, TorchVersion, np.ndarray, np.dtype,
+    np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0],
+    *{type(np.dtype(code)) for code in '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']}]
+torch.serialization.add_safe_globals(SAFE)
+
+# `.metadata` holds these beside plain values and torch's dtypes.
+METADATA_CLASSES = {
+    'torch.distributed.checkpoint.metadata': (
+        'Metadata', 'TensorStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING', 'ChunkStorageMetadata',
+        'BytesStorageMetadata', 'MetadataIndex', 'StorageMeta'),
+    'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
+    'torch.serialization': ('_get_layout',), 'torch': ('Size',),
+    'pathlib': ('PosixPath',), 'pathlib._local': ('PosixPath',), 'collections': ('OrderedDict',)}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        dtype = module_name == 'torch' and isinstance(getattr(torch, global_name, None), torch.dtype)
+        if dtype or global_name in METADATA_CLASSES.get(module_name, ()):
+            return super().find_class(module_name, global_name)
+        raise pickle.UnpicklingError(f'GLOBAL {module_name}.{global_name}')  # as torch.load says it
+
+
+def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
+    return _MetadataUnpickler(io.BytesIO(Path(self.path, '.metadata').read_bytes())).load()
+
+
+@contextmanager
+def no_code() -> Iterator[None]:
+    """Lets torch read tensors and plain values alone, also where a library asks for any object."""
+    forced, read = os.environ.get(ONLY_WEIGHTS), FileSystemReader.read_metadata
+    os.environ[ONLY_WEIGHTS] = '1'
+    FileSystemReader.read_metadata = _read_metadata
+    try:
+        yield
+    finally:
+        FileSystemReader.read_metadata = read
+        if forced is None:
+            del os.environ[ONLY_WEIGHTS]
+        else:
+            os.environ[ONLY_WEIGHTS] = forced
+
+
+@contextmanager
+def readable(setting: str, path: str, purpose: str, trust: str = '') -> Iterator[None]:
+    """Says in one message why a checkpoint cannot be read.
+
+    Args:
+        setting: Names the checkpoint, for the message.
+        path: Where the checkpoint lies.
+        purpose: What it cannot be loaded as.
+        trust: What to do where an object other than tensors and plain values is meant to be there.
+
+    Raises:
+        UserError: The checkpoint is damaged, of another model, out of reach, or holds such objects.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError,
+            pickle.UnpicklingError, BotoCoreError, ClientError, CheckpointException) as e:
+        cause = next(iter(e.failures.values()), (e,))[0] if isinstance(e, CheckpointException) else e
+        if is_out_of_memory(cause) or isinstance(cause, UserError):
+            raise cause from None
+        unsafe = re.search(r'GLOBAL ([\w.]+)', str(cause))
+        detail = re.search(r'WeightsUnpickler error: (.+)', str(cause))
+        why = (f'it holds {unsafe[1]}, and loading that would run code' if unsafe
+               else f'{type(cause).__name__}: {detail[1] if detail else first_line(cause)}')
+        raise UserError(f'{setting}: {path} cannot be loaded {purpose}: {why}; take another checkpoint'
+                        f'{trust if isinstance(cause, pickle.UnpicklingError) else ""}') from None
+
+
+def read_weights(local: str, setting: str, path: str) -> dict[str, Any]:
+    """The model's state dict out of a full checkpoint, without running code that the file may hold.
+
+    Args:
+        local: The file.
+        setting: Where the checkpoint is named, for messages.
+        path: Where it lies; `local` may be a copy.
+
+    Returns:
+        Tensors on the CPU, mapped from the file.
+
+    Raises:
+        UserError: The file is no checkpoint, or holds objects other than tensors and plain values.
+    """
+    with readable(setting, path, 'as the weights of a checkpoint'):
+        return weights_in(torch.load(local, map_location='cpu', weights_only=True, mmap=True), setting, path)
+
+
+def weights_in(checkpoint: Any, setting: str, path: str) -> dict[str, Any]:
+    """The model's state dict out of what a file holds.
+
+    Raises:
+        UserError: It is nothing that Composer has saved.
+    """
+    state = checkpoint.get('state') if isinstance(checkpoint, dict) else None
+    weights = state.get('model') if isinstance(state, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(f'{setting}: {path} is no checkpoint of the kit: it holds no weights under state.model; take '
+                        'another file')
+    return weights
+
+
+@contextmanager
+def loading(setting: str, path: str, trusted: Optional[bool] = None) -> Iterator[None]:
+    """Has Composer's Trainer read its `load_path` without running code. A fault of the file ends in one message.
+
+    Only the functions that read are wrapped. An error of a model, an optimizer or a callback keeps its traceback.
+
+    Args:
+        setting: Names the checkpoint, for messages.
+        path: Where the checkpoint lies.
+        trusted: Lets the checkpoint hold any object, and so run code. `.metadata` never may: torch alone writes it.
+            None: never, and the message does not offer it.
+    """
+    reads: list[tuple[Any, str]] = [
+        (checkpoint, 'download_checkpoint'), (checkpoint, '_torch_load_with_validation'), (checkpoint, 'dist_cp_load'),
+        (checkpoint, 'DistCPObjectStoreReader'), (checkpoint.FileSystemReaderWithValidation, 'read_metadata')]
+    originals = [getattr(owner, name) for owner, name in reads]
+    load_file = checkpoint._torch_load_with_validation
+
+    def wrapped(read: Callable, may_trust: bool) -> Callable:
+        def safely(*args: Any, **kwargs: Any) -> Any:
+            trust = ', or set trust_checkpoint=true if you trust who wrote this one' if may_trust and trusted is not None else ''
+            fault = readable(setting, path, 'into this model and optimizer', trust)
+            with fault, nullcontext() if trusted and may_trust else no_code():
+                found = read(*args, **kwargs)
+            if read is load_file:
+                weights_in(found, setting, path)
+            return found
+        return safely
+
+    for (owner, name), read in zip(reads, originals):
+        setattr(owner, name, wrapped(read, name != 'read_metadata'))
+    try:
+        yield
+    finally:
+        for (owner, name), read in zip(reads, originals):
+            setattr(owner, name, read)

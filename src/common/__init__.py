@@ -1,0 +1,1 @@
+"""Errors, progress bars, processes and storage: what every room needs. Imports nothing of ours."""

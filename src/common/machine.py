@@ -1,0 +1,163 @@
+"""What a run takes from the machine: a user, folders, a compiler, room in shared memory.
+
+This module imports nothing that is slow: programs call it before they import torch and Composer.
+"""
+
+import faulthandler
+import getpass
+import multiprocessing.util
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+from src.common.errors import DISK_FULL, UserError
+
+SHARED_MEMORY = Path('/dev/shm')
+LOW = 32 << 20  # bytes: with less free than this, shared memory is the likely cause of a crash
+# The kernel takes 107 bytes for the path of a socket, and multiprocessing adds a folder and a file.
+MAX_SOCKET_FOLDER = 107 - len('/pymp-xxxxxxxx/listener-xxxxxxxx')
+SOCKETS = '/tmp'  # where the path of a socket is short enough
+ENLARGE = ('start the container with docker run --shm-size=16g or --ipc=host (Kubernetes: mount an emptyDir of medium '
+           f'Memory at {SHARED_MEMORY}), or remove what other programs left there (ls -l {SHARED_MEMORY})')
+
+
+def prepare_environment() -> None:
+    """Sets variables that libraries read when they are imported.
+
+    USER and HOME are set where the system knows neither, as in `docker run --user 12345`: without a name torch.compile
+    raises a KeyError, and without a home the import of matplotlib a RuntimeError. TORCH_WARM_POOL is set where shared
+    memory is full: the processes that torch starts for later compilation would end in a traceback of their own.
+    """
+    if shared_memory_is_low():
+        os.environ.setdefault('TORCH_WARM_POOL', '0')
+    uid = os.getuid()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        os.environ['USER'] = f'user-{uid}'
+    if os.path.expanduser('~') == '~':
+        home = Path(tempfile.gettempdir(), f'home-of-user-{uid}')
+        home.mkdir(mode=0o700, exist_ok=True)
+        os.environ['HOME'] = str(home)
+
+
+def set_up_output() -> None:
+    """Lets a program print any text, and say where a signal such as SIGBUS has ended it.
+
+    A character that the encoding of the terminal lacks is printed as an escape, as in `\\u20ac`. Else `print` would
+    raise a UnicodeEncodeError under a locale that is not UTF-8, and for file names that are not.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors='backslashreplace')  # pyright: ignore[reportAttributeAccessIssue]
+    if sys.stderr:
+        faulthandler.enable()
+
+
+def shorten_socket_paths() -> None:
+    """Gives multiprocessing a short folder for its sockets where TMPDIR is too long for them.
+
+    Loader workers hand over batches by such sockets. Without one the run would wait for its first batch for ever.
+
+    Raises:
+        UserError: TMPDIR is too long, and no other folder can be written.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) <= MAX_SOCKET_FOLDER:
+        return
+    kept, tempfile.tempdir = tempfile.tempdir, SOCKETS
+    try:
+        multiprocessing.util.get_temp_dir()  # this process and its workers keep it; removed at the end
+    except OSError as e:
+        raise UserError(f'TMPDIR: {folder!r} has {len(os.fsencode(folder))} bytes, and the sockets of loader workers '
+                        f'allow {MAX_SOCKET_FOLDER}; {SOCKETS} cannot be used instead ({e.strerror}). Set TMPDIR to a '
+                        'folder with a shorter path') from e
+    finally:
+        tempfile.tempdir = kept
+
+
+def compiler_errors(has_gpu: bool) -> list[str]:
+    """What `torch.compile` lacks on this machine. On a GPU, Triton compiles C; on a CPU, inductor compiles C++."""
+    variable, language, names = ('CC', 'C', ('gcc', 'clang')) if has_gpu else ('CXX', 'C++', ('c++', 'g++', 'clang++'))
+    out, device = [], 'a GPU' if has_gpu else 'a CPU'
+    if not any(shutil.which(name) for name in (os.environ.get(variable) or names[0], *names)):
+        out.append(f'compile_config: torch.compile needs a {language} compiler on {device}, and there is no '
+                   f'{" or ".join(names)}; install one, set the variable {variable}, or set compile_config=null')
+    header = Path(sysconfig.get_path('include'), 'Python.h')
+    if not header.is_file():
+        package = f'python{sys.version_info.major}.{sys.version_info.minor}-dev'
+        out.append(f'compile_config: torch.compile needs the headers of Python on {device}, and there is no {header}; '
+                   f'install them (Debian and Ubuntu: apt-get install {package}), or set compile_config=null')
+    return out
+
+
+def not_writable(path: str) -> Optional[str]:
+    """The folder that keeps `path`, which may not exist yet, from being written; None: it can be written."""
+    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.exists(p))
+    return None if os.path.isdir(existing) and os.access(existing, os.W_OK) else str(existing)
+
+
+def free_shared_memory() -> Optional[int]:
+    """Free bytes of /dev/shm; None where there is no such folder, or no limit (its size is then said to be 0)."""
+    if not SHARED_MEMORY.is_dir():
+        return None
+    total, _, free = shutil.disk_usage(SHARED_MEMORY)
+    return free if total else None
+
+
+def megabytes(n: int) -> str:
+    return f'{n / 1e6:,.1f} MB' if n >= 1e5 else f'{n:,} bytes'
+
+
+def check_shared_memory(need: int, what: str, otherwise: str = '') -> None:
+    """Refuses a run for which shared memory has no room: a process that writes to a full one is killed by SIGBUS.
+
+    Args:
+        need: Bytes.
+        what: What takes them.
+        otherwise: What else the user can do.
+
+    Raises:
+        UserError: Fewer bytes are free.
+    """
+    free = free_shared_memory()
+    if free is not None and free < need:
+        raise UserError(f'{SHARED_MEMORY} (shared memory) has {megabytes(free)} free, and {what} take '
+                        f'{megabytes(need)} there; {ENLARGE}{otherwise}')
+
+
+def shared_memory_is_low() -> str:
+    """For a message about a crash: says that shared memory is full, and what to do; empty where it is not."""
+    free = free_shared_memory()
+    if free is None or free >= LOW:
+        return ''
+    return f'; {SHARED_MEMORY} (shared memory) is full, {megabytes(free)} are free: {ENLARGE}'
+
+
+def explain_lost_worker(error: Exception, setting: str) -> Optional[str]:
+    """What torch says when a loader worker is lost, in the words of the settings; None: it says something else.
+
+    Args:
+        error: From the rank's DataLoader.
+        setting: `train_loader` or `eval_loader`.
+    """
+    text, e = '', error
+    while e is not None:
+        text, e = f'{text} {e}', e.__cause__ or e.__context__
+    low = shared_memory_is_low()
+    if 'Bus error' in text or ('No space left' in text and '/torch_' in text) \
+            or (isinstance(error, OSError) and error.errno in DISK_FULL):
+        return (f'{setting}: its workers found no room in {SHARED_MEMORY} (shared memory), through which they hand '
+                f'over batches{low or f"; {ENLARGE}"}; or set {setting}.num_workers=0')
+    if 'exited unexpectedly' in text and low:
+        return f'{setting}: a loader worker has ended{low}; or set {setting}.num_workers=0'
+    if 'killed by signal: Killed' in text:
+        return (f'{setting}: a loader worker was killed (SIGKILL), most likely by the system, which has no memory '
+                f'left; set a smaller {setting}.num_workers, or give the run more memory')
+    if 'Too many open files' in text or 'ancdata' in text:  # a batch comes as file descriptors
+        return (f'{setting}: the process has as many files open as it may; raise the limit (ulimit -n 65536), or set a '
+                f'smaller {setting}.num_workers or prefetch_factor')
+    return None

@@ -1,0 +1,107 @@
+"""How worker processes begin and end: those of a launcher, of a DataLoader, of a conversion.
+
+This module imports nothing that is slow.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import multiprocessing.queues
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+
+log = logging.getLogger('src')
+
+PR_SET_PDEATHSIG = 1
+SETTLE_S = 0.05
+
+
+def _die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    parent = os.getppid()
+    prctl = getattr(ctypes.CDLL(None), 'prctl', None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(by))
+        if os.getppid() != parent:  # it died before the kernel knew
+            os._exit(1)
+
+
+def stop_with_parent() -> None:
+    """A subprocess's `preexec_fn`: when its parent dies, it is asked to stop."""
+    _die_with_parent(signal.SIGTERM)
+
+
+def die_with_launcher() -> None:
+    """Has the kernel kill this rank when its launcher dies, which would leave it behind with its GPU.
+
+    Not without a launcher: a plain `python main.py &` outlives its shell.
+    """
+    if 'RANK' in os.environ and 'LOCAL_RANK' in os.environ:
+        _die_with_parent()
+
+
+def _let_threads_settle() -> None:
+    """Gives gloo's threads the time to drop the tensors of the last collective, for which they enter the interpreter.
+
+    A loader worker that is forked in that moment never starts, up to Python 3.10.14 and 3.11.9:
+    https://github.com/python/cpython/issues/112275
+    """
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(SETTLE_S)
+
+
+os.register_at_fork(before=_let_threads_settle)
+
+
+def init_loader_worker(worker_id: int) -> None:
+    """A DataLoader's `worker_init_fn`: the worker ends with its rank, and only when its rank says so.
+
+    Ctrl-C and Slurm signal the loader workers too, while their rank still needs them to finish its batch.
+    """
+    signal.set_wakeup_fd(-1)  # inherited: signals of the worker would arrive as the rank's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_told, daemon=True).start()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_unsent)  # pyright: ignore
+    _die_with_parent()
+
+
+def _exit_unsent(error: Exception, _: Any) -> NoReturn:
+    """Ends a worker that cannot send its batch. multiprocessing would drop the batch, and the rank wait for ever."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def init_conversion_worker(temporary: str) -> None:
+    """A process pool's `initializer`: the worker ends with its parent, and Ctrl-C is the parent's to answer.
+
+    Args:
+        temporary: The folder for temporary files, for the parent to remove: libraries leave theirs when a worker is ended.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died while this process started
+        os._exit(1)
+    tempfile.tempdir = os.environ['TMPDIR'] = temporary
+    from tqdm import tqdm
+
+    # The lock that a bar makes itself is a semaphore, which stays behind when this worker is ended.
+    tqdm.set_lock(threading.RLock())
+
+
+def _exit_when_told() -> None:
+    parent = multiprocessing.parent_process()
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if sender == os.getppid() or (parent is not None and sender == parent.pid):
+            os._exit(0)  # torch's own handler does the same

@@ -1,0 +1,269 @@
+"""Every setting of a YAML: its name, type, range and default.
+
+A key that is not here is not a setting. `src/config/load.py` holds a YAML and command line against these classes.
+"""
+
+import re
+from types import NoneType
+from typing import Annotated, Any, Literal, Optional, Union, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Length = Annotated[int, Field(gt=1, le=2**31 - 1)]  # of a sequence
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Seconds = Annotated[float, Field(gt=0, le=2e6)]  # the system waits for a number of milliseconds that has 32 bits
+# A whole number of epochs, batches, samples or tokens, or a fraction of the duration
+TIME = re.compile(r'^([0-9]+(?:_[0-9]+)*(?!\.)|[0-9]+\.[0-9]+(?=dur))(ep|ba|sp|tok|dur)\Z')
+TimeString = Field(pattern=TIME.pattern)
+Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its keywords; null: no keywords; false: off
+
+
+class Section(BaseModel):
+    """A part of the YAML: unknown keys are mistakes, types are not converted, and null is a setting's default.
+
+    Empty text is a mistake, not "off": it comes from a variable of the shell that is not set.
+    """
+
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True, protected_namespaces=(), str_min_length=1,
+                              regex_engine='python-re', allow_inf_nan=False)
+
+    @model_validator(mode='before')
+    @classmethod
+    def _take_null_for_the_default(cls, values: Any) -> Any:
+        """Drops a null where a setting has no such value, so that `key=null` takes back what a YAML says."""
+        if not isinstance(values, dict):
+            return values
+        no_null = {key for key, field in cls.model_fields.items() if NoneType not in get_args(field.annotation)}
+        return {key: value for key, value in values.items() if value is not None or key not in no_null}
+
+
+class TokenizerConfig(Section):
+    name: Literal['hftokenizer'] = 'hftokenizer'
+    tokenizer_name: str  # a hub name or a folder
+    max_seq_len: Length
+
+
+class MosaicGPTConfig(Section):
+    """`model:` with `name: mosaic_gpt`."""
+
+    name: Literal['mosaic_gpt'] = 'mosaic_gpt'
+    device: Literal['cpu', 'meta'] = 'cpu'  # meta: no memory until the weights are drawn, shard by shard
+    d_model: Count
+    n_heads: Count
+    n_layers: Count
+    mlp_ratio: Count = 4
+    max_seq_len: Length
+    vocab_size: Count
+    init_std: float = Field(default=0.02, gt=0)
+    init_seed: int = Field(default=17, ge=0, le=2**63 - 1)  # a YAML without it: seed
+    mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
+    attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
+    flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'  # for flash
+    attn_within_document: bool = False  # no attention across documents of a sample, positions from 0 in each
+    attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    linear_impl: Literal['plain', 'fp8'] = 'plain'  # of the blocks' linear layers
+    loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits of a microbatch at once, for torch.compile to fuse
+    loss_chunk_tokens: Count = 1024  # tokens whose logits exist at one time
+    vocab_multiple: Optional[Count] = None  # of the chunked loss's logits' width; null: 64 on a GPU, else 1
+    activation_checkpointing_every: Count = 1  # n: of every n blocks the first, where fsdp_config turns it on
+
+
+class HFCausalLMConfig(Section):
+    """`model:` with `name: hf_causal_lm`."""
+
+    name: Literal['hf_causal_lm']
+    pretrained_model_name_or_path: Optional[str] = None  # a hub name or a folder; null: config_overrides alone
+    pretrained: bool = False  # load its weights, or only its shape
+    config_overrides: dict[str, Any] = {}
+    init_seed: int = Field(default=17, ge=0, le=2**63 - 1)
+    trust_remote_code: bool = False
+
+
+ModelConfig = Union[MosaicGPTConfig, HFCausalLMConfig]
+MODEL_CONFIGS: dict[str, type[Section]] = {get_args(cls.model_fields['name'].annotation)[0]: cls for cls in get_args(ModelConfig)}
+
+
+def _amount(whole: str, unit: str, what: str, example: str) -> AfterValidator:
+    """Holds a value against what streaming reads as a number: it takes 0 for a setting that is not given."""
+    pattern = re.compile(rf'(?=.*[1-9])({whole}|[0-9]*[.]?[0-9]+(e[0-9]+)? *{unit})', re.IGNORECASE)
+
+    def check(value: Union[int, str, None]) -> Union[int, str, None]:
+        if value is not None and not pattern.fullmatch(str(value)):
+            raise PydanticCustomError('amount', 'must be a number of {what} above 0, such as 5000000 or {example}',
+                                      {'what': what, 'example': example})
+        return value
+    return AfterValidator(check)
+
+
+class StreamConfig(Section):
+    """One of a dataset's `streams:`. `split` and the keys from `download_retry` on are the dataset's where they are null."""
+
+    remote: Optional[str] = None  # null or equal to `local`: nothing is copied
+    local: str
+    split: Optional[str] = Field(default=None, min_length=0)
+    # At most one of these, and `proportion` for all streams or none: of the epoch, of the stream's samples, or samples
+    proportion: Optional[float] = Field(default=None, gt=0)
+    repeat: Optional[float] = Field(default=None, gt=0)
+    choose: Optional[int] = Field(default=None, gt=0)
+    download_retry: Optional[int] = Field(default=None, ge=1)
+    download_timeout: Optional[Seconds] = None
+    validate_hash: Optional[str] = None
+    keep_zip: Optional[bool] = None
+
+
+class DatasetConfig(Section):
+    """`dataset:` of a loader. From `shuffle` on, the keys are StreamingDataset's own."""
+
+    remote: Optional[str] = None  # null or equal to `local`: nothing is copied
+    local: Optional[str] = None  # null: with `streams` alone
+    streams: Optional[dict[str, StreamConfig]] = Field(default=None, min_length=1)  # by name, instead of remote and local
+    split: str = Field(min_length=0)  # '': what lies in `remote` itself
+    tokenizer_name: str
+    max_seq_len: Length
+    group_method: Literal['truncate', 'concat'] = 'truncate'
+    sequence_ids: bool = False  # number the documents of a sample, and train no target across a border
+    shuffle: bool = False
+    shuffle_algo: Literal['py1e', 'py1br', 'py1s', 'py2s', 'naive'] = 'py1e'
+    shuffle_seed: Seed = 9176
+    shuffle_block_size: Optional[Count] = None
+    predownload: Optional[Count] = None
+    cache_limit: Annotated[Union[int, str, None], _amount('[0-9]{1,18}b?', '[kmgtpezy]b', 'bytes', '100gb')] = None
+    num_canonical_nodes: Count = 64  # with shuffle_seed the order of samples, on any number of devices
+    download_retry: int = Field(default=2, ge=1)  # after the first attempt
+    download_timeout: Seconds = 60.0
+    validate_hash: Optional[str] = None  # also hash what lies in `local` at the start; what is fetched always is
+    keep_zip: bool = False
+    epoch_size: Annotated[Union[int, str, None], _amount('[0-9]{1,18}', '[kmbt]', 'samples', '2.5m')] = None
+    sampling_method: Literal['balanced', 'fixed'] = 'balanced'
+    sampling_granularity: Count = 1
+    batching_method: Literal['random', 'stratified', 'per_stream'] = 'random'  # device_per_stream depends on the devices
+
+
+class LoaderConfig(Section):
+    """`train_loader:` and `eval_loader:`. From `drop_last` on, the keys are DataLoader's own."""
+
+    name: Literal['c4'] = 'c4'
+    dataset: DatasetConfig
+    eval_samples: int = Field(default=16384, ge=-1)  # eval_loader only, over all devices; -1: the whole split
+    drop_last: bool = False
+    num_workers: int = Field(default=0, ge=0)
+    pin_memory: bool = False
+    prefetch_factor: Optional[Count] = None
+    persistent_workers: bool = False
+    timeout: float = Field(default=0, ge=0, le=2e6)
+
+
+class OptimizerConfig(Section):
+    name: Literal['decoupled_adamw', 'adamw'] = 'decoupled_adamw'
+    lr: float = Field(gt=0)
+    betas: list[float] = [0.9, 0.95]
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    fused: bool = True  # all parameters in one kernel
+
+
+class SchedulerConfig(Section):
+    name: Literal['cosine_with_warmup', 'constant_with_warmup', 'linear_decay_with_warmup'] = 'cosine_with_warmup'
+    t_warmup: str = TimeString
+    alpha_f: float = Field(default=0.1, ge=0, le=1)
+    t_max: str = Field(default='1dur', pattern=TIME.pattern)
+
+
+class FSDPConfig(Section):
+    """`fsdp_config:`: Composer's keys; its own class would take any key in silence."""
+
+    version: Literal[1, 2, None] = None  # null: 1 on GPUs, 2 on CPUs, where FSDP1 cannot run
+    sharding_strategy: Literal['FULL_SHARD', 'SHARD_GRAD_OP', 'NO_SHARD', 'HYBRID_SHARD'] = 'FULL_SHARD'
+    mixed_precision: Literal['DEFAULT', 'PURE', 'FULL'] = 'DEFAULT'
+    activation_checkpointing: bool = False
+    activation_checkpointing_reentrant: bool = False
+    activation_cpu_offload: bool = False
+    backward_prefetch: Literal['BACKWARD_PRE', 'BACKWARD_POST', 'NONE'] = 'BACKWARD_PRE'
+    backward_prefetch_limit: Count = 1
+    cpu_offload: Literal[False] = False  # Composer refuses true
+    data_parallel_shard_degree: int = Field(default=-1, ge=-1)
+    data_parallel_replicate_degree: Optional[Count] = None
+    forward_prefetch: bool = False
+    forward_prefetch_limit: Count = 1
+    keep_low_precision_grads: bool = False
+    limit_all_gathers: bool = True
+    load_monolith_rank0_only: bool = False
+    sharded_ckpt_prefix_dir: Literal['ep{epoch}-ba{batch}'] = 'ep{epoch}-ba{batch}'  # by which autoresume finds them
+    state_dict_type: Literal['full', 'sharded'] = 'full'
+    sync_module_states: bool = False
+    use_orig_params: bool = True
+    verbose: bool = False
+    reduce_every_microbatch: bool = True  # the kit's own; false: gradients are reduced once a step, and whole in memory till then
+
+
+class CompileConfig(Section):
+    """`compile_config:`. From `mode` on, the keys are torch.compile's own."""
+
+    scope: Literal['block', 'model'] = 'block'  # block: each on its own, one graph for all; model: everything at once
+    mode: Optional[Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']] = None
+    backend: str = 'inductor'
+    fullgraph: bool = False
+    dynamic: Optional[bool] = None
+    options: Optional[dict[str, Any]] = None
+
+
+class Config(Section):
+    """The whole YAML."""
+
+    # Where the data lies. Other sections refer to these by ${...}.
+    data_remote: Optional[str] = None
+    data_local: str
+    tokenizer_name: str
+    max_seq_len: Length
+    run_name: Optional[str] = None  # null: $COMPOSER_RUN_NAME, else a random name
+    seed: Seed = 17
+
+    model: ModelConfig = Field(discriminator='name')
+    tokenizer: Optional[TokenizerConfig]  # null: a loader of your own does without
+    train_loader: LoaderConfig
+    eval_loader: Optional[LoaderConfig] = None
+    eval_samples: int = Field(default=16384, ge=-1)
+    allow_same_split: bool = False  # train and eval on one split, as when profiling with val alone
+
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    algorithms: Plugins = {}
+
+    max_duration: str = TimeString
+    eval_interval: str = Field(default='1ep', pattern=TIME.pattern)
+    eval_first: bool = False  # also evaluate the model as it was initialised
+    global_train_batch_size: Count  # the maths
+    device_train_microbatch_size: Union[int, Literal['auto']]  # the execution
+    device_eval_batch_size: Optional[Count] = None  # null: the microbatch, which is a number then
+    precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16'] = 'auto'
+    fsdp_config: Optional[FSDPConfig] = None
+    compile_config: Optional[CompileConfig] = None  # {}: torch.compile with its defaults; null: without
+    dist_timeout: Seconds = 600.0
+    max_nonfinite_in_a_row: Count = 10  # batches with a loss or gradient that is no number, before it ends
+
+    progress_bar: bool = True
+    log_to_console: bool = True
+    console_log_interval: str = Field(default='1ba', pattern=r'^[1-9][0-9]*(ep|ba)\Z')
+    log_traces: bool = False
+    callbacks: Plugins = {}
+    loggers: Plugins = {}
+
+    save_folder: Optional[str] = None
+    save_interval: str = Field(default='1000ba', pattern=TIME.pattern)
+    save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
+    load_path: Optional[str] = None
+    load_weights_only: bool = False
+    trust_checkpoint: bool = False  # load objects of any class from a checkpoint, which runs code that it may hold
+    autoresume: bool = False
+
+    @model_validator(mode='before')
+    @classmethod
+    def _evaluate_microbatches(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get('device_eval_batch_size') is not None:
+            return raw
+        microbatch = raw.get('device_train_microbatch_size')
+        return {**raw, 'device_eval_batch_size': microbatch} if isinstance(microbatch, int) and microbatch > 0 else raw

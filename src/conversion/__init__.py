@@ -1,0 +1,1 @@
+"""How files of documents become shards: wholly or not at all."""

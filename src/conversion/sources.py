@@ -1,0 +1,192 @@
+"""Where documents come from: C4 or another data set on the Hugging Face hub, a folder of files, the embedded sample.
+
+A split is a list of files. A file is the unit of work of a conversion: one process reads it, from its beginning to its end.
+"""
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional, Protocol
+
+from src.common.errors import DISK_FULL, UserError, first_line
+from src.config.data_places import is_url
+from src.conversion.documents import Bad, Document, documents
+from src.conversion.source_files import C4_COLUMNS, FORMATS, READABLE, SPLIT_WORDS, SourceFile
+
+C4 = 'allenai/c4'
+C4_COUNTS = {'train': (1024, 364_868_892), 'val': (8, 364_608)}  # files, documents of its config `en`
+ATTEMPTS = 10  # to fetch a file; the waits between them, 1 s to 1 min, sum to about 4 minutes
+DISK = (*DISK_FULL, errno.EROFS)  # of an OSError: this machine's fault, not the network's
+
+class Source(Protocol):
+    """What `convert_c4.py --source` names.
+
+    Attributes:
+        name: For the manifest.
+        revision: The commit of the hub's repository; None for files.
+        columns: What each document is stored with; the first holds the text.
+        is_c4: Whether it is C4's config `en`, whose files and documents are counted.
+    """
+    name: str
+    revision: Optional[str]
+    columns: tuple[str, ...]
+    is_c4: bool
+
+    def files(self, split: str) -> list[SourceFile]:
+        """The files of `train` or `val`, sorted. Raises UserError where there are none."""
+        ...
+
+
+# ---------------------------------------------------------------- the hub
+
+
+class HubSource:
+    """A data set on the hub. The client of `datasets` says which files make a split; they are fetched whole."""
+
+    def __init__(self, dataset: str = C4, config: Optional[str] = None, revision: Optional[str] = None) -> None:
+        from datasets import load_dataset_builder
+        from huggingface_hub import HfApi
+
+        self.config = config or ('en' if dataset == C4 else None)
+        self.is_c4 = (dataset, self.config) == (C4, 'en')
+        self.name = f'{dataset} {self.config or ""}'.strip()
+        self.columns = C4_COLUMNS if dataset == C4 else C4_COLUMNS[:1]
+        # asked first: `datasets` takes 25 s to find that nobody is there, and does not say so
+        retried(lambda: HfApi().dataset_info(dataset, revision=revision, timeout=30), self.name, attempts=3)
+        try:
+            builder = retried(lambda: load_dataset_builder(dataset, self.config, revision=revision), self.name)
+        except UserError:
+            raise
+        except (ValueError, RuntimeError) as error:  # a config that is not there, no files that are known, a script
+            raise UserError(f'--dataset: {self.name}: {public(str(error))}; set --config') from None
+        self.splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+        urls = [url for files in self.splits.values() for url in files]
+        wrong = [url for url in urls if not (url.lower().endswith(FORMATS) and url.startswith('hf://datasets/'))]
+        if wrong or not urls:
+            raise UserError(f'--dataset: {self.name} consists of files such as {public((wrong or ["none"])[0])}; those that '
+                            f'convert are on the hub and end in {READABLE}; files on this machine are --source FOLDER')
+        self.revision = _hub_parts(urls[0])[1]
+
+    def files(self, split: str) -> list[SourceFile]:
+        from huggingface_hub import HfApi
+
+        name = next((name for name in SPLIT_WORDS[split] if name in self.splits), None)
+        if name is None:
+            raise UserError(f'--splits: {self.name} has no split {" or ".join(SPLIT_WORDS[split])}; it has: '
+                            f'{", ".join(self.splits)}')
+        urls = sorted(self.splits[name])
+        sizes: dict[str, int] = {}
+        for repo, revision, folder in {(*_hub_parts(url)[:2], os.path.dirname(_hub_parts(url)[2])) for url in urls}:
+            tree = partial(HfApi().list_repo_tree, repo, folder or None, revision=revision, repo_type='dataset')
+            listed = retried(lambda tree=tree: list(tree()), self.name)
+            sizes |= {f'hf://datasets/{repo}@{revision}/{e.path}': getattr(e, 'size', 0) for e in listed}
+        return [SourceFile(url, sizes.get(url, 0)) for url in urls]
+
+
+def _hub_parts(url: str) -> tuple[str, str, str]:
+    """Repository, revision and path of `hf://datasets/REPOSITORY@REVISION/PATH`."""
+    repo, _, rest = url.removeprefix('hf://datasets/').partition('@')
+    revision, _, path = rest.partition('/')
+    return repo, revision, path
+
+
+def public(text: str) -> str:
+    """A message of others without the secrets that URLs in it carry: user, password, signature."""
+    return re.sub(r'(\w+://[^\s?]*)\?[^\s\'")>]*', r'\1?***', re.sub(r'(\w+://)[^/\s@]+@', r'\1***@', text))
+
+
+def _status(error: Optional[BaseException]) -> Optional[int]:
+    """The HTTP status behind an error, which libraries wrap in their own."""
+    while error is not None:
+        status = getattr(getattr(error, 'response', None), 'status_code', None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _nobody_there(error: Optional[BaseException]) -> bool:
+    """Whether no connection came about, which is no matter of a bad moment."""
+    from httpx import ConnectError, ConnectTimeout  # of huggingface-hub from 1.0 on, which has left requests
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
+    while error is not None and not isinstance(error, (ConnectTimeoutError, NewConnectionError, ConnectError, ConnectTimeout)):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, setting: str = '--source hub') -> Any:
+    """Calls the hub until it answers, waiting longer each time.
+
+    Args:
+        call: What to do.
+        what: Its object, for messages.
+        attempts: Where nobody answers at all; a hub that answers 5xx or 429, or hangs up, is asked ATTEMPTS times.
+        setting: Which one `what` belongs to.
+
+    Raises:
+        UserError: It did not, or says that there is no such thing, or not for this user.
+        OSError: This machine's disk is full or cannot be written.
+    """
+    from datasets.config import HF_ENDPOINT
+    from httpx import HTTPError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return call()
+        except (OSError, EOFError, HFValidationError, HTTPError) as error:  # every one of requests, the hub and datasets too
+            if getattr(error, 'errno', None) in DISK:
+                raise
+            reason, status = error, _status(error)
+        except RuntimeError as error:  # of hf_xet, which has no class of its own
+            if 'scripts are no longer supported' in str(error):
+                raise
+            reason, status = error, None
+        missing = isinstance(reason, (FileNotFoundError, HFValidationError)) and not isinstance(reason, LocalEntryNotFoundError)
+        if missing or (status is not None and 400 <= status < 500 and status not in (408, 429)):
+            raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for a private '
+                            f'or gated data set log in with `hf auth login` or set HF_TOKEN\n{_said(reason)}') from reason
+        limit = attempts if status is None and _nobody_there(reason) else ATTEMPTS
+        if constants.HF_HUB_OFFLINE or attempt >= limit:
+            raise UserError(f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
+                            f"({public(HF_ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; or use --source FOLDER "
+                            f"with C4's own files, or --source sample, which needs no network\n{_said(reason)}") from reason
+        print(f'note: {what}: {_said(reason)}; attempt {attempt} of {limit}', flush=True)
+        time.sleep(min(2 ** (attempt - 1), 60))
+
+
+def _said(error: Exception) -> str:
+    return f'{type(error).__name__}: {public(first_line(error))}'
+
+
+def fetched(path: str, folder: Path, quiet: bool = True) -> Path:
+    """The file on this disk. One of the hub is downloaded below `folder`, and goes on where an earlier attempt was cut.
+
+    Raises:
+        UserError: The hub does not give it.
+        OSError: The disk is full.
+    """
+    if not is_url(path):
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    (disable_progress_bars if quiet else enable_progress_bars)()  # not one for each worker, over one another
+    repo, revision, name = _hub_parts(path)
+    download = partial(hf_hub_download, repo, name, revision=revision, repo_type='dataset', local_dir=folder)
+    return Path(retried(download, path))
+
+
+def read(file: SourceFile, folder: Path, columns: Iterable[str], text_column: str, txt_lines: bool, quiet: bool = True,
+         ) -> Iterator[Document | Bad]:
+    """The documents of a file. A file of the hub is fetched to `folder` first. Raises as `fetched` and `documents` do."""
+    for path in file.paths:
+        yield from documents(fetched(path, folder, quiet), columns, text_column, path, txt_lines)

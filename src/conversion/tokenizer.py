@@ -1,0 +1,118 @@
+"""The tokenizer of a conversion: trained on its text, or one that is there already."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Optional
+
+from src.common.errors import UserError
+from src.config.data_places import is_url
+from src.conversion.documents import good_documents
+from src.conversion.manifest import TRAINED
+from src.conversion.parts import Place, folder_info
+from src.conversion.source_files import SourceFile
+from src.conversion.sources import read, retried
+
+TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
+STORED_TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
+                    'spiece.model', 'vocab.json', 'merges.txt', 'vocab.txt']  # of a folder in an object store
+TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
+
+
+def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterator[str]:
+    """The texts of the files, up to TOKENIZER_BYTES.
+
+    Raises:
+        UserError: A file or, without --skip_bad_docs, a document cannot be read; or there is no text.
+    """
+    total, counts = 0, {'bad_documents': 0}
+    with tempfile.TemporaryDirectory() as folder:
+        of_files = (read(file, Path(folder), ['text'], args.text_column, args.txt_lines, quiet=False) for file in files)
+        found = chain.from_iterable(good_documents(of, args.skip_bad_docs, counts, shown=0) for of in of_files)
+        for document in islice(found, args.max_docs):
+            yield document['text']
+            total += len(document['text'])
+            if total >= TOKENIZER_BYTES:
+                break
+    if not total:
+        raise UserError('--train_tokenizer: the files hold no text to train it on; check --source and --text_column')
+    if counts['bad_documents']:
+        print(f'--train_tokenizer: {counts["bad_documents"]:,} bad documents were left out')
+
+
+def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:
+    """Trains a tokenizer, unless there is one already, since splits may be tokenized with it."""
+    from src.conversion.sample_corpus import train_tokenizer
+
+    place = Place(out_root)
+    if place.read('tokenizer/tokenizer.json') is not None:
+        trained = place.read_bytes(f'tokenizer/{TRAINED}')
+        try:
+            asked = vocab_size if trained is None else json.loads(trained).get('vocab_size', vocab_size)
+        except (ValueError, AttributeError):
+            raise UserError(f'--train_tokenizer: {out_root}/tokenizer/{TRAINED} is no whole JSON object; delete '
+                            f'{out_root}/tokenizer and what was tokenized with it') from None
+        if asked != vocab_size:
+            raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set that, '
+                            'delete the folder and what was tokenized with it, or name another --out_root')
+        print(f'{out_root}/tokenizer: kept, it was there before')
+        return
+    staging, folder = None, Path(out_root, 'tokenizer')
+    try:
+        if not place.remote and (folder.is_file() or folder.is_dir() and os.listdir(folder)):
+            raise UserError(f'--out_root: {folder} is there, and holds something else than a trained tokenizer; move '
+                            'it away, or name another --out_root')
+        staging = place.staging('tokenizer')
+        n_tokens = train_tokenizer(texts, staging, vocab_size)
+        (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}), 'utf-8')
+        place.commit(staging, 'tokenizer', 'tokenizer.json')
+    except OSError as error:
+        raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '
+                        'then run again') from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    print(f'{out_root}/tokenizer: trained')
+    if n_tokens < vocab_size:
+        print(f'note: --train_tokenizer: {vocab_size}, and the text gives no more than {n_tokens} tokens')
+
+
+def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
+    """The tokenizer for --concat_tokens.
+
+    Args:
+        args: The command line.
+        folder: Empty, for a copy of a tokenizer that is in an object store.
+
+    Returns:
+        The name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
+    """
+    if args.concat_tokens is None:
+        return None, None, None
+    from src.tokenizer import HFTokenizer
+
+    name = args.tokenizer or f'{args.out_root}/tokenizer'
+    given = args.tokenizer or '../tokenizer'  # from each split, wherever they lie
+    if args.tokenizer is None and all(Place(name).read(file) is None for file in STORED_TOKENIZER[:2]):
+        raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
+                        'add --train_tokenizer VOCAB')
+    if is_url(name):
+        for file in STORED_TOKENIZER:
+            if (data := Place(name).read_bytes(file)) is not None:
+                (folder / file).write_bytes(data)
+        name = str(folder)
+    if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
+        from huggingface_hub import snapshot_download
+        # Once, so that the workers find it on this disk.
+        name = retried(lambda: snapshot_download(args.tokenizer, allow_patterns=TOKENIZER_FILES), name, 2, '--tokenizer')
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # processes are the parallelism, and they are forked
+    try:
+        return name, given, HFTokenizer(name, args.concat_tokens).hash
+    except UserError as error:
+        raise UserError(str(error).replace('tokenizer_name', '--tokenizer')) from None

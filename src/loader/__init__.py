@@ -1,0 +1,1 @@
+"""How shards reach a rank: whole, in one order."""

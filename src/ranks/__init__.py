@@ -1,0 +1,1 @@
+"""How processes meet, agree, stop and fail together."""

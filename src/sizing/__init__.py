@@ -1,0 +1,1 @@
+"""How many FLOPs, bytes, devices and hours a run takes."""

@@ -1,0 +1,279 @@
+"""What a training step holds in memory, by running the step of the real model on tensors that have shapes and no data.
+
+The model is the one that `model.name` builds, so a changed block or a user's own model is followed as it is. Nothing is
+allocated or computed: the step of a 70B model takes seconds on any computer.
+"""
+
+import logging
+import traceback
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple, Optional
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from composer.distributed.activation_checkpointing import apply_ac, generate_composer_model_check_fn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from src.causal_lm import ComposerCausalLM
+from src.common.errors import UserError, first_line
+from src.model_registry import COMPOSER_MODEL_REGISTRY
+
+FORWARD, LOSS, START = 'in the forward pass', 'in the loss', 'at the start of the backward pass'
+BACKWARD, UNIT_END = 'in the backward pass', 'at the end of the backward pass'
+EMBEDDINGS, END = "in the embeddings' backward pass", "at the end of the embeddings' backward pass"
+
+ATEN: Any = torch.ops.aten
+# Operators that autocast computes in fp32 on a GPU, and in the type of their input on a CPU.
+FP32_ON_GPUS = ('layer_norm', 'softmax.int', 'log_softmax.int', 'pow.Tensor_Scalar', 'rsqrt', 'exp')
+
+
+class Settings(NamedTuple):
+    """What the memory of a step depends on, besides the number of devices."""
+
+    model: Any  # section `model` of the config
+    microbatch: int
+    seq_len: int
+    has_gpu: bool
+    autocast: Optional[torch.dtype]
+    weights: torch.dtype  # of the weights that blocks compute with
+    sharded: bool  # FSDP reduces and frees the gradients of a unit when the unit's backward pass ends
+    accumulates: bool  # without FSDP: the gradients of earlier microbatches are there
+    checkpointing: bool
+    offload: bool
+
+
+class Phase(NamedTuple):
+    """A part of a step. `unit` numbers the FSDP units in the order in which they run; -1: the phase is of no unit."""
+
+    name: str
+    unit: int = -1
+
+
+class Trace(NamedTuple):
+    """The memory of a step.
+
+    Attributes:
+        model: What was built; its parameters have no data.
+        peaks: The most bytes of each phase, by kind: `weights` (copies in low precision), `gradients`, `activations`,
+            `logits` (of the loss). Master weights, optimizer state and what FSDP gathers and reduces are not counted.
+        units: The number of parameters of each FSDP unit, in the order in which they run.
+    """
+
+    model: ComposerCausalLM
+    peaks: dict[Phase, Counter[str]]
+    units: tuple[int, ...]
+
+
+_traces: dict[str, Trace] = {}
+
+
+def trace(settings: Settings) -> Trace:
+    """The memory of a step; one that was asked for before is not run again.
+
+    Raises:
+        UserError: The model cannot run on tensors without data.
+    """
+    key = f'{COMPOSER_MODEL_REGISTRY[settings.model.name]} {settings}'
+    if key not in _traces:
+        try:
+            _traces[key] = _run(settings)
+        except UserError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            # A model's own code and kernels, on tensors that they do not take
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            raise UserError(
+                f'model.name: the memory of {settings.model.name!r} cannot be predicted. Its step without data '
+                f'ended with {type(e).__name__}: {first_line(e)} ({where.filename}, line {where.lineno}). Measure the '
+                'memory with src/tools/benchmark.py, or have the model use operators of PyTorch') from e
+    return _traces[key]
+
+
+def _run(s: Settings) -> Trace:
+    on_host = saved_tensors_hooks(lambda x: x.to('meta'), lambda x: torch.empty_like(x, device='cpu'))
+    with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
+        model = _build(s.model, s.has_gpu)
+        params = list(model.parameters())
+        for p in params:
+            p.data = p.data.to(s.weights)
+        if s.checkpointing or s.offload:
+            apply_ac(model, s.checkpointing, s.offload, generate_composer_model_check_fn(model))
+        stack.enter_context(mock.patch('torch.distributed.algorithms._checkpoint.checkpoint_wrapper.save_on_cpu',
+                                       lambda **_: on_host))
+        if s.has_gpu:
+            stack.enter_context(_rules_of_gpus())
+        live = stack.enter_context(LiveBytes({p.untyped_storage()._cdata for p in params}))
+        units = _follow(model, live, s)
+        columns = ['input_ids', 'labels', *['sequence_id'] * model.attn_within_document]
+        batch = {column: torch.zeros(s.microbatch, s.seq_len, dtype=torch.long) for column in columns}
+        with torch.autocast('cpu', s.autocast) if s.autocast else nullcontext():
+            loss = model(batch)['loss']
+        live.enter(START)
+        loss.backward()
+        live.enter(END)
+    return Trace(model, live.peaks, tuple(sum(p.numel() for p in unit) for unit in units))
+
+
+def _build(section: Any, has_gpu: bool) -> ComposerCausalLM:
+    """The model, with kernels that a CPU has, and that keep for the backward pass what those of a GPU keep."""
+    update: dict[str, Any] = {'device': 'cpu', 'pretrained': False, 'linear_impl': 'plain'}
+    if has_gpu:
+        update['vocab_multiple'] = getattr(section, 'vocab_multiple', None) or 64
+        if getattr(section, 'attn_impl', None) in ('auto', 'flash'):
+            update |= {'attn_impl': 'sdpa', 'attn_within_document': False}
+    section = section.model_copy(update={key: value for key, value in update.items() if hasattr(section, key)})
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # the model tells which kernel it has, and these are not the run's
+    try:
+        with mock.patch('composer.utils.dist.run_local_rank_zero_first', nullcontext):  # a barrier, which needs data
+            return COMPOSER_MODEL_REGISTRY[section.name](section)
+    finally:
+        logging.disable(before)
+
+
+def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Settings) -> list[list[nn.Parameter]]:
+    """Has hooks tell `live` the phase of the step, and free gradients as FSDP does.
+
+    Returns:
+        The parameters of each FSDP unit, in the order in which the units run: the list fills in the forward pass.
+    """
+    is_unit = getattr(model.model, 'fsdp_wrap_fn', lambda module: False)
+    modules = [module for module in model.model.modules() if is_unit(module)]
+    owner = {p: module for module in modules for p in module.parameters()}  # the innermost unit, which comes last
+    units: list[list[nn.Parameter]] = []
+    running: list[int] = []
+
+    def finish_unit_and_enter(name: str, unit: int = -1) -> None:
+        if live.phase.name == BACKWARD and live.phase.unit != unit:
+            live.enter(UNIT_END, live.phase.unit)
+            if s.sharded:
+                for p in (p for done in units[live.phase.unit:] for p in done):
+                    p.grad = None
+        live.enter(name, unit)
+
+    def at_gradient_of(values: Any, *phase: Any) -> None:
+        for x in tree_leaves(values):
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(lambda _: finish_unit_and_enter(*phase))
+
+    def before_forward(module: nn.Module, *inputs: Any) -> None:
+        if live.phase.name in (FORWARD, LOSS):  # else activations are computed again
+            if not units:
+                at_gradient_of(inputs, EMBEDDINGS)
+            running.append(len(units))
+            units.append([p for p in owner if owner[p] is module])
+            live.enter(FORWARD, running[-1])
+
+    def after_forward(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if live.phase.name in (FORWARD, LOSS):
+            at_gradient_of(outputs, BACKWARD, running.pop())
+            if running:
+                live.enter(FORWARD, running[-1])
+            else:
+                live.enter(LOSS)
+
+    for module in modules:
+        module.register_forward_pre_hook(before_forward, with_kwargs=True)
+        module.register_forward_hook(after_forward)
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        if s.accumulates:
+            p.grad = torch.zeros_like(p)
+            live.set_kind(p.grad, 'gradients')
+        p.register_post_accumulate_grad_hook(lambda p: live.set_kind(p.grad, 'gradients'))
+    return units
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that exist, by kind, and keeps the peak of each phase.
+
+    Args:
+        params: The storages of the parameters, which are not counted.
+    """
+
+    def __init__(self, params: set[int]):
+        super().__init__()
+        self.params = params
+        self.held: dict[int, tuple[str, int]] = {}
+        self.now: Counter[str] = Counter()
+        self.phase = Phase(FORWARD)
+        self.peaks: dict[Phase, Counter[str]] = {}
+
+    def enter(self, name: str, unit: int = -1) -> None:
+        self.phase = Phase(name, unit)
+        self.note_peak()
+
+    def note_peak(self) -> None:
+        if self.phase not in self.peaks or self.now.total() > self.peaks[self.phase].total():
+            self.peaks[self.phase] = self.now.copy()
+
+    def set_kind(self, tensor: Optional[Tensor], kind: str) -> None:
+        assert tensor is not None
+        key = tensor.untyped_storage()._cdata
+        self.held[key] = kind, self.remove(key)
+        self.now[kind] += self.held[key][1]
+
+    def remove(self, key: int) -> int:
+        kind, size = self.held.pop(key)
+        self.now[kind] -= size
+        return size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            storage = x.untyped_storage() if isinstance(x, Tensor) and x.device.type == 'cpu' else None
+            if storage is None or storage._cdata in self.held or storage._cdata in self.params:
+                continue
+            is_cast = func is ATEN._to_copy.default and args[0].untyped_storage()._cdata in self.params
+            kind = 'weights' if is_cast else 'logits' if self.phase.name in (LOSS, START) else 'activations'
+            self.held[storage._cdata] = kind, storage.nbytes()
+            self.now[kind] += storage.nbytes()
+            weakref.finalize(storage, self.remove, storage._cdata)
+            # Where two gradients meet, autograd adds in place, but not on tensors without data: do not count both places.
+            if func is not ATEN.add.Tensor or torch.is_grad_enabled():
+                self.note_peak()
+        return out
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, training)[0] if training and p else x
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor] = None, dropout_p: float = 0.0, *args: Any,
+               **kwargs: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, *args, **kwargs)
+
+
+class DropoutOfGPUs(TorchFunctionMode):
+    """Has dropout keep a mask of bytes, and fused attention no mask, as on a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replaced = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention}.get(func, func)
+        return replaced(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _rules_of_gpus() -> Iterator[None]:
+    """Has operators on CPU tensors return the types that they return on a GPU, and keep what they keep there."""
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def in_fp32(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(autocast):
+                return operator(*(x.float() if isinstance(x, Tensor) else x for x in args), **kwargs)
+        return run
+
+    with torch.library._scoped_library('aten', 'IMPL') as library, DropoutOfGPUs():
+        for name in FP32_ON_GPUS:
+            packet, _, overload = name.partition('.')
+            operator = getattr(getattr(ATEN, packet), overload or 'default')
+            library.impl(name, in_fp32(operator), 'AutocastCPU')
+        yield

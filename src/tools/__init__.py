@@ -1,0 +1,1 @@
+"""Programs around a run: small shells over the other rooms."""

@@ -1,0 +1,240 @@
+"""Evaluates a checkpoint: `python src/tools/evaluate.py YAML load_path=FILE [key=value ...] [--split val] [--out PATH.json]`.
+
+Loss, perplexity and bits per byte over a whole split, or its first samples (`eval_samples=1000`), with the YAML's model, data,
+precision and sharding, through Composer's own evaluation. The same command after `composer` shares the work among several
+devices: each sample counts once, on any number of them. Nothing is saved or logged.
+"""
+# ruff: noqa: E402
+
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root, not from src
+
+from src.common import machine, workers
+
+if __name__ == '__main__':
+    workers.die_with_launcher()
+    machine.set_up_output()
+
+import main as training  # before Composer, which reads what it sets
+
+# isort: split
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from composer import Trainer
+from composer.utils import dist, reproducibility
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torchmetrics import Metric
+
+from src.causal_lm import IGNORE, next_token_targets
+from src.checkpoints.loading import check_loadable, finish_loading, same_weights
+from src.checkpoints.safe_reading import loading
+from src.checkpoints.start import Start, find_start
+from src.common.errors import UserError, first_line, is_out_of_memory
+from src.config import load as config
+from src.config.schema import Config, HFCausalLMConfig
+from src.data_c4 import StreamingC4
+from src.ranks import environment, rendezvous
+from src.ranks.failure_watch import FailureWatch
+from src.tokenizer import HFTokenizer, bytes_per_token
+from src.training import plugins, sharding
+from src.training.data import fingerprints, is_kits
+from src.training.report import log, log_to_stderr
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('yaml', metavar='YAML')
+    add('overrides', nargs='*', metavar='key=value', help='as for main.py')
+    add('--split', help="default: eval_loader's; streams that name their own keep it")
+    add('--out', type=Path, metavar='PATH.json', help='write the figures there too')
+    return parser.parse_intermixed_args(argv)
+
+
+def load(args: argparse.Namespace) -> DictConfig:
+    """The YAML as an evaluation reads it: all of the split unless the command line says otherwise, and nothing of training.
+
+    Raises:
+        UserError: It has no `eval_loader`, or cannot be read.
+    """
+    cfg = config.load([args.yaml, 'eval_samples=-1', *args.overrides])
+    _set(cfg, allow_same_split=True, global_train_batch_size=dist.get_world_size(), max_duration='1ba',
+         scheduler={'t_warmup': '0dur'}, algorithms={}, callbacks={}, loggers={}, save_folder=None, autoresume=False,
+         compile_config=None)
+    given = config.plain(cfg)
+    if not given.get('eval_loader'):
+        raise UserError(f'eval_loader: {args.yaml} has none, so there is no data to evaluate on; see yamls/quickstart.yaml')
+    _set(cfg, load_weights_only=given.get('load_path') is not None,
+         **{'eval_loader.drop_last': False, 'eval_loader.eval_samples': given['eval_samples']})
+    if given.get('device_eval_batch_size') is not None:  # else its default is the YAML's own microbatch
+        _set(cfg, device_train_microbatch_size=1)
+    if args.split:
+        _set(cfg, **{'eval_loader.dataset.split': args.split})
+    return cfg
+
+
+def _set(cfg: DictConfig, **changed: Any) -> None:
+    for key, value in changed.items():
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+
+
+class Totals(Metric):
+    """Sums over the samples that are counted: nats, targets, bytes of text that the targets stand for, and samples.
+
+    Args:
+        lengths: Bytes of each token id, from `bytes_per_token`.
+    """
+
+    full_state_update = False
+    lengths: Tensor
+    sums: Tensor
+
+    def __init__(self, lengths: NDArray) -> None:
+        super().__init__()
+        self.register_buffer('lengths', torch.from_numpy(lengths), persistent=False)
+        # float64: exact for whole numbers, and the sum of the losses does not depend on how many ranks share it
+        self.add_state('sums', torch.zeros(4, dtype=torch.float64), dist_reduce_fx='sum')
+
+    def update(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        _, targets = next_token_targets(batch)
+        n_bytes = self.lengths[targets[targets != IGNORE]].sum()
+        n_targets = outputs['n_targets'].double()
+        self.sums += torch.stack([outputs['loss'].double() * n_targets, n_targets, n_bytes,
+                                  torch.full_like(n_bytes, len(targets))])
+
+    def compute(self) -> Tensor:
+        return self.sums
+
+
+@plugins.outside_failures_explained('eval_loader')
+def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
+    """The figures of one split.
+
+    Args:
+        c: A checked config with an `eval_loader`.
+        watch: Ends this process when another rank fails.
+
+    Raises:
+        UserError: The checkpoint or the data is missing, is of another model, or holds nothing to predict.
+    """
+    rendezvous.initialize(c.dist_timeout)
+    if watch:
+        watch.start()
+    environment.agree('config', config.flat(c))
+    log.info('%s', environment.preflight())
+    reproducibility.seed_all(c.seed)
+    has_gpu = torch.cuda.is_available()
+
+    start = find_start(None, None, False, c.load_path, weights_only=True)
+    check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
+    tokenizer = training.build_tokenizer(c)
+    if start.manifest and start.manifest.tokenizer_hash and isinstance(tokenizer, HFTokenizer):
+        tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name,
+                             start.manifest.tokenizer_hash)
+    model, parallelism = training.build_model(c, tokenizer, start, has_gpu)
+    evaluators = training.build_evaluators(c, model)
+    environment.agree('data', fingerprints(None, evaluators[0].dataloader))
+    loader: Any = evaluators[0].dataloader.dataloader
+    dataset: Optional[StreamingC4] = loader.dataset.dataset if is_kits(loader) else None
+
+    reads_with = dataset.tokenizer if dataset else tokenizer and tokenizer.tokenizer
+    totals = Totals(bytes_per_token(reads_with, model.vocab_size) if reads_with else np.full(model.vocab_size, np.nan))
+    model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
+    model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
+    with loading(start.setting, str(start.path)), training.explained(c):
+        trainer = Trainer(
+            model=model,
+            eval_dataloader=evaluators,
+            precision=plugins.resolve_precision(c.precision, has_gpu),
+            parallelism_config=parallelism,
+            dist_timeout=c.dist_timeout,
+            seed=c.seed,
+            progress_bar=sys.stderr.isatty() and dist.get_global_rank() == 0,
+            load_path=None if start.weights_of_a_file else start.path,
+            load_weights_only=start.kind == 'weights',
+            load_ignore_keys=same_weights(start, model.state_dict()),
+        )
+    finish_loading(start, trainer)
+    log.info('weights: %s', weights(c, start))
+    try:
+        trainer.eval()
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise UserError(f'out of memory: {first_line(e)}\nset device_eval_batch_size below {c.device_eval_batch_size}, or '
+                            'fsdp_config.sharding_strategy=FULL_SHARD on more devices') from e
+        raise
+    nats, targets, n_bytes, samples = trainer.state.eval_metrics['eval']['totals'].compute().tolist()
+    trainer.engine.close()
+    if dataset:
+        assert samples == len(loader.dataset), f'{samples} samples were counted, of {len(loader.dataset)}'
+    place = dataset.place if dataset else 'what eval_loader, a loader of your own, gives'
+    if not targets:
+        raise UserError(f'eval_loader.dataset: {place} holds no token to predict')
+    loss = nats / targets
+    return {'loss': loss, 'perplexity': math.inf if loss > 709 else math.exp(loss),  # more has no float
+            'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes > 0 else None,  # NaN is not above 0
+            'documents' if dataset and dataset.column == 'text' else 'sequences': int(samples), 'tokens': int(targets),
+            'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': place, 'weights': weights(c, start)}
+
+
+def weights(c: Config, start: Start) -> str:
+    if start.path:
+        return start.path
+    if isinstance(c.model, HFCausalLMConfig) and c.model.pretrained:
+        return f'of {c.model.pretrained_model_name_or_path}'
+    return 'as initialised, untrained: load_path is not set'
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The figures for people."""
+    rows = 'documents' if 'documents' in found else 'sequences'
+    bits = found['bits_per_byte']
+    n_bytes = '' if found['bytes'] is None else f', {found["bytes"]:,} bytes of text'
+    return '\n'.join([
+        f'evaluation on {found["data"]}', f'  weights        {found["weights"]}',
+        f'  loss           {found["loss"]:.4f}   nats per token', f'  perplexity     {found["perplexity"]:.2f}',
+        f'  bits per byte  {bits:.4f}' if bits is not None else
+        '  bits per byte  unknown: the text that the tokens stand for cannot be counted; there is no tokenizer, or '
+        'tokenizer_name is no byte-level BPE, or not that of the tokens',
+        f'  predicted      {found["tokens"]:,} tokens of {found[rows]:,} {rows}{n_bytes}'])
+
+
+def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
+    """Evaluates, prints and writes the figures.
+
+    Raises:
+        UserError: Everything in the command line, the config or the data that the user can mend.
+    """
+    environment.check_environment(os.environ)
+    if args.out and dist.get_global_rank() == 0:  # which writes it
+        if not args.out.absolute().parent.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
+            raise UserError(f'--out: {args.out}: there is no folder {args.out.parent} that may be written')
+        if args.out.exists():
+            raise UserError(f'--out: {args.out} is there already; name another, or move it away')
+    c = config.check(load(args), plugins.REGISTRIES, dist.get_world_size(), torch.cuda.is_available(),
+                     kits_loader=training.has_kits_loader())
+    log_to_stderr()
+    found = evaluate(c, watch)
+    if dist.get_global_rank() == 0:
+        print(text(found), flush=True)
+        if args.out:
+            no_json = {key: None for key, x in found.items() if isinstance(x, float) and not math.isfinite(x)}
+            args.out.write_text(json.dumps({**found, **no_json}, indent=1) + '\n', 'utf-8')
+    return found
+
+
+if __name__ == '__main__':
+    arguments = parse_args(sys.argv[1:])
+    training.leave(training.guarded(lambda watch: main(arguments, watch)))

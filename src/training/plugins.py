@@ -1,0 +1,138 @@
+"""Algorithms, callbacks and loggers by name, and what is said where one of them fails."""
+
+import importlib.util
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+from composer import algorithms, callbacks, loggers
+from composer.core import Callback, Precision
+from composer.utils import MissingConditionalImportError
+
+from src.callbacks import profiling
+from src.callbacks.loggers import FileLogger, TensorboardLogger, WandBLogger
+from src.callbacks.metrics import SpeedMonitor, UnigramBaseline
+from src.callbacks.text_samples import TextSamples
+from src.common.errors import UserError, first_line
+from src.common.machine import explain_lost_worker
+from src.config.schema import Config, Plugins
+
+log = logging.getLogger('src')
+
+ALGORITHMS = {
+    'gradient_clipping': algorithms.GradientClipping,
+    'ema': algorithms.EMA,
+    'low_precision_layernorm': algorithms.LowPrecisionLayerNorm,
+    'swa': algorithms.SWA,
+}
+CALLBACKS = {
+    'speed_monitor': SpeedMonitor,
+    'lr_monitor': callbacks.LRMonitor,
+    'memory_monitor': callbacks.MemoryMonitor,
+    'runtime_estimator': callbacks.RuntimeEstimator,
+    'optimizer_monitor': callbacks.OptimizerMonitor,
+    'system_metrics_monitor': callbacks.SystemMetricsMonitor,
+    'nan_monitor': callbacks.NaNMonitor,
+    'early_stopper': callbacks.EarlyStopper,
+    'memory_snapshot': profiling.MemorySnapshot,
+    'oom_observer': profiling.OOMObserver,
+    'profiler': profiling.Profiler,
+    'unigram_baseline': UnigramBaseline,
+    'text_samples': TextSamples,
+}
+LOGGERS = {
+    'wandb': WandBLogger,
+    'tensorboard': TensorboardLogger,
+    'cometml': loggers.CometMLLogger,
+    'mlflow': loggers.MLFlowLogger,
+    'neptune': loggers.NeptuneLogger,
+    'file': FileLogger,
+}
+REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGERS}
+PACKAGES = {'wandb': 'wandb', 'tensorboard': 'tensorboard', 'cometml': 'comet_ml', 'mlflow': 'mlflow', 'neptune': 'neptune'}
+
+
+def build_all(section: str, chosen: Plugins) -> list[Any]:
+    """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
+
+    Raises:
+        UserError: A package is missing or broken, or a class refuses a value by a UserError, or a ValueError of
+            Composer's.
+    """
+    built = []
+    for name, kwargs in chosen.items():
+        if kwargs is False:
+            continue
+        cls = REGISTRIES[section][name]
+        try:
+            built.append(cls(**(kwargs or {})))
+        except (ImportError, MissingConditionalImportError) as e:
+            if name not in PACKAGES:
+                raise
+            broken = importlib.util.find_spec(PACKAGES[name]) is not None
+            why = f'cannot be imported: {first_line(e.__cause__ or e)}' if broken else 'is not installed'
+            raise UserError(f'{section}.{name}: its package {why}; pip install '
+                            f'{"--force-reinstall " * broken}{PACKAGES[name]}, or remove {name} from '
+                            f'{section}') from None
+        except (ValueError, TypeError) as e:
+            if not isinstance(e, UserError) and not cls.__init__.__module__.startswith('composer.'):
+                raise  # in another class it may be a bug
+            raise UserError(f'{section}.{name}: {e}') from None
+    return built
+
+
+@contextmanager
+def outside_failures_explained(loader: str = 'train_loader') -> Iterator[None]:
+    """Says what failed outside of the run: the store of a logger, or a loader worker that the system has ended.
+
+    Args:
+        loader: The section of the loader that is most likely the worker's.
+
+    Raises:
+        UserError: A logger's folder cannot be written, its server does not answer, or its service refuses; or a worker
+            is lost, which torch tells the rank at any moment.
+    """
+    try:
+        yield
+    except Exception as e:  # the service of each logger has error classes of its own; all others are raised again
+        if (name := _refusing_logger(e)) is not None:
+            raise UserError(f'loggers.{name}: {type(e).__name__}: {first_line(e)}. Change the keys of loggers.{name} '
+                            f'or the variables that its service reads, or switch it off: loggers.{name}=false') from e
+        if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, loader)):
+            raise UserError(why) from e
+        raise
+
+
+def _refusing_logger(e: BaseException) -> Optional[str]:
+    own = type(e).__module__.split('.')[0] in ('builtins', 'composer', 'torch', 'src')
+    if own and not isinstance(e, OSError):
+        return None
+    senders = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
+    stock = (*PACKAGES, 'file')  # an error of another logger may be a bug: it keeps its traceback
+    return next((name for sender in senders for name in stock if type(sender) is LOGGERS.get(name)), None)
+
+
+def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional[profiling.Profiler]]:
+    """The callbacks, and the profiler, which the Trainer takes by itself.
+
+    Args:
+        c: The config.
+        tokenizer: Hugging Face's own.
+    """
+    built = build_all('callbacks', c.callbacks)
+    for callback in built:
+        if isinstance(callback, TextSamples):
+            callback.prepare(tokenizer, c.train_loader.dataset.max_seq_len)
+            if c.eval_loader is None:
+                log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
+    profiler = next((cb for cb in built if isinstance(cb, profiling.Profiler)), None)
+    return [cb for cb in built if cb is not profiler], profiler
+
+
+def resolve_precision(name: str, has_gpu: bool) -> Precision:
+    """`auto` is amp_bf16 on a GPU and fp32 on a CPU."""
+    if name == 'auto':
+        name = 'amp_bf16' if has_gpu else 'fp32'
+    return Precision(name)

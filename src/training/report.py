@@ -1,0 +1,126 @@
+"""What a run says of itself: its plan before training, its summary after."""
+
+import logging
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from composer import Trainer
+from composer.utils import dist
+
+from src.callbacks.metrics import UnigramBaseline
+from src.causal_lm import ComposerCausalLM
+from src.checkpoints.start import Start
+from src.common.errors import UserError, first_line
+from src.common.flops import train_flops_per_token
+from src.config.checks import fsdp_version
+from src.config.derived import grad_accum
+from src.config.schema import Config
+from src.training import data
+
+log = logging.getLogger('src')
+
+
+def log_to_stderr() -> None:
+    """Shows the kit's own messages, on rank 0 alone."""
+    log.handlers = [logging.StreamHandler() if dist.get_global_rank() == 0 else logging.NullHandler()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str,
+         train_loader: Any, changed: Sequence[str] = ()) -> str:
+    """Every quantity that follows from the config, and what has `changed` since the checkpoint, before training."""
+    accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
+    seq_len = c.train_loader.dataset.max_seq_len
+    tokens = c.global_train_batch_size * seq_len
+    lines = [f'model: {c.model.name}, {model.n_params:,} parameters',
+             f'batch: {c.global_train_batch_size} samples of {seq_len} tokens = {tokens:,} tokens per step; '
+             f'{dist.get_world_size()} devices x {accum} microbatches of {microbatch}',
+             f'precision: {precision}; duration: {c.max_duration}']
+    if c.max_duration.endswith('ba'):
+        total = tokens * int(c.max_duration[:-2].replace('_', ''))
+        lines.append(f'tokens: {total:,} in all, {total / model.n_params:.1f} per parameter')
+    lines.append(f'sharding: {_sharding(c)}')
+    return '\n'.join([*lines, *data.describe(train_loader), f'start: {start}', *changed])
+
+
+def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:
+    """What the config does not say of a run, for its logs; `flops_per_token` as in src/common/flops.py."""
+    git = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        commit = ''
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {'n_params': model.n_params,
+            'flops_per_token': train_flops_per_token(model.n_params, model.n_layers, model.d_model,
+                                                     c.train_loader.dataset.max_seq_len),
+            'devices': dist.get_world_size(), 'nodes': dist.get_world_size() // dist.get_local_world_size(),
+            'device': gpu or f'CPU ({platform.machine()}), {torch.get_num_threads()} threads each',
+            'python': platform.python_version(), 'git_commit': commit or None,
+            **{name: version(name) for name in ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers')}}
+
+
+def _sharding(c: Config) -> str:
+    f, world_size = c.fsdp_config, dist.get_world_size()
+    version = fsdp_version(f, torch.cuda.is_available())
+    if f is None or version == 0:
+        return 'none' if world_size == 1 else f'none: each of {world_size} devices holds the whole model (DDP)'
+    text = f'FSDP{version} {f.sharding_strategy} on {world_size} device{"s" * (world_size > 1)}, {f.state_dict_type} checkpoints'
+    unused = {'backward_prefetch', 'backward_prefetch_limit', 'forward_prefetch', 'forward_prefetch_limit', 'limit_all_gathers',
+              'keep_low_precision_grads', 'sync_module_states', 'use_orig_params', 'activation_checkpointing_reentrant'}
+    given = [key for key in sorted(unused & f.model_fields_set) if getattr(f, key) != type(f).model_fields[key].default]
+    return text + (f'; without effect in FSDP2: {", ".join(given)}' if version == 2 and given else '')
+
+
+def out_of_memory(c: Config, e: BaseException) -> UserError:
+    """The settings to change, those first that cost least."""
+    steps, micro, f = [], c.device_train_microbatch_size, c.fsdp_config
+    if micro != 1:
+        steps.append(f'device_train_microbatch_size: {micro}; set {micro // 2}' if isinstance(micro, int) else
+                     "device_train_microbatch_size: 'auto'; set 1")
+        steps[0] += ' (the maths stays the same), and device_eval_batch_size likewise'
+    if getattr(c.model, 'loss_impl', None) == 'plain':
+        steps.append("model.loss_impl: 'plain'; set chunked, which never holds all logits")
+    elif (chunk := getattr(c.model, 'loss_chunk_tokens', 0)) > 256:
+        steps.append(f'model.loss_chunk_tokens: {chunk}; set {chunk // 4}')
+    if f is None or f.sharding_strategy != 'FULL_SHARD':
+        steps.append('fsdp_config.sharding_strategy: set FULL_SHARD, which divides the weights and all that belongs to them')
+    whole = c.compile_config is not None and c.compile_config.scope == 'model'  # which takes no checkpointed activations
+    if (f is None or not f.activation_checkpointing) and not whole:
+        steps.append('fsdp_config.activation_checkpointing: set true (slower)')
+    if f is None or not f.activation_cpu_offload:
+        steps.append('fsdp_config.activation_cpu_offload: set true (slower still)')
+    steps.append(f'more than {dist.get_world_size()} devices, a shorter max_seq_len, or a smaller model')
+    gpus = torch.cuda.device_count()
+    if gpus > dist.get_local_world_size():
+        steps.insert(0, f'start with `composer main.py ...`, which uses all {gpus} GPUs of this machine; this run uses '
+                     f'{dist.get_local_world_size()}')
+    listed = '\n'.join(f'  {i}. {step}' for i, step in enumerate(steps, 1))
+    return UserError(f'out of memory: {first_line(e)}\nChange, in this order:\n{listed}')
+
+
+def summary(trainer: Trainer, c: Config, checkpoint: Optional[str], seconds: float) -> str:
+    """What a finished run came to."""
+    state = trainer.state
+    train = float(state.train_metric_values.get('LanguageCrossEntropy', float('nan')))
+    lines = ['', '=' * 72, f'run {state.run_name}: {int(state.timestamp.batch)} batches, '
+             f'{int(state.timestamp.token):,} tokens trained on in {seconds:.0f} s{" with evaluation" if c.eval_loader else ""}',
+             f'  train loss     {train:.4f} (last batch)']
+    if c.eval_loader:
+        loss = float(state.eval_metric_values['LanguageCrossEntropy'])
+        lines.append(f'  eval loss      {loss:.4f}   perplexity {float(state.eval_metric_values["Perplexity"]):.2f}')
+        baseline: Optional[UnigramBaseline] = next((cb for cb in state.callbacks if isinstance(cb, UnigramBaseline)), None)
+        if baseline and baseline.entropy:
+            lines.append(f'  unigram        {baseline.entropy:.4f}   the eval loss of the best model that ignores context')
+    train_seconds = state.timestamp.total_wct.total_seconds()
+    lines.append(f'  throughput     {int(state.timestamp.token) / max(train_seconds, 1e-9):,.0f} tokens/s in training')
+    lines += [f'  checkpoint     {checkpoint or "none (set save_folder)"}',
+              'next: train longer (max_duration=...), your own data (python convert_c4.py --help),',
+              '      or a larger model: composer main.py yamls/mosaic_gpt/125m.yaml', '=' * 72]
+    return '\n'.join(lines)

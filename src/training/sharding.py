@@ -1,0 +1,134 @@
+"""FSDP in both versions: what Composer's Trainer is given, and what it leaves to do."""
+
+import importlib
+from contextlib import ExitStack
+from typing import Any, Optional
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.trainer import _patch_pytorch
+from composer.utils import FSDP2Config, FSDPConfig
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from src.common.errors import UserError
+from src.config import schema
+from src.config.checks import fsdp_version
+from src.config.derived import grad_accum
+
+
+def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Optional[dict[str, Any]]:
+    """What Composer's Trainer takes as `parallelism_config`; None: DDP, or one device alone."""
+    version = fsdp_version(cfg, has_gpu)
+    if cfg is None or version == 0:
+        return None
+    if version == 1:
+        complete_composers_patches()
+        return {'fsdp': FSDPConfig(**cfg.model_dump(exclude={'version', 'reduce_every_microbatch'}))}
+    shared = cfg.model_dump(include=FSDP2Config.settable_attrs())
+    return {'fsdp': FSDP2Config(reshard_after_forward=cfg.sharding_strategy == 'FULL_SHARD', **shared)}
+
+
+def check_blocks(cfg: Optional[schema.FSDPConfig], model: nn.Module, has_gpu: bool) -> None:
+    """Raises UserError where a block stands in the model several times, and FSDP2 would save what no run can load."""
+    if fsdp_version(cfg, has_gpu) != 2:
+        return
+    is_block = getattr(model, 'fsdp_wrap_fn', lambda module: False)
+    blocks = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_block(module)}
+    if len(blocks) > len({*blocks.values()}):
+        raise UserError(f'fsdp_config: some of the blocks {", ".join(blocks)} are one and the same module, which version 2 '
+                        'cannot load again from a checkpoint; set fsdp_config=null')
+
+
+def complete_composers_patches() -> None:
+    """Has Composer define what `device_train_microbatch_size: auto` needs of FSDP1 also where torch is above 2.7.0.
+
+    There it leaves the functions out and ends in a NameError. What they replace, `FlatParamHandle.unshard`, is the same up to
+    torch 2.11 at least.
+    """
+    if hasattr(_patch_pytorch, 'unshard_with_sync'):
+        return
+    version = torch.__version__
+    try:
+        torch.__version__ = '2.7.0'
+        importlib.reload(_patch_pytorch)
+    finally:
+        torch.__version__ = version
+
+
+def is_sharded(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> bool:
+    """Whether checkpoints are sharded: a folder, to which every device writes a file."""
+    return cfg is not None and cfg.state_dict_type == 'sharded' and fsdp_version(cfg, has_gpu) > 0
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Makes FSDP2 average gradients over gloo, as it does over NCCL.
+
+    FSDP2 asks for the average of the ranks' gradients; gloo, at least up to torch 2.7, answers with their sum and says
+    nothing. Adam hides a factor, gradient clipping and weight decay do not. So gloo is asked, and what is missing is divided.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not blocks or dist.get_backend() == 'nccl':
+        return
+    ranks = dist.get_world_size()
+    average = torch.empty(1)
+    dist.reduce_scatter_tensor(average, torch.ones(ranks), op=dist.ReduceOp.AVG)
+    factor = average.item()
+    assert factor in (1.0, ranks), f'the average of {ranks} ones is {factor}'
+
+    def divide(gradient: torch.Tensor) -> None:
+        gradient.div_(factor)
+
+    for block in blocks:
+        if factor != 1.0:
+            block.set_all_reduce_hook(divide)
+
+
+def compile_blocks(model: Any, keywords: Any) -> None:
+    """Has `torch.compile` take each block on its own, so that all share one graph and wrappers stay outside of it.
+
+    Args:
+        model: Its `fsdp_wrap_fn` says what is a block. Names of parameters do not change.
+        keywords: Of `torch.compile`.
+
+    Raises:
+        UserError: The model does not say, or has none.
+    """
+    is_block = getattr(model, 'fsdp_wrap_fn', lambda module: False)
+    blocks = [module for module in model.modules() if is_block(module)]
+    if not blocks:
+        raise UserError(f"compile_config.scope: 'block', and no fsdp_wrap_fn of {type(model).__name__} names one; set model")
+    for block in blocks:
+        block.compile(**keywords)
+
+
+class ReduceOncePerStep(Callback):
+    """Has FSDP sum the gradients of a step's microbatches on each device, and reduce them with the last one's.
+
+    Composer reduces them with every microbatch, which DDP does not. Until the last, whole gradients are kept.
+    """
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._kept = ExitStack()
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        assert state.device_train_microbatch_size is not None
+        self._left = grad_accum(len(state.batch['input_ids']), int(state.device_train_microbatch_size))
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        self._left -= 1
+        for module in state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(self._left == 0, recurse=False)
+            elif isinstance(module, FullyShardedDataParallel) and self._left > 0 and module.check_is_root():
+                self._kept.enter_context(module.no_sync())
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        self._kept.close()
+
+
+def build_callbacks(cfg: Optional[schema.FSDPConfig]) -> list[Callback]:
+    return [ReduceOncePerStep()] if cfg and not cfg.reduce_every_microbatch else []

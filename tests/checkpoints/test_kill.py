@@ -1,0 +1,205 @@
+"""SIGKILL at random moments, again and again: the run that is left equals one that was never interrupted."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
+
+from src.checkpoints.manifest import manifests
+from src.common.storage import Folder, LocalFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+BATCHES = 600
+ARGV = ('run_name=one', 'autoresume=true', f'max_duration={BATCHES}ba', 'save_interval=5ba', 'eval_loader=null',
+        'save_num_checkpoints_to_keep=3', 'log_to_console=false', 'global_train_batch_size=24', 'model.d_model=64',
+        'model.n_layers=4', 'device_train_microbatch_size=12', 'train_loader.num_workers=1', 'model.resid_pdrop=0.1',
+        'dist_timeout=60')
+
+
+def start(ranks: int, *argv: str, **env: str) -> subprocess.Popen:
+    """The launcher, with its output in a file that is gone with it."""
+    command = [str(SCRIPTS / 'composer'), '-n', str(ranks), '--master_port', str(free_port()), 'main.py',
+               'yamls/quickstart.yaml', *argv]
+    return subprocess.Popen(command, cwd=ROOT, env=clean_env(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def parents() -> dict[int, int]:
+    """Every process of this machine with its parent; zombies are dead."""
+    found = {}
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(')')[2].split()[:2]
+            if state != 'Z':
+                found[int(stat.parent.name)] = int(parent)
+    return found
+
+
+def below(pid: int) -> list[int]:
+    """The processes that descend from this one, itself first."""
+    tree, family = parents(), [pid]
+    for member in family:
+        family += [child for child, parent in tree.items() if parent == member]
+    return family
+
+
+def is_rank(pid: int) -> bool:
+    """And not a helper that a library has started, such as inductor's pool."""
+    with contextlib.suppress(OSError):
+        return b'\0main.py\0' in Path(f'/proc/{pid}/cmdline').read_bytes()
+    return False
+
+
+def kill_one(launcher: subprocess.Popen, rng: random.Random) -> str:
+    """Kills the launcher, or one of its ranks; returns once all of them are gone."""
+    family = below(launcher.pid)
+    ranks = [pid for pid, parent in parents().items() if parent == launcher.pid and is_rank(pid)]
+    victim = rng.choice([launcher.pid, *ranks])
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
+    output = launcher.communicate(timeout=60)[0]
+    deadline = time.monotonic() + 30
+    while (left := set(family) & set(parents())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, f'{left} outlived the kill of {victim} of {family}\n{output[-3000:]}'
+    return output
+
+
+def finish(launcher: subprocess.Popen) -> None:
+    output = launcher.communicate(timeout=600)[0]
+    assert launcher.returncode == 0, output[-5000:]
+
+
+def state_of(folder: Path) -> dict:
+    return torch.load(next(folder.glob(f'ep*-ba{BATCHES}-rank0.pt')), weights_only=False)['state']
+
+
+def same_end(got: dict, want: dict) -> None:
+    """Weights, optimizer and the place in the data, bit for bit."""
+    for name, weight in want['model'].items():
+        assert torch.equal(got['model'][name], weight), name
+    for name, values in want['optimizers']['DecoupledAdamW']['state'].items():
+        for key, value in values.items():
+            assert torch.equal(got['optimizers']['DecoupledAdamW']['state'][name][key], value), (name, key)
+    assert got['dataset_state'] == want['dataset_state']
+    for key in ('epoch', 'batch', 'sample', 'token'):
+        assert got['timestamp']['Timestamp'][key] == want['timestamp']['Timestamp'][key]
+
+
+def newest(folder: Folder) -> int:
+    return max((m.batch for m in manifests(folder)), default=0)
+
+
+def test_25_kills_change_nothing(tokens_root, tmp_path):
+    """Of the launcher or of a rank, from the first import to the last batch; nothing is cleaned up by hand."""
+    argv = tiny(tokens_root, *ARGV)
+    whole = start(2, *argv, f'save_folder={tmp_path}/whole')
+    began = time.monotonic()
+    while newest(LocalFolder(tmp_path / 'whole')) == 0:
+        assert whole.poll() is None, whole.communicate()[0][-5000:]
+        time.sleep(0.05)
+    to_first_save = time.monotonic() - began
+    finish(whole)
+
+    rng, reached = random.Random(17), []
+    for _ in range(25):
+        launcher = start(2, *argv, f'save_folder={tmp_path}/killed')
+        before = newest(LocalFolder(tmp_path / 'killed'))
+        if rng.random() < 0.4:  # while it imports, meets, loads; or soon after, where that is faster now
+            until = time.monotonic() + rng.uniform(0, to_first_save)
+            while time.monotonic() < until and newest(LocalFolder(tmp_path / 'killed')) == before:
+                time.sleep(0.05)
+        else:  # while it trains, or saves
+            while newest(LocalFolder(tmp_path / 'killed')) == before:
+                assert launcher.poll() is None, launcher.communicate()[0][-5000:]
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 0.5))
+        kill_one(launcher, rng)
+        reached.append(newest(LocalFolder(tmp_path / 'killed')))
+    print('newest whole checkpoint after each kill:', reached, f'seconds to the first: {to_first_save:.1f}')
+    assert reached == sorted(reached), 'no kill loses what was saved'
+    assert 0 < reached[-1] < BATCHES and len(set(reached)) > 3, 'the kills came while it trained'
+    finish(start(2, *argv, f'save_folder={tmp_path}/killed'))
+    same_end(state_of(tmp_path / 'killed'), state_of(tmp_path / 'whole'))
+    assert len([*manifests(LocalFolder(tmp_path / 'killed'))]) == 3
+
+
+@contextlib.contextmanager
+def flaky_s3(share: float):
+    """A real S3 server on loopback that answers this share of all requests with 503."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    app, rng = DomainDispatcherApplication(create_backend_app), random.Random(0)
+    counts = {'requests': 0, 'failed': 0}
+
+    def flaky(environ, start_response):
+        counts['requests'] += 1
+        if not environ['PATH_INFO'].startswith('/moto-api') and rng.random() < share:
+            counts['failed'] += 1
+            environ['wsgi.input'].read(int(environ.get('CONTENT_LENGTH') or 0))
+            start_response('503 Service Unavailable', [('Content-Type', 'text/plain'), ('Content-Length', '0')])
+            return [b'']
+        return app(environ, start_response)
+
+    server = make_server('127.0.0.1', 0, flaky, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f'http://127.0.0.1:{server.server_port}', counts
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_8_kills_with_data_and_checkpoints_on_a_failing_s3(tokens_root, tmp_path):
+    import boto3
+    from botocore.config import Config
+
+    with flaky_s3(0.1) as (url, counts):
+        secrets = {'aws_access_key_id': 'none', 'aws_secret_access_key': 'none', 'region_name': 'us-east-1'}
+        s3 = boto3.client('s3', endpoint_url=url, config=Config(retries={'max_attempts': 20, 'mode': 'standard'}), **secrets)
+        s3.create_bucket(Bucket='bucket')
+        for path in tokens_root.rglob('*'):
+            if path.is_file() and path.parent.name == 'train':
+                s3.upload_file(str(path), 'bucket', f'data/{path.relative_to(tokens_root)}')
+        env = {'S3_ENDPOINT_URL': url, 'AWS_ACCESS_KEY_ID': 'none', 'AWS_SECRET_ACCESS_KEY': 'none',
+               'AWS_DEFAULT_REGION': 'us-east-1', 'TMPDIR': str(tmp_path)}
+        remote = ['data_remote=s3://bucket/data', f'data_local={tmp_path}/cache', f'tokenizer_name={tokens_root}/tokenizer',
+                  'save_folder=s3://bucket/runs/{run_name}', 'train_loader.dataset.download_retry=5']
+        argv = [*tiny(tokens_root, *ARGV), *remote]
+
+        def saved() -> int:
+            keys[:] = [o['Key'] for page in s3.get_paginator('list_objects_v2').paginate(Bucket='bucket', Prefix='runs/one/')
+                    for o in page.get('Contents', [])]
+            return max((int(key.split('-ba')[1][:-5]) for key in keys if key.endswith('.json')), default=0)
+
+        keys: list[str] = []
+        rng, reached = random.Random(17), [0]
+        for _ in range(8):
+            launcher = start(1, *argv, **env)
+            while saved() <= reached[-1]:
+                assert launcher.poll() is None, launcher.communicate()[0][-5000:]
+                time.sleep(0.1)
+            time.sleep(rng.uniform(0, 1))
+            kill_one(launcher, rng)
+            reached.append(saved())
+        print('newest whole checkpoint after each kill:', reached, counts)
+        assert reached[-1] < BATCHES
+        finish(start(1, *argv, **env))
+        assert saved() == BATCHES
+        last = next(key for key in keys if key.endswith(f'-ba{BATCHES}-rank0.pt'))
+        s3.download_file('bucket', last, str(tmp_path / Path(last).name))
+        assert counts['failed'] > 0.05 * counts['requests']
+    finish(start(1, *tiny(tokens_root, *ARGV), f'save_folder={tmp_path}/whole'))
+    same_end(state_of(tmp_path), state_of(tmp_path / 'whole'))
+    assert not list(tmp_path.glob('checkpoints-*')), 'what the killed runs had begun to send is gone'

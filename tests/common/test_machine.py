@@ -1,0 +1,416 @@
+"""What a machine may lack: room in shared memory, a name of the user, a short TMPDIR, UTF-8, a disk to write to."""
+
+import ast
+import errno
+import faulthandler
+import getpass
+import multiprocessing.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pytest
+import torch
+from composer.loggers import InMemoryLogger
+from conftest import orphans
+from hosts import need_nodes
+from launch import ROOT, clean_env, tiny
+from streaming import MDSWriter
+from streaming.base import stream as streaming_stream
+from torch.utils.data import DataLoader, Dataset
+
+import main
+from src.callbacks import loggers
+from src.common import machine
+from src.common.errors import UserError
+from src.common.workers import init_loader_worker
+from src.config import load as config
+from src.data_c4 import StreamingC4, build_c4_dataloader
+from src.loader import shared_memory
+from src.ranks import failure_watch
+from src.tools import evaluate
+from src.training import plugins, report
+
+# ---------------------------------------------------------------- shared memory
+
+
+def loader(root: Path, num_workers: int = 0, evaluate: bool = False, split: str = 'train') -> DataLoader:
+    """Batches of 10 sequences of 32 tokens."""
+    cfg = {'local': str(root), 'split': split, 'max_seq_len': 32, 'tokenizer_name': str(root / 'tokenizer'),
+           'num_canonical_nodes': 1}
+    return build_c4_dataloader({'dataset': cfg, 'num_workers': num_workers, 'eval_samples': -1}, 10, evaluate)
+
+
+@pytest.fixture
+def no_other_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, '_needs', WeakKeyDictionary())
+
+
+def test_a_loader_is_refused_that_does_not_fit_into_shared_memory(tokens_root, monkeypatch, no_other_loaders):
+    # 2 workers prepare 2 batches each, of 2 tensors of 10 x 32 x 8 bytes, in pages; 500 samples take 8 bytes each
+    need = 2 * 2 * 2 * 4096 + 8 * 500
+    monkeypatch.setattr(machine, 'free_shared_memory', lambda: need)
+    train = loader(tokens_root, 2)
+    with pytest.raises(UserError) as e:
+        loader(tokens_root, 1, evaluate=True, split='val')  # 1 worker with 2 batches: too many with those of `train`
+    assert str(e.value).startswith(
+        f'/dev/shm (shared memory) has {need:,} bytes free, and the batches of loader workers (eval_loader: 2 of 8,192 '
+        f'bytes) and the order of the samples take {need + 2 * 2 * 4096:,} bytes there; start the container with '
+        'docker run --shm-size=16g or --ipc=host')
+    assert str(e.value).endswith('or set a smaller eval_loader.num_workers')
+    del train
+    loader(tokens_root, 1, evaluate=True, split='val')
+    monkeypatch.setattr(machine, 'free_shared_memory', lambda: 3999)
+    with pytest.raises(UserError, match='take 4,000 bytes there'):  # the order alone
+        loader(tokens_root)
+    monkeypatch.setattr(machine, 'free_shared_memory', lambda: 4000)
+    loader(tokens_root)
+
+
+def test_a_dataset_in_full_shared_memory_is_a_message(tokens_root, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    before = orphans()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'posix_fallocate', full)
+        patch.setattr(machine, 'free_shared_memory', lambda: 0)
+        with pytest.raises(UserError, match='has 0 bytes free, and the places and the order of the samples take'):
+            StreamingC4(str(tokens_root / 'tokenizer'), 32, local=str(tokens_root), split='train')
+    assert orphans() <= before
+    assert StreamingC4(str(tokens_root / 'tokenizer'), 32, local=str(tokens_root), split='train').size == 500
+
+
+# Shared memory that really is full, and a disk that really cannot be written. argv: a folder of tokens, one with zstd
+SMALL_MACHINE = """
+import os, subprocess, sys
+os.environ['TORCH_WARM_POOL'] = '0'
+from pathlib import Path
+from src.common import machine
+from src.common.errors import UserError
+from src.data_c4 import StreamingC4, build_c4_dataloader
+
+tokens, packed = sys.argv[1:]
+def build(num_workers=0, root=tokens, batch_size=10, **dataset):
+    cfg = {'local': root, 'split': 'train', 'max_seq_len': 32, 'tokenizer_name': tokens + '/tokenizer',
+           'num_canonical_nodes': 1, **dataset}
+    return build_c4_dataloader({'dataset': cfg, 'num_workers': num_workers}, batch_size)
+def said(name, call):
+    try:
+        print(f'{name}: {call()} batches')
+    except UserError as e:
+        print(f'{name}: {e}')
+
+fill = Path('/dev/shm/another_job')
+subprocess.run(['dd', 'if=/dev/zero', f'of={fill}', 'bs=1M'], capture_output=True)
+said('open', lambda: len(list(build())))
+fill.unlink()
+said('refused', lambda: len(list(build(batch_size=500, num_workers=9))))
+streams_of_batches = build(batch_size=500, num_workers=1)
+with fill.open('wb') as f:
+    f.truncate(machine.free_shared_memory() - (40 << 10))
+    os.posix_fallocate(f.fileno(), 0, machine.free_shared_memory() - (40 << 10))
+said('filled', lambda: len(list(streams_of_batches)))
+fill.unlink()
+subprocess.run(['mount', '--bind', packed, packed], check=True)
+subprocess.run(['mount', '-o', 'remount,bind,ro', packed, packed], check=True)
+said('in place', lambda: len(list(build(root=packed))))
+said('copied to it', lambda: len(list(build(remote=tokens, root=packed + '/copy'))))
+said('copied', lambda: len(list(build(remote=packed, root=packed + '-copy'))))
+"""
+
+
+@pytest.fixture
+def packed(tokens_root: Path, tmp_path: Path) -> Path:
+    """The first 40 sequences of `tokens_root`, compressed, in several shards."""
+    source = StreamingC4(str(tokens_root / 'tokenizer'), 32, local=str(tokens_root), split='train')
+    with MDSWriter(out=str(tmp_path / 'packed/train'), columns={'tokens': 'ndarray:uint16'}, size_limit=1 << 10,
+                   compression='zstd') as out:
+        for i in range(40):
+            out.write(source[i])
+    shutil.copytree(tokens_root / 'tokenizer', tmp_path / 'packed/tokenizer')
+    return tmp_path / 'packed'
+
+
+def test_full_shared_memory_and_disks_that_cannot_be_written_are_messages(tokens_root, packed, tmp_path):
+    need_nodes()
+    command = ['unshare', '--mount', '--map-root-user', 'sh', '-c',
+               'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', 'sh', sys.executable, '-c', SMALL_MACHINE]
+    done = subprocess.run([*command, str(tokens_root), str(packed)], cwd=ROOT, env=clean_env(), text=True,
+                          capture_output=True)
+    said = dict(line.split(': ', 1) for line in done.stdout.splitlines() if ': ' in line)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said['open'].startswith('/dev/shm (shared memory) has 0 bytes free, and the places and the order of the')
+    assert said['refused'].startswith('/dev/shm (shared memory) has ')
+    assert 'train_loader: 18 of 0.3 MB' in said['refused']
+    assert said['filled'].startswith('train_loader: its workers found no room in /dev/shm') \
+        and said['filled'].endswith('set train_loader.num_workers=0')
+    assert said['in place'].startswith(f'dataset.local: {packed}/train holds compressed shards') \
+        and f'{packed}/train cannot be written. Set data_local to a folder on a disk of this' in said['in place']
+    assert f'cannot be copied to {packed}/copy: {packed} cannot be written' in said['copied to it']
+    assert said['copied'] == '4 batches'
+
+
+LOST = {
+    'DataLoader worker (pid 7) is killed by signal: Bus error. It is possible': 'its workers found no room in /dev/shm',
+    'Caught RuntimeError: unable to write to file </torch_7_0_0>: No space left on device (28)': 'no room in /dev/shm',
+    'DataLoader worker (pid 7) is killed by signal: Killed. ': 'killed (SIGKILL), most likely by the system',
+    'unable to open shared memory object </torch_7>: Too many open files (24)': 'raise the limit (ulimit -n 65536)',
+    'received 0 items of ancdata': 'raise the limit (ulimit -n 65536), or set a smaller eval_loader.num_workers',
+}
+
+
+@pytest.mark.parametrize('text', LOST)
+def test_what_ends_a_loader_worker_is_explained(text):
+    error = RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
+    error.__cause__ = RuntimeError(text)
+    said = machine.explain_lost_worker(error, 'eval_loader')
+    assert said and said.startswith('eval_loader: ') and LOST[text] in said
+
+
+def test_other_errors_of_loaders_stay_as_they_are(monkeypatch):
+    lost = RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
+    assert machine.explain_lost_worker(lost, 'train_loader') is None
+    assert machine.explain_lost_worker(RuntimeError('shape mismatch'), 'train_loader') is None
+    monkeypatch.setattr(machine, 'free_shared_memory', lambda: 1 << 20)
+    assert 'train_loader: a loader worker has ended; /dev/shm (shared memory) is full, 1.0 MB are free' in str(
+        machine.explain_lost_worker(lost, 'train_loader'))
+    with pytest.raises(UserError, match='found no room'), plugins.outside_failures_explained():
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')
+
+
+def test_a_lost_worker_is_explained_in_an_evaluation(monkeypatch):
+    def lose(timeout: float) -> None:
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+
+    monkeypatch.setattr(evaluate.rendezvous, 'initialize', lose)
+    with pytest.raises(UserError, match='eval_loader: a loader worker was killed'):
+        evaluate.evaluate(config.load([f'{ROOT}/yamls/quickstart.yaml', 'dist_timeout=1']))  # pyright: ignore
+
+
+class Unsendable(Dataset):
+    """Samples that cannot be pickled."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return lambda: index
+
+
+def test_a_worker_that_cannot_send_its_batch_ends(capfd):
+    """Else the rank would wait for that batch for ever."""
+    batches = DataLoader(Unsendable(), num_workers=1, worker_init_fn=init_loader_worker, timeout=60,
+                         collate_fn=lambda samples: samples)
+    with pytest.raises(RuntimeError, match='exited unexpectedly'):
+        next(iter(batches))
+    assert 'pickle' in capfd.readouterr().err
+
+
+def test_the_death_of_a_rank_says_that_shared_memory_is_full(monkeypatch):
+    class Store:
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    watch = failure_watch.FailureWatch()
+    watch._store = Store()
+    monkeypatch.setattr(watch.stop, 'dead_siblings', lambda: [0])
+    assert (watch._other_failure() or {})['summary'] == 'its process died'
+    monkeypatch.setattr(machine, 'free_shared_memory', lambda: 0)
+    assert (watch._other_failure() or {})['summary'].startswith('its process died; /dev/shm (shared memory) is full')
+
+
+def test_memory_without_a_limit_is_not_full(monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: (0, 0, 0))
+    machine.check_shared_memory(1, 'a run')
+    assert machine.shared_memory_is_low() == ''
+
+
+# ---------------------------------------------------------------- compressed shards that several jobs read in place
+
+
+def test_two_jobs_unpack_one_shard_in_place(packed, monkeypatch):
+    def dataset() -> StreamingC4:
+        return StreamingC4(str(packed / 'tokenizer'), 32, local=str(packed), split='train')
+
+    rename, raw = os.rename, packed / 'train/shard.00000.mds'
+    first, second, renamed = dataset(), dataset(), []
+
+    def rename_late(source: str, target: str) -> None:
+        if not renamed:
+            renamed.append(source)
+            second[0]  # the other job is done with the whole shard before this one gives its file the name
+        rename(source, target)
+
+    monkeypatch.setattr(streaming_stream.os, 'rename', rename_late)
+    assert (first[0]['tokens'] == second[0]['tokens']).all() and raw.is_file() and renamed
+    assert not list(packed.rglob('*.part*')) and not list(packed.rglob('*.tmp'))
+
+
+def test_what_a_killed_job_was_unpacking_in_place_is_removed(packed):
+    host = socket.gethostname()
+    dead, ours, elsewhere = (packed / f'train/shard.00000.mds.part-{name}-{"0" * 32}.tmp' for name in
+                             (f'{host}-{1 << 30}', f'{host}-{os.getpid()}', f'another-{host}-7'))
+    for path in (dead, ours, elsewhere):
+        path.touch()
+    loader(packed)
+    assert [path.exists() for path in (dead, ours, elsewhere)] == [False, True, True]
+
+
+# ---------------------------------------------------------------- folders and the user
+
+
+@pytest.fixture
+def long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """TMPDIR with too long a path, in a process without sockets yet; the folder that may be used instead."""
+    folder = tmp_path / ('x' * 60) / ('y' * 40)
+    folder.mkdir(parents=True)
+    instead = tempfile.mkdtemp(dir='/tmp')
+    monkeypatch.setattr(machine, 'SOCKETS', instead)
+    monkeypatch.setattr(tempfile, 'tempdir', str(folder))
+    monkeypatch.setattr(multiprocessing.util, 'Finalize', lambda *args, **kwargs: None)
+    settings = multiprocessing.current_process()._config  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.delitem(settings, 'tempdir', raising=False)
+    yield instead
+    settings.pop('tempdir', None)
+    shutil.rmtree(instead)
+
+
+def test_loader_workers_hand_over_batches_under_a_long_tmpdir(tokens_root, long_tmpdir):
+    tmpdir = tempfile.tempdir
+    batches = [batch['input_ids'].tolist() for batch in loader(tokens_root, 1)]
+    assert batches == [batch['input_ids'].tolist() for batch in loader(tokens_root)] and len(batches) == 50
+    assert os.listdir(long_tmpdir) and tempfile.tempdir == tmpdir, 'only the sockets are elsewhere'
+
+
+def test_a_tmpdir_that_is_too_long_is_refused_where_nothing_else_can_be_used(tokens_root, long_tmpdir, monkeypatch):
+    monkeypatch.setattr(machine, 'SOCKETS', '/no/such/folder')
+    with pytest.raises(UserError, match=r'TMPDIR: .* has \d+ bytes, and the sockets of loader workers allow 75; /no/'
+                                        r'such/folder cannot be used instead \(No such file or directory\). Set TMPDIR'):
+        loader(tokens_root, 1)
+    loader(tokens_root, 0)
+
+
+def test_a_user_without_a_name_and_a_home_has_both(monkeypatch):
+    for name in ('USER', 'LOGNAME', 'LNAME', 'USERNAME', 'HOME'):
+        monkeypatch.setenv(name, 'someone')
+        machine.prepare_environment()
+        assert os.environ[name] == 'someone', 'what is known stays'
+    for name in ('USER', 'LOGNAME', 'LNAME', 'USERNAME', 'HOME'):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, 'getuid', lambda: 987654)  # no such user: `pwd` raises a KeyError
+    machine.prepare_environment()
+    assert getpass.getuser() == 'user-987654'
+    assert Path.home() == Path(tempfile.gettempdir(), 'home-of-user-987654') and os.access(Path.home(), os.W_OK)
+
+
+# ---------------------------------------------------------------- text, and other packages
+
+
+def test_every_text_file_is_read_and_written_as_utf8():
+    """Else a locale such as LC_ALL=de_DE.ISO-8859-1 decides."""
+    known = ('utf-8', 'os.open(', "'rb'", "'ab'", '/proc/', 'maps.read_text')
+    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/*.py')]:
+        for call in ast.walk(ast.parse(path.read_text('utf-8'))):
+            name = ast.unparse(call.func).split('.')[-1] if isinstance(call, ast.Call) else ''
+            if name in ('read_text', 'write_text', 'open'):
+                assert any(word in ast.unparse(call) for word in known), f'{path.name}: {ast.unparse(call)}: encoding?'
+
+
+def test_any_text_is_printed_in_any_encoding(tmp_path, monkeypatch):
+    with open(tmp_path / 'output', 'w', encoding='ascii') as file:
+        monkeypatch.setattr(sys, 'stdout', file)
+        monkeypatch.setattr(sys, 'stderr', file)
+        monkeypatch.setattr(faulthandler, 'enable', lambda: print('signals are reported'))
+        machine.set_up_output()
+        print('naïve', os.fsdecode(b'\xff.mds'))
+    assert (tmp_path / 'output').read_text('ascii') == 'signals are reported\nna\\xefve \\udcff.mds\n'
+
+
+def test_the_file_logger_writes_utf8_in_any_locale(mds_root, tmp_path, monkeypatch):
+    opened = open
+
+    def in_ascii(file: Any, mode: str = 'r', buffering: int = -1, encoding: Any = 'ascii', **kwargs: Any) -> Any:
+        return opened(file, mode, buffering, None if 'b' in mode else encoding, **kwargs)
+
+    from composer.loggers import file_logger
+    monkeypatch.setattr(file_logger, 'open', in_ascii, raising=False)
+    run = loggers.FileLogger(filename=str(tmp_path / 'log.txt'), capture_stdout=False, capture_stderr=False)
+    run.log_hyperparameters({'before': 'naïve'})
+    state: Any = type('State', (), {'run_name': 'r'})()
+    run.init(state, None)  # pyright: ignore[reportArgumentType]
+    run.log_hyperparameters({'after': '漢字'})
+    assert run.file is not None
+    run.file.close()
+    text = (tmp_path / 'log.txt').read_text('utf-8')
+    assert '[hyperparameter]: before: "naïve"\n' in text and '[hyperparameter]: after: "漢字"\n' in text
+
+
+def test_another_package_called_src_is_not_taken(tmp_path):
+    (tmp_path / 'src').mkdir()
+    (tmp_path / 'src/__init__.py').write_text('raise SystemExit("the other src")')
+    env = clean_env(PYTHONPATH=str(tmp_path), PYTHONSAFEPATH='1')
+    programs = {'convert_c4.py': 'unrecognized arguments: no-such.yaml', 'main.py': 'no-such.yaml: no such file.'}
+    started = {program: subprocess.Popen([sys.executable, str(ROOT / program), 'no-such.yaml'], cwd=tmp_path, env=env,
+                                         stderr=subprocess.PIPE, text=True) for program in programs}
+    said = {program: process.communicate()[1] for program, process in started.items()}
+    for program, message in programs.items():
+        assert message in said[program], said[program]
+
+
+# ---------------------------------------------------------------- loggers and GPUs
+
+
+def test_a_logger_whose_store_refuses_is_named(mds_root, tmp_path):
+    (tmp_path / 'file').touch()
+    overrides = [f'loggers.tensorboard.log_dir={tmp_path}/file/logs', 'log_to_console=false', 'max_duration=1ba',
+                 'scheduler.t_warmup=0ba', 'eval_loader=null']
+    with pytest.raises(UserError, match='loggers.tensorboard: NotADirectoryError: .*/file/logs.*tensorboard=false'):
+        main.main(config.load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(mds_root, *overrides)]))
+
+
+class MlflowException(Exception):
+    """As that of mlflow, whose newer versions refuse a folder as their store."""
+
+
+class Store(InMemoryLogger):
+    def __init__(self, error: str) -> None:
+        super().__init__()
+        if error:
+            raise {'mlflow': MlflowException, 'own': KeyError, 'file': FileNotFoundError}[error](f'{error}\nmore')
+
+
+def test_what_a_logger_s_service_raises_is_named_and_its_bugs_stay(monkeypatch):
+    class Mlflow(Store):
+        pass
+
+    monkeypatch.setitem(plugins.LOGGERS, 'mlflow', Mlflow)
+    with pytest.raises(UserError) as e, plugins.outside_failures_explained():
+        plugins.build_all('loggers', {'mlflow': {'error': 'mlflow'}})
+    assert str(e.value).startswith('loggers.mlflow: MlflowException: mlflow. Change the keys of loggers.mlflow or the')
+    with pytest.raises(KeyError, match='own'), plugins.outside_failures_explained():
+        plugins.build_all('loggers', {'mlflow': {'error': 'own'}})
+    monkeypatch.setitem(plugins.LOGGERS, 'mine', Store)
+    for error, kind in (('mlflow', MlflowException), ('file', FileNotFoundError)):  # of a logger that is no stock one
+        with pytest.raises(kind), plugins.outside_failures_explained():
+            plugins.build_all('loggers', {'mine': {'error': error}})
+    with pytest.raises(OSError, match='of something else'), plugins.outside_failures_explained():
+        raise OSError('of something else')
+
+
+def test_an_out_of_memory_on_one_of_several_gpus_advises_the_launcher_first(monkeypatch):
+    c = config.check(config.load([str(ROOT / 'yamls/quickstart.yaml')]), plugins.REGISTRIES, 1, False)
+    first = [str(report.out_of_memory(c, MemoryError())).split('  1. ')[1]]
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
+    first.append(str(report.out_of_memory(c, MemoryError())).split('  1. ')[1])
+    launch = 'start with `composer main.py ...`, which uses all 8 GPUs of this machine; this run uses 1'
+    assert first[1].splitlines()[0] == launch and first[1].splitlines()[1] == f'  2. {first[0].splitlines()[0]}'
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    assert 'composer' not in str(report.out_of_memory(c, MemoryError()))

@@ -1,0 +1,643 @@
+"""Every mistake in a config ends in one message that names the setting, the value and what is allowed."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from composer.trainer import _patch_pytorch, trainer
+from composer.utils import FSDP2Config
+from composer.utils import FSDPConfig as ComposerFSDPConfig
+from omegaconf import OmegaConf
+from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+from src.common.errors import UserError
+from src.config import load as config
+from src.config.checks import check_early_stopper, check_save_folder, check_warmup, fsdp_version, in_units_of_the_run
+from src.config.data_places import check_places
+from src.config.derived import device_batch_size, grad_accum, microbatch_size
+from src.config.schema import FSDPConfig
+from src.tools import evaluate
+from src.training import plugins
+from src.training.sharding import build_parallelism
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
+
+
+@pytest.fixture(autouse=True)
+def folder_without_data(tmp_path, monkeypatch):
+    """What lies in ./my-copy-c4 of whoever runs the tests is not theirs."""
+    monkeypatch.chdir(tmp_path)
+
+
+def check(*overrides: str, world_size: int = 1, has_gpu: bool = False, yaml: str = QUICKSTART, num_nodes: int = 1):
+    return config.check(config.load([yaml, *overrides]), plugins.REGISTRIES, world_size, has_gpu, num_nodes)
+
+
+BAD = [
+    # override, parts of the message
+    (['max_duraton=10ba'], ['max_duraton', "did you mean 'max_duration'"]),
+    (['model.n_layerz=3'], ['model.n_layerz', "did you mean 'n_layers'"]),
+    (['train_loader.dataset.shufle=true'], ['train_loader.dataset.shufle', "did you mean 'shuffle'"]),
+    (['train_loader.dataset.predownlod=3'], ['train_loader.dataset.predownlod', "did you mean 'predownload'"]),
+    (['optimizer.learning_rate=1'], ['optimizer.learning_rate', 'known: betas, eps, fused, lr']),
+    (['optimizer.lr=fast'], ["optimizer.lr: 'fast' must be a number"]),
+    (['optimizer.lr=-1'], ['optimizer.lr: -1 must be greater than 0']),
+    (['optimizer.name=adam'], ["optimizer.name: 'adam' is not one of 'decoupled_adamw' or 'adamw'"]),
+    (['optimizer.betas=[0.9]'], ['optimizer.betas: [0.9] must be two numbers']),
+    (['scheduler.name=cosine'], ["scheduler.name: 'cosine' is not one of 'cosine_with_warmup'"]),
+    (['scheduler.t_warmup=100'], ["scheduler.t_warmup: '100' is not a time: a whole number with a unit, as in 100ba"]),
+    (['scheduler.t_warmup=100 batches'], ["'100 batches' is not a time", '100ba']),
+    (['max_duration=1_000_000tok'], ["scheduler.t_warmup: '50ba' and max_duration '1_000_000tok' must have one unit"]),
+    (['max_duration=1ep', 'scheduler.t_warmup=0.1dur'], ["max_duration: '1ep'", 'concat', 'ba']),
+    (['max_duration=0ba'], ["max_duration: '0ba' must be greater than 0"]),
+    (['max_duration=1dur'], ["max_duration: '1dur' is a fraction of itself"]),
+    (['model.n_heads=5'], ['model.n_heads: 5 does not divide model.d_model 128', '1, 2, 4, 8']),
+    (['model.max_seq_len=64'], ['128 is above model.max_seq_len 64; set model.max_seq_len=128, or train_loader.dataset.'
+                                'max_seq_len=64', 'eval_loader.dataset.max_seq_len: 128 is above']),
+    (['model.name=gpt5'], ["model.name: 'gpt5' is not one of 'mosaic_gpt', 'hf_causal_lm'"]),
+    (['model.attn_impl=xformers'], ["model.attn_impl: 'xformers' is not one of 'torch', 'sdpa', 'flash' or 'auto'"]),
+    (['model.attn_impl=flash'], ["model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto"]),
+    (['model.attn_within_document=true', 'eval_loader.dataset.sequence_ids=false'],
+     ['1 mistake', 'attn_within_document: true does not go with eval_loader.dataset.sequence_ids false', 'in both datasets']),
+    (['train_loader.dataset.sequence_ids=true'],
+     ['attn_within_document: false does not go with train_loader.dataset.sequence_ids true']),
+    (['precision=amp_bf16'], ["precision: 'amp_bf16' needs a GPU; on a CPU set auto or fp32"]),
+    (['precision=fp8'], ["precision: 'fp8' is not one of"]),
+    (['device_train_microbatch_size=auto'], ["device_train_microbatch_size: 'auto' needs a GPU"]),
+    (['callbacks.memory_snapshot={}', 'callbacks.oom_observer={}', 'callbacks.profiler={}'],
+     ['2 mistakes', 'callbacks.memory_snapshot: needs a GPU, whose memory it records; set callbacks.memory_snapshot=false',
+      'callbacks.oom_observer: needs a GPU']),
+    (['callbacks.profiler.active=many'], ["1 mistake", "callbacks.profiler.active: 'many' must be a whole number"]),
+    (['callbacks.profiler.actve=1'], ["callbacks.profiler.actve: no such key; did you mean 'active'?"]),
+    (['device_train_microbatch_size=0'], ['device_train_microbatch_size: 0 must be greater than 0']),
+    (['global_train_batch_size=24.5'], ['global_train_batch_size: 24.5 must be a whole number']),
+    (['fsdp_config.sharding_stratgy=FULL_SHARD'], ['fsdp_config.sharding_stratgy', "did you mean 'sharding_strategy'"]),
+    (['fsdp_config.sharding_strategy=FULL'], ["fsdp_config.sharding_strategy: 'FULL' is not one of 'FULL_SHARD'"]),
+    (['fsdp_config.auto_wrap=true'], ['fsdp_config.auto_wrap: no such key; known: activation_checkpointing, ']),
+    (['compile_config.moed=default'], ["compile_config.moed: no such key; did you mean 'mode'?"]),
+    (['compile_config.backend=inducter'], ["compile_config.backend: 'inducter' is not one of ", 'inductor']),
+    (['compile_config.mode=default', 'compile_config.options.max_autotune=true'],
+     ['compile_config.mode and options: torch.compile takes one of the two']),
+    (['compile_config.mode=reduce-overhead'], ["compile_config.mode: 'reduce-overhead' takes CUDA graphs", 'set scope: model']),
+    (['compile_config.scope=layer'], ["compile_config.scope: 'layer' is not one of 'block' or 'model'"]),
+    (['compile_config.mode=fast'], ["compile_config.mode: 'fast' is not one of 'default', 'reduce-overhead'"]),
+    (['model.flash_kernel=cudnn', 'model.attn_impl=sdpa'],
+     ["model.flash_kernel: 'cudnn' is of attn_impl flash, and that is 'sdpa'; set model.attn_impl=flash"]),
+    (['model.flash_kernel=flash-attn-3', 'model.attn_pdrop=0.1'],
+     ["model.flash_kernel: 'flash-attn-3' has no dropout, and model.attn_pdrop is 0.1"]),
+    (['model.loss_impl=fused'], ["model.loss_impl: 'fused' is not one of 'chunked' or 'plain'"]),
+    (['model.vocab_multiple=0'], ['model.vocab_multiple: 0 must be greater than 0']),
+    (['train_loader.dataset.cache_limit=1gb'],
+     ["train_loader.dataset.cache_limit: '1gb' with no remote would delete the only copy"]),
+    (['train_loader.dataset.split=val'],
+     ["eval_loader.dataset.split: 'val' is also what train_loader reads", 'allow_same_split=true']),
+    (['eval_loader.dataset.group_method=concat'], ["eval_loader.dataset.group_method: 'concat'", 'truncate', 'packed tokens']),
+    (['train_loader.dataset.group_method=pack'], ["'pack' is not one of 'truncate' or 'concat'"]),
+    (['train_loader.prefetch_factor=2'], ['train_loader.prefetch_factor: 2 needs worker processes', 'num_workers']),
+    (['train_loader.eval_samples=5'], ['train_loader.eval_samples: 5 bounds an evaluation']),
+    (['eval_loader.eval_samples=7'], ['eval_samples: 256 is not what eval_loader.eval_samples says, 7']),
+    (['callbacks.speed_monitr={}'], ['callbacks.speed_monitr: no such name', "did you mean 'speed_monitor'"]),
+    (['callbacks.speed_monitor.window=3'], ['callbacks.speed_monitor.window: no such key', "did you mean 'window_size'"]),
+    (['loggers.wnadb={}'], ['loggers.wnadb', "did you mean 'wandb'"]),
+    (['algorithms.gradient_clipping.threshold=1'],
+     ['algorithms.gradient_clipping.threshold', "did you mean 'clipping_threshold'"]),
+    (['algorithms.dropout=3'], ['algorithms.dropout: no such name']),
+    (['autoresume=true'], ['autoresume: true needs save_folder and run_name']),
+    (['load_weights_only=true'], ['load_weights_only: true does nothing without load_path']),
+    (['optimizer=null'], ['optimizer: missing; it has no default']),
+    (['model=null'], ['model: None must be a section with keys of its own; train_loader.dataset.sequence_ids']),
+    (['model={}'], ['model: {} must be a section with keys of its own']),
+    (['model=[1,2]'], ['override model=...: a list stands where a section with keys of its own has to']),
+    (['callbacks=[speed_monitor]'], ['override callbacks=...']),
+    (['callbacks.speed_monitor=5'], ['1 mistake', 'callbacks.speed_monitor: must be a section with keys of its own']),
+    (['callbacks.speed_monitor.window_size=x'], ["callbacks.speed_monitor.window_size: 'x' must be a whole number"]),
+    (['callbacks.speed_monitor.window_size=0'], ['callbacks.speed_monitor.window_size: 0 must be greater than 0']),
+    (['callbacks.early_stopper={}'],
+     ['callbacks.early_stopper.monitor: missing', 'callbacks.early_stopper.dataloader_label: missing']),
+    (['loggers.tensorboard.log_dir=5'],
+     ['loggers.tensorboard.log_dir: 5 must be text: put it in quotes', "loggers.tensorboard.log_dir=\"'5'\" in a shell"]),
+    (['loggers.tensorboard.flush_interval=0'], ['loggers.tensorboard.flush_interval: 0 must be greater than 0']),
+    (['loggers.wandb.init_kwargs=5'], ['loggers.wandb.init_kwargs: 5 must be a section']),
+    (['algorithms.gradient_clipping.clipping_threshold=x'],
+     ["algorithms.gradient_clipping.clipping_threshold: 'x' must be a number"]),
+    (['max_duration=4.5ba'], ["max_duration: '4.5ba' is not a time: a whole number with a unit"]),
+    (['max_duration=1__0ba'], ["max_duration: '1__0ba' is not a time"]),
+    (['eval_interval=1.5ba'], ["eval_interval: '1.5ba' is not a time"]),
+    (['scheduler.t_warmup=1ep'], ["scheduler.t_warmup: '1ep' and max_duration '1200ba' must have one unit"]),
+    (['scheduler.t_warmup=1.5dur'], ["scheduler.t_warmup: '1.5dur' is not shorter than the run"]),
+    (['scheduler.t_warmup=50ba', 'max_duration=20ba'],
+     ["scheduler.t_warmup: '50ba' is not shorter than the run (max_duration '20ba')", 'scheduler.t_warmup=0.1dur']),
+    (['scheduler.t_warmup=20ba', 'max_duration=20ba'], ["scheduler.t_warmup: '20ba' is not shorter"]),
+    (['scheduler.t_warmup=300tok', 'max_duration=200tok'], ["scheduler.t_warmup: '300tok' is not shorter"]),
+    (['callbacks.speed_monitor={}', 'callbacks={}', 'callbacks.speed_monitr={}'], ['1 mistake', 'callbacks.speed_monitr']),
+    (['eval_loader={}'], ['eval_loader.dataset: missing']),
+    (['run_name='], ['override run_name=: has no value', 'that variable is empty', 'write run_name=null']),
+    (['load_path= '], ['override load_path=: has no value']),
+    (['optimizer.lr=1e-3 # high'], ["override optimizer.lr=...: YAML reads '#' as the start of a comment here"]),
+    (['loggers.wandb.project=fix #3'], ['override loggers.wandb.project=...', "loggers.wandb.project=\"'no #3'\""]),
+    (['loggers.wandb.project=#3'], ["override loggers.wandb.project=...: YAML reads '#' as the start of a comment"]),
+    (['train_loader=null'], ['train_loader: missing; it has no default']),
+    (['scheduler.t_max=2ba'], ["scheduler.t_max: '2ba' must be at least max_duration '1200ba'"]),
+    (['scheduler.t_max=2tok'], ['must have one unit', 't_max']),
+    (['console_log_interval=0ba'], ["console_log_interval: '0ba' must be a number of batches or epochs above 0"]),
+    (['seed=99999999999'], ['seed: 99999999999 must be at most 4294967295']),
+    (['eval_samples=0'], ['eval_samples: 0 would evaluate nothing']),
+    (['max_seq_len=1'], ['max_seq_len: 1 must be greater than 1']),
+    (['eval_loader.dataset.remote=./my-copy-c4/', 'eval_loader.dataset.split=train'],
+     ["eval_loader.dataset.split: 'train' is also"]),
+    (['fsdp_config.version=3'], ['fsdp_config.version: 3 is not one of 1, 2']),
+    (['fsdp_config.version=1'], ['fsdp_config.version: 1 needs a GPU; leave it unset (null), and CPUs take version 2']),
+    (['fsdp_config.sharding_strategy=HYBRID_SHARD'],
+     ["'HYBRID_SHARD' is not in version 2, which CPUs have; set FULL_SHARD, or version: 1 on GPUs"]),
+    (['fsdp_config.data_parallel_shard_degree=2'],
+     ['data_parallel_shard_degree and data_parallel_replicate_degree: not in version 2, which CPUs have']),
+    (['fsdp_config.sharding_strategy=NO_SHARD', 'fsdp_config.activation_checkpointing=true'],
+     ["activation_checkpointing, activation_cpu_offload: not with 'NO_SHARD'", 'set sharding_strategy SHARD_GRAD_OP']),
+    (['fsdp_config.sharding_strategy=NO_SHARD', 'fsdp_config.state_dict_type=sharded'],
+     ["fsdp_config.state_dict_type: 'sharded' is not with 'NO_SHARD'", 'set full']),
+    (['fsdp_config.load_monolith_rank0_only=true'],
+     ['fsdp_config.load_monolith_rank0_only: true is not in version 2, which CPUs have; set false']),
+    (['fsdp_config.sharded_ckpt_prefix_dir=x'], ["fsdp_config.sharded_ckpt_prefix_dir: 'x' is not one of"]),
+    (['fsdp_config.sharding=FULL_SHARD'], ["fsdp_config.sharding: no such key; did you mean 'sharding_strategy'?"]),
+    (['train_loader.dataset.batching_method=device_per_stream'], ["'device_per_stream' is not one of"]),
+    (['save_num_checkpoints_to_keep=0'], ['save_num_checkpoints_to_keep: 0 would keep none; set 1 or more, or -1 for all']),
+    (['save_folder=gs://bucket/x'], ['save_num_checkpoints_to_keep: 2 works on disks and on s3://; for gs://bucket/x set -1']),
+    (['save_folder=None'], ["save_folder: 'None' would be a file or folder", 'write save_folder=null, or ./None']),
+    (["save_folder='null'", 'load_path=false', 'loggers.tensorboard.log_dir=none'],
+     ['3 mistakes', "save_folder: 'null' would", "load_path: 'false' would", 'loggers.tensorboard.log_dir=null']),
+    (['save_folder=$HOME/ck'], ["save_folder: '$HOME/ck' is read as it stands", 'write ${oc.env:HOME}/..., or']),
+    (['save_folder=/$(whoami)/ck', 'load_path=~nobodyx/ck', 'loggers.file.filename=~nobodyx/x'],
+     ['3 mistakes', "save_folder: '/$(whoami)/ck' is", "load_path: '~nobodyx/ck' is", 'loggers.file.filename: ']),
+    (['save_folder=dbfs:/x', 'load_path=s3:/b/x'],
+     ['2 mistakes', "save_folder: 'dbfs:/x' would be a folder on the disk", "load_path: 's3:/b/x' would", 's3://b']),
+    (['save_folder=./ck/{run_name'], ["save_folder: './ck/{run_name' has braces around something else than run_name"]),
+    (['save_folder=./{foo}', 'loggers.file.filename=a{foo.txt'], ['2 mistakes', "'./{foo}' has", 'node_rank; write']),
+    (['save_folder=./{}'], ["save_folder: './{}' has braces"]),
+    (['save_folder=./{rank}'], ["save_folder: './{rank}' has braces around something else"]),
+    (['run_name=a{b'], ["run_name: 'a{b' has braces", '$COMPOSER_RUN_NAME']),
+    (['max_nonfinite_in_a_row=0'], ['max_nonfinite_in_a_row: 0 must be greater than 0']),
+    (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True is not one of False']),
+    (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be at least 1']),
+    (['data_local=${nowhere}'],
+     ["'nowhere' not found; for a variable of the shell write ${oc.env:nowhere} (key: data_local)"]),
+    (["load_path=''"], ['1 mistake', 'load_path: is empty, as is a variable of the shell that is not set; write a '
+                        'value, or load_path=null for none']),
+    (['save_folder=${oc.env:EMPTY}', "run_name=''", 'autoresume=true'],
+     ['save_folder: is empty', 'run_name: is empty']),
+    (["data_remote=''"], ['data_remote: is empty', 'train_loader.dataset.remote: is empty']),
+    (['max_duration="1200ba\\n"'], ["max_duration: '1200ba\\n' is not a time"]),
+    (['console_log_interval="1ba\\n"'], ["console_log_interval: '1ba\\n' must be a number of batches"]),
+    (['dist_timeout=1e30', 'train_loader.timeout=1e7', 'train_loader.num_workers=1',
+      'eval_loader.dataset.download_timeout=1e7'],
+     ['3 mistakes', 'dist_timeout: 1e+30 must be at most 2000000', 'train_loader.timeout: 1', 'download_timeout: 1']),
+    (['algorithms.gradient_clipping.clipping_threshold=.nan', 'optimizer.betas=[.nan,0.9]'],
+     ['2 mistakes', 'clipping_threshold: nan must be a number', 'optimizer.betas.0: nan must be a']),
+    (['algorithms.ema={half_life: null, smoothing: 0.9}'],
+     ['1 mistake', 'algorithms.ema.update_interval: missing; without half_life']),
+    (['train_loader.dataset.epoch_size=0', 'eval_loader.dataset.epoch_size=abc'],
+     ['2 mistakes', 'train_loader.dataset.epoch_size: 0: must be a number of samples above 0, such as 5000000 or 2.5m',
+      "eval_loader.dataset.epoch_size: 'abc': must be"]),
+    (['train_loader.dataset.cache_limit=0', 'eval_loader.dataset.cache_limit=0gb'],
+     ["2 mistakes", "train_loader.dataset.cache_limit: 0: must be a number of bytes above 0, such as 5000000 or 100gb",
+      "eval_loader.dataset.cache_limit: '0gb': must"]),
+    (['seed=017'], ['override seed=...: YAML reads a number that begins with 0 in base 8, and one with colons']),
+    (['global_train_batch_size=1:30'], ['override global_train_batch_size=...', 'in base 60; write it in base 10']),
+    (['algorithms.gradient_clipping.clipping_type=foo', 'callbacks.optimizer_monitor.batch_log_interval=0',
+      'callbacks.runtime_estimator.skip_batches=-1', 'callbacks.memory_monitor.dist_aggregate_batch_interval=0'],
+     ['4 mistakes', "clipping_type: 'foo' must be 'norm', 'value' or 'adaptive'", 'batch_log_interval: 0 must be',
+      'skip_batches: -1 must be at least 0', 'dist_aggregate_batch_interval: 0 must be greater than 0']),
+    (['seed=!!int abc'], ['override seed=...: its value cannot be read as YAML']),
+    (['seed=!!bool abc'], ['override seed=...: its value cannot be read as YAML']),
+    (['seed=!!timestamp abc'], ['override seed=...: its value cannot be read as YAML']),
+    ([f'seed={"9" * 5000}'], ['override seed=...: its value cannot be read as YAML']),
+    (['callbacks.text_samples.prompts=[1,2]'], ['prompts: [1, 2] must be a list, each item text']),
+    (['loggers.tensorboard.log_dir=false'], ['log_dir: False must be text; write null for none']),
+    *(([f'{key}={2**80}'], [f'{key}: {2**80} must be at most ']) for key in (
+        'train_loader.dataset.shuffle_seed', 'model.init_seed', 'global_train_batch_size', 'device_eval_batch_size',
+        'train_loader.dataset.shuffle_block_size', 'max_seq_len', 'model.n_layers')),
+    *(([f'{key}=.inf'], ['1 mistake', f'{key}: inf must be a finite number']) for key in (
+        'optimizer.lr', 'optimizer.eps', 'optimizer.weight_decay', 'model.init_std', 'dist_timeout')),
+]
+
+
+@pytest.mark.parametrize('overrides,parts', BAD, ids=[o[0][:60] for o, _ in BAD])
+def test_a_bad_value_is_named_with_what_is_allowed(overrides, parts, monkeypatch):
+    monkeypatch.setenv('EMPTY', '')
+    with pytest.raises(UserError) as e:
+        check(*overrides)
+    for part in parts:
+        assert part in str(e.value)
+    assert 'pydantic' not in str(e.value) and 'Traceback' not in str(e.value)
+
+
+@pytest.mark.parametrize('overrides, key, value', [
+    (['run_name=12345'], 'run_name', '12345'),
+    (['run_name=007'], 'run_name', '007'),
+    (['run_name=1e5'], 'run_name', '1e5'),
+    (['run_name=true'], 'run_name', 'true'),
+    (['run_name=fix #3'], 'run_name', 'fix #3'),
+    (['run_name=a: b'], 'run_name', 'a: b'),
+    (["run_name='12 # 3'"], 'run_name', '12 # 3'),
+    (['run_name=null'], 'run_name', None),
+    (['loggers.wandb.init_kwargs={notes: "a # b"}', 'loggers.wandb.project=x#3'], 'loggers.wandb',
+     {'init_kwargs': {'notes': 'a # b'}, 'project': 'x#3'}),
+    (['callbacks.text_samples.prompts=["# The", "a #b"]'], 'callbacks.text_samples.prompts', ['# The', 'a #b']),
+    (['run_name=~'], 'run_name', None),
+    (['save_folder=./c/{run_name}'], 'save_folder', './c/{run_name}'),
+    (['save_folder=${data_remote}/c', 'data_remote=/d'], 'save_folder', '/d/c'),
+    (['save_folder=./none/{world_size}{run_name}'], 'save_folder', './none/{world_size}{run_name}'),
+    (['save_folder=${oc.env:HOME}/c$5~'], 'save_folder', '/home/me/c$5~'),
+    (['load_path=s3://b:1/x', 'loggers.file.filename=./{run_name}-{rank}'], 'load_path', 's3://b:1/x'),
+    (['save_folder=~/c'], 'save_folder', '/home/me/c'),
+    (['data_remote=~/d'], 'train_loader.dataset.local', '/home/me/d'),
+    (['loggers.tensorboard.log_dir=~/runs'], 'loggers.tensorboard.log_dir', '/home/me/runs'),
+    (['tokenizer.tokenizer_name=5'], 'tokenizer.tokenizer_name', '5'),
+    (['callbacks={}'], 'callbacks', {}),
+    (['callbacks=null'], 'callbacks', {}),
+    (['algorithms=null', 'loggers={}'], 'algorithms', {}),
+    (['callbacks={}', 'callbacks.lr_monitor={}'], 'callbacks', {'lr_monitor': {}}),
+    (['callbacks.speed_monitor={}'], 'callbacks.speed_monitor', {}),
+    (['callbacks.speed_monitor.window_size=null'], 'callbacks.speed_monitor', {}),
+    (['callbacks.early_stopper={monitor: Perplexity, dataloader_label: train, patience: null}'],
+     'callbacks.early_stopper', {'monitor': 'Perplexity', 'dataloader_label': 'train'}),
+    (['algorithms={ema: {half_life: null, smoothing: 0.9, update_interval: 1ba}}'], 'algorithms.ema',
+     {'half_life': None, 'smoothing': 0.9, 'update_interval': '1ba'}),
+    (['run_name=017'], 'run_name', '017'),
+    (["train_loader.dataset.split=''"], 'train_loader.dataset.split', ''),
+    (['train_loader.dataset.epoch_size=0.1k'], 'train_loader.dataset.epoch_size', '0.1k'),
+    (['compile_config={}'], 'compile_config.scope', 'block'),
+    (['compile_config.scope=model', 'compile_config={}'], 'compile_config.scope', 'block'),
+    (['fsdp_config.verbose=true', 'fsdp_config={}'], 'fsdp_config.verbose', False),
+    (['model.init_std=null'], 'model.init_std', 0.02),
+    (['optimizer.betas=null'], 'optimizer.betas', [0.9, 0.95]),
+    (['eval_interval=null'], 'eval_interval', '1ep'),
+    (['train_loader.dataset.shuffle=null'], 'train_loader.dataset.shuffle', False),
+])
+def test_what_a_shell_and_yaml_make_of_a_value(overrides, key, value, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    found = config.plain(check(*overrides))
+    for part in key.split('.'):
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize('yaml, says', [
+    ('save_folder: false', 'save_folder: False must be text; write null for none'),
+    ('run_name: 12345', 'run_name: 12345 must be text: put it in quotes, run_name: \'12345\' in a YAML'),
+    ('eval_interval: 100', 'eval_interval: 100 is not a time: a whole number with a unit, as in 100ba'),
+    ('console_log_interval: 10', 'console_log_interval: 10 must be a number of batches or epochs above 0, as in 10ba')])
+def test_a_number_where_a_yaml_must_have_text(yaml, says):
+    cfg = OmegaConf.merge(config.load([QUICKSTART]), OmegaConf.create(yaml))
+    with pytest.raises(UserError) as e:
+        config.check(cfg, plugins.REGISTRIES, 1, False)
+    assert says in str(e.value)
+
+
+def test_a_fraction_of_the_run_in_its_units():
+    for interval, run, found in (('0.5dur', '6ba', '3ba'), ('0.1dur', '30ba', '3ba'), ('0.333dur', '6ba', '2ba'),
+                                 ('1dur', '9ba', '9ba'),
+                                 ('0.25dur', '1_000tok', '250tok'), ('0.5dur', '2ep', '0.5dur'), ('7ba', '2ep', '7ba')):
+        assert in_units_of_the_run(interval, run) == found
+
+
+def test_a_warm_up_in_epochs_is_held_against_a_run_in_batches():
+    c = check('scheduler.t_warmup=1ep', 'max_duration=100ba', 'train_loader.dataset.group_method=truncate')
+    check_warmup(c, 99)
+    check_warmup(c, None)
+    with pytest.raises(UserError, match=r"scheduler.t_warmup: '1ep' is not shorter than the run \(max_duration '100ba'\)"):
+        check_warmup(c, 100)
+
+
+@pytest.mark.parametrize('t_max, run, epoch', [('10ba', '2ep', 6), ('1ep', '20ba', 19)])
+def test_t_max_in_epochs_or_batches_is_held_against_the_run(t_max, run, epoch):
+    c = check(f'scheduler.t_max={t_max}', f'max_duration={run}', 'scheduler.t_warmup=1ba',
+              'train_loader.dataset.group_method=truncate')
+    check_warmup(c, 5 if run == '2ep' else 20)
+    check_warmup(c, None)
+    with pytest.raises(UserError, match=f"scheduler.t_max: '{t_max}' must be at least max_duration '{run}', or 1dur"):
+        check_warmup(c, epoch)
+
+
+def test_sizes_of_a_hugging_face_model_are_above_zero():
+    yaml = str(ROOT / 'yamls/hf_causal_lm/gpt2-small.yaml')
+    with pytest.raises(UserError, match='2 mistakes.*\n.*overrides.n_embd: 0 must be greater than 0\n.*n_layer: -1'):
+        check('model.config_overrides.n_embd=0', 'model.config_overrides.n_layer=-1', yaml=yaml)
+
+
+def test_the_index_is_read_where_the_data_lies(tokens_root, mds_root, s3):
+    for root, name in ((tokens_root, 'tokens'), (mds_root, 'text')):
+        for split in ('train', 'val'):
+            s3.upload_file(str(root / split / 'index.json'), 'bucket', f'{name}/{split}/index.json')
+    remote = ['data_local=/tmp/x', 'scheduler.t_warmup=0.1dur', 'max_duration=1ep']
+    assert check('data_remote=s3://bucket/tokens', *remote).max_duration == '1ep'
+    check('data_remote=s3://bucket/tokens', *remote, 'train_loader.dataset.num_canonical_nodes=64', world_size=8, num_nodes=4)
+    for place in ('text', 'nothing'):
+        with pytest.raises(UserError, match="max_duration: '1ep': with group_method 'concat' an epoch has no length"):
+            check(f'data_remote=s3://bucket/{place}', *remote)
+
+
+def test_val_alone_is_enough_to_profile(mds_root, tmp_path):
+    (tmp_path / 'val').symlink_to(mds_root / 'val')
+    with pytest.raises(UserError, match='no split .train.; it has: val. .*train_loader.dataset.split=val allow_same_split=true'):
+        check_places(None, str(tmp_path), 'train', None)
+
+
+def test_a_linked_split_has_no_cache_limit(mds_root, tmp_path):
+    (tmp_path / 'train').symlink_to(mds_root / 'train')
+    with pytest.raises(UserError, match='train_loader.dataset.cache_limit: .* would delete the only copy'):
+        check(f'data_remote={mds_root}', f'data_local={tmp_path}', 'train_loader.dataset.cache_limit=1gb')
+
+
+@pytest.mark.parametrize('key, says', [
+    ('seeed', "did you mean 'seed'?"),
+    ('model.n_layrs', "did you mean 'n_layers'?"),
+    ('model.heads', "did you mean 'n_heads'?"),
+    ('batch_size', "did you mean 'global_train_batch_size' or 'device_eval_batch_size'?"),
+    ('epochs', 'known: algorithms, '),
+    ('load', "did you mean 'load_path' or 'load_weights_only'?"),
+    ('model.hidden_size', 'known: activation_checkpointing_every, '),
+    ('fsdp_config.orig_params', "did you mean 'use_orig_params'?"),
+    ('fsdp_config.max_params', 'known: activation_checkpointing, '),
+    ('train_loader.dataset.buffer', 'known: batching_method, '),
+])
+def test_a_near_key_is_offered_and_else_all(key, says):
+    with pytest.raises(UserError) as e:
+        check(f'{key}=1')
+    assert f'{key}: no such key; {says}' in str(e.value)
+
+
+def test_the_quick_start_itself_has_no_mistake():
+    assert check().model.d_model == 128
+    assert check('data_remote=/elsewhere').eval_loader.dataset.local == '/elsewhere'  # reaches every place
+    assert check(has_gpu=True, world_size=8).global_train_batch_size % 8 == 0
+
+
+def test_all_mistakes_are_reported_at_once():
+    with pytest.raises(UserError) as e:
+        check('max_duraton=1ba', 'optimizer.lr=fast', 'callbacks.lr_monitr={}', 'model.mlp_act=relu')
+    assert '4 mistakes' in str(e.value)
+    for part in ('max_duraton', 'optimizer.lr', 'lr_monitr', "'relu' is not one of"):
+        assert part in str(e.value)
+
+
+def test_flash_in_fp32_is_refused():
+    with pytest.raises(UserError, match="model.attn_impl: 'flash' computes in fp16 or bf16, and precision is 'fp32'"):
+        check('model.attn_impl=flash', 'precision=fp32', has_gpu=True)
+    assert check('model.attn_impl=flash', has_gpu=True).model.attn_impl == 'flash'
+
+
+def test_a_typo_does_not_hide_impossible_combinations():
+    with pytest.raises(UserError) as e:
+        check('model.n_heads=5', 'precision=amp_bf16', 'max_duraton=1ba')
+    assert '3 mistakes' in str(e.value)
+    for part in ('n_heads: 5 does not divide', "precision: 'amp_bf16' needs a GPU", 'max_duraton: no such key'):
+        assert part in str(e.value)
+
+
+def test_fp8():
+    with pytest.raises(UserError, match=r"model.linear_impl: 'fp8' takes multiples of 16, and train_loader.*_seq_len 40"):
+        check('model.linear_impl=fp8', 'max_seq_len=40')
+    assert check('model.linear_impl=fp8').model.linear_impl == 'fp8'
+
+
+@pytest.mark.parametrize('overrides, message', [
+    (['compile_config.options={triton.cudagraphs: true}'], r"compile_config.options: .* takes CUDA graphs"),
+    (['compile_config.backend=cudagraphs'], "compile_config.backend: 'cudagraphs' takes CUDA graphs"),
+    (['compile_config.options={nonsense: 1}'], 'compile_config.options: nonsense: inductor has no such option'),
+    (['compile_config.scope=model', 'fsdp_config.activation_checkpointing=true'], "compile_config.scope: 'model' leaves blocks"),
+    (['model.flash_kernel=cudnn'], "model.flash_kernel: 'cudnn' is of attn_impl flash, and that is 'auto'")])
+def test_what_would_not_be_as_asked(overrides, message):
+    with pytest.raises(UserError, match=message):
+        check(*overrides)
+    assert check('compile_config.options={max_autotune: true}').compile_config
+
+
+def test_settings_that_would_do_nothing():
+    for overrides, message in ((['model.activation_checkpointing_every=2'], 'activation_checkpointing_every: 2 does nothing'),
+                               (['model.loss_impl=plain', 'model.vocab_multiple=8'], 'model.vocab_multiple: 8 is of loss_impl'),
+                               (['model.loss_impl=plain', 'model.loss_chunk_tokens=8'], 'model.loss_chunk_tokens: 8 is of')):
+        with pytest.raises(UserError, match=message):
+            check(*overrides)
+    assert check('model.activation_checkpointing_every=2', 'fsdp_config.activation_cpu_offload=true').fsdp_config
+    assert check('model.loss_impl=plain').model.loss_impl == 'plain'
+
+
+def test_autoresume_takes_the_run_name_of_the_environment(monkeypatch):
+    monkeypatch.setenv('COMPOSER_RUN_NAME', 'from-env')
+    assert check('autoresume=true').autoresume
+    monkeypatch.setenv('COMPOSER_RUN_NAME', 'a}')
+    with pytest.raises(UserError, match="run_name: 'a}' has braces"):
+        check()
+
+
+def test_the_folder_of_the_run_itself_is_checked(tmp_path):
+    (tmp_path / 'a').touch()
+    c = check(f'save_folder={tmp_path}/{{run_name}}', 'run_name=a')
+    with pytest.raises(UserError, match=f'save_folder: .* cannot be made or written: {tmp_path}/a is no folder'):
+        check_save_folder(c)
+    for name in ('b', 'null'):
+        check_save_folder(check(f'save_folder={tmp_path}/{{run_name}}', f'run_name={name}'))
+
+
+def test_messages_hold_no_secret():
+    for bad in (['loggers.neptune.api_token=TOPSECRET', 'optimizer.betas=[0.9'], ['optimizer.api_key=TOPSECRET'],
+                ['loggers.wandb=TOPSECRET'], ['--password=TOPSECRET']):
+        with pytest.raises(UserError) as e:
+            check(*bad)
+        assert 'TOPSECRET' not in str(e.value), bad
+
+
+def test_all_impossible_combinations_are_reported_at_once():
+    with pytest.raises(UserError) as e:
+        check('model.n_heads=3', 'precision=amp_fp16', 'global_train_batch_size=10', world_size=4)
+    assert '3 mistakes' in str(e.value) and '4 devices' in str(e.value)
+
+
+def test_a_global_batch_that_does_not_divide_lists_the_nearest():
+    with pytest.raises(UserError, match=r'global_train_batch_size: 256 does not divide by 48 devices; nearest that do: 240, 288 '
+                                        r'\(or run on 32, 64 devices\)'):
+        device_batch_size(256, 48)
+    with pytest.raises(UserError, match='nearest that do: 16'):
+        device_batch_size(3, 16)
+    assert [device_batch_size(256, n) for n in (1, 8, 256)] == [256, 32, 1]
+
+
+@pytest.mark.parametrize('device_batch,requested,micro,accum', [(32, 16, 16, 2), (32, 5, 5, 7), (8, 16, 8, 1), (1, 1, 1, 1)])
+def test_microbatches(device_batch, requested, micro, accum):
+    assert microbatch_size(device_batch, requested) == micro
+    assert grad_accum(device_batch, micro) == accum
+    assert (accum - 1) * micro < device_batch <= accum * micro
+
+
+@pytest.mark.parametrize(('monitor', 'label', 'says'), [
+    ('foo', 'eval', "monitor: 'foo' is not one of 'Perplexity'"), ('Perplexity', 'bar', "dataloader_label: 'bar' is not one of")])
+def test_a_stopper_that_would_never_look_is_refused(monitor, label, says):
+    c = check(f'callbacks.early_stopper={{monitor: {monitor}, dataloader_label: {label}}}')
+    with pytest.raises(UserError, match=f'callbacks.early_stopper.{says}'):
+        check_early_stopper(c, {'train': ['Loss'], 'eval': ['Perplexity']})
+
+
+def test_missing_keys_are_named(tmp_path):
+    (tmp_path / 'a.yaml').write_text('data_local: x\n')
+    with pytest.raises(UserError) as e:
+        check(yaml=str(tmp_path / 'a.yaml'))
+    for key in ('tokenizer_name', 'max_seq_len', 'model', 'optimizer', 'device_train_microbatch_size'):
+        assert f'{key}: missing' in str(e.value)
+
+
+@pytest.mark.parametrize('argv,message', [
+    ([], 'the first argument must be a YAML file'),
+    (['max_duration=1ba'], 'the first argument must be a YAML file'),
+    ([QUICKSTART.replace('.yaml', '.yml')], f'no such file. Did you mean {QUICKSTART}?'),
+    ([str(ROOT / 'yamls')], 'yamls: a folder, not a YAML file'),
+    ([QUICKSTART, 'max_duration'], "override 'max_duration' is not of the form key=value"),
+    ([QUICKSTART, '--max_duration=3'], "override '--max_duration' is not of the form key=value"),
+    ([QUICKSTART, 'optimizer.betas=[0.9'], 'override optimizer.betas=...: its value cannot be read as YAML; put text in '),
+    ([QUICKSTART, 'optimizer.betas.0=0.9'], 'A list is given whole, as in optimizer.betas=[0.9,0.95]'),
+    ([QUICKSTART, 'seed=???'], 'override seed=???: has no value'),
+    ([QUICKSTART, 'optimizer.betas.x={}'], 'override optimizer.betas.x=...: a list stands where'),
+])
+def test_a_bad_command_line_is_named(argv, message):
+    with pytest.raises(UserError) as e:
+        config.load(argv)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize('secret', ['*abc', '!abc x', '${abc', '{abc'])
+def test_a_value_that_cannot_be_read_is_not_printed(secret):
+    with pytest.raises(UserError, match='loggers.wandb.api_key=...: its value cannot be read') as e:
+        config.load([QUICKSTART, f'loggers.wandb.api_key={secret}'])
+    assert 'abc' not in str(e.value)
+
+
+@pytest.mark.parametrize('text', ['a: [1, 2', 'a: b: c', '- 1\n- 2', '\t- x', 'a: !!int abc', 'a: !!bool abc',
+                                  'a: ' + '9' * 5000], ids=lambda text: text[:15])
+def test_a_broken_yaml_is_named(tmp_path, text):
+    path = tmp_path / 'broken.yaml'
+    path.write_text(text)
+    with pytest.raises(UserError, match='broken.yaml'):
+        config.load([str(path)])
+
+
+ON_GPUS = [
+    (['fsdp_config.version=2', 'fsdp_config.sharding_strategy=HYBRID_SHARD'],
+     "fsdp_config.sharding_strategy: 'HYBRID_SHARD' is not in version 2; set FULL_SHARD, or version: 1 on GPUs"),
+    (['fsdp_config.version=2', 'device_train_microbatch_size=auto'],
+     "device_train_microbatch_size: 'auto' is not in fsdp_config.version 2; set a number, or version: 1"),
+    (['fsdp_config.reduce_every_microbatch=false'], 'reduce_every_microbatch: false would sum the gradients in low precision'),
+    (['fsdp_config.reduce_every_microbatch=false', 'device_train_microbatch_size=auto', 'fsdp_config.mixed_precision=FULL'],
+     "fsdp_config.reduce_every_microbatch: false needs a number as device_train_microbatch_size, which is 'auto'"),
+    (['callbacks.profiler={}', 'device_train_microbatch_size=auto', 'callbacks.memory_snapshot={}'],
+     "callbacks.profiler: does not go with device_train_microbatch_size: 'auto'; set a number"),
+    (['callbacks.memory_snapshot={}', 'callbacks.oom_observer={}'],
+     'callbacks.oom_observer: remembers nothing once callbacks.memory_snapshot has ended; set one of them to false'),
+    (['fsdp_config.version=2', 'fsdp_config.data_parallel_replicate_degree=2'], 'not in version 2, which shards over all'),
+    (['fsdp_config.sharding_strategy=HYBRID_SHARD'], "'HYBRID_SHARD' needs data_parallel_replicate_degree"),
+    (['fsdp_config.load_monolith_rank0_only=true'], 'fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true'),
+    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.sync_module_states=true', 'model.device=meta'],
+     'fsdp_config.load_monolith_rank0_only: true needs model.device: cpu'),
+    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.sync_module_states=true', 'fsdp_config.state_dict_type=sharded'],
+     'fsdp_config.load_monolith_rank0_only: true is for state_dict_type: full'),
+]
+
+
+@pytest.mark.parametrize('overrides,message', ON_GPUS, ids=[' '.join(o) for o, _ in ON_GPUS])
+def test_what_composer_cannot_do_on_gpus_is_refused(overrides, message):
+    with pytest.raises(UserError) as e:
+        check(*overrides, has_gpu=True)
+    assert message in str(e.value) and '1 mistake' in str(e.value)
+
+
+def test_fsdp_version_follows_the_device():
+    for version, gpu, strategy, want in ((None, True, 'FULL_SHARD', 1), (None, False, 'FULL_SHARD', 2), (2, True, 'NO_SHARD', 0),
+                                         (1, True, 'NO_SHARD', 1), (None, False, 'NO_SHARD', 0), (2, True, 'SHARD_GRAD_OP', 2)):
+        f = FSDPConfig(version=version, sharding_strategy=strategy)
+        assert fsdp_version(f, gpu) == want
+        built = build_parallelism(f, gpu)
+        if want == 2:
+            assert isinstance(built['fsdp'], FSDP2Config) and built['fsdp'].state_dict_type == 'full'
+            assert built['fsdp'].reshard_after_forward is (strategy == 'FULL_SHARD')
+        else:
+            assert built is None if want == 0 else isinstance(built['fsdp'], ComposerFSDPConfig)
+    assert fsdp_version(None, True) == 0
+
+
+def test_text_packed_on_the_fly_needs_canonical_nodes_that_fit():
+    packed = ['train_loader.dataset.group_method=concat', 'train_loader.dataset.num_canonical_nodes=64',
+              'global_train_batch_size=48']
+    check(*packed, world_size=16, num_nodes=4)
+    with pytest.raises(UserError, match='num_canonical_nodes: 64 neither divides nor is divided by the 6 nodes; .* such as 384'):
+        check(*packed, world_size=48, num_nodes=6)
+    check(*packed, 'train_loader.dataset.group_method=truncate', world_size=48, num_nodes=6)
+
+
+def test_fsdp_keys_are_composers():
+    theirs = {f.name for f in dataclasses.fields(ComposerFSDPConfig)}
+    assert set(FSDPConfig.model_fields) - theirs == {'version', 'reduce_every_microbatch'}
+    assert FSDP2Config.settable_attrs() - set(FSDPConfig.model_fields) == {'device_mesh', 'reshard_after_forward'}
+
+
+def test_microbatches_are_searched_with_a_torch_that_composer_does_not_know(monkeypatch):
+    unshard, version = FlatParamHandle.unshard, torch.__version__
+    monkeypatch.setattr(FlatParamHandle, 'unshard', unshard)  # which has it back after the test
+    for name in ('unshard_with_sync', 'original_unshard'):
+        monkeypatch.delattr(_patch_pytorch, name, raising=False)
+    build_parallelism(FSDPConfig(version=1), has_gpu=True)
+    trainer.patch_unshard_for_automicrobatching(auto_microbatch_size_found=False)
+    assert FlatParamHandle.unshard is _patch_pytorch.unshard_with_sync is not unshard
+    trainer.patch_unshard_for_automicrobatching(auto_microbatch_size_found=True)
+    assert FlatParamHandle.unshard is unshard and torch.__version__ == version
+
+
+def test_secrets_are_masked_everywhere():
+    cfg = {'loggers': {'wandb': {'init_kwargs': {'api_key': 'abc123'}}, 'mlflow': {'tracking_uri': 'https://me:pass@host/x'}},
+           'neptune_api_token': 'abc123', 'list': [{'password': 'abc123'}], 'tokenizer_name': 'gpt2', 'max_seq_len': 5,
+           'data_remote': 's3://AKIA:abc123@bucket/x', 'monkey': 'banana', 'eos_token': 'abc123', 'secret': {'v': 'abc123'},
+           'client_secret': ['abc123'], 'passwd': 9912345, 'url': 'https://me:p@ssabc123@host', 'api_key': None}
+    text = str(config.masked(cfg))
+    assert 'abc123' not in text and 'pass@' not in text and '9912345' not in text and "'api_key': None" in text
+    assert "'tokenizer_name': 'gpt2'" in text and "'monkey': 'banana'" in text and "'max_seq_len': 5" in text
+
+
+def test_interpolations_reach_nested_sections():
+    cfg = OmegaConf.merge(config.load([QUICKSTART]), {'max_seq_len': 64})
+    c = config.check(cfg, plugins.REGISTRIES, 1, False)
+    assert c.train_loader.dataset.max_seq_len == c.tokenizer.max_seq_len == 64
+
+
+@pytest.mark.parametrize('has_gpu, language', [(False, 'C\\+\\+'), (True, 'C')], ids=['CPU', 'GPU'])
+def test_compilation_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_path, has_gpu, language):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    check('compile_config={}', has_gpu=has_gpu)
+    with monkeypatch.context() as patch:
+        patch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
+        with pytest.raises(UserError, match=f'headers of Python on a .PU, and there is no {tmp_path}/Python.h') as e:
+            check('compile_config={}', has_gpu=has_gpu)
+    assert '1 mistake' in str(e.value)
+    monkeypatch.setattr('shutil.which', lambda name: None)
+    with pytest.raises(UserError, match=f'torch.compile needs a {language} compiler on a .PU, .* install one'):
+        check('compile_config={}', has_gpu=has_gpu)
+    check('compile_config.backend=aot_eager', has_gpu=has_gpu)
+    check('compile_config={}', has_gpu=not has_gpu)  # an estimate for another machine
+
+
+def test_an_evaluation_has_batches_of_a_microbatch_unless_set():
+    for given in ('device_eval_batch_size=null', 'console_log_interval=1ba'):
+        cfg = config.load([QUICKSTART, given, 'device_train_microbatch_size=6'])
+        if given.startswith('console'):
+            del cfg['device_eval_batch_size']
+        assert config.check(cfg, plugins.REGISTRIES, 1, False).device_eval_batch_size == 6
+    assert check('device_train_microbatch_size=6').device_eval_batch_size == 32
+    auto = ['device_train_microbatch_size=auto', 'device_eval_batch_size=null']
+    with pytest.raises(UserError, match="1 mistake.*\n.*device_eval_batch_size: missing; .* is 'auto', .*; set a number"):
+        check(*auto, has_gpu=True)
+    check(*auto, 'eval_loader=null', has_gpu=True)
+    with pytest.raises(UserError, match='device_eval_batch_size: 0 must be greater than 0'):
+        check('device_eval_batch_size=0')
+
+
+def test_an_evaluation_program_has_the_same_default():
+    args = evaluate.parse_args([QUICKSTART, 'device_eval_batch_size=null', 'device_train_microbatch_size=6'])
+    assert config.check(evaluate.load(args), plugins.REGISTRIES, 1, False).device_eval_batch_size == 6

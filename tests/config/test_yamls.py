@@ -1,0 +1,151 @@
+"""Every pre-baked run: validates, has exactly the parameters that it should, and trains when shrunk."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from runs import train
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import main
+from src.common.errors import UserError
+from src.config import load as config
+from src.mosaic_gpt import MosaicGPT
+from src.training import plugins
+
+MOSAIC = {
+    # parameters, d_model, heads, layers, peak lr, global batch, batches, eval every, microbatch, checkpoint activations
+    '125m': (125_226_240, 768, 12, 12, 6.0e-4, 256, 4800, 500, 16, False),
+    '350m': (355_871_744, 1024, 16, 24, 3.0e-4, 256, 13400, 1000, 8, False),
+    '760m': (760_300_032, 1536, 12, 24, 2.5e-4, 256, 29000, 2000, 4, False),
+    '1b': (1_315_723_264, 2048, 16, 24, 2.0e-4, 512, 24800, 2000, 16, True),
+    '3b': (2_651_553_280, 2560, 20, 32, 2.0e-4, 512, 51500, 5000, 8, True),
+    '7b': (6_658_404_352, 4096, 32, 32, 1.2e-4, 1024, 63900, 5000, 8, True),
+    '13b': (12_853_386_240, 5120, 40, 40, 1.0e-4, 1024, 124000, 5000, 8, True),
+    '30b': (29_974_418_432, 7168, 56, 48, 1.0e-4, 2048, 143100, 10000, 8, True),
+    '70b': (64_861_528_064, 8192, 64, 80, 8.0e-5, 2048, 333800, 10000, 4, True),
+}
+# The shapes of the hub's configs, which are not here: the hub is out of reach of the tests.
+HF = {
+    'gpt2-small': (125_226_240, {'model_type': 'gpt2', 'n_positions': 2048}),
+    'gpt-neo-125m': (125_198_592, {'model_type': 'gpt_neo', 'hidden_size': 768, 'num_heads': 12, 'num_layers': 12,
+                                   'attention_types': [[['global', 'local'], 6]], 'vocab_size': 50257}),
+}
+ALL = [f'yamls/mosaic_gpt/{n}.yaml' for n in MOSAIC] + [f'yamls/hf_causal_lm/{n}.yaml' for n in HF]
+SHRUNK = ['max_seq_len=32', 'max_duration=2ba', 'eval_interval=1ba', 'eval_samples=6', 'global_train_batch_size=4',
+          'device_train_microbatch_size=2', 'device_eval_batch_size=4', 'train_loader.num_workers=0', 'eval_loader.num_workers=0',
+          'train_loader.prefetch_factor=null', 'eval_loader.prefetch_factor=null', 'train_loader.persistent_workers=false',
+          'eval_loader.persistent_workers=false', 'log_to_console=false', 'scheduler.t_warmup=1ba',
+          'train_loader.dataset.num_canonical_nodes=1']
+SHRUNK_MOSAIC = ['model.d_model=16', 'model.n_heads=2', 'model.n_layers=2', 'model.vocab_size=512', 'model.attn_impl=auto']
+SHRUNK_HF = {
+    'gpt2-small': ['model.pretrained_model_name_or_path=null', 'model.config_overrides.model_type=gpt2',
+                   'model.config_overrides.n_embd=16', 'model.config_overrides.n_head=2', 'model.config_overrides.n_layer=2',
+                   'model.config_overrides.vocab_size=512'],
+    'gpt-neo-125m': ['model.pretrained_model_name_or_path=null', 'model.config_overrides.model_type=gpt_neo',
+                     'model.config_overrides.hidden_size=16', 'model.config_overrides.num_heads=2',
+                     'model.config_overrides.num_layers=2', 'model.config_overrides.vocab_size=512',
+                     'model.config_overrides.attention_types=[[[global,local],1]]'],
+}
+
+
+def load(yaml: str, *overrides: str, has_gpu: bool = True):
+    return config.check(config.load([yaml, *overrides]), plugins.REGISTRIES, 8, has_gpu)
+
+
+def test_these_are_all_the_yamls():
+    assert sorted(ALL + ['yamls/quickstart.yaml']) == sorted(str(p) for p in Path('yamls').rglob('*.yaml'))
+
+
+@pytest.mark.parametrize('yaml', ALL)
+def test_yaml_has_the_recipe_that_all_share(yaml):
+    c = load(yaml)
+    assert (c.max_seq_len, c.optimizer.name, c.optimizer.betas, c.optimizer.eps) == (2048, 'decoupled_adamw', [0.9, 0.95], 1e-8)
+    assert (c.optimizer.weight_decay, c.scheduler.t_warmup, c.scheduler.alpha_f, c.seed) == (0, '100ba', 0.1, 17)
+    assert c.scheduler.name == 'cosine_with_warmup'
+    assert c.algorithms == {'gradient_clipping': {'clipping_type': 'norm', 'clipping_threshold': 1.0}}
+    assert c.train_loader.dataset.num_canonical_nodes == 64
+    assert not Path(yaml).read_text().count('&'), 'interpolation, never anchors'
+    assert c.fsdp_config and c.fsdp_config.sharding_strategy == 'FULL_SHARD'
+
+
+@pytest.mark.parametrize('name', list(MOSAIC))
+def test_mosaic_yaml_is_the_row_of_the_table(name):
+    params, d_model, heads, layers, lr, batch, batches, every, micro, checkpoint = MOSAIC[name]
+    c = load(f'yamls/mosaic_gpt/{name}.yaml')
+    assert (c.model.d_model, c.model.n_heads, c.model.n_layers) == (d_model, heads, layers)
+    assert (c.model.vocab_size, c.model.mlp_ratio, c.model.attn_impl, c.model.device) == (50257, 4, 'flash', 'meta')
+    assert (c.optimizer.lr, c.global_train_batch_size, c.device_train_microbatch_size) == (lr, batch, micro)
+    assert (c.max_duration, c.eval_interval) == (f'{batches}ba', f'{every}ba')
+    assert c.fsdp_config.activation_checkpointing is checkpoint
+    assert c.fsdp_config.mixed_precision == ('PURE' if name in ('30b', '70b') else 'DEFAULT')
+
+    model = MosaicGPT(c.model.model_copy(update={'attn_impl': 'sdpa'}))
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == params
+    tokens = batch * 2048 * batches
+    assert 19.5 < tokens / params < 21.6
+    head = Path(f'yamls/mosaic_gpt/{name}.yaml').read_text()
+    assert f'{params:,} parameters, {tokens / 1e9:.1f}B tokens ({tokens / params:.1f} per parameter' in head
+    assert bool(re.search('C4 holds roughly 170B tokens', head)) is (tokens > 170e9)
+
+
+@pytest.mark.parametrize('yaml', ['yamls/quickstart.yaml', *(f'yamls/mosaic_gpt/{name}.yaml' for name in MOSAIC)])
+def test_one_setting_keeps_attention_within_documents(yaml):
+    for value in (False, True):
+        c = load(yaml, *([f'model.attn_within_document={str(value).lower()}'] if value else []))
+        assert c.model.attn_within_document is value
+        assert c.train_loader.dataset.sequence_ids is c.eval_loader.dataset.sequence_ids is value
+
+
+@pytest.mark.parametrize('name', list(HF))
+def test_hf_yaml_has_no_attention_within_documents(name):
+    with pytest.raises(UserError, match="train_loader.dataset.sequence_ids: true is for model.name: mosaic_gpt, and this is "
+                                        "'hf_causal_lm', which would attend across documents"):
+        load(f'yamls/hf_causal_lm/{name}.yaml', 'train_loader.dataset.sequence_ids=true')
+
+
+@pytest.mark.parametrize('name', list(HF))
+def test_hf_yaml_has_exactly_its_parameters(name):
+    params, shape = HF[name]
+    c = load(f'yamls/hf_causal_lm/{name}.yaml')
+    overrides = {k: v for k, v in c.model.config_overrides.items() if k not in shape}
+    shape = dict(shape)
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.pop('model_type'), **shape, **overrides))
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert f'{params:,} parameters' in Path(f'yamls/hf_causal_lm/{name}.yaml').read_text()
+
+
+def test_a_hub_model_with_too_few_positions_is_refused(mds_root):
+    cfg = config.load(['yamls/hf_causal_lm/gpt2-small.yaml', f'data_remote={mds_root}', f'tokenizer_name={mds_root}/tokenizer',
+                       *SHRUNK, *SHRUNK_HF['gpt2-small'], 'model.config_overrides.n_positions=16'])
+    with pytest.raises(UserError, match='train_loader.dataset.max_seq_len: 32 is above the 16 positions of the model'):
+        main.main(cfg)
+
+
+@pytest.mark.parametrize('yaml', ALL)
+def test_shrunk_yaml_trains_two_steps(yaml, mds_root, tmp_path):
+    shape = SHRUNK_MOSAIC if 'mosaic_gpt' in yaml else SHRUNK_HF[Path(yaml).stem]
+    cfg = config.load([yaml, f'data_remote={mds_root}', f'tokenizer_name={mds_root}/tokenizer', *SHRUNK, *shape,
+                       'model.init_seed=1'])
+    trainer = main.main(cfg)
+    assert int(trainer.state.timestamp.batch) == 2
+    assert int(trainer.state.timestamp.token) == 2 * 4 * 31
+    loss = trainer.state.eval_metric_values['LanguageCrossEntropy'].item()
+    assert 5.5 < loss < 6.5  # ln 512 = 6.24
+    trainer.close()
+
+
+@pytest.mark.slow
+def test_documents_pass_sharding_checkpointing_and_microbatches(mds_root):
+    """Attention within documents, in every wrapper at once and in none: the losses are the same."""
+    argv = ['yamls/mosaic_gpt/125m.yaml', f'data_remote={mds_root}', f'tokenizer_name={mds_root}/tokenizer', *SHRUNK,
+            *SHRUNK_MOSAIC, 'eval_interval=2ba', 'max_duration=3ba']
+    wrapped = train(*argv, 'model.attn_within_document=true', 'fsdp_config.activation_checkpointing=true')
+    bare = ['fsdp_config=null', 'device_train_microbatch_size=4']
+    within, across = train(*argv, *bare, 'model.attn_within_document=true'), train(*argv, *bare)
+    assert wrapped['losses'] == pytest.approx(within['losses'], rel=1e-6)
+    assert wrapped['batches'] == within['batches'] == across['batches']  # sequence ids do not change the samples
+    assert abs(within['losses'][0] - across['losses'][0]) > 1e-4

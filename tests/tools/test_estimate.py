@@ -1,0 +1,272 @@
+"""How many GPUs: each figure against arithmetic by hand, and against the rule of thumb."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from launch import ROOT, tiny
+
+import main
+from src.common.errors import UserError
+from src.common.flops import peak_flops
+from src.config import load as config
+from src.config.schema import Config
+from src.sizing import memory
+from src.sizing.cards import C4_TOKENS, CARDS, USABLE, Estimate, counts, estimate, needs, remedies
+from src.sizing.memory import moments, predict
+from src.tools import estimate as program
+
+NAMES = ('125m', '350m', '760m', '1b', '3b', '7b', '13b', '30b', '70b')
+SOME = [name if name == '125m' else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+FEW = 'model.n_layers=4'  # each block takes time to follow, and so does each chunk of the loss
+SHORT = 'model.loss_chunk_tokens=65536'
+
+
+def parsed(name: str, *overrides: str) -> Config:
+    return config.check(config.load([str(ROOT / f'yamls/mosaic_gpt/{name}.yaml'), *overrides]), {}, 1, True)
+
+
+def sized(name: str, card: str = 'a100-40gb', *overrides: str, **kwargs) -> Estimate:
+    return estimate(parsed(name, *overrides), CARDS[card], **kwargs)
+
+
+def run(*argv: str) -> list[Estimate]:
+    return program.main(program.parse_args([str(arg) for arg in argv]))
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_7b_of_four_blocks_by_hand():
+    e = sized('7b', 'a100-40gb', FEW)
+    d, layers, rest = 4096, 4, 50257 + 2048 + 2  # embeddings, positions, the last LayerNorm
+    block = 12 * d * d + 13 * d
+    assert e.n_params == layers * block + rest * d == 1_019_768_832
+    assert (e.devices, e.microbatch, e.fits) == (1, 8, True)
+    assert e.memory.moment == 'in the backward pass of block 4 of 4'
+    gathered = 2 * rest * d + 2 * 2 * block  # in bf16: what is outside of blocks, and two blocks
+    assert e.memory.weights - 4 * e.n_params == pytest.approx(gathered, rel=1e-4)
+    assert e.memory.optimizer == 8 * e.n_params
+    assert e.card.usable == 0.95 * 40e9
+    assert e.tokens == 63_900 * 1024 * 2048 == 134_008_012_800
+    assert e.flops_per_token == 6 * e.n_params + 12 * layers * d * 2048 == 6_521_266_176
+    assert e.hours == pytest.approx(134_008_012_800 * 6_521_266_176 / (312e12 * 0.4) / 3600)
+    assert sized('7b', 'a100-40gb', FEW, devices=8, mfu=0.5).hours == pytest.approx(e.hours / 8 * 0.4 / 0.5)
+
+
+def test_tokens_of_other_units():
+    assert sized('125m', 'l4', FEW, 'max_duration=5000sp', 'scheduler.t_warmup=0.1dur').tokens == 5000 // 256 * 256 * 2048
+    assert sized('125m', 'l4', FEW, 'max_duration=5000tok', 'scheduler.t_warmup=0.1dur').tokens == 5000
+    e = sized('125m', 'l4', FEW, 'max_duration=2ep', 'scheduler.t_warmup=0.1dur', 'train_loader.dataset.group_method=truncate')
+    assert e.tokens is e.flops is e.hours is None
+    assert 'the data decide how long that is' in program.report(e, 2.0)
+
+
+@pytest.mark.parametrize('card', ['a100-40gb', 'l4'])
+@pytest.mark.parametrize('name', SOME)
+def test_no_smaller_number_fits_and_no_larger_microbatch(name, card):
+    e = sized(name, card)
+    limit, batch = USABLE * CARDS[card].memory, e.c.global_train_batch_size
+    powers = [n for n in (2**i for i in range(12)) if n <= batch]  # of two: they alone divide these batches
+    assert counts(e.c) == powers
+
+    def fits(n: int, microbatch: int) -> bool:
+        return predict(e.c, n, True, min(microbatch, batch // n)).total <= limit
+
+    for fewest, microbatch in ((e.smallest, e.c.device_train_microbatch_size), (e.smallest_of_one, 1)):
+        assert isinstance(microbatch, int) and fewest and fits(fewest, microbatch)
+        assert not any(fits(n, microbatch) for n in powers if n < fewest)
+    assert e.fits and e.devices == e.smallest
+    assert e.largest_microbatch and fits(e.devices, e.largest_microbatch)
+    assert not any(fits(e.devices, m) for m in powers if e.largest_microbatch < m <= batch // e.devices)
+
+
+def test_a_microbatch_is_never_more_than_a_device_has():
+    e = sized('1b', 'a100-40gb', FEW, devices=64)  # 8 samples of the batch of 512, and the YAML's microbatch is 16
+    assert (e.microbatch, e.largest_microbatch) == (8, 8)
+
+
+def test_a_microbatch_of_auto_is_the_largest_that_fits():
+    e = sized('1b', 'l4', FEW, 'device_train_microbatch_size=auto')
+    assert e.smallest == e.smallest_of_one == 1 and e.microbatch == e.largest_microbatch == 64
+    assert needs(e.c, e.card, 1, 128).total > e.card.usable >= needs(e.c, e.card, 1, 64).total
+
+
+def test_copies_of_the_model_take_whole_groups_of_devices():
+    hybrid = ('fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=4')
+    e = sized('7b', 'l4', FEW, *hybrid)
+    one = sized('7b', 'l4', FEW)
+    assert (e.smallest, e.devices) == (4 * (one.smallest or 0),) * 2  # 4 copies
+    with pytest.raises(UserError, match='data_parallel_replicate_degree.*not with 2 devices; with 4, 8, 16'):
+        sized('7b', 'l4', FEW, *hybrid, devices=2)
+    for none in (['fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=3'],
+                 [*hybrid, 'fsdp_config.data_parallel_shard_degree=6']):
+        with pytest.raises(UserError, match='no number of devices that divides the batch of 1024 has whole copies'):
+            sized('7b', 'l4', FEW, *none)
+    degree = parsed('7b', *hybrid, 'fsdp_config.data_parallel_shard_degree=8')
+    assert counts(degree) == [32]
+
+
+def test_what_does_not_fit_says_what_to_set():
+    e = sized('7b', 'l4', FEW, 'fsdp_config.activation_checkpointing=false', devices=2)
+    assert not e.fits
+    steps = dict(remedies(e))
+    assert list(steps) == ['device_train_microbatch_size=1']  # and no more, once it fits
+    assert steps['device_train_microbatch_size=1'] == needs(e.c, e.card, 2, 1).total <= e.card.usable
+    ddp = sized('7b', 'l4', 'model.n_layers=6', 'fsdp_config=null')
+    assert (ddp.smallest, ddp.smallest_of_one, ddp.largest_microbatch, ddp.devices) == (None, None, None, 1024)
+    assert list(remedies(ddp))[-1][0] == 'fsdp_config.sharding_strategy=FULL_SHARD'
+    text = program.report(ddp)
+    assert 'DOES NOT FIT' in text and 'FULL_SHARD: fits' in text and 'as it is, no number of these is enough' in text
+
+
+@pytest.mark.parametrize('name', CARDS)
+def test_cards_have_a_peak_and_their_label(name):
+    card = CARDS[name]
+    assert peak_flops(card.driver, 'amp_bf16')
+    label = re.search(r'(\d+)gb', name)
+    assert not label or card.memory == int(label[1]) * 1e9
+
+
+# ---------------------------------------------------------------- the rule of thumb
+
+
+@pytest.mark.parametrize('name', SOME)
+def test_the_rule_of_thumb_is_what_stays_from_step_to_step(name):
+    """16 N over all devices; while blocks compute, FSDP adds copies in low precision.
+
+    Their part grows with the number of devices, as the rest is divided and they are not: up to a third here. mixed_precision
+    PURE keeps fp32 weights as well, and so changes nothing of what stays.
+    """
+    e = sized(name)
+    n, rule = e.devices, 16 * e.n_params
+    stays = moments(e.c, n, True, e.microbatch)[-1]
+    assert n * (stays.weights + stays.gradients + stays.optimizer) == pytest.approx(rule, rel=1e-5)
+    assert 1 <= n * (e.memory.weights + e.memory.gradients + e.memory.optimizer) / rule < 1.34
+    # In bf16: what is outside blocks, and up to two blocks; in fp32 what autocast makes of a block's two norms
+    copies = e.memory.weights - stays.weights
+    norms = 4 * 4 * e.c.model.d_model
+    root, block = 2 * (e.n_params - sum(e.trace.units)), 2 * e.trace.units[0]
+    assert root <= copies <= root + 2 * block + norms
+    assert e.rule and e.rule <= e.devices and e.rule * 40e9 > rule and (e.rule == 1 or e.rule / 2 * 40e9 <= rule)
+    other = 'DEFAULT' if name in ('30b', '70b') else 'PURE'
+    assert moments(parsed(name, f'fsdp_config.mixed_precision={other}'), n, True, e.microbatch)[-1] == stays
+
+
+@pytest.mark.slow
+def test_the_rules_own_example():
+    """A GPT-13B needs 8 x A100-40GB or 4 x A100-80GB; with a microbatch of 1 the prediction agrees."""
+    for card, n in (('a100-40gb', 8), ('a100-80gb', 4)):
+        e = sized('13b', card)
+        assert (e.rule, e.smallest_of_one) == (n, n)
+
+
+# ---------------------------------------------------------------- bytes on disks
+
+
+@pytest.mark.parametrize('kind', ['full', 'sharded'])
+def test_a_checkpoint_is_as_large_as_it_says(kind, mds_root, tmp_path):
+    argv = tiny(mds_root, 'max_duration=1ba', 'scheduler.t_warmup=0.1dur', 'eval_loader=null', 'model.d_model=128',
+                'model.n_layers=4', 'log_to_console=false', 'model.vocab_size=4096', f'save_folder={tmp_path}', 'run_name=a')
+    sharded = ['fsdp_config={}', 'fsdp_config.state_dict_type=sharded'] if kind == 'sharded' else []
+    cfg = config.load([str(ROOT / 'yamls/quickstart.yaml'), *argv, *sharded])
+    main.main(cfg).close()
+    e = estimate(config.check(cfg, {}, 1, True), CARDS['l4'])
+    assert e.n_params > 1e6 and e.checkpoint == 12 * e.n_params + (4 * 4096 * 128 if sharded else 0)
+    size = sum(p.stat().st_size for p in tmp_path.rglob('*') if p.is_file())
+    assert e.checkpoint < size < 1.04 * e.checkpoint  # with names, and padding of small tensors
+
+
+def test_bytes_of_data_and_checkpoints():
+    text = program.report(sized('13b', 'h200', FEW, SHORT, 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
+    tokens = 124_000 * 1024 * 2048
+    assert f'{2 * tokens / 1e9:.2f} GB' == '520.09 GB' and '520.09 GB' in text
+    assert f'{tokens / C4_TOKENS:.1f} times C4, 340.00 GB' in text and '1.5 times' in text
+    n_params = 4 * (12 * 5120**2 + 13 * 5120) + (50257 + 2048 + 2) * 5120
+    assert f'3 kept: {3 * 12 * n_params / 1e9:.2f} GB' in text
+    kept = f'25 kept: {25 * 12 * n_params / 1e9:.2f} GB, with a save_folder'  # 124000 / 5000, and the end
+    assert kept in program.report(sized('13b', 'h200', FEW, SHORT))
+    assert sized('125m', 'l4', FEW, 'model.vocab_size=100000').token_bytes == 4
+
+
+# ---------------------------------------------------------------- the program
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines() if line.startswith('| ')]
+
+
+def readme_table() -> str:
+    shown = re.search(r'```text\n(\| run .*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    assert shown
+    return shown[1]
+
+
+def test_a_row_of_the_table():
+    out = program.overview({'125m': sized('125m')}, 1.5)
+    head, row = rows(out)
+    assert head == ['run', 'N', 'GPUs', 'micro', 'GiB', 'up to', 'at 1', '16 N', 'rule', 'tokens', 'FLOPs', 'hours', 'cost',
+                    'saved', 'data']
+    cost = head.index('cost')
+    assert row[cost] == '8 $'  # 5.5 hours x 1.5 $
+    assert row[:cost] + row[cost + 1:] == next(row for row in rows(readme_table()) if row[0] == '125m')
+    legend = out.split('\n\n')[1]
+    assert all(re.search(rf'^{name}  ', legend, re.MULTILINE) for name in head[1:] if name != 'micro')
+
+
+@pytest.mark.slow
+def test_the_table_of_all_is_in_the_readme(capsys):
+    run()
+    out = capsys.readouterr().out
+    assert tuple(row[0] for row in rows(out)[1:]) == NAMES
+    assert {len(line) for line in out.splitlines() if line.startswith('|')} == {len(out.splitlines()[0])}
+    assert readme_table() == out
+
+
+def test_one_yaml_is_a_report(capsys):
+    yaml = ROOT / 'yamls/mosaic_gpt/7b.yaml'
+    e, = run(yaml, '--gpus', 64, '--mfu', 0.5, '--price', 2, 'device_train_microbatch_size=4', FEW)
+    out = capsys.readouterr().out
+    assert e == estimate(parsed('7b', 'device_train_microbatch_size=4', FEW), CARDS['a100-40gb'], 64, 0.5)
+    figures = {'parameters N': '1,019,768,832', 'rule of thumb': '16.32 GB', 'devices': '64', 'tokens': '1.34e11',
+               'fewest devices': '1', 'cost': f'{e.hours * 64 * 2:,.0f} $', 'largest microbatch': '16'}
+    for what, figure in figures.items():
+        assert re.search(rf'^{what} +{re.escape(figure)}   ', out, re.MULTILINE), what
+    for line in memory.table(e.memory).splitlines()[1:]:
+        name, size, unit = line.split()
+        assert re.search(rf'^  {name} +{size} {unit}   ', out, re.MULTILINE)
+    assert all(len(line) <= 130 for line in out.splitlines()[2:])
+
+
+def test_settings_without_a_yaml_are_for_all(monkeypatch):
+    monkeypatch.setattr(program, 'estimate', lambda c, *_: sized('125m', 'a100-40gb', FEW)._replace(c=c))
+    assert {e.c.device_train_microbatch_size for e in run('device_train_microbatch_size=2')} == {2}
+
+
+@pytest.mark.parametrize('argv, message', {
+    'gpu': (['--gpu', 'tpu'], "--gpu: 'tpu' is not in the table; set one of a100-40gb, a100-80gb, h100-sxm"),
+    'mfu': (['--mfu', '1.5'], '--mfu: 1.5 must be above 0 and at most 1'),
+    'no mfu': (['--mfu', 'nan'], '--mfu: nan must be above 0'),
+    'price': (['--price', '-1'], '--price: -1 must be a number of dollars, 0 or more'),
+    'gpus': (['yamls/mosaic_gpt/7b.yaml', '--gpus', '3'], '1024 does not divide by 3 devices; nearest that do: 1023, 1026'),
+    'one of all': (['--gpus', '512'], '125m.yaml: .*\n.*256 does not divide by 512 devices'),
+    'key': (['yamls/mosaic_gpt/7b.yaml', 'model.d_modle=3'], 'model.d_modle: no such key'),
+    'yaml': (['yamls/mosaic_gpt/8b.yaml'], 'no such file. Did you mean'),
+}.values(), ids=['gpu', 'mfu', 'no mfu', 'price', 'gpus', 'one of all', 'key', 'yaml'])
+def test_mistakes(argv, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=message):
+        run('--mfu', 0.4, *argv)
+
+
+def test_a_mistake_is_one_message(monkeypatch):
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    monkeypatch.setattr(sys, 'argv', ['src/tools/estimate.py', '--gpu', 'tpu'])
+    with pytest.raises(SystemExit, match="^error: --gpu: 'tpu'[^\n]*$"):
+        runpy.run_path(str(ROOT / 'src/tools/estimate.py'), run_name='__main__')
+
+
+def test_every_yaml_is_there():
+    assert sorted(NAMES) == sorted(p.stem for p in Path(ROOT, 'yamls/mosaic_gpt').glob('*.yaml'))
