@@ -3,18 +3,19 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
 
 from composer import Trainer
-from composer.utils import dist, get_file, is_tar
+from composer.utils import checkpoint, dist, get_file, is_tar
 from composer.utils.reproducibility import load_rng_state
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from src.checkpoints.manifest import Manifest
-from src.checkpoints.safe_reading import no_code, read_weights
+from src.checkpoints.safe_reading import no_code, read_weights, readable, weights_in
 from src.checkpoints.start import Start
 from src.common.errors import UserError
 from src.config.load import parse
@@ -23,6 +24,44 @@ from src.config.schema import MODEL_CONFIGS
 log = logging.getLogger('src')
 
 WEIGHTS = 'state.model.'  # the prefix of the weights' names in a sharded checkpoint
+
+
+@contextmanager
+def reading(start: Start, trusted: Optional[bool] = None) -> Iterator[None]:
+    """Has Composer's Trainer read its `load_path` without running code. A fault of the file ends in one message.
+
+    Only the functions that read are wrapped. An error of a model, an optimizer or a callback keeps its traceback.
+
+    Args:
+        start: Names the checkpoint.
+        trusted: Lets the checkpoint hold any object, and so run code. `.metadata` never may: torch alone writes it.
+            None: never, and the message does not offer it.
+    """
+    setting, path = start.setting, str(start.path)
+    reads: list[tuple[Any, str]] = [
+        (checkpoint, 'download_checkpoint'), (checkpoint, '_torch_load_with_validation'), (checkpoint, 'dist_cp_load'),
+        (checkpoint, 'DistCPObjectStoreReader'), (checkpoint.FileSystemReaderWithValidation, 'read_metadata')]
+    originals = [getattr(owner, name) for owner, name in reads]
+    load_file = checkpoint._torch_load_with_validation
+
+    def wrapped(read: Callable, may_trust: bool) -> Callable:
+        def safely(*args: Any, **kwargs: Any) -> Any:
+            trust = ', or set trust_checkpoint=true if you trust who wrote this one' if may_trust and trusted is not None else ''
+            fault = readable(setting, path, 'into this model and optimizer', trust)
+            with fault, nullcontext() if trusted and may_trust else no_code():
+                found = read(*args, **kwargs)
+            if read is load_file:
+                weights_in(found, setting, path)
+            return found
+        return safely
+
+    for (owner, name), read in zip(reads, originals):
+        setattr(owner, name, wrapped(read, name != 'read_metadata'))
+    try:
+        yield
+    finally:
+        for (owner, name), read in zip(reads, originals):
+            setattr(owner, name, read)
 
 
 def same_weights(start: Start, own: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:

@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from composer.core import Callback, State
-from composer.loggers import Logger
 from composer.utils import dist
 
 from src.checkpoints.start import Start
 from src.common.errors import UserError
 from src.config import load as config
-from src.config.schema import Config, OptimizerConfig
+from src.config.schema import Config
 
 # Sections of the config that change nothing of the training.
 ELSEWHERE = {'run_name', 'save_folder', 'load_path', 'load_weights_only', 'trust_checkpoint', 'autoresume', 'callbacks',
@@ -102,32 +100,3 @@ def _moves_samples(key: str, now: Mapping[str, Any], counts_samples: bool) -> bo
         return not counts_samples or by_stream and key == 'global_train_batch_size'
     return (key.startswith('train_loader.') and last not in NO_ORDER
             and not (counts_samples and last in NO_ORDER_OF_COUNTED))
-
-
-class OptimizerSettings(Callback):
-    """Has the config's settings of the optimizer take effect in a resumed run. A checkpoint brings its own run's.
-
-    Args:
-        new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's. Where they are
-            the same, the rate of the first batch is the checkpoint's to the bit.
-    """
-
-    def __init__(self, new_schedule: bool = False):
-        self._new_schedule = new_schedule
-
-    def before_load(self, state: State, logger: Logger) -> None:
-        groups = state.optimizers[0].param_groups
-        # Keys that a setting is named like: others may be the optimizer's state. `initial_lr` is the peak rate, `lr`
-        # follows from it, and the optimizer sets `fused` at each step.
-        keys = {'initial_lr', *OptimizerConfig.model_fields} - {'lr', 'fused'}
-        self._asked = [{key: value for key, value in group.items() if key in keys} for group in groups]
-
-    def after_load(self, state: State, logger: Logger) -> None:
-        groups = state.optimizers[0].param_groups
-        for group, asked in zip(groups, self._asked, strict=True):
-            group['lr'] *= asked['initial_lr'] / group['initial_lr']  # the schedule's factor stays
-            group.update(asked)
-        for scheduler in state.schedulers:
-            scheduler.base_lrs = [group['initial_lr'] for group in groups]
-            if self._new_schedule:
-                scheduler.step()  # Composer's take the rate from the state's timestamp

@@ -8,16 +8,15 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
 from botocore.exceptions import BotoCoreError, ClientError
-from composer.utils import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
@@ -133,41 +132,3 @@ def weights_in(checkpoint: Any, setting: str, path: str) -> dict[str, Any]:
         raise UserError(f'{setting}: {path} is no checkpoint of the kit: it holds no weights under state.model; take '
                         'another file')
     return weights
-
-
-@contextmanager
-def loading(setting: str, path: str, trusted: Optional[bool] = None) -> Iterator[None]:
-    """Has Composer's Trainer read its `load_path` without running code. A fault of the file ends in one message.
-
-    Only the functions that read are wrapped. An error of a model, an optimizer or a callback keeps its traceback.
-
-    Args:
-        setting: Names the checkpoint, for messages.
-        path: Where the checkpoint lies.
-        trusted: Lets the checkpoint hold any object, and so run code. `.metadata` never may: torch alone writes it.
-            None: never, and the message does not offer it.
-    """
-    reads: list[tuple[Any, str]] = [
-        (checkpoint, 'download_checkpoint'), (checkpoint, '_torch_load_with_validation'), (checkpoint, 'dist_cp_load'),
-        (checkpoint, 'DistCPObjectStoreReader'), (checkpoint.FileSystemReaderWithValidation, 'read_metadata')]
-    originals = [getattr(owner, name) for owner, name in reads]
-    load_file = checkpoint._torch_load_with_validation
-
-    def wrapped(read: Callable, may_trust: bool) -> Callable:
-        def safely(*args: Any, **kwargs: Any) -> Any:
-            trust = ', or set trust_checkpoint=true if you trust who wrote this one' if may_trust and trusted is not None else ''
-            fault = readable(setting, path, 'into this model and optimizer', trust)
-            with fault, nullcontext() if trusted and may_trust else no_code():
-                found = read(*args, **kwargs)
-            if read is load_file:
-                weights_in(found, setting, path)
-            return found
-        return safely
-
-    for (owner, name), read in zip(reads, originals):
-        setattr(owner, name, wrapped(read, name != 'read_metadata'))
-    try:
-        yield
-    finally:
-        for (owner, name), read in zip(reads, originals):
-            setattr(owner, name, read)

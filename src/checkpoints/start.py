@@ -33,6 +33,11 @@ class Start:
         return self.kind == 'weights' and not self.sharded
 
     @property
+    def read_by_composer(self) -> Optional[str]:
+        """What Composer's Trainer takes as `load_path`."""
+        return None if self.weights_of_a_file else self.path
+
+    @property
     def setting(self) -> str:
         return 'autoresume' if self.own else 'load_path'
 

@@ -32,6 +32,7 @@ def prepare_environment() -> None:
     raises a KeyError, and without a home the import of matplotlib a RuntimeError. TORCH_WARM_POOL is set where shared
     memory is full: the processes that torch starts for later compilation would end in a traceback of their own.
     """
+    os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's 3 are few for a run of weeks
     if shared_memory_is_low():
         os.environ.setdefault('TORCH_WARM_POOL', '0')
     uid = os.getuid()

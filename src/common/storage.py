@@ -10,8 +10,6 @@ from typing import Union
 from composer.utils import ObjectStore, S3ObjectStore, parse_uri, retry
 from composer.utils import maybe_create_object_store_from_uri as object_store
 
-os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's 3 are few for a run of weeks; read when a client is made
-
 
 class LocalFolder:
     """A folder on a disk that all nodes share."""

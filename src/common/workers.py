@@ -45,7 +45,7 @@ def die_with_launcher() -> None:
         _die_with_parent()
 
 
-def _let_threads_settle() -> None:
+def let_threads_settle() -> None:
     """Gives gloo's threads the time to drop the tensors of the last collective, for which they enter the interpreter.
 
     A loader worker that is forked in that moment never starts, up to Python 3.10.14 and 3.11.9:
@@ -55,8 +55,6 @@ def _let_threads_settle() -> None:
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         time.sleep(SETTLE_S)
 
-
-os.register_at_fork(before=_let_threads_settle)
 
 
 def init_loader_worker(worker_id: int) -> None:

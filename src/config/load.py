@@ -15,11 +15,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Optional, TypeVar, get_args, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
-from yaml import YAMLError
 
 from src.common.errors import UserError, masked
 from src.config.checks import combination_errors
@@ -63,7 +63,7 @@ def load(argv: list[str]) -> DictConfig:
         raise UserError(f'{argv[0]}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as e:
         raise UserError(f'{argv[0]}: cannot be read as YAML: {e}') from None
     except NOT_OF_ITS_TAG as e:  # which quotes the value
         raise UserError(f'{argv[0]}: cannot be read as YAML: a value is not of the tag before it: {type(e).__name__}') from None
@@ -90,6 +90,11 @@ def plain(cfg: Any) -> dict[str, Any]:
         raise UserError(_unresolved(str(e).splitlines()[0], e.full_key, cfg)) from None
     assert isinstance(container, dict)
     return {str(k): v for k, v in _at_home(container).items()}
+
+
+def shown(c: Config) -> str:
+    """A config as YAML, with its defaults; secrets are masked."""
+    return yaml.safe_dump(masked(plain(c)), sort_keys=False, width=120, allow_unicode=True)
 
 
 def _unresolved(said: str, key: Any, cfg: DictConfig) -> str:

@@ -1,7 +1,7 @@
 """Several processes on several nodes: what the launcher set, and what they have to agree on.
 
 How they meet is `src/ranks/rendezvous.py`. Composer and streaming read `NODE_RANK` when they are called. torchrun calls it
-`GROUP_RANK`: importing this fills it in.
+`GROUP_RANK`.
 """
 
 import json
@@ -42,8 +42,6 @@ def fill_node_rank() -> None:
     if 'GROUP_RANK' in os.environ:
         os.environ.setdefault('NODE_RANK', os.environ['GROUP_RANK'])
 
-
-fill_node_rank()
 
 
 def check_environment(env: Mapping[str, str]) -> None:
@@ -177,7 +175,7 @@ def preflight() -> str:
         return line
     if nodes > 1:
         _check_shared_memory_apart()
-    _check_sum(ranks, _own_rank() + 1)
+    _check_sum(ranks, rank() + 1)
     return f'{line}\n{_time_sum(len(ranks))}'
 
 
@@ -214,7 +212,7 @@ def _check_sum(ranks: list[Rank], part: float) -> None:
     import torch
 
     columns = torch.zeros(1024, len(ranks), device='cuda' if torch.cuda.is_available() else 'cpu')
-    columns[:, _own_rank()] = part
+    columns[:, rank()] = part
     with explained('the sum over all ranks failed'):
         torch.distributed.all_reduce(columns)
     expected = torch.arange(1, len(ranks) + 1, device=columns.device)
@@ -247,7 +245,7 @@ def _time_sum(n: int) -> str:
             f'(bus bandwidth {speed * 2 * (n - 1) / n:.3g} GB/s)')
 
 
-def _own_rank() -> int:
+def rank() -> int:
     return int(os.environ.get('RANK', '0'))
 
 
@@ -258,7 +256,7 @@ def here(env: Mapping[str, str] = os.environ) -> str:
 def _gather(values: Mapping[str, str]) -> list[Rank]:
     from composer.utils import dist
 
-    mine = Rank(_own_rank(), int(os.environ.get('NODE_RANK', '0')), socket.gethostname(), values)
+    mine = Rank(rank(), int(os.environ.get('NODE_RANK', '0')), socket.gethostname(), values)
     with explained('the ranks cannot exchange messages'):
         return dist.all_gather_object(mine)
 

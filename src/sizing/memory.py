@@ -1,28 +1,16 @@
-"""Peak memory of a training step on one device, for the model that the config builds and any number of devices.
+"""Peak memory of a training step on one device, for the model that the config builds and any number of devices."""
 
-    python src/sizing/memory.py yamls/mosaic_gpt/1b.yaml [key=value ...] [--devices 8] [--cpu]
-"""
-
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Optional
-
-if __name__ == '__main__':  # run as `python src/sizing/memory.py`: import from the repository's root, not from src
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    from src.common.machine import set_up_output
-    set_up_output()
 
 import torch
 from composer.core import Precision
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from src.common.errors import UserError, positive
-from src.config import load as config
+from src.common.errors import UserError
 from src.config.checks import fsdp_version
-from src.config.derived import device_batch_size, grad_accum, microbatch_size
+from src.config.derived import device_batch_size, grad_accum
 from src.config.schema import Config, OptimizerConfig
 from src.sizing.step_trace import BACKWARD, EMBEDDINGS, END, FORWARD, LOSS, START, UNIT_END, Phase, Settings, Trace, trace
 from src.training import optimizers, plugins
@@ -202,38 +190,3 @@ def table(memory: Memory) -> str:
     parts = memory._asdict() | {'peak': memory.total}
     lines = [f'predicted memory of a device, {parts.pop("moment")}:']
     return '\n'.join(lines + [f'  {name:12}{size / 2**30:9.2f} GiB' for name, size in parts.items()])
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Predict the peak memory of a training step on one device.')
-    parser.add_argument('yaml', metavar='YAML')
-    parser.add_argument('overrides', nargs='*', metavar='key=value', help='as for main.py')
-    parser.add_argument('--devices', type=positive, default=1, metavar='N', help='over all nodes; default: %(default)s')
-    parser.add_argument('--cpu', action='store_true', help='they are no GPUs')
-    return parser.parse_intermixed_args(argv)
-
-
-def main(args: argparse.Namespace) -> Memory:
-    """Predicts for a YAML, and prints it.
-
-    Raises:
-        UserError: A mistake in the config, a microbatch of `auto`, or a model that cannot be predicted.
-    """
-    import main as training  # which imports this module
-
-    c = config.check(config.load([args.yaml, *args.overrides]), plugins.REGISTRIES, args.devices, not args.cpu,
-                     kits_loader=training.has_kits_loader())
-    if not isinstance(c.device_train_microbatch_size, int):
-        raise UserError("device_train_microbatch_size: 'auto' is found by trying; set a number to predict its memory")
-    device_batch = device_batch_size(c.global_train_batch_size, args.devices)
-    microbatch = microbatch_size(device_batch, c.device_train_microbatch_size)
-    memory = predict(c, args.devices, not args.cpu, microbatch)
-    print(table(memory))
-    return memory
-
-
-if __name__ == '__main__':
-    try:
-        main(parse_args(sys.argv[1:]))
-    except UserError as e:
-        sys.exit(f'error: {e}')

@@ -10,18 +10,12 @@ import sys
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root, not from src
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
+    from src.common import machine, workers  # before torch and Composer, whose import takes seconds
 
-from src.common import machine
-from src.common import workers
-
-if __name__ == '__main__':
     workers.die_with_launcher()
     machine.set_up_output()
 
-import main as training  # before Composer, which reads what it sets
-
-# isort: split
 import argparse
 import atexit
 import gc
@@ -56,6 +50,10 @@ from src.hf_causal_lm import build_hf_config
 from src.sizing.memory import GPU_WORKSPACE, predict
 from src.ranks.failure_watch import FailureWatch
 from src.config.schema import Config, HFCausalLMConfig
+from src.training.data import has_kits_loader
+from src.training.setup import check_config
+from src.ranks import program
+from main import main as train
 from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals, peak_memory
 
 PACKAGES = ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers', 'flash-attn')
@@ -143,7 +141,7 @@ def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
 
 def reads_real_data(args: argparse.Namespace) -> bool:
     """Whether the run reads the YAML's data; a loader of the user's own knows no other."""
-    return args.real_data or not training.has_kits_loader()
+    return args.real_data or not has_kits_loader()
 
 
 def run(args: argparse.Namespace, overrides: list[str], number: int,
@@ -160,8 +158,7 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
         UserError: The YAML or an override does not do.
     """
     cfg = config.load([args.yaml, *overrides])
-    c = config.check(cfg, plugins.REGISTRIES, dist.get_world_size(), torch.cuda.is_available(),
-                     kits_loader=training.has_kits_loader())
+    c = check_config(cfg, nodes=1)
     steps = args.warmup + args.steps + (PROFILED if args.profile else 0)
     trace = args.out.with_name(f'{args.out.name}.{number}.trace.json') if args.profile and dist.get_global_rank() == 0 else None
     rendezvous.initialize(c.dist_timeout)
@@ -178,7 +175,7 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
             torch.cuda.empty_cache()  # else pieces of what the run before held make this one run out of memory
         torch._dynamo.reset()  # else what the run before compiled serves this one, or keeps it from compiling
         try:
-            trainer = training.main(prepare(cfg, steps, data), failures, [watch])
+            trainer = train(prepare(cfg, steps, data), failures, [watch])
             record = describe(args, overrides, trainer, c, watch)
             trainer.close()
         finally:
@@ -323,4 +320,4 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
 
 if __name__ == '__main__':
     arguments = parse_args(sys.argv[1:])
-    training.leave(training.guarded(lambda watch: main(arguments, watch)))
+    program.leave(program.run(lambda watch: main(arguments, watch)))

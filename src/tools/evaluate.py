@@ -10,17 +10,12 @@ import sys
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root, not from src
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
+    from src.common import machine, workers  # before torch and Composer, whose import takes seconds
 
-from src.common import machine, workers
-
-if __name__ == '__main__':
     workers.die_with_launcher()
     machine.set_up_output()
 
-import main as training  # before Composer, which reads what it sets
-
-# isort: split
 import argparse
 import json
 import math
@@ -31,26 +26,29 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from composer import Trainer
-from composer.utils import dist, reproducibility
+from composer.utils import dist
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchmetrics import Metric
 
 from src.causal_lm import IGNORE, next_token_targets
-from src.checkpoints.loading import check_loadable, finish_loading, same_weights
-from src.checkpoints.safe_reading import loading
+from src.checkpoints.loading import check_loadable, finish_loading, reading, same_weights
 from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
 from src.config import load as config
 from src.config.schema import Config, HFCausalLMConfig
 from src.data_c4 import StreamingC4
-from src.ranks import environment, rendezvous
+from src.ranks import program
+from src.ranks.environment import agree, check_environment
 from src.ranks.failure_watch import FailureWatch
 from src.tokenizer import HFTokenizer, bytes_per_token
-from src.training import plugins, sharding
+from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
-from src.training.report import log, log_to_stderr
+from src.training.failures import explained, outside_failures_explained
+from src.training.plugins import resolve_precision
+from src.training.report import log
+from src.training.setup import check_config, meet
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -118,7 +116,7 @@ class Totals(Metric):
         return self.sums
 
 
-@plugins.outside_failures_explained('eval_loader')
+@outside_failures_explained('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """The figures of one split.
 
@@ -129,23 +127,18 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     Raises:
         UserError: The checkpoint or the data is missing, is of another model, or holds nothing to predict.
     """
-    rendezvous.initialize(c.dist_timeout)
-    if watch:
-        watch.start()
-    environment.agree('config', config.flat(c))
-    log.info('%s', environment.preflight())
-    reproducibility.seed_all(c.seed)
+    meet(c, watch)
     has_gpu = torch.cuda.is_available()
 
     start = find_start(None, None, False, c.load_path, weights_only=True)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
-    tokenizer = training.build_tokenizer(c)
+    tokenizer = build.build_tokenizer(c)
     if start.manifest and start.manifest.tokenizer_hash and isinstance(tokenizer, HFTokenizer):
         tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name,
                              start.manifest.tokenizer_hash)
-    model, parallelism = training.build_model(c, tokenizer, start, has_gpu)
-    evaluators = training.build_evaluators(c, model)
-    environment.agree('data', fingerprints(None, evaluators[0].dataloader))
+    model = build.build_model(c, tokenizer, start)
+    evaluators = build.build_evaluators(c, model)
+    agree('data', fingerprints(None, evaluators[0].dataloader))
     loader: Any = evaluators[0].dataloader.dataloader
     dataset: Optional[StreamingC4] = loader.dataset.dataset if is_kits(loader) else None
 
@@ -153,16 +146,16 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     totals = Totals(bytes_per_token(reads_with, model.vocab_size) if reads_with else np.full(model.vocab_size, np.nan))
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
-    with loading(start.setting, str(start.path)), training.explained(c):
+    with reading(start), explained(c):
         trainer = Trainer(
             model=model,
             eval_dataloader=evaluators,
-            precision=plugins.resolve_precision(c.precision, has_gpu),
-            parallelism_config=parallelism,
+            precision=resolve_precision(c.precision, has_gpu),
+            parallelism_config=sharding.build_parallelism(c.fsdp_config, has_gpu),
             dist_timeout=c.dist_timeout,
             seed=c.seed,
             progress_bar=sys.stderr.isatty() and dist.get_global_rank() == 0,
-            load_path=None if start.weights_of_a_file else start.path,
+            load_path=start.read_by_composer,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=same_weights(start, model.state_dict()),
         )
@@ -217,15 +210,14 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
     Raises:
         UserError: Everything in the command line, the config or the data that the user can mend.
     """
-    environment.check_environment(os.environ)
+    check_environment(os.environ)
     if args.out and dist.get_global_rank() == 0:  # which writes it
         if not args.out.absolute().parent.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
             raise UserError(f'--out: {args.out}: there is no folder {args.out.parent} that may be written')
         if args.out.exists():
             raise UserError(f'--out: {args.out} is there already; name another, or move it away')
-    c = config.check(load(args), plugins.REGISTRIES, dist.get_world_size(), torch.cuda.is_available(),
-                     kits_loader=training.has_kits_loader())
-    log_to_stderr()
+    c = check_config(load(args), nodes=1)
+    program.log_to_stderr()
     found = evaluate(c, watch)
     if dist.get_global_rank() == 0:
         print(text(found), flush=True)
@@ -237,4 +229,4 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
 
 if __name__ == '__main__':
     arguments = parse_args(sys.argv[1:])
-    training.leave(training.guarded(lambda watch: main(arguments, watch)))
+    program.leave(program.run(lambda watch: main(arguments, watch)))

@@ -13,16 +13,15 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-if __name__ == '__main__':  # run as `python src/tools/export_hf.py`: import from the repository's root, not from src
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    from src.common.machine import set_up_output
-    set_up_output()
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
+from src.common import program
 from src.common.errors import UserError, first_line
 
 
@@ -164,7 +163,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main(parse_args(sys.argv[1:]))
-    except UserError as e:
-        sys.exit(f'error: {e}')
+    program.run(main, parse_args)

@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-if __name__ == '__main__':  # run as `python src/tools/ladder.py`: import from the repository's root, not from src
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    from src.common.machine import set_up_output
-    set_up_output()
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
 import numpy as np
 import torch

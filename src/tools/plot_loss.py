@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-if __name__ == '__main__':  # run as `python src/tools/plot_loss.py`: import from the repository's root, not from src
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    from src.common.machine import set_up_output
-    set_up_output()
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
 import matplotlib
 import numpy as np
 
+from src.common import program
 from src.common.errors import UserError, positive
 from src.tools import html_report
 from src.tools.curves import curve, envelope, positions
@@ -171,7 +170,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main(parse_args(sys.argv[1:]))
-    except UserError as e:
-        sys.exit(f'error: {e}')
+    program.run(main, parse_args)

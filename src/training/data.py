@@ -13,15 +13,21 @@ from torch import Tensor
 from torch.utils import data
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from src import data_c4
 from src.causal_lm import IGNORE, ComposerCausalLM
 from src.common.errors import UserError
 from src.config.schema import Config
-from src.data_c4 import EvalView, StreamingC4, get_num_tokens_in_batch, targets_per_sample
+from src.data_c4 import EvalView, StreamingC4, build_c4_dataloader, get_num_tokens_in_batch, targets_per_sample
 from src.tokenizer import check_vocab
 
 log = logging.getLogger('src')
 TORCHS = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)  # that shuffle
 KEYS = ('input_ids', 'labels', 'attention_mask', 'sequence_id')  # that models read; others are handed on
+
+
+def has_kits_loader() -> bool:
+    """Whether `build_c4_dataloader` is the kit's own: then the config's sections `dataset` say what is read."""
+    return build_c4_dataloader is data_c4.build_c4_dataloader
 
 
 def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: int) -> DataSpec:

@@ -6,6 +6,8 @@ from typing import Any, Optional
 
 import composer.optim
 import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.optim import ComposerScheduler
 
 from src.config.schema import OptimizerConfig, SchedulerConfig
@@ -72,3 +74,32 @@ def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
     if cfg.name == 'linear_decay_with_warmup':
         return composer.optim.LinearWithWarmupScheduler(cfg.t_warmup, t_max=cfg.t_max, alpha_f=cfg.alpha_f)
     return composer.optim.ConstantWithWarmupScheduler(cfg.t_warmup, t_max=cfg.t_max)
+
+
+class OptimizerSettings(Callback):
+    """Has the config's settings of the optimizer take effect in a resumed run. A checkpoint brings its own run's.
+
+    Args:
+        new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's. Where they are
+            the same, the rate of the first batch is the checkpoint's to the bit.
+    """
+
+    def __init__(self, new_schedule: bool = False):
+        self._new_schedule = new_schedule
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        groups = state.optimizers[0].param_groups
+        # Keys that a setting is named like: others may be the optimizer's state. `initial_lr` is the peak rate, `lr`
+        # follows from it, and the optimizer sets `fused` at each step.
+        keys = {'initial_lr', *OptimizerConfig.model_fields} - {'lr', 'fused'}
+        self._asked = [{key: value for key, value in group.items() if key in keys} for group in groups]
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        groups = state.optimizers[0].param_groups
+        for group, asked in zip(groups, self._asked, strict=True):
+            group['lr'] *= asked['initial_lr'] / group['initial_lr']  # the schedule's factor stays
+            group.update(asked)
+        for scheduler in state.schedulers:
+            scheduler.base_lrs = [group['initial_lr'] for group in groups]
+            if self._new_schedule:
+                scheduler.step()  # Composer's take the rate from the state's timestamp

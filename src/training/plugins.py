@@ -2,24 +2,22 @@
 
 import importlib.util
 import logging
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Optional
 
 from composer import algorithms, callbacks, loggers
-from composer.core import Callback, Precision
+from composer.core import Algorithm, Callback, Precision
 from composer.utils import MissingConditionalImportError
 
 from src.callbacks import profiling
+from src.callbacks.guard import NonFiniteGuard
 from src.callbacks.loggers import FileLogger, TensorboardLogger, WandBLogger
 from src.callbacks.metrics import SpeedMonitor, UnigramBaseline
 from src.callbacks.text_samples import TextSamples
 from src.common.errors import UserError, first_line
-from src.common.machine import explain_lost_worker
 from src.config.schema import Config, Plugins
 
 log = logging.getLogger('src')
+MAKE_EXPERIMENTS = ('cometml', 'mlflow')  # loggers that write as soon as they are made
 
 ALGORITHMS = {
     'gradient_clipping': algorithms.GradientClipping,
@@ -83,35 +81,9 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
     return built
 
 
-@contextmanager
-def outside_failures_explained(loader: str = 'train_loader') -> Iterator[None]:
-    """Says what failed outside of the run: the store of a logger, or a loader worker that the system has ended.
-
-    Args:
-        loader: The section of the loader that is most likely the worker's.
-
-    Raises:
-        UserError: A logger's folder cannot be written, its server does not answer, or its service refuses; or a worker
-            is lost, which torch tells the rank at any moment.
-    """
-    try:
-        yield
-    except Exception as e:  # the service of each logger has error classes of its own; all others are raised again
-        if (name := _refusing_logger(e)) is not None:
-            raise UserError(f'loggers.{name}: {type(e).__name__}: {first_line(e)}. Change the keys of loggers.{name} '
-                            f'or the variables that its service reads, or switch it off: loggers.{name}=false') from e
-        if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, loader)):
-            raise UserError(why) from e
-        raise
-
-
-def _refusing_logger(e: BaseException) -> Optional[str]:
-    own = type(e).__module__.split('.')[0] in ('builtins', 'composer', 'torch', 'src')
-    if own and not isinstance(e, OSError):
-        return None
-    senders = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
-    stock = (*PACKAGES, 'file')  # an error of another logger may be a bug: it keeps its traceback
-    return next((name for sender in senders for name in stock if type(sender) is LOGGERS.get(name)), None)
+def build_algorithms(c: Config) -> list[Algorithm]:
+    """The algorithms, the guard last."""
+    return [*build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)]
 
 
 def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional[profiling.Profiler]]:
@@ -136,3 +108,16 @@ def resolve_precision(name: str, has_gpu: bool) -> Precision:
     if name == 'auto':
         name = 'amp_bf16' if has_gpu else 'fp32'
     return Precision(name)
+
+
+def check_plugins(c: Config, tokenizer: Any) -> None:
+    """Builds the callbacks and loggers, which a dry run leaves out, as far as that writes nothing.
+
+    Raises:
+        UserError: One of them cannot be built.
+    """
+    build_callbacks(c, tokenizer)
+    build_all('loggers', {name: kwargs for name, kwargs in c.loggers.items() if name not in MAKE_EXPERIMENTS})
+    for name in MAKE_EXPERIMENTS:
+        if c.loggers.get(name, False) is not False and importlib.util.find_spec(PACKAGES[name]) is None:
+            build_all('loggers', {name: c.loggers[name]})  # which says so

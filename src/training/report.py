@@ -14,39 +14,31 @@ from composer.utils import dist
 
 from src.callbacks.metrics import UnigramBaseline
 from src.causal_lm import ComposerCausalLM
-from src.checkpoints.start import Start
-from src.common.errors import UserError, first_line
 from src.common.flops import train_flops_per_token
 from src.config.checks import fsdp_version
 from src.config.derived import grad_accum
 from src.config.schema import Config
 from src.training import data
+from src.training.setup import Setup
 
 log = logging.getLogger('src')
 
 
-def log_to_stderr() -> None:
-    """Shows the kit's own messages, on rank 0 alone."""
-    log.handlers = [logging.StreamHandler() if dist.get_global_rank() == 0 else logging.NullHandler()]
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-
-def plan(c: Config, model: ComposerCausalLM, start: Start, device_batch: int, microbatch: Any, precision: str,
-         train_loader: Any, changed: Sequence[str] = ()) -> str:
+def plan(run: Setup, model: ComposerCausalLM, train_loader: Any, changed: Sequence[str] = ()) -> str:
     """Every quantity that follows from the config, and what has `changed` since the checkpoint, before training."""
-    accum = grad_accum(device_batch, microbatch) if isinstance(microbatch, int) else 'auto'
+    c = run.c
+    accum = grad_accum(run.device_batch, run.microbatch) if isinstance(run.microbatch, int) else 'auto'
     seq_len = c.train_loader.dataset.max_seq_len
     tokens = c.global_train_batch_size * seq_len
     lines = [f'model: {c.model.name}, {model.n_params:,} parameters',
              f'batch: {c.global_train_batch_size} samples of {seq_len} tokens = {tokens:,} tokens per step; '
-             f'{dist.get_world_size()} devices x {accum} microbatches of {microbatch}',
-             f'precision: {precision}; duration: {c.max_duration}']
+             f'{dist.get_world_size()} devices x {accum} microbatches of {run.microbatch}',
+             f'precision: {run.precision.value}; duration: {c.max_duration}']
     if c.max_duration.endswith('ba'):
         total = tokens * int(c.max_duration[:-2].replace('_', ''))
         lines.append(f'tokens: {total:,} in all, {total / model.n_params:.1f} per parameter')
     lines.append(f'sharding: {_sharding(c)}')
-    return '\n'.join([*lines, *data.describe(train_loader), f'start: {start}', *changed])
+    return '\n'.join([*lines, *data.describe(train_loader), f'start: {run.start}', *changed])
 
 
 def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:
@@ -76,33 +68,6 @@ def _sharding(c: Config) -> str:
               'keep_low_precision_grads', 'sync_module_states', 'use_orig_params', 'activation_checkpointing_reentrant'}
     given = [key for key in sorted(unused & f.model_fields_set) if getattr(f, key) != type(f).model_fields[key].default]
     return text + (f'; without effect in FSDP2: {", ".join(given)}' if version == 2 and given else '')
-
-
-def out_of_memory(c: Config, e: BaseException) -> UserError:
-    """The settings to change, those first that cost least."""
-    steps, micro, f = [], c.device_train_microbatch_size, c.fsdp_config
-    if micro != 1:
-        steps.append(f'device_train_microbatch_size: {micro}; set {micro // 2}' if isinstance(micro, int) else
-                     "device_train_microbatch_size: 'auto'; set 1")
-        steps[0] += ' (the maths stays the same), and device_eval_batch_size likewise'
-    if getattr(c.model, 'loss_impl', None) == 'plain':
-        steps.append("model.loss_impl: 'plain'; set chunked, which never holds all logits")
-    elif (chunk := getattr(c.model, 'loss_chunk_tokens', 0)) > 256:
-        steps.append(f'model.loss_chunk_tokens: {chunk}; set {chunk // 4}')
-    if f is None or f.sharding_strategy != 'FULL_SHARD':
-        steps.append('fsdp_config.sharding_strategy: set FULL_SHARD, which divides the weights and all that belongs to them')
-    whole = c.compile_config is not None and c.compile_config.scope == 'model'  # which takes no checkpointed activations
-    if (f is None or not f.activation_checkpointing) and not whole:
-        steps.append('fsdp_config.activation_checkpointing: set true (slower)')
-    if f is None or not f.activation_cpu_offload:
-        steps.append('fsdp_config.activation_cpu_offload: set true (slower still)')
-    steps.append(f'more than {dist.get_world_size()} devices, a shorter max_seq_len, or a smaller model')
-    gpus = torch.cuda.device_count()
-    if gpus > dist.get_local_world_size():
-        steps.insert(0, f'start with `composer main.py ...`, which uses all {gpus} GPUs of this machine; this run uses '
-                     f'{dist.get_local_world_size()}')
-    listed = '\n'.join(f'  {i}. {step}' for i, step in enumerate(steps, 1))
-    return UserError(f'out of memory: {first_line(e)}\nChange, in this order:\n{listed}')
 
 
 def summary(trainer: Trainer, c: Config, checkpoint: Optional[str], seconds: float) -> str:

@@ -86,6 +86,16 @@ def average_gradients(model: nn.Module) -> None:
             block.set_all_reduce_hook(divide)
 
 
+def compile_keywords(cfg: schema.CompileConfig) -> dict[str, Any]:
+    """What `torch.compile` is called with."""
+    return cfg.model_dump(exclude={'scope'})
+
+
+def whole_model_compile(cfg: Optional[schema.CompileConfig]) -> Optional[dict[str, Any]]:
+    """What Composer's Trainer takes as `compile_config`; None: nothing is compiled, or each block on its own."""
+    return compile_keywords(cfg) if cfg and cfg.scope == 'model' else None
+
+
 def compile_blocks(model: Any, keywords: Any) -> None:
     """Has `torch.compile` take each block on its own, so that all share one graph and wrappers stay outside of it.
 

@@ -1,0 +1,146 @@
+"""The parts that a run consists of, built from the config: tokenizer, model, data, checkpoint writer."""
+
+from collections.abc import Iterable
+from typing import Any, Optional
+
+import torch
+from composer.core import Callback, DataSpec, Evaluator
+
+from src.callbacks.graceful_stop import GracefulStop
+from src.callbacks.metrics import StepCounters
+from src.callbacks.profiling import Profiler
+from src.causal_lm import ComposerCausalLM
+from src.checkpoints.loading import check_model, check_place
+from src.checkpoints.resume import Changes, changes, run_settings
+from src.checkpoints.start import Start
+from src.checkpoints.writer import CheckpointWriter
+from src.common.errors import UserError
+from src.config.checks import check_early_stopper, check_seq_len, check_warmup, in_units_of_the_run
+from src.config.schema import Config
+from src.initialisation import weights_come_later
+from src.model_registry import COMPOSER_MODEL_REGISTRY
+from src.ranks.environment import agree
+from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
+from src.training import data, plugins, sharding
+from src.training.failures import explained
+from src.training.optimizers import OptimizerSettings
+from src.training.setup import Setup
+
+
+def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
+    """The tokenizer; None where a loader of the user's own does without.
+
+    Raises:
+        UserError: There is none, and the kit's loader needs one; or it cannot be loaded.
+    """
+    if c.tokenizer:
+        return load_tokenizer(c, of_loaders=data.has_kits_loader())
+    if data.has_kits_loader():
+        raise UserError("tokenizer: null is for a loader of your own, and build_c4_dataloader in src/training/data.py is "
+                        "the kit's, which reads with a tokenizer; name one")
+    return None
+
+
+def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> ComposerCausalLM:
+    """The model, on meta until it is sharded.
+
+    Raises:
+        UserError: The model cannot be built, or does not go with the tokenizer, the samples or the checkpoint.
+    """
+    has_gpu = torch.cuda.is_available()
+    check_model(start.manifest, c.model.model_dump(), f'{start.setting}: {start.path}')
+    with explained(c), weights_come_later(start.kind != 'fresh'):
+        model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
+    if not isinstance(model, ComposerCausalLM):
+        raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, which has '
+                        'what the run asks of a model (src/README.md, "The contract")')
+    sharding.check_blocks(c.fsdp_config, model.model, has_gpu)
+    if tokenizer:
+        check_vocab(tokenizer, model.vocab_size)
+    check_seq_len(c, model.max_seq_len)
+    if any(p.is_meta for p in model.parameters()) and not (sharding.build_parallelism(c.fsdp_config, has_gpu) and has_gpu):
+        inner: Any = model.model
+        inner.materialize('cpu')  # Composer's FSDP would give it GPU memory
+    if c.compile_config and c.compile_config.scope == 'block':
+        sharding.compile_blocks(model.model, sharding.compile_keywords(c.compile_config))
+    return model
+
+
+def build_train_data(c: Config, model: ComposerCausalLM, device_batch: int) -> DataSpec:
+    """The batches of training.
+
+    Raises:
+        UserError: The loader cannot be built, or lacks what a setting needs.
+    """
+    spec = data.build_data_spec(data.build_c4_dataloader(c.train_loader, device_batch), 'train_loader', model, c.seed)
+    data.check_train_loader(c, spec.dataloader)
+    check_warmup(c, data.epoch_length(spec.dataloader))
+    return spec
+
+
+def build_evaluators(c: Config, model: ComposerCausalLM) -> list[Evaluator]:
+    """One, labelled `eval`, of `eval_loader`; none without it.
+
+    Raises:
+        UserError: The loader cannot be built, or its first batch cannot be evaluated.
+    """
+    if c.eval_loader is None:
+        return []
+    assert c.device_eval_batch_size  # the checks refuse an evaluation without it
+    loader = data.build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
+    spec = data.build_data_spec(loader, 'eval_loader', model, c.seed)
+    data.check_first_batch(spec)
+    return [Evaluator(label='eval', eval_interval=in_units_of_the_run(c.eval_interval, c.max_duration),
+                      device_eval_microbatch_size=c.device_eval_batch_size, dataloader=spec)]
+
+
+def compare(run: Setup, model: ComposerCausalLM, train: DataSpec,
+            evaluators: list[Evaluator]) -> tuple[dict[str, Any], Changes]:
+    """Holds the data against the other ranks, the early stopper and the checkpoint.
+
+    Returns:
+        What manifests say of this run, and what has changed since the checkpoint.
+
+    Raises:
+        UserError: They do not go together.
+    """
+    check_early_stopper(run.c, {'train': model.get_metrics(is_train=True),
+                                  **{evaluator.label: model.get_metrics() for evaluator in evaluators}})
+    fingerprints = data.fingerprints(train, evaluators[0].dataloader if evaluators else None)
+    agree('data', fingerprints)
+    settings = run_settings(run.asked, fingerprints)
+    if run.over:
+        return settings, Changes([], False)
+    changed = changes(run.start, settings, data.counts_samples(train.dataloader))
+    if data.has_kits_loader() and data.counts_samples(train.dataloader):
+        check_place(run.start, train.dataloader.dataset.epoch_size)  # pyright: ignore
+    return settings, changed
+
+
+def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFTokenizer],
+                 settings: dict[str, Any]) -> Optional[CheckpointWriter]:
+    """What saves checkpoints; None without `save_folder`."""
+    c = run.c
+    if not c.save_folder:
+        return None
+    interval = in_units_of_the_run(c.save_interval, c.max_duration)
+    return CheckpointWriter(c.save_folder, interval, c.save_num_checkpoints_to_keep, run.start,
+                            model.described_by or c.model.model_dump(), tokenizer.tokenizer_name if tokenizer else '',
+                            getattr(tokenizer, 'hash', ''), settings)
+
+
+def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: bool, writer: Optional[CheckpointWriter],
+                    more: Iterable[Callback]) -> tuple[list[Callback], Optional[Profiler]]:
+    """All callbacks, in the order in which they are called, and the profiler, which the Trainer takes by itself.
+
+    Args:
+        run: What is built.
+        tokenizer: For callbacks that write text.
+        new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's.
+        writer: Saves checkpoints; None: nothing does.
+        more: Callbacks that are not the config's.
+    """
+    chosen, profiler = plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer)
+    return [StepCounters(run.device_batch), OptimizerSettings(new_schedule), *sharding.build_callbacks(run.c.fsdp_config),
+            *chosen, *more, *filter(None, [writer]),
+            GracefulStop(run.stop, writer.save_and_wait if writer else None)], profiler

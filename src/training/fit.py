@@ -1,0 +1,114 @@
+"""Trains what is built; a dry run describes it in place of training."""
+
+import textwrap
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import psutil
+import torch
+from composer import Trainer
+from composer.core import DataSpec
+from composer.utils import dist
+
+from src.callbacks.metrics import NO_BATCH
+from src.checkpoints.writer import CheckpointWriter
+from src.common.errors import UserError, masked
+from src.config import load
+from src.config.schema import Config
+from src.ranks.stop import Stopped
+from src.sizing.cards import Card, estimate
+from src.sizing.report import report
+from src.tokenizer import HFTokenizer
+from src.training import sharding
+from src.training.failures import explained
+from src.training.plugins import check_plugins
+from src.training.report import environment, log, plan, summary
+from src.training.setup import Setup
+
+SHOWN = 300  # characters of the first sample
+
+
+def log_start(run: Setup, trainer: Trainer, train: DataSpec, changed: Sequence[str]) -> None:
+    """Gives the loggers the config, and says the plan."""
+    model: Any = trainer.state.model.module if trainer.state.is_model_ddp else trainer.state.model
+    trainer.logger.log_hyperparameters({**masked(load.plain(run.c)), 'environment': environment(run.c, model)})
+    log.info('%s', plan(run, model, train.dataloader, changed))
+
+
+def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[CheckpointWriter],
+        tokenizer: Optional[HFTokenizer]) -> None:
+    """Trains to `max_duration`, with an evaluation before where `eval_first` asks for one; says what it came to.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT came; the batch at hand is finished and saved.
+        UserError: The run cannot go on; the message names the last whole checkpoint.
+    """
+    c, state = run.c, trainer.state
+    if run.dry_run:
+        hf_tokenizer = tokenizer and tokenizer.tokenizer
+        check_plugins(run.asked, hf_tokenizer)
+        log.info('%s', rehearsal(run.asked, train, hf_tokenizer))
+    elif state.max_duration is not None and state.timestamp >= state.max_duration:
+        log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to go on',
+                 c.max_duration)
+    else:
+        sharding.average_gradients(state.model)
+        started = time.monotonic()
+        with run.stop, explained(c, writer):
+            try:
+                if writer:
+                    writer.check(state)
+                if c.eval_first and c.eval_loader and run.start.kind != 'resume':
+                    trainer.eval()
+                trainer.fit()
+            except Stopped:
+                trainer.engine.close()  # which ends every log
+                raise
+        log.info('%s', summary(trainer, c, writer.newest if writer else None, time.monotonic() - started))
+
+
+# ---------------------------------------------------------------- in place of training
+
+
+def this_machine() -> Card:
+    """A device of this run: rank 0's GPU, or a rank's part of the memory that a CPU has."""
+    if torch.cuda.is_available():
+        return Card(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name())
+    return Card('CPU', psutil.virtual_memory().total / dist.get_local_world_size(), 'CPU', is_gpu=False)
+
+
+def rehearsal(c: Config, train: DataSpec, tokenizer: Any) -> str:
+    """The estimate for as many devices as there are, and the first batch; every rank must call this, as they share the data.
+
+    Args:
+        c: The config as it was given.
+        train: The loader of training.
+        tokenizer: Hugging Face's own; None: the ids are shown alone.
+
+    Raises:
+        UserError: There is no batch, or it cannot be trained on.
+    """
+    batch = next(iter(train.dataloader), None)
+    if batch is None:
+        raise UserError(NO_BATCH)
+    try:
+        estimated = report(estimate(c, this_machine(), dist.get_world_size()))
+    except UserError as e:  # its step cannot run without data; it trains all the same
+        estimated = str(e)
+    first = _described(train.batch_transforms(batch), tokenizer)
+    return f'estimate:\n{textwrap.indent(estimated, "  ")}\n{first}\ndry run: all is well'
+
+
+def _described(batch: dict[str, Any], tokenizer: Any) -> str:
+    shapes = ', '.join(f'{key} {tuple(value.shape)}' for key, value in batch.items() if isinstance(value, torch.Tensor))
+    ids = batch['input_ids'][0]
+    if 'attention_mask' in batch:
+        ids = ids[batch['attention_mask'][0].bool()]
+    said = f'first batch of rank 0: {shapes}; {sum(batch["n_targets"])} targets\n  first sample, {len(ids)} tokens: '
+    if tokenizer is None:
+        return f'{said}{" ".join(map(str, ids[:8].tolist()))} ...'
+    text = tokenizer.decode(ids)
+    pieces = ' '.join(f'{int(i)}={tokenizer.decode([i])!r}' for i in ids[:8])
+    rest = f' and {len(text) - SHOWN:,} characters more' if len(text) > SHOWN else ''
+    return f'{said}{pieces} ...\n  text: {text[:SHOWN]!r}{rest}'

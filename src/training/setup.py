@@ -1,0 +1,128 @@
+"""What is settled before a run is built: the config holds for this machine, the ranks have met, the start is known."""
+
+import logging
+import os
+import textwrap
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from composer.core import Precision
+from composer.utils import dist, reproducibility
+
+from src.callbacks.loggers import resume_wandb
+from src.checkpoints.loading import check_loadable
+from src.checkpoints.start import Start, find_start
+from src.common import machine
+from src.config import load
+from src.config.checks import check_save_folder, run_name
+from src.config.derived import device_batch_size, microbatch_size
+from src.config.schema import Config
+from src.ranks import rendezvous
+from src.ranks.environment import agree, check_environment, preflight
+from src.ranks.failure_watch import FailureWatch
+from src.ranks.program import log_to_stderr
+from src.ranks.stop import StopRequest
+from src.training import sharding
+from src.training.data import has_kits_loader
+from src.training.plugins import REGISTRIES, resolve_precision
+
+log = logging.getLogger('src')
+
+
+class Setup(NamedTuple):
+    """A run that is about to be built.
+
+    Attributes:
+        asked: The config as it was given.
+        c: The config that is built: that of a dry run, or of a run that is over, writes nothing.
+        start: Where the run starts.
+        over: Whether the checkpoint has reached `max_duration` already.
+        device_batch: Samples per optimizer step on one device.
+        microbatch: Samples per forward pass on one device, or `auto`.
+        precision: Of the forward and backward passes.
+        has_gpu: Whether devices are GPUs.
+        dry_run: Whether the run is described in place of training.
+        stop: Signals, as a request to stop.
+    """
+
+    asked: Config
+    c: Config
+    start: Start
+    over: bool
+    device_batch: int
+    microbatch: Union[int, str]
+    precision: Precision
+    has_gpu: bool
+    dry_run: bool
+    stop: StopRequest
+
+
+def check_config(cfg: Any, nodes: int) -> Config:
+    """Holds a config against the schema and against this machine.
+
+    Args:
+        cfg: From `load`, or any mapping.
+        nodes: Among which training is divided.
+
+    Raises:
+        UserError: Lists every mistake.
+    """
+    return load.check(cfg, REGISTRIES, dist.get_world_size(), torch.cuda.is_available(), nodes, has_kits_loader())
+
+
+def meet(c: Config, watch: Optional[FailureWatch]) -> None:
+    """Lets all ranks meet, compares their configs, tries their network, and seeds them.
+
+    Raises:
+        UserError: Ranks are missing, do not agree, or cannot reach each other.
+    """
+    rendezvous.initialize(c.dist_timeout)
+    if watch:
+        watch.start()
+    agree('config', load.flat(c))
+    log.info('%s', preflight())
+    reproducibility.seed_all(c.seed)
+
+
+def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
+    """Checks the config, lets the ranks meet, and finds out where the run starts.
+
+    Raises:
+        UserError: Everything of these that the user can mend.
+    """
+    check_environment(os.environ)
+    machine.shorten_socket_paths()
+    c, has_gpu = check_config(cfg, dist.get_world_size() // dist.get_local_world_size()), torch.cuda.is_available()
+    log_to_stderr()
+    device_batch = device_batch_size(c.global_train_batch_size, dist.get_world_size())
+    microbatch = microbatch_of(c, device_batch)
+    check_save_folder(c)
+    meet(c, watch)
+    start = find_start(c.save_folder, run_name(c), c.autoresume, c.load_path, c.load_weights_only)
+    check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu), c.trust_checkpoint)
+    if dry_run:
+        log.info('dry run: nothing is trained, saved or logged\nconfig:\n%s', textwrap.indent(load.shown(c), '  ').rstrip())
+    over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
+    return Setup(c, c.model_copy(update=_changed(c, over or dry_run)), start, over, device_batch, microbatch,
+                 resolve_precision(c.precision, has_gpu), has_gpu, dry_run,
+                 watch.stop if watch else StopRequest())
+
+
+def microbatch_of(c: Config, device_batch: int) -> Union[int, str]:
+    """The microbatch that is used: what was asked for, but never more than the device has."""
+    asked = c.device_train_microbatch_size
+    if isinstance(asked, str):
+        return asked
+    if asked > device_batch:
+        log.warning('device_train_microbatch_size: %d is more than the %d samples that each of %d devices has; using %d',
+                    asked, device_batch, dist.get_world_size(), device_batch)
+    return microbatch_size(device_batch, asked)
+
+
+def _changed(c: Config, writes_nothing: bool) -> Mapping[str, Any]:
+    """The settings with which a run is built, where they differ from those that were given."""
+    if writes_nothing:
+        return {'loggers': {}, 'callbacks': {}, 'save_folder': None, 'log_to_console': False}
+    name = run_name(c)
+    return {'loggers': resume_wandb(c.loggers, name, c.save_folder)} if c.autoresume and c.save_folder and name else {}
