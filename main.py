@@ -24,10 +24,11 @@ from composer.core import Callback
 from composer.utils import dist
 from omegaconf import DictConfig
 
+from src import optimizers
 from src.checkpoints import loading
 from src.config.load import load
 from src.ranks import program
-from src.training import build, fit, optimizers, plugins, sharding
+from src.training import build, fit, plugins, sharding
 from src.training.failures import explained, outside_failures_explained
 from src.training.setup import prepare
 

@@ -28,6 +28,7 @@ from src.callbacks.metrics import UnigramBaseline
 from src.config import load as config
 from src.ranks import rendezvous
 from src.tools import evaluate
+from src.training import data as training_data
 from src.training import plugins
 
 plugins.LOGGERS['memory'] = InMemoryLogger
@@ -93,7 +94,7 @@ if __name__ == '__main__':
     for name, argv in json.loads(path.read_text()):
         own = [arg.partition('=')[2] for arg in argv if arg.startswith('own_loader=')]
         argv = [arg for arg in argv if not arg.startswith('own_loader=')]
-        main.build_c4_dataloader = BUILDERS[own[0]] if own else data_c4.build_c4_dataloader
+        training_data.build_c4_dataloader = BUILDERS[own[0]] if own else data_c4.build_c4_dataloader
         result = evaluate.main(evaluate.parse_args(argv[1:])) if argv[0] == 'src/tools/evaluate.py' else train(*argv)
         if dist.get_global_rank() == 0:
             torch.save(result, path.with_name(f'{name}.pt'))

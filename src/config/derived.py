@@ -36,3 +36,8 @@ def microbatch_size(device_batch: int, requested: int) -> int:
 def grad_accum(device_batch: int, microbatch: int) -> int:
     """Forward and backward passes per optimizer step; the last may be smaller."""
     return -(-device_batch // microbatch)
+
+
+def resolve_precision(name: str, has_gpu: bool) -> str:
+    """Composer's name of the precision: `auto` is amp_bf16 on a GPU and fp32 on a CPU."""
+    return ('amp_bf16' if has_gpu else 'fp32') if name == 'auto' else name

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from streaming.base.distributed import get_local_rank
 from streaming.base.util import retry
@@ -12,10 +12,9 @@ from streaming.base.util import retry
 from src.common.errors import UserError
 from src.config.data_places import explain, is_missing, is_url
 from src.loader.streams import CheckedStream
-from src.tokenizer import HFTokenizer
 
 
-def check_tokenizer(stream: CheckedStream, tokenizer: HFTokenizer) -> None:
+def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
     """Refuses tokens that another tokenizer made.
 
     For data without a manifest of convert_c4.py there is nothing to compare. In an object store one process of each

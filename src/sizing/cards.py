@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Optional
 
 from src.common.errors import UserError
 from src.common.flops import peak_flops, train_flops_per_token
-from src.config.derived import device_batch_size, microbatch_size
+from src.config.derived import device_batch_size, microbatch_size, resolve_precision
 from src.config.schema import TIME, Config, FSDPConfig, MosaicGPTConfig
 from src.sizing.memory import Memory, predict, traced
 from src.sizing.step_trace import Trace
@@ -168,10 +168,9 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
     amount, unit = TIME.fullmatch(c.max_duration).groups()  # pyright: ignore[reportOptionalMemberAccess]
     batches = int(amount) if unit == 'ba' else int(amount) // c.global_train_batch_size if unit == 'sp' else None
     tokens = int(amount) if unit == 'tok' else batches and batches * c.global_train_batch_size * seq_len
-    precision = c.precision if c.precision != 'auto' else 'amp_bf16' if card.is_gpu else 'fp32'
     return Estimate(c, card, n, microbatch, predict(c, n, card.is_gpu, microbatch), fewest, fewest_of_one, largest, t,
                     train_flops_per_token(t.model.n_params, t.model.n_layers, t.model.d_model, seq_len), batches, tokens,
-                    peak_flops(card.driver, precision), mfu)
+                    peak_flops(card.driver, resolve_precision(c.precision, card.is_gpu)), mfu)
 
 
 def remedies(e: Estimate) -> Iterator[tuple[str, int]]:

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 import torch
-from composer.core import Precision
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from src import optimizers
 from src.common.errors import UserError
 from src.config.checks import fsdp_version
-from src.config.derived import device_batch_size, grad_accum
+from src.config.derived import device_batch_size, grad_accum, resolve_precision
 from src.config.schema import Config, OptimizerConfig
 from src.sizing.step_trace import BACKWARD, EMBEDDINGS, END, FORWARD, LOSS, START, UNIT_END, Phase, Settings, Trace, trace
-from src.training import optimizers, plugins
 
 # An estimate, not measured: CUDA context, cuBLAS and NCCL buffers, what the caching allocator cannot hand out again.
 GPU_WORKSPACE = 3 * 2**29
@@ -68,8 +67,7 @@ def is_accumulated(c: Config, world_size: int, microbatch: int) -> bool:
 
 def low_precision(c: Config, has_gpu: bool) -> Optional[torch.dtype]:
     """The type of autocast; None: without."""
-    return {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}.get(
-        plugins.resolve_precision(c.precision, has_gpu))
+    return {'amp_bf16': torch.bfloat16, 'amp_fp16': torch.float16}.get(resolve_precision(c.precision, has_gpu))
 
 
 def sharding_of(c: Config, world_size: int, has_gpu: bool) -> Sharding:

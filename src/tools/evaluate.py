@@ -26,6 +26,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from composer import Trainer
+from composer.core import Precision
 from composer.utils import dist
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
@@ -37,6 +38,7 @@ from src.checkpoints.loading import check_loadable, finish_loading, reading, sam
 from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
 from src.config import load as config
+from src.config.derived import resolve_precision
 from src.config.schema import Config, HFCausalLMConfig
 from src.data_c4 import StreamingC4
 from src.ranks import program
@@ -46,7 +48,6 @@ from src.tokenizer import HFTokenizer, bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
 from src.training.failures import explained, outside_failures_explained
-from src.training.plugins import resolve_precision
 from src.training.report import log
 from src.training.setup import check_config, meet
 
@@ -150,7 +151,7 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
         trainer = Trainer(
             model=model,
             eval_dataloader=evaluators,
-            precision=resolve_precision(c.precision, has_gpu),
+            precision=Precision(resolve_precision(c.precision, has_gpu)),
             parallelism_config=sharding.build_parallelism(c.fsdp_config, has_gpu),
             dist_timeout=c.dist_timeout,
             seed=c.seed,

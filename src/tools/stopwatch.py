@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from composer.core import Callback, State, get_precision_context
+from composer.core import Callback, Precision, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 
 from src.common.errors import UserError
 from src.common.progress import progress
+from src.config.derived import resolve_precision
 from src.config.schema import Config, MosaicGPTConfig
 from src.model_registry import COMPOSER_MODEL_REGISTRY
-from src.training import plugins
 from src.training.data import split
 
 PARTS = ('data', 'forward', 'backward', 'update', 'rest')
@@ -179,7 +179,7 @@ class BareLoop:
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.model, self.loss = model.to(self.device).train(), loss
         self.microbatch = int(c.device_train_microbatch_size)
-        self.precision = plugins.resolve_precision(c.precision, torch.cuda.is_available())
+        self.precision = Precision(resolve_precision(c.precision, torch.cuda.is_available()))
         o = c.optimizer
         self.optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, fused=True)
 

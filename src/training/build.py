@@ -19,11 +19,11 @@ from src.config.checks import check_early_stopper, check_seq_len, check_warmup, 
 from src.config.schema import Config
 from src.initialisation import weights_come_later
 from src.model_registry import COMPOSER_MODEL_REGISTRY
+from src.optimizers import OptimizerSettings
 from src.ranks.environment import agree
 from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 from src.training import data, plugins, sharding
 from src.training.failures import explained
-from src.training.optimizers import OptimizerSettings
 from src.training.setup import Setup
 
 

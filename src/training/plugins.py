@@ -5,7 +5,7 @@ import logging
 from typing import Any, Optional
 
 from composer import algorithms, callbacks, loggers
-from composer.core import Algorithm, Callback, Precision
+from composer.core import Algorithm, Callback
 from composer.utils import MissingConditionalImportError
 
 from src.callbacks import profiling
@@ -101,13 +101,6 @@ def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional
                 log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
     profiler = next((cb for cb in built if isinstance(cb, profiling.Profiler)), None)
     return [cb for cb in built if cb is not profiler], profiler
-
-
-def resolve_precision(name: str, has_gpu: bool) -> Precision:
-    """`auto` is amp_bf16 on a GPU and fp32 on a CPU."""
-    if name == 'auto':
-        name = 'amp_bf16' if has_gpu else 'fp32'
-    return Precision(name)
 
 
 def check_plugins(c: Config, tokenizer: Any) -> None:

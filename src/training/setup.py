@@ -16,7 +16,7 @@ from src.checkpoints.start import Start, find_start
 from src.common import machine
 from src.config import load
 from src.config.checks import check_save_folder, run_name
-from src.config.derived import device_batch_size, microbatch_size
+from src.config.derived import device_batch_size, microbatch_size, resolve_precision
 from src.config.schema import Config
 from src.ranks import rendezvous
 from src.ranks.environment import agree, check_environment, preflight
@@ -25,7 +25,7 @@ from src.ranks.program import log_to_stderr
 from src.ranks.stop import StopRequest
 from src.training import sharding
 from src.training.data import has_kits_loader
-from src.training.plugins import REGISTRIES, resolve_precision
+from src.training.plugins import REGISTRIES
 
 log = logging.getLogger('src')
 
@@ -105,7 +105,7 @@ def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
         log.info('dry run: nothing is trained, saved or logged\nconfig:\n%s', textwrap.indent(load.shown(c), '  ').rstrip())
     over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
     return Setup(c, c.model_copy(update=_changed(c, over or dry_run)), start, over, device_batch, microbatch,
-                 resolve_precision(c.precision, has_gpu), has_gpu, dry_run,
+                 Precision(resolve_precision(c.precision, has_gpu)), has_gpu, dry_run,
                  watch.stop if watch else StopRequest())
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import resource
 import shutil
@@ -275,7 +276,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next(tokens_root, 
 def plan_of(monkeypatch, root: Path, *overrides: str) -> str:
     said: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(main.log, 'info', lambda text, *values: said.append(text % values))
+        patch.setattr(logging.getLogger('src'), 'info', lambda text, *values: said.append(text % values))
         run(root, *overrides)
     return '\n'.join(said)
 
@@ -296,7 +297,7 @@ def test_a_finished_run_says_so_and_writes_nothing(mds_root, folder, monkeypatch
     argv = tiny(mds_root, *EVERY, f'save_folder={folder}', 'autoresume=true', f'loggers.tensorboard.log_dir={tmp_path}/tb',
                 f'loggers.file.filename={tmp_path}/log.txt')
     said: list[str] = []
-    monkeypatch.setattr(main.log, 'info', lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(logging.getLogger('src'), 'info', lambda text, *values: said.append(text % values))
     assert main.cli([QUICKSTART, *argv]) == 0
     assert said[-1].startswith('nothing to do: ') and 'max_duration 12ba' in said[-1]
     assert {name: (folder / name).stat().st_mtime_ns for name in names(folder)} == before

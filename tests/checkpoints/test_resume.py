@@ -1,5 +1,6 @@
 """A run that goes on with other settings: what takes effect, what is refused, what is said."""
 
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ class Run:
         said: list[str] = []
         groups, samples = Groups(), Samples()
         with monkeypatch.context() as patch:
-            patch.setattr(main.log, 'info', lambda text, *values: said.append(text % values))
+            patch.setattr(logging.getLogger('src'), 'info', lambda text, *values: said.append(text % values))
             trainer = main.main(config.load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(root, *EVERY, *overrides)]),
                                 callbacks=[groups, samples])
         trainer.close()

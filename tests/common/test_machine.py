@@ -36,7 +36,7 @@ from src.data_c4 import StreamingC4, build_c4_dataloader
 from src.loader import shared_memory
 from src.ranks import failure_watch
 from src.tools import evaluate
-from src.training import plugins, report
+from src.training import failures, plugins
 
 # ---------------------------------------------------------------- shared memory
 
@@ -182,7 +182,7 @@ def test_other_errors_of_loaders_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(machine, 'free_shared_memory', lambda: 1 << 20)
     assert 'train_loader: a loader worker has ended; /dev/shm (shared memory) is full, 1.0 MB are free' in str(
         machine.explain_lost_worker(lost, 'train_loader'))
-    with pytest.raises(UserError, match='found no room'), plugins.outside_failures_explained():
+    with pytest.raises(UserError, match='found no room'), failures.outside_failures_explained():
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')
 
 
@@ -392,25 +392,25 @@ def test_what_a_logger_s_service_raises_is_named_and_its_bugs_stay(monkeypatch):
         pass
 
     monkeypatch.setitem(plugins.LOGGERS, 'mlflow', Mlflow)
-    with pytest.raises(UserError) as e, plugins.outside_failures_explained():
+    with pytest.raises(UserError) as e, failures.outside_failures_explained():
         plugins.build_all('loggers', {'mlflow': {'error': 'mlflow'}})
     assert str(e.value).startswith('loggers.mlflow: MlflowException: mlflow. Change the keys of loggers.mlflow or the')
-    with pytest.raises(KeyError, match='own'), plugins.outside_failures_explained():
+    with pytest.raises(KeyError, match='own'), failures.outside_failures_explained():
         plugins.build_all('loggers', {'mlflow': {'error': 'own'}})
     monkeypatch.setitem(plugins.LOGGERS, 'mine', Store)
     for error, kind in (('mlflow', MlflowException), ('file', FileNotFoundError)):  # of a logger that is no stock one
-        with pytest.raises(kind), plugins.outside_failures_explained():
+        with pytest.raises(kind), failures.outside_failures_explained():
             plugins.build_all('loggers', {'mine': {'error': error}})
-    with pytest.raises(OSError, match='of something else'), plugins.outside_failures_explained():
+    with pytest.raises(OSError, match='of something else'), failures.outside_failures_explained():
         raise OSError('of something else')
 
 
 def test_an_out_of_memory_on_one_of_several_gpus_advises_the_launcher_first(monkeypatch):
     c = config.check(config.load([str(ROOT / 'yamls/quickstart.yaml')]), plugins.REGISTRIES, 1, False)
-    first = [str(report.out_of_memory(c, MemoryError())).split('  1. ')[1]]
+    first = [str(failures.out_of_memory(c, MemoryError())).split('  1. ')[1]]
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
-    first.append(str(report.out_of_memory(c, MemoryError())).split('  1. ')[1])
+    first.append(str(failures.out_of_memory(c, MemoryError())).split('  1. ')[1])
     launch = 'start with `composer main.py ...`, which uses all 8 GPUs of this machine; this run uses 1'
     assert first[1].splitlines()[0] == launch and first[1].splitlines()[1] == f'  2. {first[0].splitlines()[0]}'
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
-    assert 'composer' not in str(report.out_of_memory(c, MemoryError()))
+    assert 'composer' not in str(failures.out_of_memory(c, MemoryError()))

@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import main
 from src import initialisation, mosaic_gpt
+from src.checkpoints import loading
 from src.common.errors import UserError
 from src.config import load as config
 from src.config.schema import FSDPConfig
@@ -417,8 +418,8 @@ def test_a_changed_block_trains_and_a_loaded_model_is_not_drawn(own_block, mds_r
 
     monkeypatch.setattr(initialisation, 'draw_normal', draw)
     file = f'{tmp_path}/one/ep0-ba4-rank0.pt'
-    finish, name = main.finish_loading, 'model.transformer.blocks.1.tables.inv_freq'
-    monkeypatch.setattr(main, 'finish_loading', lambda start, trainer: (
+    finish, name = loading.finish_loading, 'model.transformer.blocks.1.tables.inv_freq'
+    monkeypatch.setattr(loading, 'finish_loading', lambda start, trainer: (
         finish(start, trainer), tables.append(trainer.state.model.get_buffer(name))))
     for settings in (['load_weights_only=true', 'model.device=cpu'], ['fsdp_config.sharding_strategy=FULL_SHARD']):
         tables: list[torch.Tensor] = []

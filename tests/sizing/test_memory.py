@@ -18,7 +18,6 @@ from composer.distributed import prepare_distributed
 from composer.distributed.mosaic_parallelism import BACKWARD_PREFETCH_MAP, SHARDING_MAP, get_mixed_precision
 from composer.distributed.prepare_distributed import parallelize_composer_model
 from composer.models import ComposerModel
-from launch import ROOT
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
@@ -31,18 +30,17 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from src import mosaic_gpt
+from src import mosaic_gpt, optimizers
 from src.common.errors import UserError
 from src.config import load as config
 from src.config.checks import fsdp_version
 from src.config.schema import Config, MosaicGPTConfig
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT
-from src.sizing import memory, step_trace
+from src.optimizers import build_optimizer
+from src.sizing import step_trace
 from src.sizing.cards import CARDS, estimate
 from src.sizing.memory import GPU_WORKSPACE, Memory, moments, predict, state_bytes, table
-from src.training import optimizers
-from src.training.optimizers import build_optimizer
 from src.training.plugins import resolve_precision
 from src.training.sharding import build_parallelism
 
@@ -430,21 +428,3 @@ def test_the_table_adds_up():
     assert [line.split() for line in lines[1:]] == [
         ['weights', '1.00', 'GiB'], ['gradients', '2.00', 'GiB'], ['optimizer', '3.00', 'GiB'], ['activations', '4.00', 'GiB'],
         ['logits', '5.00', 'GiB'], ['workspace', '6.00', 'GiB'], ['peak', '21.00', 'GiB']]
-
-
-# ---------------------------------------------------------------- the command line
-
-
-def test_the_command_line(capsys):
-    yaml = str(ROOT / 'yamls/mosaic_gpt/1b.yaml')
-    one = memory.main(memory.parse_args([yaml, 'device_train_microbatch_size=4']))
-    eight = memory.main(memory.parse_args([yaml, '--devices', '8', 'device_train_microbatch_size=4']))
-    assert eight.weights < one.weights and eight.optimizer == pytest.approx(one.optimizer / 8, rel=1e-3)
-    assert f'peak {eight.total / 2**30:16.2f} GiB' in capsys.readouterr().out
-    # A microbatch of more than a device's samples is cut to them, as in a run.
-    most = memory.main(memory.parse_args([yaml, '--devices', '128', 'device_train_microbatch_size=64']))
-    assert most == memory.main(memory.parse_args([yaml, '--devices', '128', 'device_train_microbatch_size=4']))
-    for override, message in (('device_train_microbatch_size=auto', "'auto' is found by trying"),
-                              ('model.d_modle=3', 'model.d_modle: no such key')):
-        with pytest.raises(UserError, match=message):
-            memory.main(memory.parse_args([yaml, override]))

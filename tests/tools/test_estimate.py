@@ -14,6 +14,7 @@ from src.common.flops import peak_flops
 from src.config import load as config
 from src.config.schema import Config
 from src.sizing import memory
+from src.sizing import report as sizing_report
 from src.sizing.cards import C4_TOKENS, CARDS, USABLE, Estimate, counts, estimate, needs, remedies
 from src.sizing.memory import moments, predict
 from src.tools import estimate as program
@@ -61,7 +62,7 @@ def test_tokens_of_other_units():
     assert sized('125m', 'l4', FEW, 'max_duration=5000tok', 'scheduler.t_warmup=0.1dur').tokens == 5000
     e = sized('125m', 'l4', FEW, 'max_duration=2ep', 'scheduler.t_warmup=0.1dur', 'train_loader.dataset.group_method=truncate')
     assert e.tokens is e.flops is e.hours is None
-    assert 'the data decide how long that is' in program.report(e, 2.0)
+    assert 'the data decide how long that is' in sizing_report.report(e, 2.0)
 
 
 @pytest.mark.parametrize('card', ['a100-40gb', 'l4'])
@@ -118,7 +119,7 @@ def test_what_does_not_fit_says_what_to_set():
     ddp = sized('7b', 'l4', 'model.n_layers=6', 'fsdp_config=null')
     assert (ddp.smallest, ddp.smallest_of_one, ddp.largest_microbatch, ddp.devices) == (None, None, None, 1024)
     assert list(remedies(ddp))[-1][0] == 'fsdp_config.sharding_strategy=FULL_SHARD'
-    text = program.report(ddp)
+    text = sizing_report.report(ddp)
     assert 'DOES NOT FIT' in text and 'FULL_SHARD: fits' in text and 'as it is, no number of these is enough' in text
 
 
@@ -180,14 +181,14 @@ def test_a_checkpoint_is_as_large_as_it_says(kind, mds_root, tmp_path):
 
 
 def test_bytes_of_data_and_checkpoints():
-    text = program.report(sized('13b', 'h200', FEW, SHORT, 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
+    text = sizing_report.report(sized('13b', 'h200', FEW, SHORT, 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
     tokens = 124_000 * 1024 * 2048
     assert f'{2 * tokens / 1e9:.2f} GB' == '520.09 GB' and '520.09 GB' in text
     assert f'{tokens / C4_TOKENS:.1f} times C4, 340.00 GB' in text and '1.5 times' in text
     n_params = 4 * (12 * 5120**2 + 13 * 5120) + (50257 + 2048 + 2) * 5120
     assert f'3 kept: {3 * 12 * n_params / 1e9:.2f} GB' in text
     kept = f'25 kept: {25 * 12 * n_params / 1e9:.2f} GB, with a save_folder'  # 124000 / 5000, and the end
-    assert kept in program.report(sized('13b', 'h200', FEW, SHORT))
+    assert kept in sizing_report.report(sized('13b', 'h200', FEW, SHORT))
     assert sized('125m', 'l4', FEW, 'model.vocab_size=100000').token_bytes == 4
 
 
@@ -205,7 +206,7 @@ def readme_table() -> str:
 
 
 def test_a_row_of_the_table():
-    out = program.overview({'125m': sized('125m')}, 1.5)
+    out = sizing_report.overview({'125m': sized('125m')}, 1.5)
     head, row = rows(out)
     assert head == ['run', 'N', 'GPUs', 'micro', 'GiB', 'up to', 'at 1', '16 N', 'rule', 'tokens', 'FLOPs', 'hours', 'cost',
                     'saved', 'data']

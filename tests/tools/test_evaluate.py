@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import main
 from src.config import load as config
 from src.mosaic_gpt import MosaicGPT
+from src.ranks import program
 from src.tokenizer import bytes_per_token
 from src.tools import evaluate
 
@@ -36,7 +37,7 @@ def run(root, *overrides: str, out=None):
 
 def fails(arguments: list[str], capfd, *parts: str) -> None:
     """The program ends with exit code 1 and one message, which has these parts."""
-    assert main.guarded(lambda watch: evaluate.main(evaluate.parse_args(arguments), watch)) == 1
+    assert program.run(lambda watch: evaluate.main(evaluate.parse_args(arguments), watch)) == 1
     said = capfd.readouterr().err
     assert said.count('error: ') == 1 and 'Traceback' not in said, said
     for part in parts:

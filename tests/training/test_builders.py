@@ -16,12 +16,12 @@ from composer.loggers import Logger
 from launch import ROOT, tiny
 
 import main
+from src import optimizers, plugins
 from src.callbacks import profiling
 from src.common.errors import UserError
 from src.config import load as config
 from src.config.schema import OptimizerConfig, SchedulerConfig
-from src.training import optimizers, plugins
-from src.training.optimizers import DecoupledAdamW
+from src.optimizers import DecoupledAdamW
 
 
 def make(cls, weight_decay: float):

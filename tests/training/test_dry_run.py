@@ -17,7 +17,7 @@ from src.config.schema import Config
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.mosaic_gpt import ComposerMosaicGPT
 from src.sizing.memory import predict, table
-from src.training.dry_run import this_machine
+from src.training.fit import this_machine
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
 SECRET = '5ec2e7' * 6 + 'abcd'
