@@ -352,7 +352,9 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         for key in ('proportion', 'repeat', 'choose') if name else ():
             if stream.pop(key) is not None:
                 warnings.warn(f'eval_loader.dataset.streams.{name}.{key} is ignored: an evaluation reads all', stacklevel=2)
-    from composer.utils.dist import get_sampler  # here: it takes seconds to import, and the smoke test has no need of it
+    from composer.utils.dist import (
+        get_sampler,  # here: it takes seconds to import, and the smoke test has no need of it
+    )
 
     dataset = StreamingC4(**data)
     if dataset.packs_on_the_fly:

@@ -12,7 +12,19 @@ from src.common.errors import UserError
 from src.config.checks import fsdp_version
 from src.config.derived import device_batch_size, grad_accum, resolve_precision
 from src.config.schema import Config, OptimizerConfig
-from src.sizing.step_trace import BACKWARD, EMBEDDINGS, END, FORWARD, LOSS, START, UNIT_END, Phase, Settings, Trace, trace
+from src.sizing.step_trace import (
+    BACKWARD,
+    EMBEDDINGS,
+    END,
+    FORWARD,
+    LOSS,
+    START,
+    UNIT_END,
+    Phase,
+    Settings,
+    Trace,
+    trace,
+)
 
 # An estimate, not measured: CUDA context, cuBLAS and NCCL buffers, what the caching allocator cannot hand out again.
 GPU_WORKSPACE = 3 * 2**29
