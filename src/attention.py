@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src.common.errors import UserError
+from src.config.model_checks import FLASH_NEEDS_GPU
 from src.config.schema import MosaicGPTConfig
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'au
         UserError: There is no GPU, or not this kernel for it.
     """
     if not torch.cuda.is_available():
-        raise UserError("model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto (or sdpa)")
+        raise UserError(FLASH_NEEDS_GPU)
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0) or head_dim > 256 or head_dim % 8:
         raise UserError(f"model.attn_impl: 'flash' needs an Ampere or newer GPU and a head dimension (d_model / n_heads) that is "

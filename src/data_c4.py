@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from src.common.errors import UserError, positive
 from src.common.machine import shorten_socket_paths
 from src.common.workers import init_loader_worker
+from src.config.check import parse
+from src.config.data_checks import NO_SET_OF_SAMPLES
 from src.config.data_places import explain, is_copied, stream_errors, streams_of
-from src.config.load import parse
 from src.config.schema import LoaderConfig
 from src.loader.provenance import check_tokenizer
 from src.loader.sample_order import batches_in_epoch, whole_batches
@@ -358,8 +359,7 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
 
     dataset = StreamingC4(**data)
     if dataset.packs_on_the_fly:
-        raise UserError("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
-                        'set truncate, or evaluate on packed tokens')
+        raise UserError(NO_SET_OF_SAMPLES)
     view = EvalView(dataset, cfg.eval_samples)
     loader = EvalLoader(view, sampler=get_sampler(view, shuffle=False, drop_last=cfg.drop_last), **settings)
     check_loader('eval_loader', loader, dataset.batch_bytes(device_batch_size))

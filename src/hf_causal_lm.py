@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, plain_cross_entropy
 from src.common.errors import UserError, first_line
-from src.config.load import parse
+from src.config.check import parse
 from src.config.schema import HFCausalLMConfig
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from src import initialisation
 from src.attention import CausalAttention, Documents
 from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, padding_to_the_right, plain_cross_entropy
 from src.common.errors import UserError
-from src.config.load import parse
+from src.config.check import parse
+from src.config.model_checks import heads_error
 from src.config.schema import MosaicGPTConfig
 
 log = logging.getLogger(__name__)
@@ -104,8 +105,8 @@ class MosaicGPT(nn.Module):
     def __init__(self, cfg: Union[MosaicGPTConfig, Mapping[str, Any]]):
         super().__init__()
         self.cfg = cfg = parse(MosaicGPTConfig, cfg)
-        if cfg.d_model % cfg.n_heads:
-            raise UserError(f'model.n_heads: {cfg.n_heads} does not divide model.d_model {cfg.d_model}')
+        if error := heads_error(cfg):
+            raise UserError(error)
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(cfg.vocab_size, cfg.d_model, device=cfg.device),
             'wpe': nn.Embedding(cfg.max_seq_len, cfg.d_model, device=cfg.device),

@@ -29,6 +29,7 @@ from src.attention import Documents, torch_attention
 from src.common.errors import UserError
 from src.common.flops import train_flops_per_token
 from src.config import load as config
+from src.config.check import check
 from src.config.schema import Config, FSDPConfig, MosaicGPTConfig
 from src.data_c4 import parse_args
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
@@ -210,15 +211,15 @@ def test_its_arguments_are_valid(command: str):
         parse_args(argv[1:])
     elif argv[:1] == ['src/tools/benchmark.py']:
         args = benchmark.parse_args(argv[1:])
-        config.check(config.load([str(ROOT / args.yaml), *args.overrides]), plugins.REGISTRIES, world_size=8, has_gpu=True)
+        check(config.load([str(ROOT / args.yaml), *args.overrides]), plugins.REGISTRIES, world_size=8, has_gpu=True)
     elif argv[:1] == ['src/tools/evaluate.py']:
         args = evaluate.parse_args([str(ROOT / argv[1]), *argv[2:]])
-        config.check(evaluate.load(args), plugins.REGISTRIES, world_size=1, has_gpu=True)
+        check(evaluate.load(args), plugins.REGISTRIES, world_size=1, has_gpu=True)
     elif argv[:1] == ['src/tools/estimate.py']:
         args = estimate.parse_args(argv[1:])
         if args.yaml:
             settings = config.load([str(ROOT / args.yaml), *args.overrides])
-            config.check(settings, plugins.REGISTRIES, args.gpus or 1, has_gpu=True)
+            check(settings, plugins.REGISTRIES, args.gpus or 1, has_gpu=True)
     elif argv[:1] == ['src/tools/export_hf.py']:
         export_hf.parse_args(argv[1:])
     elif argv[:1] == ['src/tools/generate.py']:
@@ -234,7 +235,7 @@ def test_its_arguments_are_valid(command: str):
         size = ['--world_size'] if program == 'composer' else ['--nnodes', '--nproc_per_node']
         assert launcher[::2] == [*size, '--node_rank', '--master_addr', '--master_port'][:len(launcher) // 2]
         if not {'model.name=parallel_gpt', 'optimizer.name=lion'} & {*overrides}:  # the guide's own
-            config.check(config.load([str(ROOT / file), *overrides]), plugins.REGISTRIES, world_size=16 if launcher else 8,
+            check(config.load([str(ROOT / file), *overrides]), plugins.REGISTRIES, world_size=16 if launcher else 8,
                          has_gpu=True)
     elif program in ('pip', 'uv'):
         argv = argv[program == 'uv':]
@@ -581,7 +582,7 @@ def test_what_has_no_effect_in_version_2_is_what_a_run_says():
     no_effect = {key.strip('`') for key, _, _, version_2 in table('src/README.md', FSDP_TABLE) if version_2 == 'no effect'}
     others = {'backward_prefetch': 'NONE', 'backward_prefetch_limit': 2, 'forward_prefetch_limit': 2}
     given = [f'fsdp_config.{key}={others.get(key, str(not FSDPConfig.model_fields[key].default).lower())}' for key in no_effect]
-    c = config.check(config.load([str(ROOT / QUICKSTART), 'fsdp_config.activation_checkpointing=true', *given]),
+    c = check(config.load([str(ROOT / QUICKSTART), 'fsdp_config.activation_checkpointing=true', *given]),
                      plugins.REGISTRIES, world_size=1, has_gpu=False)
     said = report._sharding(c)
     assert set(said.split('; without effect in FSDP2: ')[1].split(', ')) == no_effect

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from src.common.errors import UserError
-from src.config.load import parse
+from src.config.check import parse
 from src.config.schema import MODEL_CONFIGS, HFCausalLMConfig, MosaicGPTConfig
 from src.hf_causal_lm import build_hf_config
 

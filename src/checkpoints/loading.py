@@ -18,7 +18,7 @@ from src.checkpoints.manifest import Manifest
 from src.checkpoints.safe_reading import no_code, read_weights, readable, weights_in
 from src.checkpoints.start import Start
 from src.common.errors import UserError
-from src.config.load import parse
+from src.config.check import parse
 from src.config.schema import MODEL_CONFIGS
 
 log = logging.getLogger('src')

@@ -13,7 +13,7 @@ from src.config.schema import DatasetConfig, StreamConfig
 
 
 def is_url(remote: Optional[str]) -> bool:
-    """Whether shards come from an object store or a server (s3://, gs://, dbfs:/, ...), which only streaming can look into."""
+    """Whether shards come from an object store or a server (s3://, dbfs:/, ...), which only streaming can look into."""
     return remote is not None and re.match(r'[a-z][a-z0-9+.-]*:/', remote) is not None
 
 
@@ -26,7 +26,7 @@ def is_copied(remote: Optional[str], local: str, split: Optional[str]) -> bool:
 
 
 def streams_of(data: DatasetConfig) -> dict[str, StreamConfig]:
-    """The streams of a dataset, by the setting that names each, with the dataset's split where they have none of their own."""
+    """The streams of a dataset by the setting that names each; the dataset's split is that of a stream without one."""
     if data.streams:
         return {f'dataset.streams.{name}': stream.model_copy(update={'split': stream.split or data.split})
                 for name, stream in data.streams.items()}
@@ -63,32 +63,22 @@ def _fetched_index(place: str) -> Optional[str]:
 
 
 def stream_errors(data: DatasetConfig) -> list[str]:
-    """Settings of `streams` that are valid alone and impossible together."""
-    if not data.streams:
-        return [] if data.local else ['dataset.local: missing; name the folder of the shards or of their copies, or set streams']
-    out, copies = [], {}
-    for key in ('remote', 'local'):
+    """What is wrong with the places of a dataset; the name of its loader comes before each line."""
+    out, copies, streams = [], {}, streams_of(data)
+    if not streams:
+        out.append('dataset.local: missing; name the folder of the shards or of their copies, or set streams')
+    for key in ('remote', 'local') if data.streams else ():
         if getattr(data, key) is not None:
-            out.append(f'dataset.{key}: {getattr(data, key)!r} together with streams, which name their own; remove one of them '
-                       f'(on the command line: dataset.{key}=null)')
-    weights = {name: [key for key in ('proportion', 'repeat', 'choose') if getattr(stream, key) is not None]
-               for name, stream in data.streams.items()}
-    for name, keys in weights.items():
-        if len(keys) > 1:
-            out.append(f'dataset.streams.{name}: {" and ".join(keys)} are two ways to say one thing; set one of them')
-    kinds = {key for keys in weights.values() for key in keys}
-    if 'proportion' in kinds and (missing := [name for name, keys in weights.items() if keys != ['proportion']]):
-        out.append(f'dataset.streams.{missing[0]}.proportion: missing; where one stream has a proportion, each must have one, '
-                   'and none repeat or choose')
-    elif kinds & {'repeat', 'choose'} and data.epoch_size is not None:
-        out.append(f'dataset.epoch_size: {data.epoch_size!r} together with repeat or choose of streams, which say how many '
-                   'samples an epoch has; remove it, or set proportion for each stream')
-    for name, stream in streams_of(data).items():
+            out.append(f'dataset.{key}: {getattr(data, key)!r} together with streams, which name their own; remove one '
+                       f'of them (on the command line: dataset.{key}=null)')
+    for name, stream in streams.items() if data.streams else ():
         place = os.path.realpath(os.path.join(stream.local, stream.split or ''))
         if place in copies:
-            out.append(f'{name}.local: {stream.local!r} with split {stream.split!r} is also the place of {copies[place]}; '
-                       'give each stream its own')
+            out.append(f'{name}.local: {stream.local!r} with split {stream.split!r} is also the place of '
+                       f'{copies[place]}; give each stream its own')
         copies[place] = name
+    if data.cache_limit is not None and not all(is_copied(s.remote, s.local, s.split) for s in streams.values()):
+        out.append(only_copy(data.cache_limit))
     return out
 
 
@@ -109,7 +99,7 @@ def check_places(remote: Optional[str], local: Optional[str], split: str, cache_
     if not is_copied(remote, local, split):
         remote = None
     if cache_limit is not None and remote is None:
-        raise UserError(only_copy('dataset', cache_limit))
+        raise UserError(only_copy(cache_limit))
     if not is_url(remote):
         _check_folder(remote or local, split, setting)
     if remote is not None and not is_url(remote):
@@ -134,10 +124,10 @@ def _check_apart(remote: str, local: str, split: str, setting: str) -> None:
                         'to a folder of its own, or to the same as data_remote: then nothing is copied')
 
 
-def only_copy(setting: str, cache_limit: Any) -> str:
+def only_copy(cache_limit: Any) -> str:
     """Why there is no `cache_limit` where nothing is copied."""
-    return (f'{setting}.cache_limit: {cache_limit!r} with no remote would delete the only copy of the data; '
-            'remove cache_limit, or set data_remote to where the data lies')
+    return (f'dataset.cache_limit: {cache_limit!r} with no remote would delete the only copy of the data; remove '
+            'cache_limit, or set data_remote to where the data lies')
 
 
 def _check_folder(root: str, split: str, setting: str) -> None:
@@ -167,8 +157,8 @@ def explain(e: Exception, remote: Optional[str], local: str, split: str, setting
     """What streaming raised, in the words of the settings."""
     text, where = str(e), os.path.join(remote or local, split)
     if 'Reused local directory' in text:
-        return (f'{setting}.local: {os.path.join(local, split)} is where another dataset that is still open copies its shards, '
-                'in this process or another; give each run its own data_local')
+        return (f'{setting}.local: {os.path.join(local, split)} is where another dataset that is still open copies its '
+                'shards, in this process or another; give each run its own data_local')
     if 'cache limit' in text.lower():
         return f'dataset.cache_limit: {text}'
     if 'contains no samples' in text:

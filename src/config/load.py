@@ -1,47 +1,27 @@
-"""YAML and command line to one checked config.
+"""YAML and command line to one config: `load` merges the two with OmegaConf. `src/config/check.py` then checks it.
 
-`load` merges the two with OmegaConf; `check` holds the result against `src/config/schema.py` and reports every
-mistake at once, before anything is built.
+Nothing here imports torch, Composer or streaming: programs that only need a YAML start at once.
 """
 
 import copy
 import difflib
-import inspect
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, Optional, TypeVar, get_args, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
+from pydantic import BaseModel
 
 from src.common.errors import UserError, masked
-from src.config.checks import combination_errors
-from src.config.old_keys import translate, what_to_write
-from src.config.overrides import NOT_OF_ITS_TAG, override
-from src.config.schema import (
-    MODEL_CONFIGS,
-    TIME,
-    CompileConfig,
-    Config,
-    DatasetConfig,
-    FSDPConfig,
-    LoaderConfig,
-    MosaicGPTConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    Section,
-    StreamConfig,
-    TokenizerConfig,
-)
+from src.config.old_keys import translate
+from src.config.schema import Config, types_below
 
-# ---------------------------------------------------------------- loading
+NOT_OF_ITS_TAG = (ValueError, KeyError, AttributeError)  # PyYAML's, of `!!int abc`, `!!bool abc`, `!!timestamp abc`
+OTHER_BASES = re.compile(r'[-+]?(0[0-7_]*[0-7]|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)')  # 8 and 60, in YAML 1.1
 
 
 def load(argv: list[str]) -> DictConfig:
@@ -56,23 +36,26 @@ def load(argv: list[str]) -> DictConfig:
     if not argv or argv[0].startswith('-') or '=' in argv[0]:
         raise UserError(f'the first argument must be a YAML file, not {argv[0] if argv else "nothing"!r}.\n'
                         '  usage: composer main.py yamls/quickstart.yaml [key=value ...]')
-    path = Path(argv[0])
-    if not os.path.isfile(path):
-        near = difflib.get_close_matches(argv[0], [str(p) for p in path.parent.glob('*.yaml')], n=1)
-        what = 'a folder, not a YAML file.' if os.path.isdir(path) else 'no such file.'
-        raise UserError(f'{argv[0]}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f'{argv[0]}: cannot be read as YAML: {e}') from None
-    except NOT_OF_ITS_TAG as e:  # which quotes the value
-        raise UserError(f'{argv[0]}: cannot be read as YAML: a value is not of the tag before it: {type(e).__name__}') from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f'{argv[0]}: must be a mapping of settings, but holds a {type(loaded).__name__}')
+    loaded = _read(Path(argv[0]))
     merged, given = loaded, OmegaConf.create({})
     for arg in argv[1:]:
         merged, given = override(merged, arg), override(given, arg)
     return translate(merged, loaded, given)
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob('*.yaml')], n=1)
+        what = 'a folder, not a YAML file.' if path.is_dir() else 'no such file.'
+        raise UserError(f'{path}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, *NOT_OF_ITS_TAG) as e:
+        said = type(e).__name__ if isinstance(e, NOT_OF_ITS_TAG) else e  # which quote the value, maybe a secret
+        raise UserError(f'{path}: cannot be read as YAML: {said}') from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f'{path}: must be a mapping of settings, but holds a {type(loaded).__name__}')
+    return loaded
 
 
 def plain(cfg: Any) -> dict[str, Any]:
@@ -87,9 +70,19 @@ def plain(cfg: Any) -> dict[str, Any]:
     try:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as e:
-        raise UserError(_unresolved(str(e).splitlines()[0], e.full_key, cfg)) from None
+        said = str(e).splitlines()[0]
+        if variable := re.search(r"Interpolation key '(\w+)'", said):
+            said += f'; for a variable of the shell write ${{oc.env:{variable[1]}}}'
+        raise UserError(f'config: {said} (key: {e.full_key or "?"})') from None
     assert isinstance(container, dict)
     return {str(k): v for k, v in _at_home(container).items()}
+
+
+def _at_home(value: Any) -> Any:
+    """A copy in which texts that begin with `~/` or `~name/` begin with that user's home folder, as in a shell."""
+    if isinstance(value, dict):
+        return {key: _at_home(child) for key, child in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) and re.match(r'~[\w.-]*/', value) else value
 
 
 def shown(c: Config) -> str:
@@ -97,248 +90,80 @@ def shown(c: Config) -> str:
     return yaml.safe_dump(masked(plain(c)), sort_keys=False, width=120, allow_unicode=True)
 
 
-def _unresolved(said: str, key: Any, cfg: DictConfig) -> str:
-    """What to say of an interpolation that OmegaConf does not resolve."""
-    if refers := re.search(r"(?:trying to access |Interpolation key ')(\w+)(\.?)", said):
-        top, raw = refers[1], OmegaConf.to_container(cfg)
-        value = raw.get(top) if isinstance(raw, dict) else None
-        if not refers[2]:
-            said += f'; for a variable of the shell write ${{oc.env:{top}}}'
-        elif not isinstance(value, dict) or not value:
-            return f'{top}: {masked(value, top)!r} must be a section with keys of its own; {key} refers to one'
-    return f'config: {said} (key: {key or "?"})'
-
-
-def _at_home(value: Any) -> Any:
-    """A copy in which each text that begins with `~/` or `~name/` begins with that user's home folder, as in a shell."""
-    if isinstance(value, dict):
-        return {key: _at_home(child) for key, child in value.items()}
-    return os.path.expanduser(value) if isinstance(value, str) and re.match(r'~[\w.-]*/', value) else value
-
-
 def flat(cfg: Any) -> dict[str, Any]:
     """Dotted key to value, secrets masked, without what may differ between nodes: where each copies its shards to."""
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or not value:
-            return {prefix: value}
-        return {k: v for key, child in value.items() for k, v in walk(f'{prefix}.{key}' if prefix else str(key), child).items()}
+            return {prefix.removeprefix('.'): value}
+        return {k: v for key, child in value.items() for k, v in walk(f'{prefix}.{key}', child).items()}
     return {k: v for k, v in walk('', masked(plain(cfg))).items() if k.split('.')[-1] not in ('local', 'data_local')}
 
 
-SectionT = TypeVar('SectionT', bound=Section)
+# ---------------------------------------------------------------- the command line
 
 
-def parse(schema: type[SectionT], cfg: Any) -> SectionT:
-    """One section, checked: what a model or loader calls on the config that it is given.
+def override(cfg: DictConfig, arg: str) -> DictConfig:
+    """Merges one `key=value` into a config.
 
-    Raises:
-        UserError: Names every key that is unknown, missing or of a wrong type.
-    """
-    if isinstance(cfg, schema):
-        return cfg
-    try:
-        return schema.model_validate(plain(cfg))
-    except ValidationError as e:
-        raise _report([_explain(err, schema) for err in e.errors()]) from None
-
-
-# ---------------------------------------------------------------- checking
-
-
-def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int, has_gpu: bool,
-          num_nodes: int = 1, kits_loader: bool = True) -> Config:
-    """Holds a whole config against the schema and against the machine.
-
-    Args:
-        cfg: What `load` returned, or any mapping.
-        registries: For each of `callbacks`, `loggers` and `algorithms`: name to class. The keywords in the YAML
-            are held against the class's signature.
-        world_size: Number of devices over all nodes.
-        has_gpu: Whether the run uses GPUs.
-        num_nodes: Number of nodes.
-        kits_loader: Whether the kit's own loader reads what sections `dataset` name.
+    The value is YAML, with two exceptions: `key={}` empties a section, where a merge would change nothing, and the
+    value of a setting that takes only text is text as it stands (`run_name=12345`).
 
     Raises:
-        UserError: Lists every mistake.
+        UserError: The argument is not `key=value`, has no value, or has one that is not YAML. A value may be a secret,
+            so messages name only the key.
     """
-    raw = plain(cfg)
-    raw |= {section: _without_nulls(raw[section], classes) for section, classes in registries.items() if section in raw}
-    errors: list[str] = []
-    config: Optional[Config] = None
+    key, equals, text = arg.partition('=')
+    text = text.strip()
+    if not equals or not key or key.startswith('-'):
+        raise UserError(f'override {key!r} is not of the form key=value, as in max_duration=100ba or optimizer.lr=3e-4')
+    if text in ('', '???'):  # OmegaConf takes the latter for a value that is not given yet
+        raise UserError(f'override {key}={text}: has no value. If it comes from a variable of the shell, that variable '
+                        f'is empty; for no value write {key}=null')
+    one = _one_setting(key, text)
     try:
-        config = Config.model_validate(raw)
-    except ValidationError as e:
-        problems = [err for err in e.errors() if not (err['loc'][0] in registries and len(err['loc']) > 1)]
-        errors += list(dict.fromkeys(_explain(err, Config) for err in problems))
-        config = _without(raw, [err['loc'] for err in e.errors()])
-    for section, classes in registries.items():
-        chosen = raw.get(section) or {}
-        if isinstance(chosen, dict):
-            for name, kwargs in chosen.items():
-                errors += _plugin_errors(section, str(name), kwargs, classes)
-    if config is not None:
-        errors += combination_errors(config, world_size, has_gpu, num_nodes, kits_loader)
-    if errors:
-        raise _report(errors)
-    assert config is not None
-    return config
+        if text != '{}':
+            merged = OmegaConf.merge(cfg, one)
+            assert isinstance(merged, DictConfig)
+            return merged
+        merged = copy.deepcopy(cfg)
+        OmegaConf.update(merged, key, {}, merge=False, force_add=True)
+        return merged
+    except (TypeError, IndexError, OmegaConfBaseException):  # some quote the value
+        raise UserError(f'override {key}=...: a list stands where a section with keys of its own has to, or a key of a '
+                        'section where a list does. A list is given whole, as in optimizer.betas=[0.9,0.95]') from None
 
 
-def _without(raw: dict[str, Any], bad: list[tuple]) -> Optional[Config]:
-    """The config without the keys at `bad`, so that the others can still be held against each other; None if it needs them."""
-    rest = copy.deepcopy(raw)
-    for loc in bad:
-        keys = [part for part in loc if part not in MODEL_CONFIGS]
-        parent: Any = rest
-        while len(keys) > 1 and isinstance(parent, dict) and isinstance(parent.get(keys[0]), dict):
-            parent = parent[keys.pop(0)]
-        if isinstance(parent, dict):
-            parent.pop(keys[0], None)
+def _one_setting(key: str, text: str) -> DictConfig:
+    """A config with nothing but this setting."""
+    as_it_stands = _takes_only_text(key) and text[0] not in '\'"' and text not in ('null', 'Null', 'NULL', '~')
+    if not as_it_stands and OTHER_BASES.fullmatch(text):
+        raise UserError(f'override {key}=...: YAML reads a number that begins with 0 in base 8, and one with colons in '
+                        f"""base 60; write it in base 10, or put text in two pairs of quotes, as in {key}="'text'\"""")
+    if not as_it_stands and _ends_in_a_comment(text):
+        raise UserError(f"override {key}=...: YAML reads '#' as the start of a comment here and drops the rest of the "
+                        f"""value; put the value in two pairs of quotes, as in {key}="'no #3'\"""")
     try:
-        return Config.model_validate(rest)
-    except ValidationError:
-        return None
+        if not as_it_stands:
+            return OmegaConf.from_dotlist([f'{key}={text}'])
+        one = OmegaConf.create({})
+        OmegaConf.update(one, key, text, force_add=True)
+        return one
+    except (yaml.YAMLError, OmegaConfBaseException, *NOT_OF_ITS_TAG):  # some quote the value
+        raise UserError(f'override {key}=...: its value cannot be read as YAML; put text in two pairs of quotes, as in '
+                        f'''{key}="'text'"''') from None
 
 
-def _report(errors: list[str]) -> UserError:
-    head = '1 mistake in the config:' if len(errors) == 1 else f'{len(errors)} mistakes in the config:'
-    return UserError('\n'.join([head] + [f'  - {e}' for e in errors]))
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    """A key that is spelled nearly so, or those that have the word as a part; else all of them."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    near = near or [key for key in known if f'_{word}_' in f'_{key}_']
-    return f'did you mean {" or ".join(map(repr, near))}?' if near else f'known: {", ".join(sorted(known))}'
-
-
-def _fields_at(schema: type[BaseModel], loc: tuple) -> list[str]:
-    """The keys that the schema has at a location that pydantic reports."""
-    classes = {**MODEL_CONFIGS, 'model': MosaicGPTConfig, 'dataset': DatasetConfig, 'train_loader': LoaderConfig,
-               'eval_loader': LoaderConfig, 'optimizer': OptimizerConfig, 'scheduler': SchedulerConfig,
-               'tokenizer': TokenizerConfig, 'fsdp_config': FSDPConfig, 'compile_config': CompileConfig, 'streams': StreamConfig}
-    found = next((classes[part] for part in reversed(loc) if part in classes), schema)
-    return list(found.model_fields)
-
-
-_TYPES = {'int_type': 'a whole number', 'float_type': 'a number', 'bool_type': 'true or false', 'string_type': 'text',
-          'finite_number': 'a finite number', 'model_type': 'a section with keys of its own',
-          'dict_type': 'a section with keys of its own',
-          'list_type': 'a list', 'model_attributes_type': 'a section with keys of its own'}
-
-
-def _explain(err: Any, schema: type[BaseModel]) -> str:
-    """One of pydantic's errors in the kit's words."""
-    loc = err['loc']
-    # A union adds the tag or type that it tried to the location: it is no key of the YAML.
-    tags = {*MODEL_CONFIGS, 'int', 'str'}
-    key = '.'.join(str(p) for p in loc if p not in tags and not str(p).startswith(('literal[', 'constrained-')))
-    value, kind, ctx = masked(err['input'], key.split('.')[-1]), err['type'], err.get('ctx', {})
-    if kind == 'extra_forbidden':
-        return f'{key}: no such key; {what_to_write(key) or _nearest(str(loc[-1]), _fields_at(schema, loc[:-1]))}'
-    if kind == 'missing':
-        return f'{key}: missing; it has no default'
-    if kind == 'string_too_short':
-        return f'{key}: is empty, as is a variable of the shell that is not set; write a value, or {key}=null for none'
-    if kind == 'literal_error':
-        return f'{key}: {value!r} is not one of {ctx["expected"]}'
-    if kind.startswith('union_tag'):
-        name = value.get('name') if isinstance(value, dict) else value
-        return f'{key}.name: {name!r} is not one of {", ".join(map(repr, MODEL_CONFIGS))}'
-    if kind in ('string_pattern_mismatch', 'string_type') and key == 'console_log_interval':
-        return f'{key}: {value!r} must be a number of batches or epochs above 0, as in 10ba or 1ep'
-    if kind == 'string_pattern_mismatch' or kind == 'string_type' and key in TIMES:
-        return (f'{key}: {value!r} is not a time: a whole number with a unit, as in 100ba (batches), 1ep (epochs), 5000sp '
-                '(samples), 2000000tok (tokens), or a fraction of the duration, as in 0.1dur')
-    if kind in _TYPES:
-        return f'{key}: {value!r} must be {_TYPES[kind]}' + _quotes(key, value) * (kind == 'string_type')
-    bounds = {'greater_than': ('gt', 'greater than'), 'greater_than_equal': ('ge', 'at least'), 'less_than': ('lt', 'less than'),
-              'less_than_equal': ('le', 'at most')}
-    if kind in bounds:
-        bound = ctx[bounds[kind][0]]
-        return f'{key}: {value!r} must be {bounds[kind][1]} {int(bound) if bound == int(bound) else bound}'
-    return f'{key}: {value!r}: {err["msg"]}'
-
-
-# By their dotted keys: the settings that are times
-TIMES = {prefix + name for prefix, cls in (('', Config), ('scheduler.', SchedulerConfig)) for name, field in
-         cls.model_fields.items() if any(getattr(rule, 'pattern', None) == TIME.pattern for rule in field.metadata)}
-
-
-def _quotes(key: str, value: Any) -> str:
-    """How to write a value that YAML takes for a number."""
-    if isinstance(value, bool):
-        return '; write null for none'
-    if not isinstance(value, (int, float)):
-        return ''
-    return f""": put it in quotes, {key.split('.')[-1]}: '{value}' in a YAML, {key}="'{value}'" in a shell"""
-
-
-def _without_nulls(chosen: Any, classes: Mapping[str, Any]) -> Any:
-    """One of the sections `callbacks`, `loggers` and `algorithms` without keywords that are null: they have their defaults."""
-    if not isinstance(chosen, dict):
-        return chosen
-    out = {}
-    for name, kwargs in chosen.items():
-        parameters = inspect.signature(classes[name]).parameters if isinstance(kwargs, dict) and name in classes else {}
-        hints = _hints(classes[name]) if parameters else {}
-        out[name] = {key: value for key, value in kwargs.items() if value is not None or key not in parameters
-                     or parameters[key].default in (None, inspect.Parameter.empty)
-                     or NoneType in get_args(hints.get(key))} if parameters else kwargs
-    return out
-
-
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a class's keywords; empty where its module imports one for type checkers alone."""
+def _ends_in_a_comment(text: str) -> bool:
     try:
-        return get_type_hints(cls.__init__)
-    except NameError:
-        return {}
+        ends = [token.end_mark.index for token in yaml.scan(text) if token.end_mark.index > token.start_mark.index]
+    except yaml.YAMLError:
+        return False
+    return '#' in text[max(ends, default=0):]
 
 
-def _plugin_errors(section: str, name: str, kwargs: Any, classes: Mapping[str, Any]) -> list[str]:
-    """Mistakes in one entry of `callbacks`, `loggers` or `algorithms`: its name, keywords, and their types."""
-    if name not in classes:
-        return [f'{section}.{name}: no such name; {_nearest(name, list(classes))}']
-    if kwargs is False:
-        return []
-    if not isinstance(kwargs, dict) and kwargs is not None:
-        return [f'{section}.{name}: must be a section with keys of its own, {{}} for none, or false to switch it off']
-    kwargs = kwargs or {}
-    parameters = inspect.signature(classes[name]).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return []
-    out = [f'{section}.{name}.{key}: no such key; {_nearest(key, list(parameters))}' for key in kwargs if key not in parameters]
-    out += [f'{section}.{name}.{key}: missing; it has no default' for key, p in parameters.items()
-            if p.default is p.empty and key not in kwargs]
-    hints = _hints(classes[name])
-    for key, value in kwargs.items():
-        if key in hints:
-            try:
-                strict = ConfigDict(arbitrary_types_allowed=True, strict=True)
-                TypeAdapter(hints[key], config=strict).validate_python(value)
-            except ValidationError as e:
-                wanted = ' or '.join(dict.fromkeys(_TYPES.get(err['type'], err['msg']) for err in e.errors()))
-                if isinstance((*e.errors()[0]['loc'], '')[0], int):
-                    wanted = f'a list, each item {wanted}'
-                quotes = _quotes(f'{section}.{name}.{key}', masked(value, key)) * (wanted == _TYPES['string_type'])
-                out.append(f'{section}.{name}.{key}: {masked(value, key)!r} must be {wanted}{quotes}')
-            except PydanticSchemaGenerationError:  # a type that only Python can check
-                continue
-        is_composers = classes[name].__init__.__module__.startswith('composer.')  # a class of a fork has limits of its own
-        allowed, holds = (LIMITS | COMPOSERS_LIMITS if is_composers else LIMITS).get(key, ('', lambda value: True))
-        if isinstance(value, float) and math.isnan(value):
-            out.append(f'{section}.{name}.{key}: {value!r} must be a number')
-        elif isinstance(value, (int, float, str)) and not holds(value):
-            out.append(f'{section}.{name}.{key}: {value!r} must be {allowed}')
-    return out
-
-
-# Composer finds out in mid-run, or never
-_ABOVE_0 = 'greater than 0', lambda value: isinstance(value, str) or value > 0
-LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    'window_size': _ABOVE_0, 'flush_interval': _ABOVE_0, 'buffer_size': _ABOVE_0, 'clipping_threshold': _ABOVE_0}
-COMPOSERS_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    'batch_log_interval': _ABOVE_0, 'dist_aggregate_batch_interval': _ABOVE_0,
-    'skip_batches': ('at least 0', lambda value: isinstance(value, str) or value >= 0),
-    'clipping_type': ("'norm', 'value' or 'adaptive'", lambda value: value in ('norm', 'value', 'adaptive'))}
+def _takes_only_text(key: str) -> bool:
+    """Whether the schema allows nothing but text, or null, for a setting."""
+    types: list[Any] = [Config]
+    for part in key.split('.'):
+        types = [child for parent in types for child in types_below(parent, part)]
+    return str in types and {*types} <= {str, NoneType}

@@ -1,7 +1,7 @@
 """YAMLs of 2022 and 2023 (Composer 0.11 to 0.13), and YAMLs that write one value in several places.
 
 `translate` turns keys and values of that time into today's, where the meaning is the same. Where it is not, the key
-stays, and `src/config/load.py` refuses it with the text of `what_to_write`.
+stays, and `src/config/check.py` refuses it with the text of `what_to_write`.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel
 
 from src.common.errors import UserError, masked
 from src.config.schema import MODEL_CONFIGS
@@ -60,21 +61,22 @@ REFUSED = {  # what to write where there is no translation
     'tokenizer.args': 'write its keys one level up, in tokenizer',
     'icl_tasks': 'run tasks after training, by lm-eval (README, "Evaluate"), and remove this key',
 }
-SHARED = {  # what sections repeat, by an alias such as *max_seq_len or by hand
-    'max_seq_len': ('model.max_seq_len', 'model.config_overrides.n_positions',
-                    'model.config_overrides.max_position_embeddings', 'tokenizer.max_seq_len',
-                    *(f'{dataset}.max_seq_len' for dataset in DATASETS)),
-    'data_remote': tuple(f'{dataset}.remote' for dataset in DATASETS),
-    'data_local': tuple(f'{dataset}.local' for dataset in DATASETS),
-    'tokenizer_name': ('tokenizer.tokenizer_name', *(f'{dataset}.tokenizer_name' for dataset in DATASETS)),
-    'seed': ('model.init_seed', 'train_loader.dataset.shuffle_seed'),
-    'eval_samples': ('eval_loader.eval_samples',),
+DATASET_KEYS = {  # what a dataset takes from elsewhere, where it leaves it out
+    'max_seq_len': 'max_seq_len', 'data_remote': 'remote', 'data_local': 'local', 'tokenizer_name': 'tokenizer_name',
+    'model.attn_within_document': 'sequence_ids'}
+FILLED = {top: [f'{dataset}.{key}' for dataset in DATASETS] for top, key in DATASET_KEYS.items()}
+FILLED['max_seq_len'] += ['model.max_seq_len', 'tokenizer.max_seq_len']
+FILLED['tokenizer_name'] += ['tokenizer.tokenizer_name']
+FILLED |= {'seed': ['model.init_seed'], 'eval_samples': ['eval_loader.eval_samples']}
+FOLLOW = {  # what is not filled in, and follows the command line where a YAML repeats the value
+    'max_seq_len': ['model.config_overrides.n_positions', 'model.config_overrides.max_position_embeddings'],
+    'seed': ['train_loader.dataset.shuffle_seed'],
 }
-USED_ALONE = ('seed', 'eval_samples')  # seed has other uses; src/config/checks.py compares the two eval_samples
+USED_IN_ALL = ('max_seq_len', 'data_remote', 'data_local', 'tokenizer_name')  # has no effect where no section has it
 
 
 def translate(merged: DictConfig, loaded: DictConfig, given: DictConfig) -> DictConfig:
-    """The config with today's keys, and with one value where the YAML repeats one.
+    """The config with today's keys, with one value where the YAML repeats one, and filled in.
 
     Rank 0 prints one line to stderr for each change.
 
@@ -92,10 +94,20 @@ def translate(merged: DictConfig, loaded: DictConfig, given: DictConfig) -> Dict
     notes = list(_todays_keys(tree, typed))
     for source in (yaml, typed):
         list(_todays_keys(source, {}))  # what it yields is said already
+    _fill(tree, yaml)
     notes += _one_value(tree, yaml, typed)
     if os.environ.get('RANK', '0') == '0':
         for note in notes:
             print(f'config: {masked(note)}', file=sys.stderr)
+    return OmegaConf.create(tree)
+
+
+def fill_in(cfg: Any) -> Any:
+    """A config that `load` may not have seen, filled in."""
+    if isinstance(cfg, BaseModel):
+        return cfg
+    tree: Any = OmegaConf.to_container(cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg)))
+    _fill(tree, tree)
     return OmegaConf.create(tree)
 
 
@@ -129,7 +141,7 @@ def _todays_keys(tree: Tree, given: Tree) -> Iterator[str]:
     for old, new, value in _moves(tree):
         old_given, new_given, known = _sets(given, old), _sets(given, new), _get(tree, new)
         if old_given == new_given and known is not None and known != value:
-            continue  # one source says two things, which src/config/load.py refuses
+            continue  # one source says two things, which src/config/check.py refuses
         _pop(tree, old)
         if new_given and not old_given:
             if isinstance(known, dict) and isinstance(value, dict):
@@ -167,38 +179,54 @@ def _moves(tree: Tree) -> list[tuple[str, str, Any]]:
     return moves
 
 
-# ---------------------------------------------------------------- values that are written in several places
+# ---------------------------------------------------------------- values that are used in several places
+
+
+def _fill(tree: Tree, yaml: Tree) -> None:
+    """Gives sections the top-level values that they leave out.
+
+    Args:
+        tree: The config.
+        yaml: The YAML alone: a dataset with `local` and no `remote` there copies nothing.
+    """
+    model = MODEL_CONFIGS.get(str(_get(tree, 'model.name')))
+    for top, keys in FILLED.items():
+        for key in keys if _get(tree, top) is not None else ():
+            section, last = _holder(tree, key)
+            in_place = last == 'remote' and _holds(yaml, key.replace('remote', 'local'))
+            of_streams = last in ('remote', 'local') and section.get('streams')
+            unknown = section is tree.get('model') and (model is None or last not in model.model_fields)
+            if not in_place and not of_streams and not unknown:
+                section.setdefault(last, f'${{{top}}}')
 
 
 def _one_value(tree: Tree, yaml: Tree, given: Tree) -> list[str]:
-    """Lets sections follow the top-level values; returns a line for each value that is not the same everywhere."""
+    """Lets sections that repeat a top-level value of the YAML follow the command line.
+
+    Returns:
+        A line for each value that is not the same everywhere.
+    """
     notes, errors = [], []
-    for top, keys in SHARED.items():
-        if tree.get(top) is None:
-            continue
-        if top in given and top in yaml:
-            follow = [key for key in keys if _holds(tree, key) and not _sets(given, key)
-                      and _same(_get(tree, key), yaml[top])]
+    for top in USED_IN_ALL + ('seed', 'eval_samples'):
+        keys = [key for key in FILLED[top] + FOLLOW.get(top, []) if _holds(tree, key) and not _sets(given, key)]
+        if top in given and tree[top] is not None:
+            follow = [key for key in keys if _get(tree, key) != f'${{{top}}}'
+                      and (top == 'eval_samples' or _same(_get(tree, key), yaml.get(top)))]
             for key in follow:
                 _set(tree, key, f'${{{top}}}')
-            if follow and not _same(tree[top], yaml[top]):
+            if follow and not _same(tree[top], yaml.get(top)):
                 notes.append(f'{top}: {tree[top]} is also used for {", ".join(follow)}, which repeat {top} in the YAML')
-        if top not in USED_ALONE and '${' not in str(tree[top]):
+        if top in USED_IN_ALL and tree.get(top) is not None and '${' not in str(tree[top]):
             more, wrong = _differences(tree, given, top)
             notes, errors = notes + more, errors + wrong
     if errors:
         raise UserError(masked('\n'.join(errors)))
-    schema = MODEL_CONFIGS.get(str(_get(tree, 'model.name')))
-    if 'seed' in tree and schema and 'init_seed' in schema.model_fields:
-        tree['model'].setdefault('init_seed', '${seed}')
-    if 'eval_samples' in tree and isinstance(tree.get('eval_loader'), dict):
-        tree['eval_loader'].setdefault('eval_samples', '${eval_samples}')
     return notes
 
 
 def _differences(tree: Tree, given: Tree, top: str) -> tuple[list[str], list[str]]:
     """What to say of sections with a value of their own, and the mistake that no section has the top-level value."""
-    keys = [key for key in SHARED[top] if _holds(tree, key) and not key.startswith('model.')]  # with more positions
+    keys = [key for key in FILLED[top] if _holds(tree, key) and not key.startswith('model.')]  # with more positions
     odd = {key: value for key in keys if '${' not in str(value := _get(tree, key)) and not _sets(given, key)
            and not _same(value, tree[top])}
     trained = [key for key in odd if not key.startswith('eval_loader.')]  # an evaluation may be of other data

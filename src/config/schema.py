@@ -1,22 +1,45 @@
 """Every setting of a YAML: its name, type, range and default.
 
-A key that is not here is not a setting. `src/config/load.py` holds a YAML and command line against these classes.
+A key that is not here is not a setting. `src/config/check.py` holds a YAML and command line against these classes.
 """
 
 import re
 from types import NoneType
-from typing import Annotated, Any, Literal, Optional, Union, get_args
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Length = Annotated[int, Field(gt=1, le=2**31 - 1)]  # of a sequence
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+InitSeed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Field(gt=0, le=2e6)]  # the system waits for a number of milliseconds that has 32 bits
+
+
+def written_as(pattern: str, what: str) -> BeforeValidator:
+    """Refuses a value that is not written like the pattern, and says what it must be."""
+    def check(value: Any) -> Any:
+        if value is not None and not re.fullmatch(pattern, str(value)):
+            raise PydanticCustomError('written_as', 'must be {what}', {'what': what})
+        return value
+    return BeforeValidator(check)
+
+
 # A whole number of epochs, batches, samples or tokens, or a fraction of the duration
-TIME = re.compile(r'^([0-9]+(?:_[0-9]+)*(?!\.)|[0-9]+\.[0-9]+(?=dur))(ep|ba|sp|tok|dur)\Z')
-TimeString = Field(pattern=TIME.pattern)
+TIME = re.compile(r'([0-9]+(?:_[0-9]+)*(?!\.)|[0-9]+\.[0-9]+(?=dur))(ep|ba|sp|tok|dur)')
+TimeString = Annotated[str, written_as(
+    TIME.pattern, 'a time: a whole number with a unit, as in 100ba (batches), 1ep (epochs), 5000sp (samples), '
+                  '2000000tok (tokens), or a fraction of the duration, as in 0.1dur')]
+LogInterval = Annotated[str, written_as(
+    '[1-9][0-9]*(ep|ba)', 'a number of batches or epochs above 0, as in 10ba or 1ep')]
+# What streaming reads as a number; it takes 0 for a setting that is not given
+Bytes = Annotated[Union[int, str, None], written_as(
+    '(?i)(?=.*[1-9])([0-9]{1,18}b?|[0-9]*[.]?[0-9]+(e[0-9]+)? *[kmgtpezy]b)',
+    'a number of bytes above 0, such as 5000000 or 100gb')]
+Samples = Annotated[Union[int, str, None], written_as(
+    '(?i)(?=.*[1-9])([0-9]{1,18}|[0-9]*[.]?[0-9]+(e[0-9]+)? *[kmbt])',
+    'a number of samples above 0, such as 5000000 or 2.5m')]
 Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its keywords; null: no keywords; false: off
 
 
@@ -57,16 +80,17 @@ class MosaicGPTConfig(Section):
     max_seq_len: Length
     vocab_size: Count
     init_std: float = Field(default=0.02, gt=0)
-    init_seed: int = Field(default=17, ge=0, le=2**63 - 1)  # a YAML without it: seed
+    init_seed: InitSeed = 17  # a YAML without it: seed
     mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
     attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
-    flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'  # for flash
+    # For attn_impl flash
+    flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'
     attn_within_document: bool = False  # no attention across documents of a sample, positions from 0 in each
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
     linear_impl: Literal['plain', 'fp8'] = 'plain'  # of the blocks' linear layers
-    loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits of a microbatch at once, for torch.compile to fuse
+    loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits at once, for torch.compile to fuse
     loss_chunk_tokens: Count = 1024  # tokens whose logits exist at one time
     vocab_multiple: Optional[Count] = None  # of the chunked loss's logits' width; null: 64 on a GPU, else 1
     activation_checkpointing_every: Count = 1  # n: of every n blocks the first, where fsdp_config turns it on
@@ -79,28 +103,17 @@ class HFCausalLMConfig(Section):
     pretrained_model_name_or_path: Optional[str] = None  # a hub name or a folder; null: config_overrides alone
     pretrained: bool = False  # load its weights, or only its shape
     config_overrides: dict[str, Any] = {}
-    init_seed: int = Field(default=17, ge=0, le=2**63 - 1)
+    init_seed: InitSeed = 17
     trust_remote_code: bool = False
 
 
 ModelConfig = Union[MosaicGPTConfig, HFCausalLMConfig]
-MODEL_CONFIGS: dict[str, type[Section]] = {get_args(cls.model_fields['name'].annotation)[0]: cls for cls in get_args(ModelConfig)}
-
-
-def _amount(whole: str, unit: str, what: str, example: str) -> AfterValidator:
-    """Holds a value against what streaming reads as a number: it takes 0 for a setting that is not given."""
-    pattern = re.compile(rf'(?=.*[1-9])({whole}|[0-9]*[.]?[0-9]+(e[0-9]+)? *{unit})', re.IGNORECASE)
-
-    def check(value: Union[int, str, None]) -> Union[int, str, None]:
-        if value is not None and not pattern.fullmatch(str(value)):
-            raise PydanticCustomError('amount', 'must be a number of {what} above 0, such as 5000000 or {example}',
-                                      {'what': what, 'example': example})
-        return value
-    return AfterValidator(check)
+MODEL_CONFIGS: dict[str, type[Section]] = {
+    get_args(cls.model_fields['name'].annotation)[0]: cls for cls in get_args(ModelConfig)}
 
 
 class StreamConfig(Section):
-    """One of a dataset's `streams:`. `split` and the keys from `download_retry` on are the dataset's where they are null."""
+    """One of a dataset's `streams:`. Where `split` or a key from `download_retry` on is null, the dataset's is used."""
 
     remote: Optional[str] = None  # null or equal to `local`: nothing is copied
     local: str
@@ -120,7 +133,7 @@ class DatasetConfig(Section):
 
     remote: Optional[str] = None  # null or equal to `local`: nothing is copied
     local: Optional[str] = None  # null: with `streams` alone
-    streams: Optional[dict[str, StreamConfig]] = Field(default=None, min_length=1)  # by name, instead of remote and local
+    streams: Optional[dict[str, StreamConfig]] = Field(default=None, min_length=1)  # instead of these two
     split: str = Field(min_length=0)  # '': what lies in `remote` itself
     tokenizer_name: str
     max_seq_len: Length
@@ -131,16 +144,16 @@ class DatasetConfig(Section):
     shuffle_seed: Seed = 9176
     shuffle_block_size: Optional[Count] = None
     predownload: Optional[Count] = None
-    cache_limit: Annotated[Union[int, str, None], _amount('[0-9]{1,18}b?', '[kmgtpezy]b', 'bytes', '100gb')] = None
+    cache_limit: Bytes = None
     num_canonical_nodes: Count = 64  # with shuffle_seed the order of samples, on any number of devices
     download_retry: int = Field(default=2, ge=1)  # after the first attempt
     download_timeout: Seconds = 60.0
     validate_hash: Optional[str] = None  # also hash what lies in `local` at the start; what is fetched always is
     keep_zip: bool = False
-    epoch_size: Annotated[Union[int, str, None], _amount('[0-9]{1,18}', '[kmbt]', 'samples', '2.5m')] = None
+    epoch_size: Samples = None
     sampling_method: Literal['balanced', 'fixed'] = 'balanced'
     sampling_granularity: Count = 1
-    batching_method: Literal['random', 'stratified', 'per_stream'] = 'random'  # device_per_stream depends on the devices
+    batching_method: Literal['random', 'stratified', 'per_stream'] = 'random'
 
 
 class LoaderConfig(Section):
@@ -168,9 +181,9 @@ class OptimizerConfig(Section):
 
 class SchedulerConfig(Section):
     name: Literal['cosine_with_warmup', 'constant_with_warmup', 'linear_decay_with_warmup'] = 'cosine_with_warmup'
-    t_warmup: str = TimeString
+    t_warmup: TimeString
     alpha_f: float = Field(default=0.1, ge=0, le=1)
-    t_max: str = Field(default='1dur', pattern=TIME.pattern)
+    t_max: TimeString = '1dur'
 
 
 class FSDPConfig(Section):
@@ -197,7 +210,7 @@ class FSDPConfig(Section):
     sync_module_states: bool = False
     use_orig_params: bool = True
     verbose: bool = False
-    reduce_every_microbatch: bool = True  # the kit's own; false: gradients are reduced once a step, and whole in memory till then
+    reduce_every_microbatch: bool = True  # the kit's own; false: once a step, whole in memory till then
 
 
 class CompileConfig(Section):
@@ -214,7 +227,7 @@ class CompileConfig(Section):
 class Config(Section):
     """The whole YAML."""
 
-    # Where the data lies. Other sections refer to these by ${...}.
+    # A section that leaves one of these out takes it from here
     data_remote: Optional[str] = None
     data_local: str
     tokenizer_name: str
@@ -233,8 +246,8 @@ class Config(Section):
     scheduler: SchedulerConfig
     algorithms: Plugins = {}
 
-    max_duration: str = TimeString
-    eval_interval: str = Field(default='1ep', pattern=TIME.pattern)
+    max_duration: TimeString
+    eval_interval: TimeString = '1ep'
     eval_first: bool = False  # also evaluate the model as it was initialised
     global_train_batch_size: Count  # the maths
     device_train_microbatch_size: Union[int, Literal['auto']]  # the execution
@@ -247,13 +260,13 @@ class Config(Section):
 
     progress_bar: bool = True
     log_to_console: bool = True
-    console_log_interval: str = Field(default='1ba', pattern=r'^[1-9][0-9]*(ep|ba)\Z')
+    console_log_interval: LogInterval = '1ba'
     log_traces: bool = False
     callbacks: Plugins = {}
     loggers: Plugins = {}
 
     save_folder: Optional[str] = None
-    save_interval: str = Field(default='1000ba', pattern=TIME.pattern)
+    save_interval: TimeString = '1000ba'
     save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
     load_path: Optional[str] = None
     load_weights_only: bool = False
@@ -267,3 +280,18 @@ class Config(Section):
             return raw
         microbatch = raw.get('device_train_microbatch_size')
         return {**raw, 'device_eval_batch_size': microbatch} if isinstance(microbatch, int) and microbatch > 0 else raw
+
+
+# ---------------------------------------------------------------- types of settings
+
+
+def types_below(parent: Any, key: Any) -> list[Any]:
+    """The types that the value of a key may have, in a section or in a dictionary of a type."""
+    if isinstance(parent, type) and issubclass(parent, BaseModel):
+        return alternatives(parent.model_fields[key].annotation) if key in parent.model_fields else []
+    return alternatives(get_args(parent)[1]) if get_origin(parent) is dict else []
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of a Union, or the type itself."""
+    return list(get_args(annotation)) if get_origin(annotation) is Union else [annotation]

@@ -9,8 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from src import optimizers
 from src.common.errors import UserError
-from src.config.checks import fsdp_version
-from src.config.derived import device_batch_size, grad_accum, resolve_precision
+from src.config.derived import device_batch_size, fsdp_version, grad_accum, resolve_precision
 from src.config.schema import Config, OptimizerConfig
 from src.sizing.step_trace import (
     BACKWARD,

@@ -3,8 +3,7 @@
 import math
 from typing import Optional
 
-from src.config.checks import fsdp_version
-from src.config.derived import device_batch_size, grad_accum
+from src.config.derived import device_batch_size, fsdp_version, grad_accum
 from src.config.schema import TIME
 from src.sizing.cards import C4_TOKENS, CHECKPOINT, RULE, USABLE, Estimate, counts, divisors, needs, remedies
 from src.sizing.memory import moments, state_bytes, table

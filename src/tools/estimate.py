@@ -14,6 +14,7 @@ if __name__ == '__main__':
 from src.common import program
 from src.common.errors import UserError, positive
 from src.config import load as config
+from src.config.check import check
 from src.config.schema import Config
 from src.sizing.cards import (
     CARDS,
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> list[Estimate]:
         raise UserError(f'--price: {args.price:g} must be a number of dollars, 0 or more')
 
     def of(yaml: str) -> Estimate:
-        c: Config = config.check(config.load([yaml, *args.overrides]), plugins.REGISTRIES, args.gpus or 1, True,
+        c: Config = check(config.load([yaml, *args.overrides]), plugins.REGISTRIES, args.gpus or 1, True,
                                  kits_loader=has_kits_loader())
         return estimate(c, CARDS[args.gpu], args.gpus, args.mfu)
 

@@ -16,8 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from src.common.errors import UserError
-from src.config.load import masked
+from src.common.errors import UserError, masked
 from src.config.schema import Config
 from src.tools.run_logs import EVAL, SECONDS, TOKENS, TRAIN, UNIGRAM, Run
 

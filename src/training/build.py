@@ -15,7 +15,9 @@ from src.checkpoints.resume import Changes, changes, run_settings
 from src.checkpoints.start import Start
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError
-from src.config.checks import check_early_stopper, check_seq_len, check_warmup, in_units_of_the_run
+from src.config.data_checks import check_seq_len
+from src.config.derived import in_units_of_the_run
+from src.config.machine_checks import check_early_stopper, check_warmup
 from src.config.schema import Config
 from src.initialisation import weights_come_later
 from src.model_registry import COMPOSER_MODEL_REGISTRY

@@ -15,8 +15,7 @@ from composer.utils import dist
 from src.callbacks.metrics import UnigramBaseline
 from src.causal_lm import ComposerCausalLM
 from src.common.flops import train_flops_per_token
-from src.config.checks import fsdp_version
-from src.config.derived import grad_accum
+from src.config.derived import fsdp_version, grad_accum
 from src.config.schema import Config
 from src.training import data
 from src.training.setup import Setup

@@ -15,8 +15,9 @@ from src.checkpoints.loading import check_loadable
 from src.checkpoints.start import Start, find_start
 from src.common import machine
 from src.config import load
-from src.config.checks import check_save_folder, run_name
-from src.config.derived import device_batch_size, microbatch_size, resolve_precision
+from src.config.check import check
+from src.config.derived import device_batch_size, microbatch_size, resolve_precision, run_name
+from src.config.machine_checks import check_save_folder
 from src.config.schema import Config
 from src.ranks import rendezvous
 from src.ranks.environment import agree, check_environment, preflight
@@ -68,7 +69,7 @@ def check_config(cfg: Any, nodes: int) -> Config:
     Raises:
         UserError: Lists every mistake.
     """
-    return load.check(cfg, REGISTRIES, dist.get_world_size(), torch.cuda.is_available(), nodes, has_kits_loader())
+    return check(cfg, REGISTRIES, dist.get_world_size(), torch.cuda.is_available(), nodes, has_kits_loader())
 
 
 def meet(c: Config, watch: Optional[FailureWatch]) -> None:

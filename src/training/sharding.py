@@ -15,8 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from src.common.errors import UserError
 from src.config import schema
-from src.config.checks import fsdp_version
-from src.config.derived import grad_accum
+from src.config.derived import fsdp_version, grad_accum
 
 
 def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Optional[dict[str, Any]]:

@@ -14,6 +14,7 @@ import main
 from src.callbacks.text_samples import TextSamples
 from src.common.errors import UserError
 from src.config import load as config
+from src.config.check import check
 from src.mosaic_gpt import MosaicGPT
 from src.tools.run_logs import EVAL, TRAIN, Run, read_run
 from src.training import plugins
@@ -146,6 +147,6 @@ def test_values_out_of_range_are_refused(keywords, message):
 def test_what_cannot_work_is_refused(mds_root, tokenizer):
     cfg = config.load([QUICKSTART, *tiny(mds_root, 'callbacks.text_samples.prompts=one', 'callbacks.text_samples.seeds=1')])
     with pytest.raises(UserError, match=r"text_samples.seeds: no such key(.|\n)*prompts: 'one' must be a list"):
-        config.check(cfg, plugins.REGISTRIES, 1, False)
+        check(cfg, plugins.REGISTRIES, 1, False)
     with pytest.raises(UserError, match="callbacks.text_samples.prompts: 'The river' has . tokens; 1 to 1 leave room"):
         TextSamples(['The river']).prepare(tokenizer, 2)

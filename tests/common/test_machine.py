@@ -32,6 +32,7 @@ from src.common import machine
 from src.common.errors import UserError
 from src.common.workers import init_loader_worker
 from src.config import load as config
+from src.config.check import check
 from src.data_c4 import StreamingC4, build_c4_dataloader
 from src.loader import shared_memory
 from src.ranks import failure_watch
@@ -406,7 +407,7 @@ def test_what_a_logger_s_service_raises_is_named_and_its_bugs_stay(monkeypatch):
 
 
 def test_an_out_of_memory_on_one_of_several_gpus_advises_the_launcher_first(monkeypatch):
-    c = config.check(config.load([str(ROOT / 'yamls/quickstart.yaml')]), plugins.REGISTRIES, 1, False)
+    c = check(config.load([str(ROOT / 'yamls/quickstart.yaml')]), plugins.REGISTRIES, 1, False)
     first = [str(failures.out_of_memory(c, MemoryError())).split('  1. ')[1]]
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     first.append(str(failures.out_of_memory(c, MemoryError())).split('  1. ')[1])

@@ -13,9 +13,10 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from src.common.errors import UserError
 from src.config import load as config
-from src.config.checks import check_early_stopper, check_save_folder, check_warmup, fsdp_version, in_units_of_the_run
+from src.config.check import check as check_config
 from src.config.data_places import check_places
-from src.config.derived import device_batch_size, grad_accum, microbatch_size
+from src.config.derived import device_batch_size, fsdp_version, grad_accum, in_units_of_the_run, microbatch_size
+from src.config.machine_checks import check_early_stopper, check_save_folder, check_warmup
 from src.config.schema import FSDPConfig
 from src.tools import evaluate
 from src.training import plugins
@@ -32,7 +33,7 @@ def folder_without_data(tmp_path, monkeypatch):
 
 
 def check(*overrides: str, world_size: int = 1, has_gpu: bool = False, yaml: str = QUICKSTART, num_nodes: int = 1):
-    return config.check(config.load([yaml, *overrides]), plugins.REGISTRIES, world_size, has_gpu, num_nodes)
+    return check_config(config.load([yaml, *overrides]), plugins.REGISTRIES, world_size, has_gpu, num_nodes)
 
 
 BAD = [
@@ -291,7 +292,7 @@ def test_what_a_shell_and_yaml_make_of_a_value(overrides, key, value, monkeypatc
 def test_a_number_where_a_yaml_must_have_text(yaml, says):
     cfg = OmegaConf.merge(config.load([QUICKSTART]), OmegaConf.create(yaml))
     with pytest.raises(UserError) as e:
-        config.check(cfg, plugins.REGISTRIES, 1, False)
+        check_config(cfg, plugins.REGISTRIES, 1, False)
     assert says in str(e.value)
 
 
@@ -603,7 +604,7 @@ def test_secrets_are_masked_everywhere():
 
 def test_interpolations_reach_nested_sections():
     cfg = OmegaConf.merge(config.load([QUICKSTART]), {'max_seq_len': 64})
-    c = config.check(cfg, plugins.REGISTRIES, 1, False)
+    c = check_config(cfg, plugins.REGISTRIES, 1, False)
     assert c.train_loader.dataset.max_seq_len == c.tokenizer.max_seq_len == 64
 
 
@@ -628,7 +629,7 @@ def test_an_evaluation_has_batches_of_a_microbatch_unless_set():
         cfg = config.load([QUICKSTART, given, 'device_train_microbatch_size=6'])
         if given.startswith('console'):
             del cfg['device_eval_batch_size']
-        assert config.check(cfg, plugins.REGISTRIES, 1, False).device_eval_batch_size == 6
+        assert check_config(cfg, plugins.REGISTRIES, 1, False).device_eval_batch_size == 6
     assert check('device_train_microbatch_size=6').device_eval_batch_size == 32
     auto = ['device_train_microbatch_size=auto', 'device_eval_batch_size=null']
     with pytest.raises(UserError, match="1 mistake.*\n.*device_eval_batch_size: missing; .* is 'auto', .*; set a number"):
@@ -640,4 +641,4 @@ def test_an_evaluation_has_batches_of_a_microbatch_unless_set():
 
 def test_an_evaluation_program_has_the_same_default():
     args = evaluate.parse_args([QUICKSTART, 'device_eval_batch_size=null', 'device_train_microbatch_size=6'])
-    assert config.check(evaluate.load(args), plugins.REGISTRIES, 1, False).device_eval_batch_size == 6
+    assert check_config(evaluate.load(args), plugins.REGISTRIES, 1, False).device_eval_batch_size == 6

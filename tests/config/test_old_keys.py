@@ -10,6 +10,7 @@ from test_yamls import HF, MOSAIC, SHRUNK, SHRUNK_HF, SHRUNK_MOSAIC
 import main
 from src.common.errors import UserError
 from src.config import load as config
+from src.config.check import check as check_config
 from src.config.schema import Config
 from src.tools import evaluate
 from src.training import plugins
@@ -145,7 +146,7 @@ def write(tmp_path: Path):
 
 
 def check(*argv: str, has_gpu: bool = True) -> Config:
-    return config.check(config.load([*argv]), plugins.REGISTRIES, 8, has_gpu)
+    return check_config(config.load([*argv]), plugins.REGISTRIES, 8, has_gpu)
 
 
 @pytest.mark.parametrize('name', [*MOSAIC, *HF])
@@ -248,7 +249,7 @@ def test_what_has_no_same_meaning_is_refused_with_what_to_write(lines, says, wri
 
 def test_a_config_that_load_has_not_seen_is_told_the_new_names(write):
     with pytest.raises(UserError) as e:
-        config.check(OmegaConf.load(write('125m')), plugins.REGISTRIES, 8, True)
+        check_config(OmegaConf.load(write('125m')), plugins.REGISTRIES, 8, True)
     for says in ('model.tokenizer_name: no such key; remove it: the model reads no tokenizer',
                  'tokenizer.type: no such key; the old name of tokenizer.name',
                  'tokenizer.args: no such key; write its keys one level up',
@@ -340,7 +341,7 @@ def test_the_plan_says_what_is_trained(mds_root, write, capsys):
 def test_evaluate_takes_an_old_yaml(write):
     yaml = write('125m', ('seed: 17', 'seed: 17\neval_subset_num_batches: 5'))
     args = evaluate.parse_args([yaml, 'model.attn_impl=auto', 'precision=auto'])
-    c = config.check(evaluate.load(args), plugins.REGISTRIES, 1, False)
+    c = check_config(evaluate.load(args), plugins.REGISTRIES, 1, False)
     assert c.eval_loader.eval_samples == c.eval_samples == -1
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import main
 from src.common.errors import UserError
 from src.config import load as config
+from src.config.check import check as check_config
 from src.mosaic_gpt import MosaicGPT
 from src.training import plugins
 
@@ -51,7 +52,7 @@ SHRUNK_HF = {
 
 
 def load(yaml: str, *overrides: str, has_gpu: bool = True):
-    return config.check(config.load([yaml, *overrides]), plugins.REGISTRIES, 8, has_gpu)
+    return check_config(config.load([yaml, *overrides]), plugins.REGISTRIES, 8, has_gpu)
 
 
 def test_these_are_all_the_yamls():

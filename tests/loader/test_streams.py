@@ -27,6 +27,7 @@ from torch.utils.data import DistributedSampler
 import main
 from src.common.errors import UserError
 from src.config import load as config
+from src.config.check import check as check_config
 from src.config.data_places import is_url
 from src.data_c4 import EvalView, StreamingC4, build_c4_dataloader
 from src.training import plugins
@@ -673,7 +674,7 @@ STREAMS = ['train_loader.dataset.remote=null', 'train_loader.dataset.local=null'
 
 def check(*overrides: str):
     argv = [str(ROOT / 'yamls' / 'quickstart.yaml'), *overrides]
-    return config.check(config.load(argv), plugins.REGISTRIES, 1, False)
+    return check_config(config.load(argv), plugins.REGISTRIES, 1, False)
 
 
 @pytest.mark.parametrize(('overrides', 'says'), [

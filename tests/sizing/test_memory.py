@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from src import mosaic_gpt, optimizers
 from src.common.errors import UserError
 from src.config import load as config
-from src.config.checks import fsdp_version
+from src.config.derived import fsdp_version
 from src.config.schema import Config, MosaicGPTConfig
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT

@@ -27,6 +27,7 @@ from src.attention import Documents, end_to_end
 from src.common.errors import UserError
 from src.common.flops import peak_flops, train_flops_per_token
 from src.config import load as config
+from src.config.check import check
 from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
 from src.tools import benchmark
 from src.tools.stopwatch import PARTS, build_rivals
@@ -144,7 +145,7 @@ def test_rivals_are_the_same_model(tmp_path: Path) -> None:
     [record] = run(tmp_path / 'out', '--against', 'hf', '--against', 'bare')
     assert set(record['against']) == {'hf', 'bare'} and all(ms > 0 for ms in record['against'].values())
     assert f'hf {record["against"]["hf"]:.0f} ms, ratio' in (tmp_path / 'out.md').read_text()
-    c = config.check(config.load([QUICKSTART, *SMALL, 'model.mlp_act=gelu_tanh']), REGISTRIES, 1, False)
+    c = check(config.load([QUICKSTART, *SMALL, 'model.mlp_act=gelu_tanh']), REGISTRIES, 1, False)
     rivals = build_rivals(['hf', 'bare'], c)
     hf, bare = rivals['hf'].model, rivals['bare'].model
     assert sum(p.numel() for p in hf.parameters()) == sum(p.numel() for p in bare.parameters()) == record['parameters']
@@ -163,7 +164,7 @@ def test_rivals_are_the_same_model(tmp_path: Path) -> None:
 
 
 def test_mfu_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = config.check(config.load([QUICKSTART, *SMALL]), REGISTRIES, 1, False)
+    c = check(config.load([QUICKSTART, *SMALL]), REGISTRIES, 1, False)
     state = SimpleNamespace(model=ComposerMosaicGPT(c.model), precision=Precision('amp_bf16'), device_train_microbatch_size=4)
     watch = benchmark.Stopwatch(0, 1, {})
     watch.timed = [{'total': [(0.0, 0.5)]} | {part: [(0.0, 0.1)] for part in PARTS}]

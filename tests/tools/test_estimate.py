@@ -12,6 +12,7 @@ import main
 from src.common.errors import UserError
 from src.common.flops import peak_flops
 from src.config import load as config
+from src.config.check import check
 from src.config.schema import Config
 from src.sizing import memory
 from src.sizing import report as sizing_report
@@ -26,7 +27,7 @@ SHORT = 'model.loss_chunk_tokens=65536'
 
 
 def parsed(name: str, *overrides: str) -> Config:
-    return config.check(config.load([str(ROOT / f'yamls/mosaic_gpt/{name}.yaml'), *overrides]), {}, 1, True)
+    return check(config.load([str(ROOT / f'yamls/mosaic_gpt/{name}.yaml'), *overrides]), {}, 1, True)
 
 
 def sized(name: str, card: str = 'a100-40gb', *overrides: str, **kwargs) -> Estimate:
@@ -174,7 +175,7 @@ def test_a_checkpoint_is_as_large_as_it_says(kind, mds_root, tmp_path):
     sharded = ['fsdp_config={}', 'fsdp_config.state_dict_type=sharded'] if kind == 'sharded' else []
     cfg = config.load([str(ROOT / 'yamls/quickstart.yaml'), *argv, *sharded])
     main.main(cfg).close()
-    e = estimate(config.check(cfg, {}, 1, True), CARDS['l4'])
+    e = estimate(check(cfg, {}, 1, True), CARDS['l4'])
     assert e.n_params > 1e6 and e.checkpoint == 12 * e.n_params + (4 * 4096 * 128 if sharded else 0)
     size = sum(p.stat().st_size for p in tmp_path.rglob('*') if p.is_file())
     assert e.checkpoint < size < 1.04 * e.checkpoint  # with names, and padding of small tensors

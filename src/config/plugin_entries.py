@@ -1,0 +1,52 @@
+"""The keywords of a callback, logger or algorithm, as a section of the schema."""
+
+import inspect
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, create_model
+from pydantic.errors import PydanticSchemaGenerationError
+
+from src.config.schema import Section
+
+
+class Keywords(Section):
+    """What every such section has in common: a type that only Python can check is taken as it is."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, str_min_length=0)
+
+
+class SomeKeywords(Keywords):
+    """Those that a class names, where it takes others as well."""
+
+    model_config = ConfigDict(extra='allow')
+
+
+@cache
+def keywords_of(cls: Any) -> type[Section]:
+    """A section with a key for each keyword that the class takes, of its type and with its default."""
+    parameters = inspect.signature(cls).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    hints = _hints(cls)
+    fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
+                              for p in named}
+    takes_others = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return create_model(cls.__name__, __base__=SomeKeywords if takes_others else Keywords, **fields)
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a class's keywords, where pydantic can check them; none where its module imports one for type
+    checkers alone."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except NameError:
+        return {}
+    return {name: hint for name, hint in hints.items() if _can_be_checked(hint)}
+
+
+def _can_be_checked(hint: Any) -> bool:
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticSchemaGenerationError:
+        return False
+    return True
