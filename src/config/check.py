@@ -139,7 +139,8 @@ def _path(err: Any, raw: Any) -> list[Any]:
         if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int):
             path.append(part)
             value = value[part]
-    return [*path, err['loc'][-1]] if err['type'] == 'missing' else path
+    is_absent = err['type'] == 'missing' and path[-1:] != [err['loc'][-1]]  # a null is there, and counts as missing
+    return [*path, err['loc'][-1]] if is_absent else path
 
 
 _TYPES = {'int_type': 'a whole number', 'float_type': 'a number', 'bool_type': 'true or false', 'string_type': 'text',
@@ -160,15 +161,17 @@ def _what(err: Any, key: str, schema: type[BaseModel]) -> str:
         tag = value.get('name') if isinstance(value, dict) else value
         return f'its name {tag!r} must be {" or ".join(map(repr, MODEL_CONFIGS))}'
     if kind in _TYPES:
-        return f'{value!r} must be {_TYPES[kind]}' + (_quotes(name, value) if kind == 'string_type' else '')
+        return f'{value!r} must be {_TYPES[kind]}' + (_quotes(key, value) if kind == 'string_type' else '')
     return f'{value!r} {err["msg"].replace("Input should be", "must be")}'
 
 
-def _quotes(name: str, value: Any) -> str:
+def _quotes(key: str, value: Any) -> str:
     """How to write a value that YAML takes for a number."""
     if isinstance(value, bool):
         return '; write null for none'
-    return f': put it in quotes, {name}: "{value}" in a YAML' if isinstance(value, (int, float)) else ''
+    if not isinstance(value, (int, float)):
+        return ''
+    return f""": put it in quotes, {key.split('.')[-1]}: '{value}' in a YAML, {key}="'{value}'" in a shell"""
 
 
 def _nearest(word: str, known: list[str]) -> str:

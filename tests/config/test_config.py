@@ -1,6 +1,8 @@
 """Every mistake in a config ends in one message that names the setting, the value and what is allowed."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,11 +47,11 @@ BAD = [
     (['optimizer.learning_rate=1'], ['optimizer.learning_rate', 'known: betas, eps, fused, lr']),
     (['optimizer.lr=fast'], ["optimizer.lr: 'fast' must be a number"]),
     (['optimizer.lr=-1'], ['optimizer.lr: -1 must be greater than 0']),
-    (['optimizer.name=adam'], ["optimizer.name: 'adam' is not one of 'decoupled_adamw' or 'adamw'"]),
+    (['optimizer.name=adam'], ["optimizer.name: 'adam' must be 'decoupled_adamw' or 'adamw'"]),
     (['optimizer.betas=[0.9]'], ['optimizer.betas: [0.9] must be two numbers']),
-    (['scheduler.name=cosine'], ["scheduler.name: 'cosine' is not one of 'cosine_with_warmup'"]),
-    (['scheduler.t_warmup=100'], ["scheduler.t_warmup: '100' is not a time: a whole number with a unit, as in 100ba"]),
-    (['scheduler.t_warmup=100 batches'], ["'100 batches' is not a time", '100ba']),
+    (['scheduler.name=cosine'], ["scheduler.name: 'cosine' must be 'cosine_with_warmup'"]),
+    (['scheduler.t_warmup=100'], ["scheduler.t_warmup: '100' must be a time: a whole number with a unit, as in 100ba"]),
+    (['scheduler.t_warmup=100 batches'], ["'100 batches' must be a time", '100ba']),
     (['max_duration=1_000_000tok'], ["scheduler.t_warmup: '50ba' and max_duration '1_000_000tok' must have one unit"]),
     (['max_duration=1ep', 'scheduler.t_warmup=0.1dur'], ["max_duration: '1ep'", 'concat', 'ba']),
     (['max_duration=0ba'], ["max_duration: '0ba' must be greater than 0"]),
@@ -57,48 +59,36 @@ BAD = [
     (['model.n_heads=5'], ['model.n_heads: 5 does not divide model.d_model 128', '1, 2, 4, 8']),
     (['model.max_seq_len=64'], ['128 is above model.max_seq_len 64; set model.max_seq_len=128, or train_loader.dataset.'
                                 'max_seq_len=64', 'eval_loader.dataset.max_seq_len: 128 is above']),
-    (['model.name=gpt5'], ["model.name: 'gpt5' is not one of 'mosaic_gpt', 'hf_causal_lm'"]),
-    (['model.attn_impl=xformers'], ["model.attn_impl: 'xformers' is not one of 'torch', 'sdpa', 'flash' or 'auto'"]),
+    (['model.name=gpt5'], ["model: its name 'gpt5' must be 'mosaic_gpt' or 'hf_causal_lm'"]),
+    (['model.attn_impl=xformers'], ["model.attn_impl: 'xformers' must be 'torch', 'sdpa', 'flash' or 'auto'"]),
     (['model.attn_impl=flash'], ["model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto"]),
-    (['model.attn_within_document=true', 'eval_loader.dataset.sequence_ids=false'],
-     ['1 mistake', 'attn_within_document: true does not go with eval_loader.dataset.sequence_ids false', 'in both datasets']),
-    (['train_loader.dataset.sequence_ids=true'],
-     ['attn_within_document: false does not go with train_loader.dataset.sequence_ids true']),
     (['precision=amp_bf16'], ["precision: 'amp_bf16' needs a GPU; on a CPU set auto or fp32"]),
-    (['precision=fp8'], ["precision: 'fp8' is not one of"]),
+    (['precision=fp8'], ["precision: 'fp8' must be 'auto'"]),
     (['device_train_microbatch_size=auto'], ["device_train_microbatch_size: 'auto' needs a GPU"]),
-    (['callbacks.memory_snapshot={}', 'callbacks.oom_observer={}', 'callbacks.profiler={}'],
-     ['2 mistakes', 'callbacks.memory_snapshot: needs a GPU, whose memory it records; set callbacks.memory_snapshot=false',
-      'callbacks.oom_observer: needs a GPU']),
     (['callbacks.profiler.active=many'], ["1 mistake", "callbacks.profiler.active: 'many' must be a whole number"]),
     (['callbacks.profiler.actve=1'], ["callbacks.profiler.actve: no such key; did you mean 'active'?"]),
     (['device_train_microbatch_size=0'], ['device_train_microbatch_size: 0 must be greater than 0']),
     (['global_train_batch_size=24.5'], ['global_train_batch_size: 24.5 must be a whole number']),
     (['fsdp_config.sharding_stratgy=FULL_SHARD'], ['fsdp_config.sharding_stratgy', "did you mean 'sharding_strategy'"]),
-    (['fsdp_config.sharding_strategy=FULL'], ["fsdp_config.sharding_strategy: 'FULL' is not one of 'FULL_SHARD'"]),
+    (['fsdp_config.sharding_strategy=FULL'], ["fsdp_config.sharding_strategy: 'FULL' must be 'FULL_SHARD'"]),
     (['fsdp_config.auto_wrap=true'], ['fsdp_config.auto_wrap: no such key; known: activation_checkpointing, ']),
     (['compile_config.moed=default'], ["compile_config.moed: no such key; did you mean 'mode'?"]),
-    (['compile_config.backend=inducter'], ["compile_config.backend: 'inducter' is not one of ", 'inductor']),
-    (['compile_config.mode=default', 'compile_config.options.max_autotune=true'],
-     ['compile_config.mode and options: torch.compile takes one of the two']),
     (['compile_config.mode=reduce-overhead'], ["compile_config.mode: 'reduce-overhead' takes CUDA graphs", 'set scope: model']),
-    (['compile_config.scope=layer'], ["compile_config.scope: 'layer' is not one of 'block' or 'model'"]),
-    (['compile_config.mode=fast'], ["compile_config.mode: 'fast' is not one of 'default', 'reduce-overhead'"]),
+    (['compile_config.scope=layer'], ["compile_config.scope: 'layer' must be 'block' or 'model'"]),
+    (['compile_config.mode=fast'], ["compile_config.mode: 'fast' must be 'default', 'reduce-overhead'"]),
     (['model.flash_kernel=cudnn', 'model.attn_impl=sdpa'],
      ["model.flash_kernel: 'cudnn' is of attn_impl flash, and that is 'sdpa'; set model.attn_impl=flash"]),
     (['model.flash_kernel=flash-attn-3', 'model.attn_pdrop=0.1'],
      ["model.flash_kernel: 'flash-attn-3' has no dropout, and model.attn_pdrop is 0.1"]),
-    (['model.loss_impl=fused'], ["model.loss_impl: 'fused' is not one of 'chunked' or 'plain'"]),
+    (['model.loss_impl=fused'], ["model.loss_impl: 'fused' must be 'chunked' or 'plain'"]),
     (['model.vocab_multiple=0'], ['model.vocab_multiple: 0 must be greater than 0']),
     (['train_loader.dataset.cache_limit=1gb'],
      ["train_loader.dataset.cache_limit: '1gb' with no remote would delete the only copy"]),
     (['train_loader.dataset.split=val'],
      ["eval_loader.dataset.split: 'val' is also what train_loader reads", 'allow_same_split=true']),
     (['eval_loader.dataset.group_method=concat'], ["eval_loader.dataset.group_method: 'concat'", 'truncate', 'packed tokens']),
-    (['train_loader.dataset.group_method=pack'], ["'pack' is not one of 'truncate' or 'concat'"]),
+    (['train_loader.dataset.group_method=pack'], ["'pack' must be 'truncate' or 'concat'"]),
     (['train_loader.prefetch_factor=2'], ['train_loader.prefetch_factor: 2 needs worker processes', 'num_workers']),
-    (['train_loader.eval_samples=5'], ['train_loader.eval_samples: 5 bounds an evaluation']),
-    (['eval_loader.eval_samples=7'], ['eval_samples: 256 is not what eval_loader.eval_samples says, 7']),
     (['callbacks.speed_monitr={}'], ['callbacks.speed_monitr: no such name', "did you mean 'speed_monitor'"]),
     (['callbacks.speed_monitor.window=3'], ['callbacks.speed_monitor.window: no such key', "did you mean 'window_size'"]),
     (['loggers.wnadb={}'], ['loggers.wnadb', "did you mean 'wandb'"]),
@@ -108,24 +98,22 @@ BAD = [
     (['autoresume=true'], ['autoresume: true needs save_folder and run_name']),
     (['load_weights_only=true'], ['load_weights_only: true does nothing without load_path']),
     (['optimizer=null'], ['optimizer: missing; it has no default']),
-    (['model=null'], ['model: None must be a section with keys of its own; train_loader.dataset.sequence_ids']),
-    (['model={}'], ['model: {} must be a section with keys of its own']),
+    (['model=null'], ['model: missing; it has no default']),
+    (['model={}'], ["model: its name None must be 'mosaic_gpt' or 'hf_causal_lm'"]),
     (['model=[1,2]'], ['override model=...: a list stands where a section with keys of its own has to']),
     (['callbacks=[speed_monitor]'], ['override callbacks=...']),
     (['callbacks.speed_monitor=5'], ['1 mistake', 'callbacks.speed_monitor: must be a section with keys of its own']),
     (['callbacks.speed_monitor.window_size=x'], ["callbacks.speed_monitor.window_size: 'x' must be a whole number"]),
-    (['callbacks.speed_monitor.window_size=0'], ['callbacks.speed_monitor.window_size: 0 must be greater than 0']),
     (['callbacks.early_stopper={}'],
      ['callbacks.early_stopper.monitor: missing', 'callbacks.early_stopper.dataloader_label: missing']),
     (['loggers.tensorboard.log_dir=5'],
      ['loggers.tensorboard.log_dir: 5 must be text: put it in quotes', "loggers.tensorboard.log_dir=\"'5'\" in a shell"]),
-    (['loggers.tensorboard.flush_interval=0'], ['loggers.tensorboard.flush_interval: 0 must be greater than 0']),
     (['loggers.wandb.init_kwargs=5'], ['loggers.wandb.init_kwargs: 5 must be a section']),
     (['algorithms.gradient_clipping.clipping_threshold=x'],
      ["algorithms.gradient_clipping.clipping_threshold: 'x' must be a number"]),
-    (['max_duration=4.5ba'], ["max_duration: '4.5ba' is not a time: a whole number with a unit"]),
-    (['max_duration=1__0ba'], ["max_duration: '1__0ba' is not a time"]),
-    (['eval_interval=1.5ba'], ["eval_interval: '1.5ba' is not a time"]),
+    (['max_duration=4.5ba'], ["max_duration: '4.5ba' must be a time: a whole number with a unit"]),
+    (['max_duration=1__0ba'], ["max_duration: '1__0ba' must be a time"]),
+    (['eval_interval=1.5ba'], ["eval_interval: '1.5ba' must be a time"]),
     (['scheduler.t_warmup=1ep'], ["scheduler.t_warmup: '1ep' and max_duration '1200ba' must have one unit"]),
     (['scheduler.t_warmup=1.5dur'], ["scheduler.t_warmup: '1.5dur' is not shorter than the run"]),
     (['scheduler.t_warmup=50ba', 'max_duration=20ba'],
@@ -143,12 +131,12 @@ BAD = [
     (['scheduler.t_max=2ba'], ["scheduler.t_max: '2ba' must be at least max_duration '1200ba'"]),
     (['scheduler.t_max=2tok'], ['must have one unit', 't_max']),
     (['console_log_interval=0ba'], ["console_log_interval: '0ba' must be a number of batches or epochs above 0"]),
-    (['seed=99999999999'], ['seed: 99999999999 must be at most 4294967295']),
+    (['seed=99999999999'], ['seed: 99999999999 must be less than or equal to 4294967295']),
     (['eval_samples=0'], ['eval_samples: 0 would evaluate nothing']),
     (['max_seq_len=1'], ['max_seq_len: 1 must be greater than 1']),
     (['eval_loader.dataset.remote=./my-copy-c4/', 'eval_loader.dataset.split=train'],
      ["eval_loader.dataset.split: 'train' is also"]),
-    (['fsdp_config.version=3'], ['fsdp_config.version: 3 is not one of 1, 2']),
+    (['fsdp_config.version=3'], ['fsdp_config.version: 3 must be 1, 2 or None']),
     (['fsdp_config.version=1'], ['fsdp_config.version: 1 needs a GPU; leave it unset (null), and CPUs take version 2']),
     (['fsdp_config.sharding_strategy=HYBRID_SHARD'],
      ["'HYBRID_SHARD' is not in version 2, which CPUs have; set FULL_SHARD, or version: 1 on GPUs"]),
@@ -160,9 +148,9 @@ BAD = [
      ["fsdp_config.state_dict_type: 'sharded' is not with 'NO_SHARD'", 'set full']),
     (['fsdp_config.load_monolith_rank0_only=true'],
      ['fsdp_config.load_monolith_rank0_only: true is not in version 2, which CPUs have; set false']),
-    (['fsdp_config.sharded_ckpt_prefix_dir=x'], ["fsdp_config.sharded_ckpt_prefix_dir: 'x' is not one of"]),
+    (['fsdp_config.sharded_ckpt_prefix_dir=x'], ["fsdp_config.sharded_ckpt_prefix_dir: 'x' must be"]),
     (['fsdp_config.sharding=FULL_SHARD'], ["fsdp_config.sharding: no such key; did you mean 'sharding_strategy'?"]),
-    (['train_loader.dataset.batching_method=device_per_stream'], ["'device_per_stream' is not one of"]),
+    (['train_loader.dataset.batching_method=device_per_stream'], ["'device_per_stream' must be 'random'"]),
     (['save_num_checkpoints_to_keep=0'], ['save_num_checkpoints_to_keep: 0 would keep none; set 1 or more, or -1 for all']),
     (['save_folder=gs://bucket/x'], ['save_num_checkpoints_to_keep: 2 works on disks and on s3://; for gs://bucket/x set -1']),
     (['save_folder=None'], ["save_folder: 'None' would be a file or folder", 'write save_folder=null, or ./None']),
@@ -174,13 +162,12 @@ BAD = [
     (['save_folder=dbfs:/x', 'load_path=s3:/b/x'],
      ['2 mistakes', "save_folder: 'dbfs:/x' would be a folder on the disk", "load_path: 's3:/b/x' would", 's3://b']),
     (['save_folder=./ck/{run_name'], ["save_folder: './ck/{run_name' has braces around something else than run_name"]),
-    (['save_folder=./{foo}', 'loggers.file.filename=a{foo.txt'], ['2 mistakes', "'./{foo}' has", 'node_rank; write']),
+    (['save_folder=./{foo}'], ['1 mistake', "'./{foo}' has", 'local_world_size; write']),
     (['save_folder=./{}'], ["save_folder: './{}' has braces"]),
     (['save_folder=./{rank}'], ["save_folder: './{rank}' has braces around something else"]),
-    (['run_name=a{b'], ["run_name: 'a{b' has braces", '$COMPOSER_RUN_NAME']),
     (['max_nonfinite_in_a_row=0'], ['max_nonfinite_in_a_row: 0 must be greater than 0']),
-    (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True is not one of False']),
-    (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be at least 1']),
+    (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True must be False']),
+    (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be greater than or equal to 1']),
     (['data_local=${nowhere}'],
      ["'nowhere' not found; for a variable of the shell write ${oc.env:nowhere} (key: data_local)"]),
     (["load_path=''"], ['1 mistake', 'load_path: is empty, as is a variable of the shell that is not set; write a '
@@ -188,34 +175,28 @@ BAD = [
     (['save_folder=${oc.env:EMPTY}', "run_name=''", 'autoresume=true'],
      ['save_folder: is empty', 'run_name: is empty']),
     (["data_remote=''"], ['data_remote: is empty', 'train_loader.dataset.remote: is empty']),
-    (['max_duration="1200ba\\n"'], ["max_duration: '1200ba\\n' is not a time"]),
+    (['max_duration="1200ba\\n"'], ["max_duration: '1200ba\\n' must be a time"]),
     (['console_log_interval="1ba\\n"'], ["console_log_interval: '1ba\\n' must be a number of batches"]),
     (['dist_timeout=1e30', 'train_loader.timeout=1e7', 'train_loader.num_workers=1',
       'eval_loader.dataset.download_timeout=1e7'],
-     ['3 mistakes', 'dist_timeout: 1e+30 must be at most 2000000', 'train_loader.timeout: 1', 'download_timeout: 1']),
+     ['3 mistakes', 'dist_timeout: 1e+30 must be less than or equal to 2000000', 'train_loader.timeout: 1', 'download_timeout: 1']),
     (['algorithms.gradient_clipping.clipping_threshold=.nan', 'optimizer.betas=[.nan,0.9]'],
-     ['2 mistakes', 'clipping_threshold: nan must be a number', 'optimizer.betas.0: nan must be a']),
-    (['algorithms.ema={half_life: null, smoothing: 0.9}'],
-     ['1 mistake', 'algorithms.ema.update_interval: missing; without half_life']),
+     ['2 mistakes', 'clipping_threshold: nan must be a finite number', 'optimizer.betas.0: nan must be a']),
     (['train_loader.dataset.epoch_size=0', 'eval_loader.dataset.epoch_size=abc'],
-     ['2 mistakes', 'train_loader.dataset.epoch_size: 0: must be a number of samples above 0, such as 5000000 or 2.5m',
-      "eval_loader.dataset.epoch_size: 'abc': must be"]),
+     ['2 mistakes', 'train_loader.dataset.epoch_size: 0 must be a number of samples above 0, such as 5000000 or 2.5m',
+      "eval_loader.dataset.epoch_size: 'abc' must be"]),
     (['train_loader.dataset.cache_limit=0', 'eval_loader.dataset.cache_limit=0gb'],
-     ["2 mistakes", "train_loader.dataset.cache_limit: 0: must be a number of bytes above 0, such as 5000000 or 100gb",
-      "eval_loader.dataset.cache_limit: '0gb': must"]),
+     ["2 mistakes", "train_loader.dataset.cache_limit: 0 must be a number of bytes above 0, such as 5000000 or 100gb",
+      "eval_loader.dataset.cache_limit: '0gb' must"]),
     (['seed=017'], ['override seed=...: YAML reads a number that begins with 0 in base 8, and one with colons']),
     (['global_train_batch_size=1:30'], ['override global_train_batch_size=...', 'in base 60; write it in base 10']),
-    (['algorithms.gradient_clipping.clipping_type=foo', 'callbacks.optimizer_monitor.batch_log_interval=0',
-      'callbacks.runtime_estimator.skip_batches=-1', 'callbacks.memory_monitor.dist_aggregate_batch_interval=0'],
-     ['4 mistakes', "clipping_type: 'foo' must be 'norm', 'value' or 'adaptive'", 'batch_log_interval: 0 must be',
-      'skip_batches: -1 must be at least 0', 'dist_aggregate_batch_interval: 0 must be greater than 0']),
     (['seed=!!int abc'], ['override seed=...: its value cannot be read as YAML']),
     (['seed=!!bool abc'], ['override seed=...: its value cannot be read as YAML']),
     (['seed=!!timestamp abc'], ['override seed=...: its value cannot be read as YAML']),
     ([f'seed={"9" * 5000}'], ['override seed=...: its value cannot be read as YAML']),
-    (['callbacks.text_samples.prompts=[1,2]'], ['prompts: [1, 2] must be a list, each item text']),
+    (['callbacks.text_samples.prompts=[1,2]'], ['text_samples.prompts.0: 1 must be text', 'text_samples.prompts.1: 2 must be text']),
     (['loggers.tensorboard.log_dir=false'], ['log_dir: False must be text; write null for none']),
-    *(([f'{key}={2**80}'], [f'{key}: {2**80} must be at most ']) for key in (
+    *(([f'{key}={2**80}'], [f'{key}: {2**80} must be less than or equal to ']) for key in (
         'train_loader.dataset.shuffle_seed', 'model.init_seed', 'global_train_batch_size', 'device_eval_batch_size',
         'train_loader.dataset.shuffle_block_size', 'max_seq_len', 'model.n_layers')),
     *(([f'{key}=.inf'], ['1 mistake', f'{key}: inf must be a finite number']) for key in (
@@ -287,7 +268,7 @@ def test_what_a_shell_and_yaml_make_of_a_value(overrides, key, value, monkeypatc
 @pytest.mark.parametrize('yaml, says', [
     ('save_folder: false', 'save_folder: False must be text; write null for none'),
     ('run_name: 12345', 'run_name: 12345 must be text: put it in quotes, run_name: \'12345\' in a YAML'),
-    ('eval_interval: 100', 'eval_interval: 100 is not a time: a whole number with a unit, as in 100ba'),
+    ('eval_interval: 100', 'eval_interval: 100 must be a time: a whole number with a unit, as in 100ba'),
     ('console_log_interval: 10', 'console_log_interval: 10 must be a number of batches or epochs above 0, as in 10ba')])
 def test_a_number_where_a_yaml_must_have_text(yaml, says):
     cfg = OmegaConf.merge(config.load([QUICKSTART]), OmegaConf.create(yaml))
@@ -319,12 +300,6 @@ def test_t_max_in_epochs_or_batches_is_held_against_the_run(t_max, run, epoch):
     check_warmup(c, None)
     with pytest.raises(UserError, match=f"scheduler.t_max: '{t_max}' must be at least max_duration '{run}', or 1dur"):
         check_warmup(c, epoch)
-
-
-def test_sizes_of_a_hugging_face_model_are_above_zero():
-    yaml = str(ROOT / 'yamls/hf_causal_lm/gpt2-small.yaml')
-    with pytest.raises(UserError, match='2 mistakes.*\n.*overrides.n_embd: 0 must be greater than 0\n.*n_layer: -1'):
-        check('model.config_overrides.n_embd=0', 'model.config_overrides.n_layer=-1', yaml=yaml)
 
 
 def test_the_index_is_read_where_the_data_lies(tokens_root, mds_root, s3):
@@ -379,7 +354,7 @@ def test_all_mistakes_are_reported_at_once():
     with pytest.raises(UserError) as e:
         check('max_duraton=1ba', 'optimizer.lr=fast', 'callbacks.lr_monitr={}', 'model.mlp_act=relu')
     assert '4 mistakes' in str(e.value)
-    for part in ('max_duraton', 'optimizer.lr', 'lr_monitr', "'relu' is not one of"):
+    for part in ('max_duraton', 'optimizer.lr', 'lr_monitr', "'relu' must be 'gelu' or 'gelu_tanh'"):
         assert part in str(e.value)
 
 
@@ -397,16 +372,7 @@ def test_a_typo_does_not_hide_impossible_combinations():
         assert part in str(e.value)
 
 
-def test_fp8():
-    with pytest.raises(UserError, match=r"model.linear_impl: 'fp8' takes multiples of 16, and train_loader.*_seq_len 40"):
-        check('model.linear_impl=fp8', 'max_seq_len=40')
-    assert check('model.linear_impl=fp8').model.linear_impl == 'fp8'
-
-
 @pytest.mark.parametrize('overrides, message', [
-    (['compile_config.options={triton.cudagraphs: true}'], r"compile_config.options: .* takes CUDA graphs"),
-    (['compile_config.backend=cudagraphs'], "compile_config.backend: 'cudagraphs' takes CUDA graphs"),
-    (['compile_config.options={nonsense: 1}'], 'compile_config.options: nonsense: inductor has no such option'),
     (['compile_config.scope=model', 'fsdp_config.activation_checkpointing=true'], "compile_config.scope: 'model' leaves blocks"),
     (['model.flash_kernel=cudnn'], "model.flash_kernel: 'cudnn' is of attn_impl flash, and that is 'auto'")])
 def test_what_would_not_be_as_asked(overrides, message):
@@ -415,22 +381,9 @@ def test_what_would_not_be_as_asked(overrides, message):
     assert check('compile_config.options={max_autotune: true}').compile_config
 
 
-def test_settings_that_would_do_nothing():
-    for overrides, message in ((['model.activation_checkpointing_every=2'], 'activation_checkpointing_every: 2 does nothing'),
-                               (['model.loss_impl=plain', 'model.vocab_multiple=8'], 'model.vocab_multiple: 8 is of loss_impl'),
-                               (['model.loss_impl=plain', 'model.loss_chunk_tokens=8'], 'model.loss_chunk_tokens: 8 is of')):
-        with pytest.raises(UserError, match=message):
-            check(*overrides)
-    assert check('model.activation_checkpointing_every=2', 'fsdp_config.activation_cpu_offload=true').fsdp_config
-    assert check('model.loss_impl=plain').model.loss_impl == 'plain'
-
-
 def test_autoresume_takes_the_run_name_of_the_environment(monkeypatch):
     monkeypatch.setenv('COMPOSER_RUN_NAME', 'from-env')
     assert check('autoresume=true').autoresume
-    monkeypatch.setenv('COMPOSER_RUN_NAME', 'a}')
-    with pytest.raises(UserError, match="run_name: 'a}' has braces"):
-        check()
 
 
 def test_the_folder_of_the_run_itself_is_checked(tmp_path):
@@ -478,6 +431,11 @@ def test_a_stopper_that_would_never_look_is_refused(monitor, label, says):
     c = check(f'callbacks.early_stopper={{monitor: {monitor}, dataloader_label: {label}}}')
     with pytest.raises(UserError, match=f'callbacks.early_stopper.{says}'):
         check_early_stopper(c, {'train': ['Loss'], 'eval': ['Perplexity']})
+
+
+def test_reading_a_yaml_imports_nothing_that_is_slow():
+    code = 'import src.config.load, sys; assert not {"torch", "streaming", "composer", "transformers"} & {*sys.modules}'
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 def test_missing_keys_are_named(tmp_path):
@@ -530,17 +488,8 @@ ON_GPUS = [
     (['fsdp_config.reduce_every_microbatch=false'], 'reduce_every_microbatch: false would sum the gradients in low precision'),
     (['fsdp_config.reduce_every_microbatch=false', 'device_train_microbatch_size=auto', 'fsdp_config.mixed_precision=FULL'],
      "fsdp_config.reduce_every_microbatch: false needs a number as device_train_microbatch_size, which is 'auto'"),
-    (['callbacks.profiler={}', 'device_train_microbatch_size=auto', 'callbacks.memory_snapshot={}'],
-     "callbacks.profiler: does not go with device_train_microbatch_size: 'auto'; set a number"),
-    (['callbacks.memory_snapshot={}', 'callbacks.oom_observer={}'],
-     'callbacks.oom_observer: remembers nothing once callbacks.memory_snapshot has ended; set one of them to false'),
     (['fsdp_config.version=2', 'fsdp_config.data_parallel_replicate_degree=2'], 'not in version 2, which shards over all'),
     (['fsdp_config.sharding_strategy=HYBRID_SHARD'], "'HYBRID_SHARD' needs data_parallel_replicate_degree"),
-    (['fsdp_config.load_monolith_rank0_only=true'], 'fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true'),
-    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.sync_module_states=true', 'model.device=meta'],
-     'fsdp_config.load_monolith_rank0_only: true needs model.device: cpu'),
-    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.sync_module_states=true', 'fsdp_config.state_dict_type=sharded'],
-     'fsdp_config.load_monolith_rank0_only: true is for state_dict_type: full'),
 ]
 
 

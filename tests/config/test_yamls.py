@@ -101,13 +101,6 @@ def test_one_setting_keeps_attention_within_documents(yaml):
 
 
 @pytest.mark.parametrize('name', list(HF))
-def test_hf_yaml_has_no_attention_within_documents(name):
-    with pytest.raises(UserError, match="train_loader.dataset.sequence_ids: true is for model.name: mosaic_gpt, and this is "
-                                        "'hf_causal_lm', which would attend across documents"):
-        load(f'yamls/hf_causal_lm/{name}.yaml', 'train_loader.dataset.sequence_ids=true')
-
-
-@pytest.mark.parametrize('name', list(HF))
 def test_hf_yaml_has_exactly_its_parameters(name):
     params, shape = HF[name]
     c = load(f'yamls/hf_causal_lm/{name}.yaml')
