@@ -34,6 +34,7 @@ from src import mosaic_gpt, optimizers
 from src.common.errors import UserError
 from src.config import load as config
 from src.config.checks import fsdp_version
+from src.config.derived import resolve_precision
 from src.config.schema import Config, MosaicGPTConfig
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT
@@ -41,7 +42,6 @@ from src.optimizers import build_optimizer
 from src.sizing import step_trace
 from src.sizing.cards import CARDS, estimate
 from src.sizing.memory import GPU_WORKSPACE, Memory, moments, predict, state_bytes, table
-from src.training.plugins import resolve_precision
 from src.training.sharding import build_parallelism
 
 
