@@ -609,7 +609,7 @@ FOREIGN = {  # symptoms that others print
 def messages() -> list[str]:
     """Every string in the code, in which a gap stands for what an f-string puts there."""
     found = []
-    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/*.py')]:
+    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/**/*.py')]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append(''.join(str(part.value) if isinstance(part, ast.Constant) else '\0' for part in node.values))

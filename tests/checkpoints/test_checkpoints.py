@@ -344,7 +344,7 @@ def test_the_root_is_a_folder_like_others():
 
 def test_load_path_goes_on_from_the_file_that_it_names(mds_root, folder, saved, tmp_path, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr('src.checkpoints.log.warning', lambda text, *values: said.append(text % values))
+    monkeypatch.setattr('src.checkpoints.manifest.log.warning', lambda text, *values: said.append(text % values))
     quiet = 'callbacks.text_samples=false'
     same(saved[1], run(mds_root, f'load_path={folder}/ep0-ba4-rank0.pt', quiet), 4)
     forget(folder, 8, 12)

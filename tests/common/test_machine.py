@@ -317,7 +317,7 @@ def test_a_user_without_a_name_and_a_home_has_both(monkeypatch):
 def test_every_text_file_is_read_and_written_as_utf8():
     """Else a locale such as LC_ALL=de_DE.ISO-8859-1 decides."""
     known = ('utf-8', 'os.open(', "'rb'", "'ab'", '/proc/', 'maps.read_text')
-    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/*.py')]:
+    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/**/*.py')]:
         for call in ast.walk(ast.parse(path.read_text('utf-8'))):
             name = ast.unparse(call.func).split('.')[-1] if isinstance(call, ast.Call) else ''
             if name in ('read_text', 'write_text', 'open'):
