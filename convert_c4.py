@@ -6,16 +6,13 @@ on after an interruption, and the bytes do not depend on interruptions, processe
 """
 
 import argparse
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,13 +22,14 @@ if __name__ == '__main__':
     set_up_output()
 
 from src.common.errors import UserError, positive
-from src.common.machine import check_shared_memory
-from src.common.workers import init_conversion_worker
 from src.config.data_places import is_url
 from src.conversion.manifest import check_strangers, merge, verify
-from src.conversion.parts import Job, Options, Place, all_done, convert, unfinished
-from src.conversion.source_files import C4_COLUMNS, TXT, FolderSource, SourceFile, doubles
-from src.conversion.sources import C4, C4_COUNTS, HubSource, Source
+from src.conversion.parts import Job, Part, all_done
+from src.conversion.place import open_place, sweep
+from src.conversion.pool import run, run_in_order
+from src.conversion.shards import Options
+from src.conversion.source_files import FolderSource, SourceFile, doubles
+from src.conversion.sources import C4, C4_COUNTS, HubSource, SampleSource, Source
 from src.conversion.tokenizer import first_texts, tokenizer_of, write_tokenizer
 
 SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
@@ -99,19 +97,16 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------- checks before any work
-
-
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """A copy of the arguments, with the defaults of those that are missing."""
     defaults = vars(build_parser().parse_args([]))
     if unknown := vars(args).keys() - defaults.keys():
         raise UserError(f'{", ".join(sorted(unknown))}: no such argument; known are {", ".join(defaults)}')
-    found = argparse.Namespace(**{**defaults, **vars(args)})
-    for name in ('out_root', 'source', 'verify', 'tokenizer'):  # a Path is a name too
-        if getattr(found, name) is not None:
-            setattr(found, name, str(getattr(found, name)))
-    return found
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return argparse.Namespace(**{**defaults, **given})
+
+
+# ---------------------------------------------------------------- checks before any work
 
 
 def check_values(args: argparse.Namespace) -> None:
@@ -127,25 +122,24 @@ def check_values(args: argparse.Namespace) -> None:
 
 def check_out_root(out_root: str, splits: Iterable[str]) -> None:
     """Makes the output folder and refuses one that cannot be written; finds out whether a bucket is there."""
-    if is_url(out_root):
+    place = open_place(out_root)
+    if place.remote:
         from streaming.base.storage.upload import UPLOADERS
         scheme, _, bucket = out_root.partition(':/')
         if scheme not in UPLOADERS or not bucket.strip('/'):
             known = ', '.join(f'{name}://' for name in UPLOADERS if name and '/' not in name)
             raise UserError(f'--out_root: {out_root}: must be a folder, or a bucket or the like with one of {known}')
         with tempfile.TemporaryDirectory() as empty:
-            Place(out_root).upload(Path(empty), [], out_root)
+            place.send(Path(empty), [])
         return
     root = Path(out_root)
+    folders = [root, *(root / split for split in splits if (root / split).exists())]
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        wrong = next((folder for split in splits if (folder := root / split).exists() and not folder.is_dir()), None)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--out_root: {error.filename} is a file or cannot be made ({error.strerror}); '
                         'name a folder that may be written') from error
-    if wrong:
-        raise UserError(f'--out_root: {wrong} is a file; delete it or name another folder')
-    folders = [root, *(root / split for split in splits if (root / split).exists())]
     if not all(os.access(folder, os.W_OK | os.X_OK) for folder in folders):
         raise UserError(f'--out_root: {root} may not be written; change its permissions or name another folder')
 
@@ -201,23 +195,19 @@ def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
                         'begins all the same')
 
 
-class SampleSource:
-    """The embedded sample: documents in memory, one part a split."""
-    name, revision, columns, is_c4 = 'sample', None, C4_COLUMNS, False
-
-    def __init__(self) -> None:
-        from src.conversion.sample_corpus import gather
-        print('gathering the sample corpus (about 15 seconds)')
-        self.corpus = gather()
-
-    def files(self, split: str) -> list[SourceFile]:
-        return [SourceFile(f'sample {split}', sum(len(document['text'].encode()) for document in self.corpus[split]))]
-
-
 # ---------------------------------------------------------------- the work
 
 
-def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFile]], folder: Path) -> dict[str, list[Job]]:
+def open_source(args: argparse.Namespace) -> Source:
+    if args.source == 'sample':
+        return SampleSource()
+    if args.source == 'hub':
+        return HubSource(args.dataset, args.config, args.revision)
+    return FolderSource(args.source, args.out_root)
+
+
+def plan(args: argparse.Namespace, source: Source, listed: dict[str, list[SourceFile]], folder: Path,
+         ) -> dict[str, list[Job]]:
     """Every part of every split."""
     options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens,
                       *tokenizer_of(args, folder), args.compression, tuple(sorted(set(args.hashes))), args.size_limit,
@@ -230,8 +220,10 @@ def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFil
     return jobs
 
 
-def describe(source: Any, listed: dict[str, list[SourceFile]]) -> None:
+def describe(source: Source, listed: dict[str, list[SourceFile]]) -> None:
     """Says which files were found, by split, and which are not read."""
+    if isinstance(source, SampleSource):
+        return
     for split, files in listed.items():
         of_c4 = f' of the {C4_COUNTS[SPLITS[split]][0]:,} files of C4' if source.is_c4 else ' files'
         print(f'{split}: {sum(len(file.paths) for file in files):,}{of_c4} in {source.name}, '
@@ -241,95 +233,74 @@ def describe(source: Any, listed: dict[str, list[SourceFile]]) -> None:
             print(line)
 
 
-def run(jobs: list[Job], num_workers: int, report: Callable[[dict[str, Any]], None]) -> None:
-    """Makes the parts, those of one process in its order.
-
-    Raises:
-        UserError: What went wrong with the first part that failed; parts that are finished stay.
-    """
-    if num_workers == 1 or len(jobs) <= 1:
-        for job in jobs:
-            report(convert(job))
+def make_tokenizer(args: argparse.Namespace, source: Source, listed: dict[str, list[SourceFile]]) -> None:
+    """Trains the tokenizer that the sample always has, and other sources by --train_tokenizer."""
+    if isinstance(source, SampleSource):
+        texts = (document['text'] for document in source.corpus['train'])
+    elif args.train_tokenizer:
+        split = next((split for split in listed if SPLITS[split] == 'train'), args.splits[0])
+        texts = first_texts(listed[split], args)
+    else:
         return
-    # A fork would copy the threads and locks of the clients of the hub and the object stores; a start takes 5 s.
-    plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
-    context = multiprocessing.get_context('fork' if plain else 'spawn')
-    check_shared_memory(1 << 16, 'the queues of worker processes', '; or set --num_workers 1')
-    temporary = unfinished(Path(tempfile.gettempdir()), 'workers')
-    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, init_conversion_worker, (str(temporary),))
-    try:
-        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's alone
-        try:
-            futures = [pool.submit(convert, job) for job in jobs]
-        finally:
-            signal.signal(signal.SIGINT, on_interrupt)
-        for future in as_completed(futures):
-            report(future.result())
-    except BrokenProcessPool:
-        raise UserError('--num_workers: a worker process was killed, perhaps for want of memory; run the same command again, '
-                        f'with fewer than {num_workers}: it goes on') from None
-    finally:
-        for process in list((pool._processes or {}).values()):  # else the parts under way would be finished first
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        Place(jobs[0].root).sweep()
+    write_tokenizer(args.out_root, texts, args.train_tokenizer or 4096)
 
 
-def run_in_order(jobs: list[Job], report: Callable[[dict[str, Any]], None]) -> list[Job]:
-    """The first `max_docs` documents: how many a file has to give is known only when those before it are done.
+def make_parts(split: str, jobs: list[Job], there: list[Optional[Part]], total: Optional[int], args: argparse.Namespace,
+               ) -> list[Job]:
+    """Makes the parts of a split that are not there.
 
     Returns:
-        The jobs that it took.
+        The jobs that make up the split: those of the first N documents, where only they are asked for.
     """
-    left, taken = jobs[0].max_docs or 0, []
-    for job in jobs:
-        taken.append(job._replace(max_docs=left))
-        part = convert(taken[-1])
-        report(part)
-        left -= part['documents']
-        if left == 0:
-            break
-    return taken
-
-
-def convert_split(split: str, jobs: list[Job], there: list[Optional[dict[str, Any]]], args: argparse.Namespace,
-                  source: Source) -> None:
-    """Makes the parts of a split that are not there, and closes it."""
     from tqdm import tqdm
 
-    start, in_order = time.perf_counter(), jobs[0].max_docs is not None
-    mine = slice(args.partition[0], None, args.partition[1]) if args.partition else slice(None)
-    total = C4_COUNTS[SPLITS[split]][1] if source.is_c4 and len(jobs) == C4_COUNTS[SPLITS[split]][0] and not in_order else None
-    before = sum(part['documents'] for part in there[mine] if part)
-    if any(there[mine]):
-        print(f'{split}: {sum(map(bool, there[mine]))} of {len(jobs[mine])} parts were there before')
-    if not args.merge:
-        tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
-        # no smoothing: parts come in batches, one of each worker; in a file of logs a line a minute
-        with tqdm(desc=split, total=jobs[0].max_docs if in_order else None if args.partition else total, initial=before,
-                  unit=' documents', unit_scale=True, smoothing=0,
-                  mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-            def report(part: dict[str, Any]) -> None:
-                bar.update(part['documents'])
+    if any(there):
+        print(f'{split}: {sum(map(bool, there))} of {len(jobs)} parts were there before')
+    tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
+    # no smoothing: parts come in batches, one of each worker; in a file of logs a line a minute
+    with tqdm(desc=split, total=jobs[0].max_docs or total, initial=sum(part['documents'] for part in there if part),
+              unit=' documents', unit_scale=True, smoothing=0, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
+        def report(part: Part) -> None:
+            bar.update(part['documents'])
 
-            if in_order:
-                jobs = run_in_order(jobs, report)
-            else:
-                run([job for job, part in zip(jobs[mine], there[mine], strict=True) if part is None], args.num_workers, report)
+        if jobs[0].max_docs is not None:
+            return run_in_order(jobs, report)
+        run([job for job, part in zip(jobs, there, strict=True) if part is None], args.num_workers, report)
+    return jobs
+
+
+def convert_split(split: str, jobs: list[Job], there: list[Optional[Part]], args: argparse.Namespace, source: Source,
+                  ) -> None:
+    """Makes the parts of a split that are not there, and closes it."""
+    start, root = time.perf_counter(), jobs[0].root
+    n_files, n_documents = C4_COUNTS[SPLITS[split]]
+    of_c4 = source.is_c4 and jobs[0].max_docs is None
     if args.partition:
         i, n = args.partition
-        print(f'{jobs[0].root}: part {i} of {n} is done, {len(jobs[mine])} of {len(jobs)} files; when all are: the same command '
+        if mine := jobs[i::n]:
+            make_parts(split, mine, there[i::n], None, args)
+        print(f'{root}: part {i} of {n} is done, {len(mine)} of {len(jobs)} files; when all are: the same command '
               'with --merge in place of --partition')
         return
+    if not args.merge:
+        jobs = make_parts(split, jobs, there, n_documents if of_c4 and len(jobs) == n_files else None, args)
     manifest = merge(split, jobs, source)
     tokens = f'{manifest["tokens"]:,} tokens, ' if 'tokens' in manifest else ''
     skipped = f'{manifest["bad_documents"]:,} skipped, ' if manifest['bad_documents'] else ''
-    print(f'{jobs[0].root}: {manifest["documents"]:,} documents, {skipped}{manifest["text_bytes"]:,} bytes of text, {tokens}'
+    print(f'{root}: {manifest["documents"]:,} documents, {skipped}{manifest["text_bytes"]:,} bytes of text, {tokens}'
           f'{time.perf_counter() - start:.1f} seconds')
-    counted = C4_COUNTS[SPLITS[split]][1]
-    if source.is_c4 and not in_order and manifest['documents'] != counted:
-        print(f'note: C4 has {counted:,} documents in {split}; the source gave {manifest["documents"]:,}')
+    if of_c4 and manifest['documents'] != n_documents:
+        print(f'note: C4 has {n_documents:,} documents in {split}; the source gave {manifest["documents"]:,}')
+
+
+def next_step(args: argparse.Namespace) -> str:
+    """The command that uses what was made."""
+    if args.source == 'sample' and args.concat_tokens is None:
+        elsewhere = '' if args.out_root.removeprefix('./') == 'my-copy-c4' else f' data_remote={args.out_root}'
+        return f'composer main.py yamls/quickstart.yaml{elsewhere}'
+    command = ['python src/data_c4.py', args.out_root, *['LOCAL_FOLDER'] * is_url(args.out_root), '--split', args.splits[-1]]
+    command += [f'--max_seq_len {args.concat_tokens}'] if args.concat_tokens else []
+    return ' '.join(command + ([f'--tokenizer {args.tokenizer}'] if args.tokenizer else []))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -349,46 +320,29 @@ def main(args: argparse.Namespace) -> None:
             raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage, 'Delete the subfolder of each (such as '
                                        'train/00012), then run the command that made them: it makes only those anew']))
         return
-    splits = list(dict.fromkeys(args.splits))
+    args.splits = list(dict.fromkeys(args.splits))
     args.out_root = args.out_root if args.out_root.endswith('://') else args.out_root.rstrip('/') or '/'
     check_combinations(args)
     check_streaming_options(args)
-    check_out_root(args.out_root, splits)
-    source: Any = (SampleSource() if args.source == 'sample' else
-                   HubSource(args.dataset, args.config, args.revision) if args.source == 'hub' else
-                   FolderSource(args.source, args.out_root))
-    listed = {split: source.files(SPLITS[split]) for split in splits}  # everything is checked first
-    if args.source != 'sample':
-        describe(source, listed)
-    paths = [file.path.lower() for files in listed.values() for file in files]
-    if args.txt_lines and not any(path.endswith(TXT) for path in paths):
-        raise UserError(f'--txt_lines: no .txt file is read from --source {args.source}; leave it out, or name another '
-                        'folder')
-    if args.text_column != 'text' and all(path.endswith(TXT) for path in paths):
-        raise UserError(f'--text_column: {args.text_column}, and all files of --source {args.source} are .txt, which '
-                        'have no fields; leave it out')
-    for split in splits:
-        check_strangers(f'{args.out_root}/{split}', len(listed[split]))
-        Place(f'{args.out_root}/{split}').sweep()
-    if args.source == 'sample' or args.train_tokenizer:
-        training = next((split for split in splits if SPLITS[split] == 'train'), splits[0])
-        texts = ((document['text'] for document in source.corpus['train']) if args.source == 'sample' else
-                 first_texts(listed[training], args))
-        write_tokenizer(args.out_root, texts, args.train_tokenizer or 4096)
+    check_out_root(args.out_root, args.splits)
+    source = open_source(args)
+    listed = {split: source.files(SPLITS[split]) for split in args.splits}  # everything is checked first
+    describe(source, listed)
+    for split, files in listed.items():
+        check_strangers(f'{args.out_root}/{split}', len(files))
+        sweep(open_place(f'{args.out_root}/{split}'))
+    make_tokenizer(args, source, listed)
     with tempfile.TemporaryDirectory() as folder:
         jobs = plan(args, source, listed, Path(folder))
-        there = {split: all_done(of_split) if of_split[0].max_docs is None else [] for split, of_split in jobs.items()}
+        there: dict[str, list[Optional[Part]]] = {
+            split: all_done(of_split) if of_split[0].max_docs is None else [None] * len(of_split)
+            for split, of_split in jobs.items()}
         if not args.merge:
-            check_disk(args, [job for split in splits for job, part in zip(jobs[split], there[split]) if part is None])
-        for split in splits:
+            check_disk(args, [job for split in jobs for job, part in zip(jobs[split], there[split]) if part is None])
+        for split in args.splits:
             convert_split(split, jobs[split], there[split], args, source)
-    if args.source == 'sample' and args.concat_tokens is None:
-        elsewhere = '' if args.out_root.removeprefix('./') == 'my-copy-c4' else f' data_remote={args.out_root}'
-        print(f'next: composer main.py yamls/quickstart.yaml{elsewhere}')
-    elif args.partition is None:
-        print(f'next: python src/data_c4.py {args.out_root} {"LOCAL_FOLDER " if is_url(args.out_root) else ""}'
-              f'--split {splits[-1]}' + (f' --max_seq_len {args.concat_tokens}' if args.concat_tokens else '')
-              + (f' --tokenizer {args.tokenizer}' if args.tokenizer else ''))
+    if args.source == 'sample' or args.partition is None:
+        print(f'next: {next_step(args)}')
 
 
 if __name__ == '__main__':

@@ -81,11 +81,8 @@ class FolderSource:
         if out == self.folder.resolve():
             raise UserError(f'--out_root: {out_root} is the folder of --source too, so that the shards would lie among '
                             'the documents; name another folder, which may lie below --source')
-        try:
-            paths, self.unread = _list_files(self.folder, out)
-            self.paths = self._assign(paths)
-        except OSError as error:
-            raise _unreadable(error) from error
+        paths, self.unread = _list_files(self.folder, out)
+        self.paths = self._assign(paths)
         others = [p for of in self.paths.values() for p in of if not re.match(r'c4-(train|validation)\.', Path(p).name)]
         found = sum(map(len, self.paths.values()))
         self.is_c4 = found > 0 and not others
@@ -149,10 +146,7 @@ class FolderSource:
         if self.is_c4 and (twice := next((p for p in found if names.count(Path(p).name) > 1), None)):
             others = ' and '.join(str((self.folder / p).parent) for p in found if Path(p).name == Path(twice).name)
             raise UserError(f'--source: {Path(twice).name} lies in {others}; name the folder of one of them')
-        try:
-            files = [_local_file(str(self.folder / p)) for p in found]
-        except OSError as error:
-            raise _unreadable(error) from error
+        files = [_local_file(str(self.folder / p)) for p in found]
         self.read |= {file.path: file for file in files}
         return _grouped(files)
 
@@ -182,10 +176,6 @@ def doubles(files: Iterable[SourceFile]) -> list[str]:
              for paths in same]
     more = [f'note: so do the files of {len(notes) - SHOWN} more such groups'] if len(notes) > SHOWN else []
     return notes[:SHOWN] + more
-
-
-def _unreadable(error: OSError) -> UserError:
-    return UserError(f'--source: {error.filename} cannot be read ({error.strerror}); mend its permissions or the disk')
 
 
 def _raise(error: OSError) -> None:
@@ -235,10 +225,7 @@ def _why_skip_file(name: str, path: Path) -> str:
         return 'hidden'
     if not name.lower().endswith(FORMATS):
         return f'the name does not end in {READABLE}'
-    try:
-        return '' if stat.S_ISREG(path.stat().st_mode) else 'no regular file'
-    except FileNotFoundError as error:
-        raise UserError(f'--source: {path} is a link to a file that is not there; mend or delete the link') from error
+    return '' if stat.S_ISREG(path.stat().st_mode) else 'no regular file'  # says so of a link to nowhere
 
 
 def _split_of(path: str) -> str:
