@@ -1,8 +1,8 @@
 """Writes C4 as streaming shards: `python convert_c4.py --out_root ./my-copy-c4 --splits val`.
 
-Every split becomes a folder of MDS shards, of text or, with --concat_tokens, of packed tokens. Each file of the source becomes
-a subfolder, made by one process, in one step; an index over all of them and a manifest close the split. The same command goes
-on after an interruption, and the bytes do not depend on interruptions, processes or machines.
+Every split becomes a folder of MDS shards, of text or, with --concat_tokens, of packed tokens. Each file of the source
+becomes a subfolder, made by one process, in one step; an index over all of them and a manifest close the split. The
+same command goes on after an interruption, and the bytes do not depend on interruptions, processes or machines.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from src.conversion.source_files import FolderSource, SourceFile, doubles
 from src.conversion.sources import C4, C4_COUNTS, HubSource, SampleSource, Source
 from src.conversion.tokenizer import first_texts, tokenizer_of, write_tokenizer
 
-SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
+SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # each, and what it is read from
 SMALL = 100_000  # documents of train_small
 # Bytes of text in a byte of source, and of shards in a byte of text: C4 has 806 GB of text in 305 GB of files.
 TEXT_BYTES = {'.gz': 2.6, '.zst': 2.8, '.parquet': 1.6}
@@ -49,8 +49,8 @@ def fraction(text: str) -> tuple[int, int]:
 
 def build_parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that mosaicml-streaming reads. '
-                                     'Stopped at any moment, the same command goes on.')
+    parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that '
+                                     'mosaicml-streaming reads. Stopped at any moment, the same command goes on.')
     add = parser.add_argument
     folder: Any = os.path.expanduser  # a shell leaves the ~ of --out_root=~/data as it is
     add('--out_root', type=folder, metavar='DIR|URL',
@@ -58,31 +58,33 @@ def build_parser() -> argparse.ArgumentParser:
     add('--splits', nargs='+', choices=list(SPLITS), default=['train', 'val'],
         help=f'default: train val; train_small: the first {SMALL:,} documents of train')
     add('--source', type=folder, default='hub', metavar='hub|sample|FOLDER',
-        help='hub: a data set from the Hugging Face hub (default); sample: English prose out of the Python installation, with a '
-        "tokenizer of 4096 tokens in DIR/tokenizer, no network needed; FOLDER: a folder that holds C4's own files, such as "
-        'c4-train.00000-of-01024.json.gz, or other .jsonl, .parquet or .txt files')
+        help='hub: a data set from the Hugging Face hub (default); sample: English prose out of the Python '
+        'installation, with a tokenizer of 4096 tokens in DIR/tokenizer, no network needed; FOLDER: a folder that '
+        'holds C4\'s own files, such as c4-train.00000-of-01024.json.gz, or other .jsonl, .parquet or .txt files')
     add('--dataset', default=C4, metavar='NAME', help=f'on the hub; default: {C4}')
     add('--config', metavar='NAME', help="the data set's configuration; default: en for C4")
     add('--revision', metavar='COMMIT', help="of the data set's repository; default: its newest")
     add('--text_column', default='text', metavar='NAME', help='the field of a document that holds its text')
     add('--txt_lines', action='store_true', help='each line of a .txt file is a document; default: each file is one')
-    group = parser.add_argument_group('what is written')
-    group.add_argument('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
-    group.add_argument('--tokenizer', type=folder, metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
-    group.add_argument('--train_tokenizer', type=positive, metavar='VOCAB',
-                       help='train a byte-level BPE of VOCAB tokens on the text and write it to DIR/tokenizer')
-    group.add_argument('--compression', metavar='NAME', help="of streaming, such as zstd or zstd:7; default: none")
-    group.add_argument('--hashes', nargs='+', default=[], metavar='NAME', help='of streaming, such as sha1 xxh64; default: none')
-    group.add_argument('--size_limit', metavar='SIZE', help='of a shard, such as 32mb; default: 64mb')
-    group.add_argument('--max_docs', type=positive, metavar='N', help='only the first N documents of each split')
-    group.add_argument('--skip_bad_docs', action='store_true', help='count and leave out documents that cannot be read')
-    group = parser.add_argument_group('how')
-    group.add_argument('--num_workers', type=positive, default=cores, metavar='N',
-                       help='processes; default: one for each core, here %(default)s')
-    group.add_argument('--partition', type=fraction, metavar='i/n', help='do the part i of n, from 0, and do not close the split')
-    group.add_argument('--merge', action='store_true', help='close the splits, once every --partition is done')
-    group.add_argument('--skip_disk_check', action='store_true', help='begin even if the disk looks too small')
     add('--verify', type=folder, metavar='DIR', help='check a copy against its manifests, and do nothing else')
+
+    add = parser.add_argument_group('what is written').add_argument
+    add('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
+    add('--tokenizer', type=folder, metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
+    add('--train_tokenizer', type=positive, metavar='VOCAB',
+        help='train a byte-level BPE of VOCAB tokens on the text and write it to DIR/tokenizer')
+    add('--compression', metavar='NAME', help="of streaming, such as zstd or zstd:7; default: none")
+    add('--hashes', nargs='+', default=[], metavar='NAME', help='of streaming, such as sha1 xxh64; default: none')
+    add('--size_limit', metavar='SIZE', help='of a shard, such as 32mb; default: 64mb')
+    add('--max_docs', type=positive, metavar='N', help='only the first N documents of each split')
+    add('--skip_bad_docs', action='store_true', help='count and leave out documents that cannot be read')
+
+    add = parser.add_argument_group('how').add_argument
+    add('--num_workers', type=positive, default=cores, metavar='N',
+        help='processes; default: one for each core, here %(default)s')
+    add('--partition', type=fraction, metavar='i/n', help='do the part i of n, from 0, and do not close the split')
+    add('--merge', action='store_true', help='close the splits, once every --partition is done')
+    add('--skip_disk_check', action='store_true', help='begin even if the disk looks too small')
     return parser
 
 
@@ -114,10 +116,6 @@ def check_values(args: argparse.Namespace) -> None:
         raise UserError('give --out_root, or --verify alone')
     if not (args.out_root or args.verify):
         raise UserError('--out_root and --verify: the name of a folder is missing')
-    if args.concat_tokens == 1:
-        raise UserError('--concat_tokens: 1 leaves nothing to predict; give max_seq_len, or max_seq_len + 1')
-    if isinstance(args.splits, str) or not args.splits or set(args.splits) - SPLITS.keys():
-        raise UserError(f'--splits: {args.splits!r} is not a list of one or more of {", ".join(SPLITS)}')
 
 
 def check_out_root(out_root: str, splits: Iterable[str]) -> None:
@@ -132,16 +130,13 @@ def check_out_root(out_root: str, splits: Iterable[str]) -> None:
         with tempfile.TemporaryDirectory() as empty:
             place.send(Path(empty), [])
         return
-    root = Path(out_root)
-    folders = [root, *(root / split for split in splits if (root / split).exists())]
+    folders = [Path(out_root), *(folder for split in splits if (folder := Path(out_root, split)).exists())]
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--out_root: {error.filename} is a file or cannot be made ({error.strerror}); '
                         'name a folder that may be written') from error
-    if not all(os.access(folder, os.W_OK | os.X_OK) for folder in folders):
-        raise UserError(f'--out_root: {root} may not be written; change its permissions or name another folder')
 
 
 def check_streaming_options(args: argparse.Namespace) -> None:
@@ -150,33 +145,29 @@ def check_streaming_options(args: argparse.Namespace) -> None:
     from streaming.base.util import bytes_to_int
 
     if args.compression is not None and not is_compression(args.compression):
-        raise UserError(f'--compression: {args.compression!r} is none of {", ".join(sorted(get_compressions()))}; set one')
-    wrong = [name for name in args.hashes if not is_hash(name)]
-    if wrong:
-        raise UserError(f'--hashes: {wrong[0]!r} is none of {", ".join(sorted(get_hashes()))}; set one or more of them')
+        known = ', '.join(sorted(get_compressions()))
+        raise UserError(f'--compression: {args.compression!r} is none of {known}; set one')
+    for name in args.hashes:
+        if not is_hash(name):
+            known = ', '.join(sorted(get_hashes()))
+            raise UserError(f'--hashes: {name!r} is none of {known}; set one or more of them')
     try:
-        if args.size_limit is not None and not 0 < bytes_to_int(args.size_limit) < 2**32:
-            raise ValueError
+        fits = args.size_limit is None or 0 < bytes_to_int(args.size_limit) < 2**32
     except ValueError:
-        raise UserError(f'--size_limit: {args.size_limit!r} is no size below 4gb; write 64mb, or a number of bytes') from None
+        fits = False
+    if not fits:
+        raise UserError(f'--size_limit: {args.size_limit!r} is no size below 4gb; write 64mb, or a number of bytes')
 
 
 def check_combinations(args: argparse.Namespace) -> None:
     if args.concat_tokens is None and args.tokenizer is not None:
         raise UserError(f'--tokenizer: {args.tokenizer} is not used for text; add --concat_tokens N, or leave it out')
-    if args.merge and (args.max_docs or 'train_small' in args.splits):
-        raise UserError('--merge: the first N documents (--max_docs, train_small) have no --partition; leave --merge out')
-    if args.partition and args.merge:
-        raise UserError('--merge: closes the splits once every --partition is done; run it without --partition')
     if args.partition and (args.max_docs or 'train_small' in args.splits):
-        raise UserError('--partition: the first N documents (--max_docs, train_small) are read in order; leave --partition out')
+        raise UserError('--partition: the first N documents (--max_docs, train_small) are read in order; leave '
+                        '--partition out')
     if args.partition and args.train_tokenizer:
-        raise UserError('--partition: with --train_tokenizer each machine would train one; train it on one of them first, by '
-                        '--splits train_small --train_tokenizer and the rest without --partition')
-    if args.train_tokenizer and args.tokenizer:
-        raise UserError('--train_tokenizer: --tokenizer names one that is there; leave one of the two out')
-    if args.train_tokenizer and not 257 <= args.train_tokenizer <= 10_000_000:
-        raise UserError(f'--train_tokenizer: {args.train_tokenizer} tokens; a byte-level BPE has 257 (the bytes and EOS) or more')
+        raise UserError('--partition: with --train_tokenizer each machine would train one; train it on one of them '
+                        'first, by --splits train_small --train_tokenizer and the rest without --partition')
     if args.source != 'hub' and (args.dataset != C4 or args.config or args.revision):
         raise UserError(f'--dataset, --config and --revision are of --source hub; --source is {args.source}')
 
@@ -190,9 +181,9 @@ def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
     need = sum(job.file.size * TEXT_BYTES.get(Path(job.file.path).suffix.lower(), 1) for job in todo) * share
     free = shutil.disk_usage(disk).free
     if need > free and not args.skip_disk_check:
-        raise UserError(f'--out_root: {disk} has {free / 1e9:,.3f} GB free; the {len(todo)} files that are left will take about '
-                        f'{need / 1e9:,.3f} GB. Free space, name another disk, or add --compression zstd; --skip_disk_check '
-                        'begins all the same')
+        raise UserError(f'--out_root: {disk} has {free / 1e9:,.3f} GB free; the {len(todo)} files that are left will '
+                        f'take about {need / 1e9:,.3f} GB. Free space, name another disk, or add --compression zstd; '
+                        '--skip_disk_check begins all the same')
 
 
 # ---------------------------------------------------------------- the work
@@ -298,9 +289,10 @@ def next_step(args: argparse.Namespace) -> str:
     if args.source == 'sample' and args.concat_tokens is None:
         elsewhere = '' if args.out_root.removeprefix('./') == 'my-copy-c4' else f' data_remote={args.out_root}'
         return f'composer main.py yamls/quickstart.yaml{elsewhere}'
-    command = ['python src/data_c4.py', args.out_root, *['LOCAL_FOLDER'] * is_url(args.out_root), '--split', args.splits[-1]]
-    command += [f'--max_seq_len {args.concat_tokens}'] if args.concat_tokens else []
-    return ' '.join(command + ([f'--tokenizer {args.tokenizer}'] if args.tokenizer else []))
+    local = 'LOCAL_FOLDER ' if is_url(args.out_root) else ''
+    command = f'python src/data_c4.py {args.out_root} {local}--split {args.splits[-1]}'
+    command += f' --max_seq_len {args.concat_tokens}' if args.concat_tokens else ''
+    return command + (f' --tokenizer {args.tokenizer}' if args.tokenizer else '')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -310,15 +302,16 @@ def main(args: argparse.Namespace) -> None:
         args: From `parse_args`, or a namespace with some of its attributes: the others have their defaults.
 
     Raises:
-        UserError: A source, an option or an output folder that does not do, a disk that is full, or damage. What is finished
-            stays, and the same command goes on from there.
+        UserError: A source, an option or an output folder that does not do, a disk that is full, or damage. What is
+            finished stays, and the same command goes on from there.
     """
     args = with_defaults(args)
     check_values(args)
     if args.verify is not None:
         if damage := verify(args.verify):
-            raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage, 'Delete the subfolder of each (such as '
-                                       'train/00012), then run the command that made them: it makes only those anew']))
+            raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage,
+                                       'Delete the subfolder of each (such as train/00012), then run the command that made '
+                                       'them: it makes only those anew']))
         return
     args.splits = list(dict.fromkeys(args.splits))
     args.out_root = args.out_root if args.out_root.endswith('://') else args.out_root.rstrip('/') or '/'
@@ -347,11 +340,11 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that an unfinished part is removed
-    sys.stdout.reconfigure(errors='backslashreplace')  # pyright: ignore  (names of files need not be UTF-8)
     try:
         main(parse_args())
     except UserError as user_error:
         sys.exit(f'error: {user_error}')
     except KeyboardInterrupt:
-        print('\ninterrupted: the unfinished parts were removed, finished ones stay; the same command goes on', file=sys.stderr)
+        print('\ninterrupted: the unfinished parts were removed, finished ones stay; the same command goes on',
+              file=sys.stderr)
         sys.exit(130)

@@ -5,10 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import closing
-from itertools import islice
 from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import Any, NamedTuple, Optional
 
 import orjson
@@ -193,38 +190,19 @@ def _lines(path: Path, where: str) -> Iterator[bytes]:
     if name.endswith(('.gz', '.zst')) and not path.stat().st_size:
         raise EOFError('it is empty')  # which these formats never are
     lines: Any
-    if name.endswith('.zst'):
-        lines = _zst_lines(path, where)
+    if name.endswith('.gz'):  # isal's buffer of 512 KB, or its rest, is all that damage hides before it
+        lines = igzip.IGzipFile(path)
+    elif name.endswith('.zst'):
+        import pyarrow
+        lines = io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'), 1 << 20)
     else:
-        # isal's buffer of 512 KB, or its rest, is all that damage hides before it
-        lines = igzip.IGzipFile(path) if name.endswith('.gz') else path.open('rb', buffering=1 << 20)
-    with closing(lines):
-        for number, line in enumerate(lines):
-            yield line if number else line.removeprefix(codecs.BOM_UTF8)
-
-
-def _zst_lines(path: Path, where: str) -> Iterator[bytes]:
-    """The lines of a file of zstd. The program `zstd` takes over at windows that pyarrow refuses."""
-    import pyarrow
-
-    number = 0
+        lines = path.open('rb', buffering=1 << 20)
     try:
-        with io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'), 1 << 20) as lines:
-            for line in lines:
-                yield line
-                number += 1
-        return
+        with lines:
+            for number, line in enumerate(lines):
+                yield line if number else line.removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         if 'too much memory' not in str(error):
             raise
-    try:
-        process = Popen(['zstd', '-dc', '--long=31', str(path)], stdout=PIPE, stderr=PIPE)
-    except FileNotFoundError:
-        raise UserError(f'--source: {where} has a zstd window of more than 128 MB, which the program zstd alone reads, '
-                        'and that is not installed; install it (apt install zstd), or unpack the file on another '
-                        'machine (zstd -d --long=31)') from None
-    with process:
-        assert process.stdout and process.stderr
-        yield from islice(process.stdout, number, None)
-        if process.wait():
-            raise EOFError(process.stderr.read().decode(errors='replace').strip())
+        raise UserError(f'--source: {where} has a zstd window of more than 128 MB, which the program zstd alone reads; '
+                        'unpack the file (zstd -d --long=31)') from None

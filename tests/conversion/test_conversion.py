@@ -849,7 +849,6 @@ def test_train_small_trains_the_tokenizer_before_the_machines_share_train(source
     (['--partition', '1'], "--partition: '1' is not i/n"),
     (['--num_workers', '0'], "--num_workers: '0' is no whole number above 0"),
     (['--max_docs', 'ten'], "--max_docs: 'ten' is no whole number above 0"),
-    (['--concat_tokens', '1'], '--concat_tokens: 1 leaves nothing to predict'),
     (['--out_root', ''], '--out_root and --verify: the name of a folder is missing'),
     (['--verify', 'x'], 'give --out_root, or --verify alone'),
 ])  # fmt: skip
@@ -866,12 +865,8 @@ def test_arguments_that_cannot_be_read(argv: list[str], message: str, capsys: py
     ({'size_limit': '5gb'}, "--size_limit: '5gb' is no size below 4gb; write 64mb, or a number of bytes"),
     ({'size_limit': 'big'}, "--size_limit: 'big' is no size below 4gb"),
     ({'tokenizer': 'gpt2'}, '--tokenizer: gpt2 is not used for text; add --concat_tokens N'),
-    ({'partition': '0/2', 'merge': True}, '--merge: closes the splits once every --partition is done'),
     ({'partition': '0/2', 'max_docs': 5}, '--partition: the first N documents .* are read in order; leave --partition out'),
-    ({'merge': True, 'max_docs': 5}, '--merge: the first N documents .* have no --partition; leave --merge out'),
     ({'partition': '0/2', 'train_tokenizer': 300}, '--partition: with --train_tokenizer each machine would train one'),
-    ({'train_tokenizer': 300, 'concat_tokens': 8, 'tokenizer': 'gpt2'}, '--train_tokenizer: --tokenizer names one that is there'),
-    ({'train_tokenizer': 256}, '--train_tokenizer: 256 tokens; a byte-level BPE has 257 .* or more'),
     ({'config': 'en'}, '--dataset, --config and --revision are of --source hub; --source is '),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(options: dict[str, object], message: str, source: Path, tmp_path: Path) -> None:

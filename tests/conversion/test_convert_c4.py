@@ -231,7 +231,7 @@ def test_full_disk_under_the_tokenizer(small_disk: Path) -> None:
 
 def test_disk_that_is_mounted_read_only(c4_folder: Path, small_disk: Path) -> None:
     subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
-    with pytest.raises(UserError, match='--out_root: .*disk may not be written; change its permissions or name another'):
+    with pytest.raises(UserError, match='--out_root: cannot write .*/val/00000 on .*: Read-only file system; .* Mend the disk or its permissions'):
         convert(small_disk, c4_folder, 'val')
 
 

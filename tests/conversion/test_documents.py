@@ -4,12 +4,11 @@ import argparse
 import gzip
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,26 +29,12 @@ def zst_frame(data: bytes, window_log: int) -> bytes:
     return b'\x28\xb5\x2f\xfd\x00' + bytes([window_log - 10 << 3]) + (len(data) << 3 | 1).to_bytes(3, 'little') + data
 
 
-@pytest.mark.parametrize('first, second', [(31, 20), (20, 31)], ids=['at the start', 'in a later frame'])
-def test_zstd_windows_above_128_mb(first: int, second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [json.dumps({'text': f'{i}'}).encode() + b'\n' for i in range(200)]
-    text = b''.join(lines)
-    data = zst_frame(text[:1000], first) + zst_frame(text[1000:], second)
-    file = tmp_path / 'in/a.jsonl.zst'
-    file.parent.mkdir()
-    file.write_bytes(data)
-    if shutil.which('zstd'):
-        convert(tmp_path / 'out', file.parent, 'train')
-        assert texts(tmp_path / 'out/train') == [f'{i}' for i in range(200)]
-        convert(tmp_path / 'few', file.parent, 'train', max_docs=120)
-        assert len(texts(tmp_path / 'few/train')) == 120
-        file.write_bytes(data[:-20])
-        with pytest.raises(UserError, match='a.jsonl.zst cannot be read after line [0-9]+: it is cut short or damaged'):
-            convert(tmp_path / 'cut', file.parent, 'train', skip_bad_docs=True)
-    file.write_bytes(data)
-    monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(UserError, match='a.jsonl.zst has a zstd window of more than 128 MB, .* not installed; install'):
-        convert(tmp_path / 'none', file.parent, 'train')
+def test_zstd_windows_above_128_mb(tmp_path: Path) -> None:
+    text = b''.join(json.dumps({'text': f'{i}'}).encode() + b'\n' for i in range(200))
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in/a.jsonl.zst').write_bytes(zst_frame(text[:1000], 20) + zst_frame(text[1000:], 31))
+    with pytest.raises(UserError, match='a.jsonl.zst has a zstd window of more than 128 MB, .*; unpack the file'):
+        convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
 
 
 WHOLE = {
@@ -158,10 +143,8 @@ def test_main_takes_a_namespace_of_some_arguments(tmp_path: Path, monkeypatch: p
     args = argparse.Namespace(out_root=tmp_path / 'out/', splits=['train'], source=folder)
     convert_c4.main(args)
     assert texts(tmp_path / 'out/train') == ['one'] and vars(args).keys() == {'out_root', 'splits', 'source'}
-    wrong: list[tuple[dict[str, Union[str, list[str]]], str]] = [
+    wrong: list[tuple[dict[str, str], str]] = [
         ({'out_root': 'x', 'max_doc': '5'}, 'max_doc: no such argument; known are out_root, splits'),
-        ({'out_root': 'x', 'splits': 'val'}, "--splits: 'val' is not a list of one or more of train, val, train_small"),
-        ({'out_root': 'x', 'splits': ['test']}, r"--splits: \['test'\] is not a list"),
         ({}, 'give --out_root, or --verify')]
     for given, message in wrong:
         with pytest.raises(UserError, match=message):

@@ -179,7 +179,7 @@ def test_files_that_seem_the_same_are_noted(tmp_path: Path, capsys: pytest.Captu
     convert(tmp_path / 'out2', write_named(tmp_path / 'one', 'a.jsonl'), 'train', 'train_small')
     assert 'note: these files' not in capsys.readouterr().out
     notes = doubles(SourceFile(f'{i % 9}/{i}.txt', 3, f'{i % 9}') for i in range(18))
-    assert len(notes) == 6 and notes[-1] == 'note: so do the files of 4 more such groups'
+    assert len(notes) == 5
     (tmp_path / 'small').mkdir()
     paths = [str(tmp_path / f'small/{name}.txt') for name in ('train', 'train2', 'val')]
     for path in paths:
