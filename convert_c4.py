@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,7 +26,7 @@ from src.conversion.manifest import check_strangers, merge, verify
 from src.conversion.parts import Job, Part, all_done
 from src.conversion.place import open_place, sweep
 from src.conversion.pool import run, run_in_order
-from src.conversion.shards import Options
+from src.conversion.shards import Options, write_shards
 from src.conversion.source_files import FolderSource, SourceFile, doubles
 from src.conversion.sources import C4, C4_COUNTS, HubSource, SampleSource, Source
 from src.conversion.tokenizer import first_texts, tokenizer_of, write_tokenizer
@@ -101,11 +100,8 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """A copy of the arguments, with the defaults of those that are missing."""
-    defaults = vars(build_parser().parse_args([]))
-    if unknown := vars(args).keys() - defaults.keys():
-        raise UserError(f'{", ".join(sorted(unknown))}: no such argument; known are {", ".join(defaults)}')
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return argparse.Namespace(**{**defaults, **given})
+    return argparse.Namespace(**{**vars(build_parser().parse_args([])), **given})
 
 
 # ---------------------------------------------------------------- checks before any work
@@ -118,45 +114,28 @@ def check_values(args: argparse.Namespace) -> None:
         raise UserError('--out_root and --verify: the name of a folder is missing')
 
 
-def check_out_root(out_root: str, splits: Iterable[str]) -> None:
-    """Makes the output folder and refuses one that cannot be written; finds out whether a bucket is there."""
+def check_out_root(out_root: str) -> None:
+    """Makes the output folder; finds out whether a bucket is there."""
     place = open_place(out_root)
     if place.remote:
-        from streaming.base.storage.upload import UPLOADERS
-        scheme, _, bucket = out_root.partition(':/')
-        if scheme not in UPLOADERS or not bucket.strip('/'):
-            known = ', '.join(f'{name}://' for name in UPLOADERS if name and '/' not in name)
-            raise UserError(f'--out_root: {out_root}: must be a folder, or a bucket or the like with one of {known}')
         with tempfile.TemporaryDirectory() as empty:
             place.send(Path(empty), [])
         return
-    folders = [Path(out_root), *(folder for split in splits if (folder := Path(out_root, split)).exists())]
     try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
+        Path(out_root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--out_root: {error.filename} is a file or cannot be made ({error.strerror}); '
                         'name a folder that may be written') from error
 
 
 def check_streaming_options(args: argparse.Namespace) -> None:
-    from streaming.base.compression import get_compressions, is_compression
-    from streaming.base.hashing import get_hashes, is_hash
-    from streaming.base.util import bytes_to_int
-
-    if args.compression is not None and not is_compression(args.compression):
-        known = ', '.join(sorted(get_compressions()))
-        raise UserError(f'--compression: {args.compression!r} is none of {known}; set one')
-    for name in args.hashes:
-        if not is_hash(name):
-            known = ', '.join(sorted(get_hashes()))
-            raise UserError(f'--hashes: {name!r} is none of {known}; set one or more of them')
+    """Has streaming's writer look at the options that are its own."""
+    options = Options(('text',), compression=args.compression, hashes=tuple(args.hashes), size_limit=args.size_limit)
     try:
-        fits = args.size_limit is None or 0 < bytes_to_int(args.size_limit) < 2**32
-    except ValueError:
-        fits = False
-    if not fits:
-        raise UserError(f'--size_limit: {args.size_limit!r} is no size below 4gb; write 64mb, or a number of bytes')
+        with tempfile.TemporaryDirectory() as folder:
+            write_shards(iter(()), Path(folder, 'shards'), options, {})
+    except ValueError as error:
+        raise UserError(f'--compression, --hashes or --size_limit: {error}') from error
 
 
 def check_combinations(args: argparse.Namespace) -> None:
@@ -201,7 +180,7 @@ def plan(args: argparse.Namespace, source: Source, listed: dict[str, list[Source
          ) -> dict[str, list[Job]]:
     """Every part of every split."""
     options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens,
-                      *tokenizer_of(args, folder), args.compression, tuple(sorted(set(args.hashes))), args.size_limit,
+                      *tokenizer_of(args, folder), args.compression, tuple(args.hashes), args.size_limit,
                       args.skip_bad_docs, args.txt_lines)
     jobs = {}
     for split, files in listed.items():
@@ -310,14 +289,14 @@ def main(args: argparse.Namespace) -> None:
     if args.verify is not None:
         if damage := verify(args.verify):
             raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage,
-                                       'Delete the subfolder of each (such as train/00012), then run the command that made '
-                                       'them: it makes only those anew']))
+                                       'Delete the subfolder of each (such as train/00012), then run the command that '
+                                       'made them: it makes only those anew']))
         return
-    args.splits = list(dict.fromkeys(args.splits))
+    args.splits, args.hashes = list(dict.fromkeys(args.splits)), sorted({*args.hashes})
     args.out_root = args.out_root if args.out_root.endswith('://') else args.out_root.rstrip('/') or '/'
     check_combinations(args)
     check_streaming_options(args)
-    check_out_root(args.out_root, args.splits)
+    check_out_root(args.out_root)
     source = open_source(args)
     listed = {split: source.files(SPLITS[split]) for split in args.splits}  # everything is checked first
     describe(source, listed)

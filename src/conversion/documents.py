@@ -38,7 +38,8 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
         shown: How many of them are named.
 
     Raises:
-        UserError: A document is bad; or, with `skip_bad_docs`, all of several are, so that a whole file would be left out.
+        UserError: A document is bad; or, with `skip_bad_docs`, all of several are, so that a whole file would be left
+        out.
     """
     good, bad, first = 0, 0, None
     for document in found:
@@ -73,14 +74,13 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
         UserError: The file is cut short or damaged, so that what follows is lost; or no document can have the text.
     """
     fields = {column: text_column if column == 'text' else column for column in columns}
-    where, name = where or str(path), path.name.lower()
-    kind, number = 'line', 0
+    where, name, number = where or str(path), path.name.lower(), 0
     if name.endswith('.parquet'):
         kind, rows = 'row', _parquet_rows(path, list(fields.values()))
-    elif name.endswith(TXT):
-        kind, rows = 'line' if txt_lines else 'document', _texts(path, where, text_column, txt_lines)
+    elif not name.endswith(TXT):
+        kind, rows = 'line', _json_rows(path, where)
     else:
-        rows = _json_rows(path, where)
+        kind, rows = 'line' if txt_lines else 'document', _texts(path, where, text_column, txt_lines)
     try:
         for number, row in rows:
             document = _document(row, fields)
@@ -90,11 +90,10 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
     except UserError:
         raise
     except (OSError, EOFError, ValueError, igzip_lib.IsalError) as error:  # pyright: ignore  (its stub has an instance)
+        why = f': it is cut short or damaged ({error}); download the file again'
         if isinstance(error, OSError) and error.errno:
-            raise UserError(f'--source: {where} cannot be read after {kind} {number} ({error.strerror}); mend that, '
-                            'then run again') from error
-        raise UserError(f'--source: {where} cannot be read after {kind} {number}: it is cut short or damaged '
-                        f'({error}); download the file again') from error
+            why = f' ({error.strerror}); mend that, then run again'
+        raise UserError(f'--source: {where} cannot be read after {kind} {number}{why}') from error
 
 
 def _document(row: Any, fields: dict[str, str]) -> Document | Bad:
@@ -169,7 +168,8 @@ def _texts(path: Path, where: str, text_column: str, txt_lines: bool) -> Iterato
     lines = _lines(path, where)
     for number, text in enumerate(lines if txt_lines else _whole(lines, where), start=1):
         if 0 in text:
-            yield number, Bad('holds NUL bytes: it is damaged or not UTF-8; download the file again, or write it as UTF-8')
+            yield number, Bad('holds NUL bytes: it is damaged or not UTF-8; download the file again, or write it as '
+                              'UTF-8')
         elif text.strip():
             yield number, {text_column: text.removesuffix(b'\n').removesuffix(b'\r') if txt_lines else text}
 

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from src.common.errors import UserError
 from src.common.progress import progress
-from src.conversion.parts import HASH, PART, Job, all_done, file_info
+from src.conversion.parts import HASH, PART, Job, Part, all_done, file_info
 from src.conversion.place import Place, found, open_place, sweep, unfinished
 from src.conversion.sources import Source
 
@@ -37,20 +37,24 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
         raise UserError(f'--source: no documents for {split}')
     with ThreadPoolExecutor(16) as threads:
         shards = list(chain.from_iterable(threads.map(lambda name: _shards(place, name), full)))
-    counted = [key for key in ('documents', 'text_bytes', 'bad_documents', 'tokens') if key in parts[jobs[0].name]]
-    total: dict[str, Any] = {key: sum(part[key] for part in parts.values()) for key in counted}
-    total['texts_hash'] = f'{sum(int(part["texts_hash"], 16) for part in parts.values()) % 2**128:032x}'
     with unfinished(place, INDEX) as folder:
         (folder / INDEX).write_text(json.dumps({'version': 2, 'shards': shards}), 'utf-8')
         files = {INDEX: file_info(folder / INDEX)}
         files |= {f'{name}/{file}': info for name, part in full.items() for file, info in part['files'].items()}
+        options = jobs[0].options
         manifest = {'version': 1, 'source': source.name, 'revision': source.revision, 'split': split,
-                    'options': {'max_docs': jobs[0].max_docs, **jobs[0].options.identity},
-                    'tokenizer_name': jobs[0].options.tokenizer_name, **total, 'files': files}
+                    'options': {'max_docs': jobs[0].max_docs, **options.identity}, 'tokenizer_name': options.tokenizer_name,
+                    **_total(list(parts.values())), 'files': files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), 'utf-8')
         place.send(folder, [INDEX, MANIFEST])
     sweep(place, of_all=True)
     return manifest
+
+
+def _total(parts: list[Part]) -> dict[str, Any]:
+    counted = [key for key in ('documents', 'text_bytes', 'bad_documents', 'tokens') if key in parts[0]]
+    texts_hash = sum(int(part['texts_hash'], 16) for part in parts) % 2**128
+    return {key: sum(part[key] for part in parts) for key in counted} | {'texts_hash': f'{texts_hash:032x}'}
 
 
 def _shards(place: Place, part: str) -> list[dict[str, Any]]:
@@ -76,12 +80,12 @@ def check_strangers(root: str, n_parts: int) -> None:
     strange = [name for name in names if name not in (INDEX, MANIFEST, *parts)]
     lone_index = INDEX in names and not parts and MANIFEST not in names
     if strange or lone_index or place.remote and _is_of_others(found(place, INDEX)):
-        raise UserError(f'--out_root: {root} already there and not empty: it holds {(strange or names or [INDEX])[0]}, which '
-                        'is not of this program; nothing was written. Leave it out of --splits, name another --out_root, or '
-                        'delete it')
+        raise UserError(f'--out_root: {root} already there and not empty: it holds {(strange or names or [INDEX])[0]}, '
+                        'which is not of this program; nothing was written. Leave it out of --splits, name another '
+                        '--out_root, or delete it')
     if f'{n_parts:05}' in parts or place.remote and not names and found(place, f'{n_parts:05}/{PART}'):
-        raise UserError(f'--out_root: {root} holds the part {n_parts:05}, and the source has only {n_parts} files for it: it '
-                        f'was made from more; use that source, name another --out_root, or delete {root}')
+        raise UserError(f'--out_root: {root} holds the part {n_parts:05}, and the source has only {n_parts} files for '
+                        f'it: it was made from more; use that source, name another --out_root, or delete {root}')
 
 
 def _parts(names: list[str]) -> list[str]:
@@ -108,8 +112,8 @@ def verify(root: str) -> list[str]:
     """
     manifests = sorted(Path(root).glob(f'*/{MANIFEST}')) or sorted(Path(root).glob(MANIFEST))
     if not manifests:
-        raise UserError(f'--verify: {root} holds no SPLIT/{MANIFEST}: it is no folder that this program finished. Name one on '
-                        'this machine; to make or finish one, give --out_root')
+        raise UserError(f'--verify: {root} holds no SPLIT/{MANIFEST}: it is no folder that this program finished. Name '
+                        'one on this machine; to make or finish one, give --out_root')
     damage = [f'{folder}: has no {MANIFEST}, so it was not finished' for folder in sorted(Path(root).iterdir())
               if folder.is_dir() and not (folder / MANIFEST).exists() and _parts(os.listdir(folder))]
     for path in [*manifests, *Path(root).glob(f'tokenizer/{TRAINED}')]:

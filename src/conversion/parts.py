@@ -1,7 +1,8 @@
 """The conversion of one file of documents into a folder of MDS shards: the unit of work, done wholly or not at all.
 
-The folder of file K of a split is `SPLIT/K`, five digits. It holds streaming's shards and index and, written last, `part.json`
-with counts, hashes and the options it was made with. What it holds depends on nothing but the file and the options.
+The folder of file K of a split is `SPLIT/K`, five digits. It holds streaming's shards and index and, written last,
+`part.json` with counts, hashes and the options it was made with. What it holds depends on nothing but the file and the
+options.
 """
 
 import json
@@ -62,8 +63,8 @@ def done(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
     occupied = not place.remote and folder.is_dir() and any(folder.iterdir())
     text = found(place, f'{job.name}/{PART}')
     if text is None and occupied:
-        raise UserError(f'--out_root: {folder} holds no {PART}, so it is no part that this program finished; delete it, or '
-                        'name another --out_root')
+        raise UserError(f'--out_root: {folder} holds no {PART}, so it is no part that this program finished; delete '
+                        'it, or name another --out_root')
     try:
         part = json.loads(text or '')
         made_from, files = dict(part['made_from']), part['files']
@@ -84,8 +85,8 @@ def _check_same(job: Job, old: dict[str, Any], skipped: bool) -> None:
         old['skip_bad_docs'] = new['skip_bad_docs']
     if old != new:
         differ = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in new.items() if old.get(k) != v)
-        raise UserError(f'--out_root: {job.root}/{job.name} was made with {differ}; use the same options (and --revision) to '
-                        f'go on, name another --out_root, or delete {job.root}')
+        raise UserError(f'--out_root: {job.root}/{job.name} was made with {differ}; use the same options (and '
+                        f'--revision) to go on, name another --out_root, or delete {job.root}')
 
 
 def all_done(jobs: list[Job]) -> list[Optional[Part]]:

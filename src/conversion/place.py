@@ -59,9 +59,9 @@ class RemotePlace(AnyFolder):
         try:
             return call()
         except Exception as error:  # each store has classes of its own
-            raise UserError(f'--out_root: cannot {verb} {public(url)}: {type(error).__name__}: {public(first_line(error))}; '
-                            'check the address, the network and the credentials, then run the same command again: it goes '
-                            'on') from error
+            raise UserError(f'--out_root: cannot {verb} {public(url)}: {type(error).__name__}: '
+                            f'{public(first_line(error))}; check the address, the network and the credentials, then '
+                            'run the same command again: it goes on') from error
 
     def read_bytes(self, name: str) -> bytes:
         url = f'{self.root}/{name}'
@@ -159,9 +159,9 @@ def unfinished(place: Place, name: str) -> Iterator[Path]:
         yield path
     except OSError as error:
         mend = 'Free space' if error.errno in DISK_FULL else 'Mend the disk or its permissions'
-        raise UserError(f'--out_root: cannot write {place.root}/{name} on {disk}: {error.strerror or error}; the unfinished '
-                        f'part was removed, what was finished before is untouched. {mend}, then run the same command again: '
-                        'it goes on') from error
+        raise UserError(f'--out_root: cannot write {place.root}/{name} on {disk}: {error.strerror or error}; the '
+                        f'unfinished part was removed, what was finished before is untouched. {mend}, then run the '
+                        'same command again: it goes on') from error
     finally:
         if path:
             shutil.rmtree(path, ignore_errors=True)

@@ -43,8 +43,8 @@ def run(jobs: list[Job], num_workers: int, report: Callable[[Part], None]) -> No
         for future in as_completed(futures):
             report(future.result())
     except BrokenProcessPool:
-        raise UserError('--num_workers: a worker process was killed, perhaps for want of memory; run the same command again, '
-                        f'with fewer than {num_workers}: it goes on') from None
+        raise UserError('--num_workers: a worker process was killed, perhaps for want of memory; run the same command '
+                        f'again, with fewer than {num_workers}: it goes on') from None
     finally:
         for process in list((pool._processes or {}).values()):  # else the parts under way would be finished first
             process.terminate()

@@ -63,25 +63,17 @@ class FolderSource:
 
     revision = None
 
-    def __init__(self, folder: str, out_root: str = '') -> None:
+    def __init__(self, folder: str, out_root: str) -> None:
         if not Path(folder).is_dir():
             is_file = ' (it is a file: name its folder)' if Path(folder).exists() else ''
             raise UserError(f'--source: {folder} is neither hub nor sample nor a FOLDER that exists{is_file}; a FOLDER '
                             f"holds files of documents: C4's own, or others that end in {READABLE}")
-        out = None if is_url(out_root) or not out_root else Path(out_root).resolve()
         self.folder, self.name = Path(folder), folder
         self.read: dict[str, SourceFile] = {}  # those of the splits that were asked for, each alone, by path
-        if out == self.folder.resolve():
-            raise UserError(f'--out_root: {out_root} is the folder of --source too, so that the shards would lie among '
-                            'the documents; name another folder, which may lie below --source')
-        paths, self.unread = _list_files(self.folder, out)
+        paths, self.unread = _list_files(self.folder, None if is_url(out_root) else Path(out_root).resolve())
         self.paths = self._assign(paths)
-        found = [path for of_split in self.paths.values() for path in of_split]
-        others = [path for path in found if not re.match(r'c4-(train|validation)\.', Path(path).name)]
-        self.is_c4 = bool(found) and not others
-        if 0 < len(others) < len(found):
-            print(f'note: beside the files of C4 there are others: {listing(others)}; so the text alone is written. To '
-                  'keep timestamp and url, move the others to a folder of their own')
+        found = [Path(path).name for of_split in self.paths.values() for path in of_split]
+        self.is_c4 = bool(found) and all(re.match(r'c4-(train|validation)\.', name) for name in found)
         self.columns = C4_COLUMNS if self.is_c4 else C4_COLUMNS[:1]
 
     def _assign(self, paths: list[str]) -> dict[str, list[str]]:
@@ -134,10 +126,12 @@ class FolderSource:
                 f'--source: {self.folder} holds no files for the split {split}: expected c4-{words[0]}.*.json.gz, or '
                 f'the word {" or ".join(words)} in the path of a file that ends in {READABLE}. Move some files to '
                 f'{self.folder / words[0]}, or leave the split out of --splits', *self.unread_lines()]))
-        names = [Path(p).name for p in found]
-        if self.is_c4 and (twice := next((p for p in found if names.count(Path(p).name) > 1), None)):
-            others = ' and '.join(str((self.folder / p).parent) for p in found if Path(p).name == Path(twice).name)
-            raise UserError(f'--source: {Path(twice).name} lies in {others}; name the folder of one of them')
+        by_name: dict[str, str] = {}
+        for path in map(Path, found):
+            other = by_name.setdefault(path.name, str(self.folder / path.parent))
+            if self.is_c4 and other != str(self.folder / path.parent):
+                raise UserError(f'--source: {path.name} lies in {other} and {self.folder / path.parent}; name the '
+                                'folder of one of them')
         files = [_local_file(str(self.folder / p)) for p in found]
         self.read |= {file.path: file for file in files}
         return _grouped(files)

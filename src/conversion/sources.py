@@ -1,7 +1,7 @@
 """Where documents come from: C4 or another data set on the Hugging Face hub, a folder of files, the embedded sample.
 
-A split is a list of files. A file is the unit of work of a conversion: one process reads it, from its beginning to its end.
-Every source has:
+A split is a list of files. A file is the unit of work of a conversion: one process reads it, from its beginning to its
+end. Every source has:
     name, revision: For the manifest; the commit of the hub's repository, None for files.
     columns: What each document is stored with; the first holds the text.
     is_c4: Whether it is C4's config `en`, whose files and documents are counted.
@@ -64,8 +64,9 @@ class HubSource:
         urls = [url for files in self.splits.values() for url in files]
         wrong = [url for url in urls if not (url.lower().endswith(FORMATS) and url.startswith('hf://datasets/'))]
         if wrong or not urls:
-            raise UserError(f'--dataset: {self.name} consists of files such as {public((wrong or ["none"])[0])}; those that '
-                            f'convert are on the hub and end in {READABLE}; files on this machine are --source FOLDER')
+            raise UserError(f'--dataset: {self.name} consists of files such as {public((wrong or ["none"])[0])}; those '
+                            f'that convert are on the hub and end in {READABLE}; files on this machine are --source '
+                            'FOLDER')
         self.revision = _hub_parts(urls[0])[1]
 
     def files(self, split: str) -> list[SourceFile]:
@@ -137,8 +138,9 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
             said = f'{type(error).__name__}: {public(first_line(error))}'
             if constants.HF_HUB_OFFLINE or attempt == attempts:
                 raise UserError(
-                    f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT ({public(constants.ENDPOINT)}) '
-                    'and that HF_HUB_OFFLINE is not set, then run again; or use --source FOLDER '
+                    f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
+                    f'({public(constants.ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; or use '
+                    '--source FOLDER '
                     f"with C4's own files, or --source sample, which needs no network\n{said}") from error
             print(f'note: {what}: {said}; attempt {attempt} of {attempts}', flush=True)
             time.sleep(min(2 ** (attempt - 1), 60))
@@ -152,8 +154,8 @@ def _refuse_missing(error: Exception, what: str, setting: str) -> None:
     status = _status(error)
     missing = isinstance(error, (FileNotFoundError, HFValidationError)) and not isinstance(error, LocalEntryNotFoundError)
     if missing or (status is not None and 400 <= status < 500 and status not in (408, 429)):
-        raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for a private '
-                        f'or gated data set log in with `hf auth login` or set HF_TOKEN\n'
+        raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for a '
+                        f'private or gated data set log in with `hf auth login` or set HF_TOKEN\n'
                         f'{type(error).__name__}: {public(first_line(error))}') from error
 
 

@@ -40,10 +40,6 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
             total += len(document['text'])
             if total >= TOKENIZER_BYTES:
                 break
-    if not total:
-        raise UserError('--train_tokenizer: the files hold no text to train it on; check --source and --text_column')
-    if counts['bad_documents']:
-        print(f'--train_tokenizer: {counts["bad_documents"]:,} bad documents were left out')
 
 
 def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:
@@ -55,8 +51,8 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
         trained = found(place, f'tokenizer/{TRAINED}')
         asked = json.loads(trained)['vocab_size'] if trained else vocab_size
         if asked != vocab_size:
-            raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set that, '
-                            'delete the folder and what was tokenized with it, or name another --out_root')
+            raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set '
+                            'that, delete the folder and what was tokenized with it, or name another --out_root')
         print(f'{out_root}/tokenizer: kept, it was there before')
         return
     if not place.remote and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
@@ -88,8 +84,8 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
     name = args.tokenizer or f'{args.out_root}/tokenizer'
     given = args.tokenizer or '../tokenizer'  # from each split, wherever they lie
     if args.tokenizer is None and all(found(open_place(name), file) is None for file in STORED_TOKENIZER[:2]):
-        raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
-                        'add --train_tokenizer VOCAB')
+        raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a '
+                        'folder, or add --train_tokenizer VOCAB')
     if is_url(name):
         for file in STORED_TOKENIZER:
             if (data := found(open_place(name), file)) is not None:

@@ -125,11 +125,7 @@ def test_a_tokenizer_of_little_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     convert(tmp_path / 'out', folder, 'train', train_tokenizer=1000, skip_bad_docs=True)
     out = capsys.readouterr().out
     assert 'note: --train_tokenizer: 1000, and the text gives no more than 260 tokens' in out
-    assert '--train_tokenizer: 2 bad documents were left out' in out and out.count('skipped: ') == 2
-    write_jsonl(folder / 'a.jsonl', ['', ''])
-    with pytest.raises(UserError, match='--train_tokenizer: the files hold no text to train it on; check --source'):
-        convert(tmp_path / 'empty', folder, 'train', train_tokenizer=1000)
-    assert os.listdir(tmp_path / 'empty') == []
+    assert out.count('skipped: ') == 2
 
 
 def test_a_home_folder_that_the_shell_leaves_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +139,8 @@ def test_main_takes_a_namespace_of_some_arguments(tmp_path: Path, monkeypatch: p
     args = argparse.Namespace(out_root=tmp_path / 'out/', splits=['train'], source=folder)
     convert_c4.main(args)
     assert texts(tmp_path / 'out/train') == ['one'] and vars(args).keys() == {'out_root', 'splits', 'source'}
-    wrong: list[tuple[dict[str, str], str]] = [
-        ({'out_root': 'x', 'max_doc': '5'}, 'max_doc: no such argument; known are out_root, splits'),
-        ({}, 'give --out_root, or --verify')]
-    for given, message in wrong:
-        with pytest.raises(UserError, match=message):
-            convert_c4.main(argparse.Namespace(**given))
+    with pytest.raises(UserError, match='give --out_root, or --verify'):
+        convert_c4.main(argparse.Namespace())
     monkeypatch.setattr(sys, 'argv', ['convert_c4.py', '--out_root', 'from-the-command-line'])
     assert convert_c4.parse_args().out_root == 'from-the-command-line'
 
