@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from composer.core import Time, Timestamp
 
@@ -20,6 +20,15 @@ log = logging.getLogger('src')
 
 STEP = re.compile(r'ep\d+-ba(\d+)')
 UNFINISHED = '.unfinished'  # ep0-ba400.unfinished lies there until the manifest does
+
+
+class RunInfo(NamedTuple):
+    """What the weights alone do not tell of their run."""
+
+    model: dict[str, Any]  # section `model` of the config
+    tokenizer_name: str
+    tokenizer_hash: str
+    settings: dict[str, Any]  # see src/checkpoints/resume.py
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,10 @@ class Manifest:
     token: int
     world_size: int
     files: dict[str, int]  # relative to the folder: bytes
-    # What the weights alone do not tell, for whoever uses them: section `model` of the config, and the tokenizer.
+    # The fields of RunInfo; an earlier version of the kit left them out
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer_name: str = ''
-    tokenizer_hash: str = ''  # empty: of an earlier version of the kit, or of a tokenizer that has none
-    # For a run that goes on with other settings: those of this run (see src/checkpoints/resume.py), and its place in the epoch.
+    tokenizer_hash: str = ''  # empty too where the tokenizer has none
     settings: dict[str, Any] = field(default_factory=dict)
     sample_in_epoch: int = 0
 
@@ -74,6 +82,17 @@ def manifests(folder: Folder) -> Iterator[Manifest]:
     for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r'\d+', name)][::-1], reverse=True):
         if manifest := read_manifest(folder, name):
             yield manifest
+
+
+def delete_old(folder: Folder, keep: int) -> None:
+    """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older."""
+    whole = 0
+    for saved in list(manifests(folder)):
+        if whole >= keep:  # the manifest first: half of what it lists is no checkpoint
+            folder.delete([f'{saved.name}.json'])
+            folder.delete(saved.files)
+        elif saved.is_whole(folder):
+            whole += 1
 
 
 def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:

@@ -26,6 +26,7 @@ class Start:
     sharded: bool = False
     manifest: Optional[Manifest] = None
     own: bool = False  # from this run's own save_folder
+    setting: str = 'load_path'  # what names it
 
     @property
     def weights_of_a_file(self) -> bool:
@@ -36,10 +37,6 @@ class Start:
     def read_by_composer(self) -> Optional[str]:
         """What Composer's Trainer takes as `load_path`."""
         return None if self.weights_of_a_file else self.path
-
-    @property
-    def setting(self) -> str:
-        return 'autoresume' if self.own else 'load_path'
 
     def __str__(self) -> str:
         if self.kind == 'fresh':
@@ -103,7 +100,7 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
                 log.info('autoresume: %s in %s is an interrupted save; it is ignored', ', '.join(half), folder)
             if folder and autoresume and there:
                 if manifest := newest_whole(folder, 'autoresume'):
-                    return Start('resume', folder.uri(manifest.path), manifest.sharded, manifest, own=True)
+                    return Start('resume', folder.uri(manifest.path), manifest.sharded, manifest, True, 'autoresume')
                 raise UserError(f'autoresume: {folder} holds {", ".join(there)}, and none is whole: each lacks its '
                                 'manifest, or a file that the manifest lists. To load one all the same give its file '
                                 'as load_path, with another run_name; to start afresh move them away')
@@ -153,4 +150,4 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
         raise UserError(f'{setting}: {path} is not whole: its files are not those that {manifest.name}.json lists')
     where = own and os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)
     is_own = where == (os.path.realpath(parent or '.') if '://' not in path else parent)
-    return Start(kind, path, sharded, manifest, is_own)
+    return Start(kind, path, sharded, manifest, is_own, setting)

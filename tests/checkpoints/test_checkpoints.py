@@ -15,11 +15,10 @@ from launch import tiny
 from runs import train
 
 import main
-from src.checkpoints import weights
 from src.checkpoints.loading import check_model
-from src.checkpoints.manifest import Manifest, manifests
-from src.checkpoints.safe_reading import read_weights
-from src.checkpoints.start import find_start
+from src.checkpoints.manifest import Manifest, RunInfo, manifests
+from src.checkpoints.start import FRESH, Start, find_start, given_start
+from src.checkpoints.weights import read_full
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError
 from src.common.storage import Folder, LocalFolder, open_folder
@@ -161,7 +160,7 @@ def test_retention_holds_across_resumes(mds_root, tmp_path):
 
 def finished(folder: Folder, saved: int, keep: int) -> None:
     """Ends the save of batch `saved`, whose file is there: writes its manifest, and deletes what is old."""
-    writer = CheckpointWriter('', '1ba', keep)
+    writer = CheckpointWriter('', '1ba', keep, FRESH, RunInfo({}, '', '', {}))
     writer.folder = folder
     writer._finish(small_manifest(saved))
 
@@ -344,7 +343,7 @@ def test_the_root_is_a_folder_like_others():
 
 def test_load_path_goes_on_from_the_file_that_it_names(mds_root, folder, saved, tmp_path, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr('src.checkpoints.log.warning', lambda text, *values: said.append(text % values))
+    monkeypatch.setattr('src.checkpoints.manifest.log.warning', lambda text, *values: said.append(text % values))
     quiet = 'callbacks.text_samples=false'
     same(saved[1], run(mds_root, f'load_path={folder}/ep0-ba4-rank0.pt', quiet), 4)
     forget(folder, 8, 12)
@@ -360,7 +359,7 @@ def test_a_folder_or_an_old_link_is_the_newest_whole_checkpoint(folder, name, ca
     assert start.manifest and (start.path, start.manifest.batch) == (f'{folder}/ep0-ba8-rank0.pt', 8)
     assert f'the newest whole checkpoint there is {folder}/ep0-ba8-rank0.pt' in caplog.text
     assert f'load_path: ep0-ba12 in {folder} is not whole' in caplog.text
-    assert weights.find(f'{folder}{name}', 'CHECKPOINT').path == f'{folder}/ep0-ba8-rank0.pt'
+    assert given_start(f'{folder}{name}', 'weights').path == f'{folder}/ep0-ba8-rank0.pt'
     forget(folder, 4, 8)
     with pytest.raises(UserError, match='no such file, and no folder of a sharded checkpoint, or of a run'):
         find_start(None, None, False, f'{folder}{name}', weights_only=False)
@@ -393,7 +392,7 @@ def test_missing_optimizer_state_is_an_error(mds_root, folder):
 
 def test_weights_only_takes_the_weights_and_nothing_else(mds_root, folder, tmp_path):
     path = folder / 'ep0-ba12-rank0.pt'
-    weights = read_weights(str(path), 'load_path', str(path))
+    weights = read_full(str(path), Start('weights', str(path)))
     got = run(mds_root, f'load_path={path}', 'load_weights_only=true', 'max_duration=1ba', 'optimizer.lr=1e-30',
               'scheduler.t_warmup=0ba')
     assert got['batch'] == 1
