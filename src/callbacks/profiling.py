@@ -97,7 +97,8 @@ class Profiler(Callback):
                  active: int = 3, repeat: int = 1, record_shapes: bool = False, profile_memory: bool = False,
                  with_stack: bool = False):
         self.folder = folder
-        self.action_at = torch.profiler.schedule(skip_first=skip_first, wait=wait, warmup=warmup, active=active, repeat=repeat)
+        self.action_at = torch.profiler.schedule(skip_first=skip_first, wait=wait, warmup=warmup, active=active,
+                                                 repeat=repeat)
         self.options: Any = {'record_shapes': record_shapes, 'profile_memory': profile_memory, 'with_stack': with_stack}
         self.batch = 0  # of the epoch, or of what a resumed run has left of it
         self.ranges: dict[str, torch.profiler.record_function] = {}
@@ -111,8 +112,7 @@ class Profiler(Callback):
 
         def action(step: int) -> ProfilerAction:
             found = self.action_at(self.batch)
-            length, ends = state.dataloader_len, int(state.timestamp.batch_in_epoch) + 1
-            ends_epoch = length is not None and ends == length
+            ends_epoch = state.dataloader_len == int(state.timestamp.batch_in_epoch) + 1
             return ProfilerAction.RECORD_AND_SAVE if found == ProfilerAction.RECORD and ends_epoch else found
 
         self.profiler = torch.profiler.profile(schedule=action, on_trace_ready=write, with_flops=True, **self.options)
