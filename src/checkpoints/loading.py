@@ -103,11 +103,11 @@ def reading(start: Start, trusted: Optional[bool] = None) -> Iterator[None]:
     load_file = checkpoint._torch_load_with_validation
 
     def safely(read: Callable, may_trust: bool) -> Callable:
-        offer = ', or set trust_checkpoint=true if you trust who wrote this one'
+        offer = ', or set trust_checkpoint=true if you trust who wrote this one' if trusted is not None else ''
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            fault = readable(start, 'into this model and optimizer', offer if may_trust and trusted is not None else '')
-            with fault, nullcontext() if trusted and may_trust else no_code():
+            guard = nullcontext() if trusted and may_trust else no_code()
+            with readable(start, 'into this model and optimizer', offer if may_trust else ''), guard:
                 found = read(*args, **kwargs)
             if read is load_file:
                 weights_in(found, start)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional
 
 from composer.core import Time, Timestamp
 
+from src.common.errors import UserError, first_line
 from src.common.storage import Folder
 
 log = logging.getLogger('src')
@@ -60,8 +61,9 @@ class Manifest:
 
     def reaches(self, max_duration: str) -> bool:
         """Whether a run of this length is over."""
-        unit = Time.from_timestring(max_duration)
-        return Timestamp(epoch=self.epoch, batch=self.batch, sample=self.sample, token=self.token).get(unit.unit) >= unit
+        end = Time.from_timestring(max_duration)
+        now = Timestamp(epoch=self.epoch, batch=self.batch, sample=self.sample, token=self.token)
+        return now.get(end.unit) >= end
 
 
 def read_manifest(folder: Folder, name: str) -> Optional[Manifest]:
@@ -85,14 +87,22 @@ def manifests(folder: Folder) -> Iterator[Manifest]:
 
 
 def delete_old(folder: Folder, keep: int) -> None:
-    """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older."""
+    """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older.
+
+    Raises:
+        UserError: It cannot.
+    """
     whole = 0
-    for saved in list(manifests(folder)):
-        if whole >= keep:  # the manifest first: half of what it lists is no checkpoint
-            folder.delete([f'{saved.name}.json'])
-            folder.delete(saved.files)
-        elif saved.is_whole(folder):
-            whole += 1
+    try:
+        for saved in list(manifests(folder)):
+            if whole >= keep:  # the manifest first: half of what it lists is no checkpoint
+                folder.delete([f'{saved.name}.json'])
+                folder.delete(saved.files)
+            elif saved.is_whole(folder):
+                whole += 1
+    except OSError as e:
+        raise UserError(f'save_folder: {folder} has older checkpoints, which cannot be deleted: {first_line(e)}; '
+                        'delete them yourself, or set save_num_checkpoints_to_keep=-1') from e
 
 
 def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:

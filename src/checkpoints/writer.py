@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
@@ -19,7 +20,7 @@ from composer.utils.checkpoint import save_checkpoint
 from src.checkpoints.manifest import UNFINISHED, Manifest, RunInfo, delete_old, manifests
 from src.checkpoints.saving import UnfinishedSave, begin, check_shared, flushed, send, writing
 from src.checkpoints.start import Start
-from src.common.errors import UserError, first_line
+from src.common.errors import UserError
 from src.common.storage import RemoteFolder, open_folder
 
 
@@ -69,7 +70,8 @@ class CheckpointWriter(Callback):
         dist.broadcast_object_list(later)
         if later[0]:
             raise UserError(f'save_folder: {self.folder} already holds {", ".join(later[0])}, which this run would '
-                            'write again; set another run_name or save_folder, or autoresume=true to go on from the newest')
+                            'write again; set another run_name or save_folder, or autoresume=true to go on from '
+                            'the newest')
         if not isinstance(self.folder, RemoteFolder) and dist.get_world_size() > dist.get_local_world_size():
             check_shared(self.folder)
 
@@ -81,8 +83,8 @@ class CheckpointWriter(Callback):
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         length = state.max_duration
         over = length is not None and length.unit == TimeUnit.EPOCH and state.timestamp >= length
-        if over:
-            self.last_batch = -1  # the save of the last batch does not count its epoch, so it cannot tell the run is over
+        if over:  # the save of the last batch does not count its epoch, so it cannot tell that the run is over
+            self.last_batch = -1
         if self.due(state, Event.EPOCH_CHECKPOINT) or over:
             self.save(state)
 
@@ -112,11 +114,7 @@ class CheckpointWriter(Callback):
         return advanced
 
     def save(self, state: State) -> None:
-        """Saves this batch, unless it is saved already. Every rank has to call it.
-
-        Raises:
-            UserError: The disk is full, or cannot be written.
-        """
+        """Saves this batch, unless it is saved already. Every rank has to call it."""
         t, batch, folder = state.timestamp, int(state.timestamp.batch), self.folder
         if batch == self.last_batch:
             return
@@ -127,11 +125,9 @@ class CheckpointWriter(Callback):
         with writing(name, self.local):
             written = save_checkpoint(state, os.path.join(self.local, 'ep{epoch}-ba{batch}-rank{rank}.pt'))
             files = [str(path.relative_to(self.local)) for path in flushed(written, sharded)] if written else []
-        sizes: dict[str, int] = {}
-        for part in dist.all_gather_object({file: os.path.getsize(Path(self.local, file)) for file in files}):
-            sizes |= part
-        manifest = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token),
-                            dist.get_world_size(), sizes, **self.info._asdict(), sample_in_epoch=int(t.sample_in_epoch))
+        sizes = ChainMap(*dist.all_gather_object({file: Path(self.local, file).stat().st_size for file in files}))
+        manifest = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token), dist.get_world_size(),
+                            dict(sizes), **self.info._asdict(), sample_in_epoch=int(t.sample_in_epoch))
         steps = [lambda: self._finish(manifest) if dist.get_global_rank() == 0 else None]
         if isinstance(folder, RemoteFolder):
             steps.insert(0, lambda: send(files, folder, self.local))
@@ -144,9 +140,5 @@ class CheckpointWriter(Callback):
         if self.folder.deletes:
             self.folder.delete([f'{manifest.name}{UNFINISHED}'])
         self.newest = self.folder.uri(manifest.path)
-        try:
-            if self.keep >= 0:
-                delete_old(self.folder, self.keep)
-        except OSError as e:
-            raise UserError(f'save_folder: {self.folder} has older checkpoints, which cannot be deleted: '
-                            f'{first_line(e)}; delete them yourself, or set save_num_checkpoints_to_keep=-1') from e
+        if self.keep >= 0:
+            delete_old(self.folder, self.keep)

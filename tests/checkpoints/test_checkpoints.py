@@ -7,10 +7,12 @@ import os
 import resource
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_runs import QUICKSTART, SHARDED, Runs, refusal
 from launch import tiny
 from runs import train
 
@@ -24,7 +26,6 @@ from src.common.errors import UserError
 from src.common.storage import Folder, LocalFolder, open_folder
 from src.hf_causal_lm import ComposerHFCausalLM
 
-QUICKSTART = 'yamls/quickstart.yaml'
 EVERY = ('save_interval=4ba', 'run_name=one', 'eval_loader=null', 'max_duration=12ba', 'save_num_checkpoints_to_keep=-1')
 
 
@@ -32,10 +33,7 @@ def run(root: Path, *overrides: str) -> dict:
     return train(QUICKSTART, *tiny(root, *EVERY, *overrides))
 
 
-def refused(root: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as e:
-        run(root, *overrides)
-    return str(e.value)
+refused = partial(refusal, run)
 
 
 def names(folder: Path) -> list[str]:
@@ -399,14 +397,6 @@ def test_weights_only_takes_the_weights_and_nothing_else(mds_root, folder, tmp_p
     assert got['weights'].keys() == weights.keys() and all(torch.equal(got['weights'][k], weights[k]) for k in weights)
 
 
-class Runs:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_weights_only_runs_no_code(mds_root, folder, tmp_path):
     state = torch.load(folder / 'ep0-ba12-rank0.pt', weights_only=False)
     state['state']['run_name'] = Runs(tmp_path / 'ran')
@@ -450,9 +440,6 @@ def test_settings_of_hugging_face_models_that_no_weight_tells_are_held_against_t
 
 
 # ---------------------------------------------------------------- sharded, on one device
-
-
-SHARDED = ('fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded')
 
 
 def test_a_sharded_checkpoint_on_one_device(mds_root, saved, tmp_path):
