@@ -84,12 +84,9 @@ class Profiler(Callback):
     Args:
         folder: Where they go; each start of a run has one of its own.
         skip_first: Batches of each epoch, or of what a resumed run has left of one, before the first cycle.
-        wait: Batches of a cycle that are not looked at.
-        warmup: Batches after them that are profiled and thrown away.
-        active: Batches after those that are kept.
+        wait, warmup, active: Batches of a cycle: not looked at, then profiled and thrown away, then kept.
         repeat: Cycles in each epoch; 0: until it ends.
-        record_shapes: Of each operator's inputs.
-        profile_memory: What each operator takes and gives back.
+        record_shapes, profile_memory: Of each operator's inputs; what each operator takes and gives back.
         with_stack: Where in the code each was called; slow.
     """
 

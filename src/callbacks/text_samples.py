@@ -32,15 +32,7 @@ class TextSamples(Callback):
         self.prompts, self.max_new_tokens, self.temperature, self.seed = prompts, max_new_tokens, temperature, seed
 
     def prepare(self, tokenizer: Any, max_seq_len: int) -> None:
-        """Tokenizes the prompts; called once, before the first evaluation.
-
-        Args:
-            tokenizer: Hugging Face's own.
-            max_seq_len: Tokens that a text may have in all.
-
-        Raises:
-            UserError: A prompt has no token, or leaves no room for another one.
-        """
+        """Tokenizes the prompts, with Hugging Face's own; called once, before the first evaluation."""
         self._tokenizer = tokenizer
         self._ids = [tokenizer(prompt, add_special_tokens=False)['input_ids'] for prompt in self.prompts]
         for prompt, ids in zip(self.prompts, self._ids):

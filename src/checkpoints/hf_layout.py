@@ -24,11 +24,7 @@ TRAINING_ALONE = {'device', 'init_seed', 'attn_impl', 'flash_kernel', 'attn_with
 
 
 def gpt2_config(cfg: MosaicGPTConfig, **more: Any) -> GPT2Config:
-    """The GPT-2 that computes what a MosaicGPT does; `more` is of GPT-2 alone.
-
-    Raises:
-        UserError: A setting that GPT-2 cannot express.
-    """
+    """The GPT-2 that computes what a MosaicGPT does, with `more` settings of GPT-2 alone."""
     for name, field in type(cfg).model_fields.items():
         if name not in GPT2_HAS | TRAINING_ALONE and getattr(cfg, name) != field.default:
             raise UserError(f'model.{name}: {getattr(cfg, name)!r}; GPT-2 has {field.default!r} alone, so this model '
@@ -69,9 +65,6 @@ def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) ->
         model: Section `model` of the config.
         weights: The state dict of the ComposerModel.
         setting: What is at fault if the two do not fit.
-
-    Raises:
-        UserError: They do not fit, or the model cannot be one of Hugging Face's.
     """
     config: PretrainedConfig
     weights = {name.removeprefix('model.').removeprefix('hf.'): weight for name, weight in weights.items()}

@@ -33,7 +33,7 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
     """Refuses a checkpoint that Composer would not load into this run.
 
     Args:
-        start: From `find_start`.
+        start: Where the run starts.
         sharded: Whether this run's checkpoints are sharded; Composer loads the kind that it saves.
         trusted: Whether the checkpoint may hold any object.
     """
@@ -44,8 +44,8 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
         raise UserError(f'{there} a sharded checkpoint; set fsdp_config.state_dict_type=sharded, with '
                         'sharding_strategy FULL_SHARD or SHARD_GRAD_OP, also on one device')
     if sharded and not start.sharded:
-        raise UserError(f'{there} a full checkpoint, and fsdp_config.state_dict_type is sharded; set full to go on from '
-                        'it, or take its weights alone: load_path=FILE load_weights_only=true')
+        raise UserError(f'{there} a full checkpoint, and fsdp_config.state_dict_type is sharded; set full to go on '
+                        'from it, or take its weights alone: load_path=FILE load_weights_only=true')
     if is_tar(start.path):  # which Composer would unpack, wherever its members point to
         raise UserError(f'{there} an archive; unpack it, and give the file of the checkpoint')
     if trusted:
@@ -53,13 +53,7 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
 
 
 def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting: str) -> None:
-    """Refuses a model that computes something else with weights of the same shapes: one of other heads, say.
-
-    Args:
-        manifest: Of the weights.
-        model: Section `model` of the config.
-        setting: Names the weights, for messages.
-    """
+    """Refuses a model that computes something else with weights of the same shapes: one of other heads, say."""
     there, name = manifest.model if manifest else {}, model.get('name', 'mosaic_gpt')
     if name not in UNTOLD or there.get('name') != name:
         return
@@ -126,11 +120,8 @@ def reading(start: Start, trusted: Optional[bool] = None) -> Iterator[None]:
 def same_weights(start: Start, own: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
     """A check of what a checkpoint holds, for Trainer's `load_ignore_keys`, which runs before the model is touched.
 
-    Composer and torch leave a parameter that the checkpoint lacks as it was initialised, and say nothing.
-
-    Args:
-        start: Names the checkpoint.
-        own: The model's state dict.
+    Composer and torch leave a parameter that the checkpoint lacks as it was initialised, and say nothing. `own` is the
+    model's state dict.
     """
     def shapes_of(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         # The extra state of a module has no shape
@@ -158,11 +149,7 @@ def same_weights(start: Start, own: Mapping[str, Any]) -> Callable[[dict[str, An
 
 
 def finish_loading(start: Start, trainer: Trainer) -> None:
-    """What Composer leaves to do once the Trainer is built. Every rank has to call it.
-
-    Raises:
-        UserError: The weights are another model's, or there is no state of this optimizer.
-    """
+    """What Composer leaves to do once the Trainer is built. Every rank has to call it."""
     if start.weights_of_a_file:
         model = trainer.state.model
         with on_disk(start) as local:

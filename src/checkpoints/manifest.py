@@ -87,11 +87,7 @@ def manifests(folder: Folder) -> Iterator[Manifest]:
 
 
 def delete_old(folder: Folder, keep: int) -> None:
-    """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older.
-
-    Raises:
-        UserError: It cannot.
-    """
+    """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older."""
     whole = 0
     try:
         for saved in list(manifests(folder)):
@@ -106,10 +102,7 @@ def delete_old(folder: Folder, keep: int) -> None:
 
 
 def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:
-    """The names of the checkpoints in a folder, whole or not, and of the saves that were interrupted.
-
-    An interrupted save is no checkpoint. One that was whole once and is not now is a loss, which has to be said.
-    """
+    """The names of the checkpoints in a folder, also of those that lost a file, and of the saves that were cut off."""
     files = folder.names()
     half = {file[:-len(UNFINISHED)] for file in files if file.endswith(UNFINISHED)} - {file[:-5] for file in files}
     return sorted({match[0] for file in files if (match := STEP.match(file))} - half), sorted(half)

@@ -27,8 +27,8 @@ UNKNOWN = ('changed since the checkpoint: not known, for no manifest says what s
 MOVED = ('{} lies within an epoch whose place is a number of batches, as where text is packed on the fly. These '
          'settings change the samples of a batch, so some would come twice and others not at all: {}. Go on with the '
          "values that the checkpoint's run had, or start a new run from its weights: load_path=FILE "
-         'load_weights_only=true. With packed tokens (convert_c4.py --concat_tokens) a run can go on with another batch '
-         'size, other devices and other workers')
+         'load_weights_only=true. With packed tokens (convert_c4.py --concat_tokens) a run can go on with another '
+         'batch size, other devices and other workers')
 
 
 def run_settings(c: Config, data: Mapping[str, str]) -> dict[str, Any]:

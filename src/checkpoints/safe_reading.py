@@ -81,9 +81,6 @@ def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
         start: Names the checkpoint.
         purpose: What it cannot be loaded as.
         trust: What to do where an object other than tensors and plain values is meant to be there.
-
-    Raises:
-        UserError: The checkpoint is damaged, of another model, out of reach, or holds such objects.
     """
     try:
         yield
@@ -103,11 +100,7 @@ def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
 
 
 def weights_in(checkpoint: Any, start: Start) -> dict[str, Any]:
-    """The model's state dict out of what a file holds.
-
-    Raises:
-        UserError: It is nothing that Composer has saved.
-    """
+    """The model's state dict out of what a file holds; refuses what Composer has not saved."""
     state = checkpoint.get('state') if isinstance(checkpoint, dict) else None
     weights = state.get('model') if isinstance(state, dict) else None
     if not isinstance(weights, dict):

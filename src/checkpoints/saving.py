@@ -49,12 +49,8 @@ def writing(name: str, place: str) -> Iterator[None]:
 class UnfinishedSave:
     """A save that is not whole yet: every rank takes the same steps, each in the background.
 
-    No rank waits in a collective for another's upload, because `advance` asks and goes on.
-
-    Args:
-        manifest: Of the checkpoint that it will be.
-        place: Where it is saved, for messages.
-        steps: At least one; the next begins once every rank is through with the one before.
+    A step begins once every rank is through with the one before. No rank waits in a collective for another's upload,
+    because `advance` asks and goes on.
     """
 
     def __init__(self, manifest: Manifest, place: str, steps: list[Callable[[], None]]):
@@ -63,11 +59,7 @@ class UnfinishedSave:
         self.is_whole = False
 
     def advance(self) -> bool:
-        """Begins the next step if all ranks are ready for it, and returns whether they were. Every rank has to call it.
-
-        Raises:
-            UserError: This rank's step could not write.
-        """
+        """Begins the next step if all ranks are ready for it; returns whether they were. Every rank has to call it."""
         done = get_device(None).tensor_to_device(torch.tensor(int(self.running.done())))
         dist.all_reduce(done, reduce_operation='MIN')
         if not done.item():
@@ -113,11 +105,7 @@ def send(files: list[str], folder: RemoteFolder, local: str) -> None:
 
 
 def check_shared(folder: LocalFolder) -> None:
-    """Refuses a folder that the nodes do not share: it would hold what no later run can load. On all ranks.
-
-    Raises:
-        UserError: A node does not see what node 0 writes.
-    """
+    """Refuses a folder that the nodes do not share: it would hold what no later run can load. On all ranks."""
     probe = [f'.probe-{os.getpid()}-{time.time_ns()}']
     dist.broadcast_object_list(probe)
     if dist.get_global_rank() == 0:

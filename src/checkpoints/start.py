@@ -68,7 +68,7 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
 
     Raises:
         UserError: `load_path` is not there or not whole; `save_folder` holds checkpoints that this run would mix with,
-            or only halves of them; or it cannot be reached.
+            or only halves of them.
     """
     answer: list[Any] = [None]
     if dist.get_global_rank() == 0:
@@ -120,9 +120,6 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
         kind: What it is for.
         own: The folder of the run.
         setting: Where it is named, for messages.
-
-    Raises:
-        UserError: It is not there, or not whole.
     """
     path = path.replace('{rank}', '0').rstrip('/') or '/'
     parent, _, name = path.rpartition('/')

@@ -23,15 +23,14 @@ from src.checkpoints.start import Start, given_start, reachable
 from src.common.storage import open_folder
 
 WEIGHTS = 'state.model.'  # the prefix of the weights' names in a sharded checkpoint
+AS_WEIGHTS = 'as the weights of a checkpoint'
 
 
 @contextmanager
 def on_disk(start: Start, name: str = '') -> Iterator[str]:
     """Where a checkpoint lies on this node's disk, which may be a copy. Every rank has to call it.
 
-    Args:
-        start: Names the checkpoint.
-        name: The one file of a sharded checkpoint that is needed; empty: all of them.
+    With a `name` that file alone of a sharded checkpoint is there for sure.
     """
     assert start.path
     if '://' not in start.path:
@@ -74,23 +73,14 @@ def shapes_in_shards(start: Start) -> dict[str, tuple[int, ...]]:
 
 
 def read_full(local: str, start: Start) -> dict[str, Any]:
-    """The model's state dict out of a full checkpoint: tensors on the CPU, mapped from the file, which they outlive.
-
-    Args:
-        local: The file, which may be a copy.
-        start: Names the checkpoint, for messages.
-
-    Raises:
-        UserError: The file is no checkpoint, or holds objects other than tensors and plain values.
-    """
-    with readable(start, 'as the weights of a checkpoint'):
+    """The model's state dict out of a full checkpoint: tensors on the CPU, mapped from the file, which they outlive."""
+    with readable(start, AS_WEIGHTS):
         return weights_in(torch.load(local, map_location='cpu', weights_only=True, mmap=True), start)
 
 
 def read_sharded(local: str, start: Start) -> dict[str, Tensor]:
-    """As `read_full`, out of a sharded checkpoint: whole tensors; the optimizer's state is not read."""
-    purpose = readable(start, 'as the weights of a checkpoint')
-    with purpose, no_code(), warnings.catch_warnings():
+    """The model's state dict out of a sharded checkpoint, whole tensors on the CPU; the optimizer's is not read."""
+    with readable(start, AS_WEIGHTS), no_code(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that it is a single process
         weights = {WEIGHTS + name: torch.empty(part.size, dtype=part.properties.dtype)
                    for name, part in _described(local).items() if isinstance(part, TensorStorageMetadata)}

@@ -58,11 +58,7 @@ class CheckpointWriter(Callback):
         dist.barrier()
 
     def check(self, state: State) -> None:
-        """Before anything is computed: that the folder can take the checkpoints of this run. On all ranks.
-
-        Raises:
-            UserError: It holds later ones already, or is another folder on another node.
-        """
+        """Before anything is computed: that the folder can take the checkpoints of this run. On all ranks."""
         self.last_batch = int(state.timestamp.batch)
         later: list[Any] = [None]
         if dist.get_global_rank() == 0:
