@@ -42,7 +42,8 @@ from src.config.derived import resolve_precision
 from src.config.schema import Config, HFCausalLMConfig
 from src.data_c4 import StreamingC4
 from src.ranks import program
-from src.ranks.environment import agree, check_environment
+from src.ranks.agreement import agree
+from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
 from src.tokenizer import HFTokenizer, bytes_per_token
 from src.training import build, sharding

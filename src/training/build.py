@@ -20,7 +20,7 @@ from src.config.schema import Config
 from src.initialisation import weights_come_later
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.optimizers import OptimizerSettings
-from src.ranks.environment import agree
+from src.ranks.agreement import agree
 from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 from src.training import data, plugins, sharding
 from src.training.failures import explained

@@ -19,8 +19,10 @@ from src.config.checks import check_save_folder, run_name
 from src.config.derived import device_batch_size, microbatch_size, resolve_precision
 from src.config.schema import Config
 from src.ranks import rendezvous
-from src.ranks.environment import agree, check_environment, preflight
+from src.ranks.agreement import agree
+from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
+from src.ranks.preflight import preflight
 from src.ranks.program import log_to_stderr
 from src.ranks.stop import StopRequest
 from src.training import sharding

@@ -34,7 +34,8 @@ from src.common.workers import init_loader_worker
 from src.config import load as config
 from src.data_c4 import StreamingC4, build_c4_dataloader
 from src.loader import shared_memory
-from src.ranks import failure_watch
+from src.ranks.environment import this_process
+from src.ranks.failure import Failure
 from src.tools import evaluate
 from src.training import failures, plugins
 
@@ -215,16 +216,9 @@ def test_a_worker_that_cannot_send_its_batch_ends(capfd):
 
 
 def test_the_death_of_a_rank_says_that_shared_memory_is_full(monkeypatch):
-    class Store:
-        def check(self, keys: list[str]) -> bool:
-            return False
-
-    watch = failure_watch.FailureWatch()
-    watch._store = Store()
-    monkeypatch.setattr(watch.stop, 'dead_siblings', lambda: [0])
-    assert (watch._other_failure() or {})['summary'] == 'its process died'
+    assert Failure.by_death(this_process(), 0).summary == 'its process died'
     monkeypatch.setattr(machine, 'free_shared_memory', lambda: 0)
-    assert (watch._other_failure() or {})['summary'].startswith('its process died; /dev/shm (shared memory) is full')
+    assert Failure.by_death(this_process(), 0).summary.startswith('its process died; /dev/shm (shared memory) is full')
 
 
 def test_memory_without_a_limit_is_not_full(monkeypatch):

@@ -16,7 +16,7 @@ from hosts import NODE, Host, hosts, need_nodes, outputs, start
 from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
 
 from src.common.errors import UserError
-from src.ranks import environment
+from src.ranks import agreement, environment, preflight
 
 QUICKSTART = 'yamls/quickstart.yaml'
 SHORT = ('max_duration=4ba', 'eval_interval=4ba', 'scheduler.t_warmup=1ba')
@@ -39,20 +39,14 @@ MISTAKES = {
     'empty': (dict(NODE_RANK=''), ['NODE_RANK: not set']),
     'python instead of composer': (ONLY_USER, ['RANK, LOCAL_RANK, LOCAL_WORLD_SIZE: not set, although WORLD_SIZE=16, NODE_RANK=1',
                                                'composer main.py ...', 'not with `python main.py`']),
-    'a word': (dict(NODE_RANK='one'), ["NODE_RANK: 'one' must be a whole number of at least 0"]),
-    'negative': (dict(RANK='-1'), ["RANK: '-1' must be a whole number of at least 0"]),
-    'no process': (dict(WORLD_SIZE='0'), ["WORLD_SIZE: '0' must be a whole number of at least 1"]),
     'port': (dict(MASTER_PORT='75010'), ["MASTER_PORT: '75010' must be a whole number from 1 to 65535"]),
     'port 0': (dict(MASTER_PORT='0'), ["MASTER_PORT: '0' must be"]),
     'address': (dict(MASTER_ADDR='no-such.invalid'), ["MASTER_ADDR: 'no-such.invalid' has no address here", '10.0.0.1']),
-    'rank': (dict(RANK='16'), ['RANK: 16 must be below WORLD_SIZE, which is 16']),
-    'local rank': (dict(LOCAL_RANK='8', RANK='15'), ['LOCAL_RANK: 8 must be below LOCAL_WORLD_SIZE, which is 8']),
     'node counted from 1': (dict(NODE_RANK='2'), ['NODE_RANK: 2 must be below 2, the number of nodes', 'count nodes from 0']),
     'uneven nodes': (dict(WORLD_SIZE='12'), ['WORLD_SIZE: 12, the processes of all nodes, must be a multiple of '
                                              'LOCAL_WORLD_SIZE, the 8 of this one', 'composer -n']),
     'contradiction': (dict(RANK='8'), ['RANK: 8 must be 9 = NODE_RANK 1 * LOCAL_WORLD_SIZE 8 + LOCAL_RANK 1']),
-    'several': (dict(NODE_RANK='x', MASTER_PORT='x', LOCAL_RANK=None),
-                ['3 mistakes', 'LOCAL_RANK: not set', "NODE_RANK: 'x'", "MASTER_PORT: 'x'"]),
+    'several': (dict(NODE_RANK='2', MASTER_PORT='x'), ['2 mistakes', 'NODE_RANK: 2', "MASTER_PORT: 'x'"]),
 }
 
 
@@ -106,7 +100,7 @@ def test_the_node_rank_is_that_of_torchrun(monkeypatch):
 # Each rank meets the others, then does what TASK says.
 RANKS = """
 import json, os, sys, time
-from src.ranks import environment, rendezvous
+from src.ranks import agreement, environment, preflight, rendezvous
 from src.common.errors import UserError
 import torch
 import composer.utils.dist
@@ -120,13 +114,13 @@ def rank(env, out):
         text = 'met'
         task = env.get('TASK', 'preflight').split()
         if task[0] == 'agree':
-            environment.agree('config', json.loads(task[1]))
+            agreement.agree('config', json.loads(task[1]))
         if task[0] == 'part':
-            environment._check_sum(environment._gather({}), float(task[1]))
+            preflight.check_sum(list(agreement.gather(None)), float(task[1]))
         if task[0] == 'preflight':
             rendezvous.initialize(1)  # and again: nothing to do
-            environment.agree('config', {'seed': 17})
-            text = environment.preflight()
+            agreement.agree('config', {'seed': 17})
+            text = preflight.preflight()
     except UserError as e:
         text = str(e)
     print(json.dumps([text, round(time.monotonic() - started, 1)]), file=out, flush=True)
@@ -220,14 +214,14 @@ SAID = {
     'one /dev/shm': [[f'node 0 ({HERE}), node 1 ({HERE}) share one /dev/shm, and each node needs its own',
                       '(composer -n)', '--ipc=private']] * 2,
     'unreachable': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: [Errno 111] '
-                     'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', environment.CHECK]],
+                     'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', agreement.CHECK]],
     'missing': [['2 of 3 ranks (WORLD_SIZE) joined at 127.0.0.1:', 'within dist_timeout, 4 s: node 0',
-                 'missing are ranks of node 2', environment.CHECK]] * 2,
+                 'missing are ranks of node 2', agreement.CHECK]] * 2,
     'twins': [[f'2 processes have RANK 1, on NODE_RANK 1 ({HERE}), 1 ({HERE})', ONE_WORLD]] * 3,
     'world size': [[f'WORLD_SIZE is 2 on node 0 ({HERE}) and 4 on node 1 ({HERE})', ONE_WORLD]] * 2,
     'processes': [[f'LOCAL_WORLD_SIZE is 1 on node 0 ({HERE}) and 2 on node 1 ({HERE})', ONE_WORLD]] * 2,
     'port taken': [['MASTER_PORT: ', f'is in use on {HERE} (NODE_RANK 0)', 'set another, on every node']],
-    'another program': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', environment.CHECK]],
+    'another program': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', agreement.CHECK]],
     'agree': [[LR]] * 2,
     'agree in a node': [[f'a is 1 on rank 0 of node 0 ({HERE}) and 2 on rank 1 of node 0 ({HERE})']] * 2,
     'wrong part': [[f'all-reduce over 2 ranks is wrong: the part of node 1 ({HERE}) did not arrive as sent, as seen on '
@@ -246,8 +240,8 @@ def test_ranks_that_do_not_fit_are_told_so(met, case):
 def test_alone_there_is_nothing_to_compare(monkeypatch):
     for name in (*environment.ALONE, 'GROUP_RANK'):
         monkeypatch.delenv(name, raising=False)
-    environment.agree('config', {'a': 1})
-    assert environment.preflight() == f'devices: 1 on 1 node: node 0 {HERE} 1 x CPU'
+    agreement.agree('config', {'a': 1})
+    assert preflight.preflight() == f'devices: 1 on 1 node: node 0 {HERE} 1 x CPU'
 
 
 # ---------------------------------------------------------------- two hosts
@@ -367,11 +361,11 @@ def test_checkpoints_go_to_a_folder_that_all_nodes_share(mds_root, tmp_path, sha
 def test_two_nodes_by_torchrun(tmp_path):
     need_nodes()
     script = tmp_path / 'ranks.py'
-    script.write_text(f'import os, sys\nsys.path[0] = {str(ROOT)!r}\nfrom src.ranks import environment, rendezvous\n'
+    script.write_text(f'import os, sys\nsys.path[0] = {str(ROOT)!r}\nfrom src.ranks import environment, preflight, rendezvous\n'
                       'environment.check_environment(os.environ)\n'
                       'rendezvous.initialize(60)\nfrom composer.utils import dist\n'
                       'print(f"composer: node {dist.get_node_rank()}")\n'
-                      'print(environment.preflight(), flush=True)\nrendezvous.leave()\n')
+                      'print(preflight.preflight(), flush=True)\nrendezvous.leave()\n')
     address = ['--master_addr', '127.0.0.1', '--master_port', str(free_port())]
     command = [*NODE, str(SCRIPTS / 'torchrun'), '--nnodes', '2', '--nproc_per_node', '1', *address]
     texts = outputs([start([*command, '--node_rank', n, str(script)]) for n in '01'])
