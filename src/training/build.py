@@ -36,8 +36,8 @@ def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
     if c.tokenizer:
         return load_tokenizer(c, of_loaders=data.has_kits_loader())
     if data.has_kits_loader():
-        raise UserError("tokenizer: null is for a loader of your own, and build_c4_dataloader in src/training/data.py is "
-                        "the kit's, which reads with a tokenizer; name one")
+        raise UserError('tokenizer: null is for a loader of your own, and build_c4_dataloader in src/training/data.py '
+                        "is the kit's, which reads with a tokenizer; name one")
     return None
 
 
@@ -52,13 +52,14 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
     with explained(c), weights_come_later(start.kind != 'fresh'):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     if not isinstance(model, ComposerCausalLM):
-        raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, which has '
-                        'what the run asks of a model (src/README.md, "The contract")')
+        raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, '
+                        'which has what the run asks of a model (src/README.md, "The contract")')
     sharding.check_blocks(c.fsdp_config, model.model, has_gpu)
     if tokenizer:
         check_vocab(tokenizer, model.vocab_size)
     check_seq_len(c, model.max_seq_len)
-    if any(p.is_meta for p in model.parameters()) and not (sharding.build_parallelism(c.fsdp_config, has_gpu) and has_gpu):
+    shards_on_gpu = has_gpu and sharding.build_parallelism(c.fsdp_config, has_gpu)
+    if any(p.is_meta for p in model.parameters()) and not shards_on_gpu:
         inner: Any = model.model
         inner.materialize('cpu')  # Composer's FSDP would give it GPU memory
     if c.compile_config and c.compile_config.scope == 'block':
@@ -129,7 +130,8 @@ def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFToke
                             getattr(tokenizer, 'hash', ''), settings)
 
 
-def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: bool, writer: Optional[CheckpointWriter],
+def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: bool,
+                    writer: Optional[CheckpointWriter],
                     more: Iterable[Callback]) -> tuple[list[Callback], Optional[Profiler]]:
     """All callbacks, in the order in which they are called, and the profiler, which the Trainer takes by itself.
 
@@ -141,6 +143,7 @@ def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: 
         more: Callbacks that are not the config's.
     """
     chosen, profiler = plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer)
-    return [StepCounters(run.device_batch), OptimizerSettings(new_schedule), *sharding.build_callbacks(run.c.fsdp_config),
-            *chosen, *more, *filter(None, [writer]),
-            GracefulStop(run.stop, writer.save_and_wait if writer else None)], profiler
+    every = [StepCounters(run.device_batch), OptimizerSettings(new_schedule)]
+    every += [*sharding.build_callbacks(run.c.fsdp_config), *chosen, *more, *filter(None, [writer])]
+    every += [GracefulStop(run.stop, writer.save_and_wait if writer else None)]
+    return every, profiler

@@ -74,12 +74,13 @@ def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[Checkpoi
 def this_machine() -> Card:
     """A device of this run: rank 0's GPU, or a rank's part of the memory that a CPU has."""
     if torch.cuda.is_available():
-        return Card(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name())
+        name = torch.cuda.get_device_name()
+        return Card(name, torch.cuda.get_device_properties(0).total_memory, name)
     return Card('CPU', psutil.virtual_memory().total / dist.get_local_world_size(), 'CPU', is_gpu=False)
 
 
 def rehearsal(c: Config, train: DataSpec, tokenizer: Any) -> str:
-    """The estimate for as many devices as there are, and the first batch; every rank must call this, as they share the data.
+    """The estimate for as many devices as there are, and the first batch; all ranks, which share the data, call this.
 
     Args:
         c: The config as it was given.

@@ -97,6 +97,7 @@ def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
     machine.shorten_socket_paths()
     c, has_gpu = check_config(cfg, dist.get_world_size() // dist.get_local_world_size()), torch.cuda.is_available()
     log_to_stderr()
+    sharding.check_microbatch_search(c, has_gpu)
     device_batch = device_batch_size(c.global_train_batch_size, dist.get_world_size())
     microbatch = microbatch_of(c, device_batch)
     check_save_folder(c)
@@ -104,7 +105,8 @@ def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
     start = find_start(c.save_folder, run_name(c), c.autoresume, c.load_path, c.load_weights_only)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu), c.trust_checkpoint)
     if dry_run:
-        log.info('dry run: nothing is trained, saved or logged\nconfig:\n%s', textwrap.indent(load.shown(c), '  ').rstrip())
+        log.info('dry run: nothing is trained, saved or logged\nconfig:\n%s',
+                 textwrap.indent(load.shown(c), '  ').rstrip())
     over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
     return Setup(c, c.model_copy(update=_changed(c, over or dry_run)), start, over, device_batch, microbatch,
                  Precision(resolve_precision(c.precision, has_gpu)), has_gpu, dry_run,
@@ -117,8 +119,8 @@ def microbatch_of(c: Config, device_batch: int) -> Union[int, str]:
     if isinstance(asked, str):
         return asked
     if asked > device_batch:
-        log.warning('device_train_microbatch_size: %d is more than the %d samples that each of %d devices has; using %d',
-                    asked, device_batch, dist.get_world_size(), device_batch)
+        log.warning('device_train_microbatch_size: %d is more than the %d samples that each of %d devices has; using '
+                    '%d', asked, device_batch, dist.get_world_size(), device_batch)
     return microbatch_size(device_batch, asked)
 
 
