@@ -1,19 +1,16 @@
-"""Why a rank ended: what it tells the others, where they read it, and what each of them prints."""
+"""Why a rank ended, and where it tells the others."""
 
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple, Optional
 
 import torch.distributed
 
-from src.common.errors import UserError, first_line
 from src.common.machine import shared_memory_is_low
 from src.ranks.environment import Process
 
@@ -22,31 +19,12 @@ LEAVE_S = 600.0  # how long ranks that are done wait for each other: a logger ma
 
 
 class Failure(NamedTuple):
-    """Why a rank ended.
-
-    Attributes:
-        summary: One line.
-        text: What the terminal of its node is to show besides, such as a traceback.
-        seen: The file that has shown the text already; ranks of torchrun share one.
-    """
+    """Why a rank ended, in one line."""
 
     rank: int
     node: int
     host: str
     summary: str
-    text: str = ''
-    seen: str = ''
-
-    @classmethod
-    def by_error(cls, me: Process, error: BaseException) -> 'Failure':
-        """Of this rank. A `UserError` is one message without a traceback, which rank 0 says for all."""
-        if isinstance(error, UserError):
-            text, kind = f'error: {error}', 'error'
-        else:
-            text, kind = ''.join(traceback.format_exception(error)).rstrip(), type(error).__name__
-        if me.world_size > 1 and not (kind == 'error' and me.rank == 0):
-            text = f'rank {me.rank} on node {me.node} ({me.host}):\n{text}'
-        return cls(me.rank, me.node, me.host, f'{kind}: {first_line(error)}', text, _stderr())
 
     @classmethod
     def by_death(cls, me: Process, local_rank: int) -> 'Failure':
@@ -54,17 +32,8 @@ class Failure(NamedTuple):
         rank = me.rank - me.local_rank + local_rank
         return cls(rank, me.node, me.host, f'its process died{shared_memory_is_low()}')
 
-    def show(self, me: Process) -> None:
-        """Prints why this rank ended, and that another one does; local rank 0's stderr is the terminal's."""
-        if self.text and me.node == self.node and me.local_rank == 0 and self.seen != _stderr():
-            print(self.text, file=sys.stderr)
-        print(f'rank {self.rank} on node {self.node} ({self.host}) failed: {self.summary}; this rank ({me.rank} on '
-              f'node {me.node}) stops', file=sys.stderr, flush=True)
-
-
-def _stderr() -> str:
-    status = os.fstat(2)
-    return f'{status.st_dev}/{status.st_ino}'
+    def __str__(self) -> str:
+        return f'rank {self.rank} on node {self.node} ({self.host}) failed: {self.summary}'
 
 
 class Board:

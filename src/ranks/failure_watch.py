@@ -5,11 +5,12 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from typing import Optional
 
 import torch.distributed
 
-from src.common.errors import UserError
+from src.common.errors import UserError, first_line
 from src.ranks.environment import this_process
 from src.ranks.failure import Board, Failure
 from src.ranks.stop import Stopped, StopRequest
@@ -22,8 +23,8 @@ ALONE_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the s
 class FailureWatch:
     """Ends every rank, on every node, soon after one has failed: the others would wait for it in a collective.
 
-    A rank that fails leaves its traceback on the board; local rank 0 of its node, whose stderr is the terminal's,
-    prints it; every other rank says whom it follows and exits with 1.
+    A rank that fails prints its traceback, which the launcher shows, and leaves one line on the board; every other rank
+    says whom it follows and exits with 1.
 
     A context manager that begins with the process group: on entering, or at `start`. Without several ranks it does
     nothing but `report_crash`. Leaving without an exception is the good end, which all ranks reach together: the
@@ -64,11 +65,11 @@ class FailureWatch:
     def report_crash(self, error: BaseException) -> None:
         """Prints why this rank ends and tells the others; the process should exit with code 1 next.
 
-        An error that follows from the end of another rank is one line.
+        A `UserError` is one message without a traceback; what follows from the end of another rank is one line.
         """
         self._failed = True
-        failure, patience = Failure.by_error(self.me, error), 0.0
-        if isinstance(error, UserError) and self.me.rank:
+        mistake, patience = isinstance(error, UserError), 0.0
+        if mistake and self.me.rank:  # all ranks meet the same one, and rank 0 speaks for them
             patience = ALONE_S
         elif 'onnection' in str(error):  # seldom the cause: the rank that has it may be about to say so
             patience = READ_S
@@ -78,10 +79,14 @@ class FailureWatch:
         if other:
             self._follow(other)
             return
-        print(failure.text, file=sys.stderr, flush=True)
+        text = f'error: {error}' if mistake else ''.join(traceback.format_exception(error)).rstrip()
+        if self.me.world_size > 1 and not (mistake and self.me.rank == 0):
+            text = f'rank {self.me.rank} on node {self.me.node} ({self.me.host}):\n{text}'
+        print(text, file=sys.stderr, flush=True)
         if self._board is not None:
-            self._board.publish(failure)
-            time.sleep(READ_S)  # local rank 0 of this node shows it; the board may end with this rank
+            kind = 'error' if mistake else type(error).__name__
+            self._board.publish(Failure(self.me.rank, self.me.node, self.me.host, f'{kind}: {first_line(error)}'))
+            time.sleep(READ_S)  # the board may end with this rank
 
     def _other_failure(self) -> Optional[Failure]:
         return self._board.other_failure(self.stop.dead_siblings()) if self._board else None
@@ -93,7 +98,8 @@ class FailureWatch:
         with self._lock:  # the main thread, the signal's and the board's may come at once
             if not self._shown:
                 self._shown = True
-                failure.show(self.me)
+                me = f'this rank ({self.me.rank} on node {self.me.node})'
+                print(f'{failure}; {me} stops', file=sys.stderr, flush=True)
         if self.me.rank == 0:
             time.sleep(READ_S)  # the board may end with this process
 

@@ -13,7 +13,6 @@ from src.common.machine import SHARED_MEMORY
 from src.ranks.agreement import explained, gather, places
 from src.ranks.environment import Process, rank
 
-
 def preflight() -> str:
     """Sums a tensor over all ranks, which must all call this.
 
@@ -23,8 +22,7 @@ def preflight() -> str:
         doc/PERFORMANCE.md): comparable with the hardware's, for any number n of ranks.
 
     Raises:
-        UserError: A sum is wrong: whose part of it, and on which ranks. Or the ranks cannot reach each other. Or two
-            nodes share one /dev/shm.
+        UserError: A sum is wrong, the ranks cannot reach each other, or two nodes share one /dev/shm.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
     told = gather((device, _shared_memory()))
@@ -61,26 +59,23 @@ def check_shared_memory_apart(memories: dict[Process, str]) -> None:
 
 
 def check_sum(ranks: list[Process], part: float) -> None:
-    """Each rank adds `part` in a column of its own, which has to be its rank + 1: a wrong sum says whose part it lacks.
+    """Adds up `part` of all ranks, which has to be the rank + 1.
 
     Raises:
-        UserError: It is not.
+        UserError: The sum is wrong.
     """
-    columns = torch.zeros(1024, len(ranks), device='cuda' if torch.cuda.is_available() else 'cpu')
-    columns[:, rank()] = part
-    _timed_sum(columns)
-    right = (columns == torch.arange(1, len(ranks) + 1, device=columns.device)).all(dim=0)
-    lost = gather([ranks[i] for i in range(len(ranks)) if not right[i]])
-    if wrong := {process for processes in lost.values() for process in processes}:
-        where = places([process for process, processes in lost.items() if processes], ranks)
-        raise UserError(f'all-reduce over {len(ranks)} ranks is wrong: the part of {places(wrong, ranks)} did not '
-                        f'arrive as sent, as seen on {where}; leave the node out, and test its devices and network')
+    n = len(ranks)
+    x = torch.full([1 << 18], part, device=_device())
+    _timed_sum(x)
+    is_right = bool((x == n * (n + 1) / 2).all())
+    if wrong := [process for process, right in gather(is_right).items() if not right]:
+        raise UserError(f'all-reduce over {n} ranks is wrong, as seen on {places(wrong, ranks)}; test the devices and the '
+                        'network of the nodes, a few at a time, and leave the faulty one out')
 
 
 def _speed(n: int) -> str:
-    gpu = torch.cuda.is_available()
-    mib = 64 if gpu else 8
-    x = torch.zeros(mib << 18, device='cuda' if gpu else 'cpu')  # zeros stay finite, however often they are summed
+    mib = 64 if torch.cuda.is_available() else 8
+    x = torch.zeros(mib << 18, device=_device())  # zeros stay finite, however often they are summed
     seconds = statistics.median([_timed_sum(x) for _ in range(6)][1:])  # the first one warms up
     speed = (mib << 20) / seconds / 1e9
     return (f'all-reduce: correct; {mib} MiB in {seconds * 1e3:.1f} ms, {speed:.3g} GB/s '

@@ -78,9 +78,8 @@ def summary(trainer: Trainer, c: Config, checkpoint: Optional[str], seconds: flo
     train = float(state.train_metric_values.get('LanguageCrossEntropy', float('nan')))
     tokens = int(state.timestamp.token)
     evaluated = ' with evaluation' if c.eval_loader else ''
-    lines = ['', '=' * 72,
-             f'run {state.run_name}: {int(state.timestamp.batch)} batches, {tokens:,} tokens trained on in {seconds:.0f} s'
-             f'{evaluated}', f'  train loss     {train:.4f} (last batch)']
+    lines = ['', '=' * 72, f'run {state.run_name}: {int(state.timestamp.batch)} batches, {tokens:,} tokens trained on '
+             f'in {seconds:.0f} s{evaluated}', f'  train loss     {train:.4f} (last batch)']
     if c.eval_loader:
         loss = float(state.eval_metric_values['LanguageCrossEntropy'])
         lines.append(f'  eval loss      {loss:.4f}   perplexity {float(state.eval_metric_values["Perplexity"]):.2f}')
