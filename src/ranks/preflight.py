@@ -13,6 +13,7 @@ from src.common.machine import SHARED_MEMORY
 from src.ranks.agreement import explained, gather, places
 from src.ranks.environment import Process, rank
 
+
 def preflight() -> str:
     """Sums a tensor over all ranks, which must all call this.
 
@@ -65,12 +66,12 @@ def check_sum(ranks: list[Process], part: float) -> None:
         UserError: The sum is wrong.
     """
     n = len(ranks)
-    x = torch.full([1 << 18], part, device=_device())
+    x = torch.full([1 << 18], float(part), device=_device())
     _timed_sum(x)
     is_right = bool((x == n * (n + 1) / 2).all())
     if wrong := [process for process, right in gather(is_right).items() if not right]:
-        raise UserError(f'all-reduce over {n} ranks is wrong, as seen on {places(wrong, ranks)}; test the devices and the '
-                        'network of the nodes, a few at a time, and leave the faulty one out')
+        raise UserError(f'all-reduce over {n} ranks is wrong, as seen on {places(wrong, ranks)}; test the devices and '
+                        'the network of the nodes, a few at a time, and leave the faulty one out')
 
 
 def _speed(n: int) -> str:
@@ -80,6 +81,10 @@ def _speed(n: int) -> str:
     speed = (mib << 20) / seconds / 1e9
     return (f'all-reduce: correct; {mib} MiB in {seconds * 1e3:.1f} ms, {speed:.3g} GB/s '
             f'(bus bandwidth {speed * 2 * (n - 1) / n:.3g} GB/s)')
+
+
+def _device() -> str:
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def _timed_sum(x: Tensor) -> float:
