@@ -62,8 +62,7 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
     if any(p.is_meta for p in model.parameters()) and not shards_on_gpu:
         inner: Any = model.model
         inner.materialize('cpu')  # Composer's FSDP would give it GPU memory
-    if c.compile_config and c.compile_config.scope == 'block':
-        sharding.compile_blocks(model.model, sharding.compile_keywords(c.compile_config))
+    sharding.compile_blocks(c.compile_config, model.model)
     return model
 
 

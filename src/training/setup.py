@@ -33,27 +33,14 @@ log = logging.getLogger('src')
 
 
 class Setup(NamedTuple):
-    """A run that is about to be built.
+    """A run that is about to be built."""
 
-    Attributes:
-        asked: The config as it was given.
-        c: The config that is built: that of a dry run, or of a run that is over, writes nothing.
-        start: Where the run starts.
-        over: Whether the checkpoint has reached `max_duration` already.
-        device_batch: Samples per optimizer step on one device.
-        microbatch: Samples per forward pass on one device, or `auto`.
-        precision: Of the forward and backward passes.
-        has_gpu: Whether devices are GPUs.
-        dry_run: Whether the run is described in place of training.
-        stop: Signals, as a request to stop.
-    """
-
-    asked: Config
-    c: Config
+    asked: Config  # as it was given
+    c: Config  # that is built: of a dry run, or of a run that is over, it writes nothing
     start: Start
-    over: bool
-    device_batch: int
-    microbatch: Union[int, str]
+    over: bool  # whether the checkpoint has reached `max_duration` already
+    device_batch: int  # samples per optimizer step on one device
+    microbatch: Union[int, str]  # samples per forward pass on one device, or `auto`
     precision: Precision
     has_gpu: bool
     dry_run: bool

@@ -80,32 +80,31 @@ def average_gradients(model: nn.Module) -> None:
             block.set_all_reduce_hook(divide)
 
 
-def compile_keywords(cfg: schema.CompileConfig) -> dict[str, Any]:
-    """What `torch.compile` is called with."""
+def _compile_keywords(cfg: schema.CompileConfig) -> dict[str, Any]:
     return cfg.model_dump(exclude={'scope'})
 
 
 def whole_model_compile(cfg: Optional[schema.CompileConfig]) -> Optional[dict[str, Any]]:
     """What Composer's Trainer takes as `compile_config`; None: nothing is compiled, or each block on its own."""
-    return compile_keywords(cfg) if cfg and cfg.scope == 'model' else None
+    return _compile_keywords(cfg) if cfg and cfg.scope == 'model' else None
 
 
-def compile_blocks(model: Any, keywords: Any) -> None:
-    """Has `torch.compile` take each block on its own, so that all share one graph and wrappers stay outside of it.
+def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
+    """Has `torch.compile` take each block on its own where `scope: block` asks for that.
 
-    Args:
-        model: Its `fsdp_wrap_fn` says what is a block. Names of parameters do not change.
-        keywords: Of `torch.compile`.
+    All blocks then share one graph, wrappers stay outside of it, and names of parameters do not change.
 
     Raises:
-        UserError: The model does not say, or has none.
+        UserError: The model's `fsdp_wrap_fn` names no block.
     """
+    if cfg is None or cfg.scope != 'block':
+        return
     blocks = set(_blocks(model).values())
     if not blocks:
         raise UserError(f"compile_config.scope: 'block', and no fsdp_wrap_fn of {type(model).__name__} names one; set "
                         'model')
     for block in blocks:
-        block.compile(**keywords)
+        block.compile(**_compile_keywords(cfg))
 
 
 class ReduceOncePerStep(Callback):
