@@ -13,7 +13,7 @@ from streaming.base.distributed import get_local_rank
 from torch import distributed as dist
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from src.common.encoding import encode_documents
+from src.common.encoding import encode_documents, n_ids
 from src.common.errors import UserError, first_line
 from src.config.schema import Config
 
@@ -328,11 +328,6 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> NDAr
         swallows = token.lstrip or token.rstrip
         lengths[i] = 0 if token.special else np.nan if swallows else len(token.content.encode())
     return lengths
-
-
-def n_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the highest id. A vocabulary with gaps has fewer tokens than this."""
-    return 1 + max(tokenizer.get_vocab().values())
 
 
 def check_vocab(tokenizer: Any, model_vocab_size: int) -> None:

@@ -14,10 +14,11 @@ from torch.utils import data
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from src import data_c4
-from src.causal_lm import IGNORE, ComposerCausalLM
+from src.causal_lm import ComposerCausalLM
 from src.common.errors import UserError
+from src.common.targets import IGNORE, get_num_tokens_in_batch, targets_per_sample
 from src.config.schema import Config
-from src.data_c4 import EvalView, StreamingC4, build_c4_dataloader, get_num_tokens_in_batch, targets_per_sample
+from src.data_c4 import EvalView, StreamingC4, build_c4_dataloader
 from src.tokenizer import check_vocab
 
 log = logging.getLogger('src')
