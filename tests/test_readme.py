@@ -459,7 +459,7 @@ def test_the_guides_loader(mds_root, tmp_path, monkeypatch, capfd):
         rng.integers(0, 512, n * 32 + 1).astype(np.uint16).tofile(tmp_path / f'my-bins/{split}.bin')
     code, line = (next(b for b in blocks('python', DOCS['src/README.md']) if b.startswith(start)) for start in (
         '"""Rows of flat files', 'from src.token_file'))
-    assert line.replace('token_file', 'data_c4') in (ROOT / 'main.py').read_text()
+    assert line.replace('token_file', 'data_c4') in (ROOT / 'src/training/data.py').read_text()
     namespace: dict = {'__name__': 'token_file'}
     exec(code, namespace)
     monkeypatch.setattr(data, 'build_c4_dataloader', namespace['build_c4_dataloader'])
