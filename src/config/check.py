@@ -162,7 +162,8 @@ def _what(err: Any, key: str, schema: type[BaseModel]) -> str:
         return f'its name {tag!r} must be {" or ".join(map(repr, MODEL_CONFIGS))}'
     if kind in _TYPES:
         return f'{value!r} must be {_TYPES[kind]}' + (_quotes(key, value) if kind == 'string_type' else '')
-    return f'{value!r} {err["msg"].replace("Input should be", "must be")}'
+    said = err['msg'].replace('Input should be', 'must be')
+    return f'{value!r} {said}' if said.startswith('must be') else f'{value!r}: {said}'
 
 
 def _quotes(key: str, value: Any) -> str:

@@ -79,6 +79,22 @@ def stream_errors(data: DatasetConfig) -> list[str]:
         copies[place] = name
     if data.cache_limit is not None and not all(is_copied(s.remote, s.local, s.split) for s in streams.values()):
         out.append(only_copy(data.cache_limit))
+    return out + _weight_errors(data)
+
+
+def _weight_errors(data: DatasetConfig) -> list[str]:
+    """How much is read of each stream: one of three ways, and the first of them for all streams or for none."""
+    weights = {name: [key for key in ('proportion', 'repeat', 'choose') if getattr(stream, key) is not None]
+               for name, stream in (data.streams or {}).items()}
+    out = [f'dataset.streams.{name}: {" and ".join(keys)} are two ways to say one thing; set one of them'
+           for name, keys in weights.items() if len(keys) > 1]
+    kinds = {key for keys in weights.values() for key in keys}
+    if 'proportion' in kinds and (missing := [name for name, keys in weights.items() if keys != ['proportion']]):
+        out.append(f'dataset.streams.{missing[0]}.proportion: missing; where one stream has a proportion, each must '
+                   'have one, and none repeat or choose')
+    elif kinds & {'repeat', 'choose'} and data.epoch_size is not None:
+        out.append(f'dataset.epoch_size: {data.epoch_size!r} together with repeat or choose of streams, which say how '
+                   'many samples an epoch has; remove it, or set proportion for each stream')
     return out
 
 

@@ -128,7 +128,7 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
         merged = copy.deepcopy(cfg)
         OmegaConf.update(merged, key, {}, merge=False, force_add=True)
         return merged
-    except (TypeError, IndexError, OmegaConfBaseException):  # some quote the value
+    except (TypeError, ValueError, IndexError, OmegaConfBaseException):  # some quote the value
         raise UserError(f'override {key}=...: a list stands where a section with keys of its own has to, or a key of a '
                         'section where a list does. A list is given whole, as in optimizer.betas=[0.9,0.95]') from None
 

@@ -61,14 +61,22 @@ REFUSED = {  # what to write where there is no translation
     'tokenizer.args': 'write its keys one level up, in tokenizer',
     'icl_tasks': 'run tasks after training, by lm-eval (README, "Evaluate"), and remove this key',
 }
-DATASET_KEYS = {  # what a dataset takes from elsewhere, where it leaves it out
-    'max_seq_len': 'max_seq_len', 'data_remote': 'remote', 'data_local': 'local', 'tokenizer_name': 'tokenizer_name',
-    'model.attn_within_document': 'sequence_ids'}
-FILLED = {top: [f'{dataset}.{key}' for dataset in DATASETS] for top, key in DATASET_KEYS.items()}
-FILLED['max_seq_len'] += ['model.max_seq_len', 'tokenizer.max_seq_len']
-FILLED['tokenizer_name'] += ['tokenizer.tokenizer_name']
-FILLED |= {'seed': ['model.init_seed'], 'eval_samples': ['eval_loader.eval_samples']}
-FOLLOW = {  # what is not filled in, and follows the command line where a YAML repeats the value
+
+
+def _in_datasets(key: str) -> list[str]:
+    return [f'{dataset}.{key}' for dataset in DATASETS]
+
+
+FILLED = {  # by the value: where it is used, and filled in where a section leaves it out
+    'max_seq_len': ['model.max_seq_len', 'tokenizer.max_seq_len', *_in_datasets('max_seq_len')],
+    'data_remote': _in_datasets('remote'),
+    'data_local': _in_datasets('local'),
+    'tokenizer_name': ['tokenizer.tokenizer_name', *_in_datasets('tokenizer_name')],
+    'model.attn_within_document': _in_datasets('sequence_ids'),
+    'seed': ['model.init_seed'],
+    'eval_samples': ['eval_loader.eval_samples'],
+}
+FOLLOW = {  # not filled in; they follow the command line where a YAML repeats the value
     'max_seq_len': ['model.config_overrides.n_positions', 'model.config_overrides.max_position_embeddings'],
     'seed': ['train_loader.dataset.shuffle_seed'],
 }

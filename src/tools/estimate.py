@@ -41,7 +41,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def estimate_of(yaml: str, args: argparse.Namespace) -> Estimate:
     c = check(config.load([yaml, *args.overrides]), plugins.REGISTRIES, args.gpus or 1, True,
-                     kits_loader=has_kits_loader())
+              kits_loader=has_kits_loader())
     return estimate(c, CARDS[args.gpu], args.gpus, args.mfu)
 
 

@@ -668,6 +668,7 @@ def check(*overrides: str):
     ([*STREAMS, 'train_loader.dataset.streams.a.lokal=x'], "streams.a.lokal: no such key; did you mean 'local'"),
     ([*STREAMS, 'train_loader.dataset.streams.c={split: x}'], 'train_loader.dataset.streams.c.local: missing'),
     ([*STREAMS, 'train_loader.dataset.streams.a.repeat=x'], "train_loader.dataset.streams.a.repeat: 'x' must be a number"),
+    ([*STREAMS, 'train_loader.dataset.streams.a.proportion=1'], 'train_loader.dataset.streams.b.proportion: missing'),
     ([*STREAMS, 'train_loader.dataset.cache_limit=1gb'], "train_loader.dataset.cache_limit: '1gb' with no remote"),
     (STREAMS[:3], 'train_loader.dataset.local: missing'),
 ])
