@@ -1,13 +1,14 @@
-"""Causal self-attention: three implementations behind one signature and one weight layout.
+"""Causal self-attention: the maths, then the choice of a kernel that computes it.
 
-Each takes queries, keys and values of shape (batch, seq, heads, head_dim) and returns the same shape. None takes
-a mask of padding: `MosaicGPT` moves it to the right end of each row, where causal attention already hides it. Where
-rows hold several documents, `Documents` tells each implementation how to stay within them.
+Every implementation takes queries, keys and values of shape (batch, seq, heads, head_dim) and returns the same shape.
+None takes a mask of padding: `MosaicGPT` moves padding to the right end of each row, where causal attention already
+hides it. Where rows hold several documents, `Documents` tells each implementation how to stay within them.
 """
 
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import Any, Optional
@@ -24,11 +25,50 @@ from src.config.schema import MosaicGPTConfig
 log = logging.getLogger(__name__)
 
 
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0,
+                    documents: Optional['Documents'] = None) -> Tensor:
+    """softmax(Q K^T / sqrt(head_dim) + causal mask) V, as written (Vaswani et al. 2017, eq. 1): the reference."""
+    seq_len = q.shape[1]
+    scores = torch.einsum('bqhd,bkhd->bhqk', q, k) / math.sqrt(q.shape[-1])
+    hidden = ~documents.mask if documents else torch.ones(seq_len, seq_len, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.float().masked_fill(hidden, float('-inf')).softmax(-1).to(v.dtype)
+    return torch.einsum('bhqk,bkhd->bqhd', F.dropout(weights, dropout_p), v)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0,
+                   documents: Optional['Documents'] = None) -> Tensor:
+    """PyTorch's fused attention; PyTorch picks the kernel."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, seq, head_dim)
+    mask = documents.bias(q.dtype) if documents else None
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None).transpose(1, 2)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head causal self-attention; `Wqkv` holds queries, keys and values, in this order, for every `attn_impl`."""
+
+    def __init__(self, cfg: MosaicGPTConfig):
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.head_dim = cfg.d_model // cfg.n_heads
+        self.dropout_p = cfg.attn_pdrop
+        self.kernel, self.attention, self.takes_lengths = choose_attention(cfg.attn_impl, self.head_dim,
+                                                                           cfg.attn_within_document, cfg.flash_kernel)
+        self.Wqkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, device=cfg.device)
+        self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, device=cfg.device)
+
+    def forward(self, x: Tensor, documents: Optional['Documents'] = None) -> Tensor:
+        """(batch, seq, d_model) to the same shape; with `documents` each token sees its own document alone."""
+        batch, seq_len, d_model = x.shape
+        q, k, v = self.Wqkv(x).view(batch, seq_len, 3, self.n_heads, self.head_dim).unbind(2)
+        out = self.attention(q, k, v, self.dropout_p if self.training else 0.0, documents)
+        return self.out_proj(out.reshape(batch, seq_len, d_model))
+
+
 class Documents:
     """Where the documents of a batch lie, for attention that stays within each.
 
-    What a kernel needs is made when the first layer asks for it, or by `count` before, and kept for the other layers and for
-    activation checkpointing, which runs them again. A plain class, which wrappers hand on as it is: FSDP builds tuples and
+    What a kernel needs is made when the first layer asks for it, or by `count` before, and kept for the other layers
+    and for activation checkpointing, which runs them again. It is a plain class because FSDP builds tuples and
     dataclasses anew for every block, and what they keep would be lost.
 
     Args:
@@ -49,18 +89,15 @@ class Documents:
     def mask(self) -> Tensor:
         """(batch, 1, seq, seq): whether a query (third dimension) sees a key (fourth)."""
         if self._mask is None:
-            self._mask = self._visible()
+            causal = self.index <= self.index[:, None]
+            self._mask = (causal & (self.index >= self.first[:, :, None]))[:, None]
         return self._mask
 
-    def _visible(self) -> Tensor:
-        causal = self.index <= self.index[:, None]
-        return (causal & (self.index >= self.first[:, :, None]))[:, None]
-
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """The mask as PyTorch's fused attention adds it to the scores, 0 or -inf: given the mask, it would make one a layer."""
+        """The mask as numbers to add to the scores, 0 or -inf. From the mask, PyTorch would make them in each layer."""
         if self._bias is None or self._bias.dtype != dtype:
-            hidden = ~self._visible()
-            self._bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float('-inf'))
+            zeros = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._bias = zeros.masked_fill_(~self.mask, float('-inf'))
         return self._bias
 
     @property
@@ -76,117 +113,18 @@ class Documents:
 
     @torch.compiler.disable  # what the count is decides a shape, at which a graph would end
     def count(self) -> None:
-        """Makes `cu_seqlens` outside of compiled code, for blocks of one graph, which serves any number of documents."""
+        """Makes `cu_seqlens` outside of compiled code. Blocks then share one graph for any number of documents."""
         torch._dynamo.maybe_mark_dynamic(self.cu_seqlens, 0)
 
 
-AttentionFn = Callable[[Tensor, Tensor, Tensor, float, Optional[Documents]], Tensor]  # q, k, v, dropout probability, documents
+# ---------------------------------------------------------------- the choice of a kernel
 
-
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
-    """softmax(Q K^T / sqrt(head_dim) + causal mask) V, as written (Vaswani et al. 2017, eq. 1): the reference."""
-    seq_len = q.shape[1]
-    scores = torch.einsum('bqhd,bkhd->bhqk', q, k) / math.sqrt(q.shape[-1])
-    hidden = ~documents.mask if documents else torch.ones(seq_len, seq_len, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.float().masked_fill(hidden, float('-inf')).softmax(-1).to(v.dtype)
-    return torch.einsum('bhqk,bkhd->bqhd', F.dropout(weights, dropout_p), v)
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
-    """PyTorch's fused attention; PyTorch picks the kernel."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, seq, head_dim)
-    mask = documents.bias(q.dtype) if documents else None
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None).transpose(1, 2)
-
+AttentionFn = Callable[..., Tensor]  # with the arguments of `torch_attention`
 
 HALF = (torch.float16, torch.bfloat16)
-
-# Packages of FlashAttention, by the value of `flash_kernel`: the module, and the compute capabilities that it is made for.
-FLASH_PACKAGES = {'flash-attn-2': ('flash_attn', range(8, 100)), 'flash-attn-3': ('flash_attn_interface', range(9, 10)),
-                  'flash-attn-4': ('flash_attn.cute', range(9, 12))}
-
-
-def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'auto') -> tuple[str, AttentionFn]:
-    """A FlashAttention kernel for this machine, and its name.
-
-    Args:
-        head_dim: Width of one head.
-        within_document: For rows of several documents, by a variable-length kernel.
-        choice: One of FLASH_PACKAGES, `cudnn` or `pytorch`; `auto`: cuDNN's on Hopper and newer, where it is the faster one, if
-            it can do it; else the package `flash-attn`, version 2, if it is installed; else the one that PyTorch carries.
-
-    Raises:
-        UserError: There is no GPU, or not this kernel for it.
-    """
-    if not torch.cuda.is_available():
-        raise UserError(FLASH_NEEDS_GPU)
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0) or head_dim > 256 or head_dim % 8:
-        raise UserError(f"model.attn_impl: 'flash' needs an Ampere or newer GPU and a head dimension (d_model / n_heads) that is "
-                        f'a multiple of 8 up to 256; here: compute capability {capability[0]}.{capability[1]}, head dimension '
-                        f'{head_dim}; set model.attn_impl=sdpa')
-    cudnn = head_dim <= 128 and not within_document and torch.backends.cudnn.is_available()
-    if choice == 'auto':
-        choice = 'cudnn' if cudnn and capability >= (9, 0) else 'flash-attn-2' if _package_kernel('flash-attn-2') else 'pytorch'
-    if choice == 'cudnn' and not cudnn:
-        raise UserError("model.flash_kernel: 'cudnn' has no kernel for head dimensions above 128 or for attn_within_document; "
-                        'set auto')
-    if choice in ('cudnn', 'pytorch'):
-        return f'PyTorch {"cuDNN" if choice == "cudnn" else "FlashAttention"}', _pytorch_flash_kernel(choice == 'cudnn')
-    module, capabilities = FLASH_PACKAGES[choice]
-    kernel = _package_kernel(choice)
-    if kernel is None or capability[0] not in capabilities:
-        why = f'its module {module} is not installed' if kernel is None else \
-            f'it is not made for compute capability {capability[0]}.{capability[1]}'
-        raise UserError(f'model.flash_kernel: {choice!r}: {why}; set auto, cudnn or pytorch')
-    return choice, kernel
-
-
-def _package_kernel(choice: str) -> Optional[AttentionFn]:
-    """The kernel of a package; None where it is not installed."""
-    try:
-        module: Any = import_module(FLASH_PACKAGES[choice][0])
-        dense, varlen = module.flash_attn_func, module.flash_attn_varlen_func
-    except (ImportError, AttributeError):  # version 4 alone leaves a `flash_attn` without functions
-        return None
-    takes_longest = 'max_seqlen_q' in signature(varlen).parameters  # some versions of 4 do not
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
-        options: dict[str, Any] = {'causal': True} | ({'dropout_p': dropout_p} if choice == 'flash-attn-2' else {})
-        if documents is None:
-            return _first(dense(q, k, v, **options))
-        longest = {'max_seqlen_q': q.shape[1], 'max_seqlen_k': q.shape[1]} if takes_longest else {}
-        bounds = {'cu_seqlens_q': documents.cu_seqlens, 'cu_seqlens_k': documents.cu_seqlens}
-        return end_to_end(lambda *qkv: _first(varlen(*qkv, **bounds, **longest, **options)), q, k, v)
-
-    return attention
-
-
-def _first(result: Any) -> Tensor:
-    """The output of a kernel that may also return logsumexp."""
-    return result[0] if isinstance(result, tuple) else result
-
-
-def end_to_end(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Calls a kernel for sequences of any lengths, which takes all rows laid end to end, (batch * seq, heads, head_dim)."""
-    return kernel(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (-1, q.shape[1]))
-
-
-def _pytorch_flash_kernel(cudnn: bool) -> AttentionFn:
-    """PyTorch's FlashAttention, or cuDNN's, which has no variable lengths here."""
-    backend = SDPBackend.CUDNN_ATTENTION if cudnn else SDPBackend.FLASH_ATTENTION
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
-        if documents is None:
-            with sdpa_kernel(backend):
-                return sdpa_attention(q, k, v, dropout_p)
-        # The operator behind `torch.nn.attention.varlen`, which torch has from 2.10 on, and behind nested tensors. No sequence
-        # exceeds `seq`; to know the longest would be to wait for the GPU.
-        flash: Any = torch.ops.aten._flash_attention_forward
-        bounds, seq_len = documents.cu_seqlens, q.shape[1]
-        return end_to_end(lambda *qkv: flash(*qkv, bounds, bounds, seq_len, seq_len, dropout_p, True, False)[0], q, k, v)
-
-    return attention
+SDPA = 'sdpa (PyTorch)', sdpa_attention, ()
+# Packages of FlashAttention, by the value of `flash_kernel`, and their modules
+PACKAGES = {'flash-attn-2': 'flash_attn', 'flash-attn-3': 'flash_attn_interface', 'flash-attn-4': 'flash_attn.cute'}
 
 
 def choose_attention(impl: str, head_dim: int, within_document: bool = False,
@@ -205,39 +143,106 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False,
     """
     if impl == 'torch':
         return 'torch (plain maths)', torch_attention, ()
+    if impl == 'sdpa' or impl == 'auto' and not torch.cuda.is_available():
+        return SDPA
+    try:
+        name, flash = flash_kernel(head_dim, within_document, kernel)
+    except UserError as e:
+        if impl == 'flash':
+            raise
+        log.info('%s', e)
+        return SDPA
     if impl == 'flash':
-        return *flash_kernel(head_dim, within_document, kernel), HALF
-    if impl == 'auto' and torch.cuda.is_available():
-        try:
-            name, flash = flash_kernel(head_dim, within_document, kernel)
-        except UserError as e:
-            log.info('%s', e)
-            return 'sdpa (PyTorch)', sdpa_attention, ()
+        return name, flash, HALF
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None) -> Tensor:
-            fitting = flash if q.dtype in HALF else sdpa_attention
-            return fitting(q, k, v, dropout_p, documents)
+    def attention(q: Tensor, *args: Any) -> Tensor:
+        return flash(q, *args) if q.dtype in HALF else sdpa_attention(q, *args)
 
-        return f'{name}, sdpa in fp32', attention, HALF
-    return 'sdpa (PyTorch)', sdpa_attention, ()
+    return f'{name}, sdpa in fp32', attention, HALF
 
 
-class CausalAttention(nn.Module):
-    """Multi-head causal self-attention; `Wqkv` holds queries, keys and values, in this order, for every `attn_impl`."""
+def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'auto') -> tuple[str, AttentionFn]:
+    """A FlashAttention kernel for this machine, and its name.
 
-    def __init__(self, cfg: MosaicGPTConfig):
-        super().__init__()
-        self.n_heads = cfg.n_heads
-        self.head_dim = cfg.d_model // cfg.n_heads
-        self.dropout_p = cfg.attn_pdrop
-        self.kernel, self.attention, self.takes_lengths = choose_attention(cfg.attn_impl, self.head_dim,
-                                                                           cfg.attn_within_document, cfg.flash_kernel)
-        self.Wqkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, device=cfg.device)
-        self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, device=cfg.device)
+    Args:
+        head_dim: Width of one head.
+        within_document: For rows of several documents, by a variable-length kernel.
+        choice: One of PACKAGES, `cudnn` or `pytorch`; `auto`: cuDNN's on Hopper and newer, where it is the faster one,
+            if it can do it; else the package `flash-attn`, version 2, if it is installed; else the one in PyTorch.
 
-    def forward(self, x: Tensor, documents: Optional[Documents] = None) -> Tensor:
-        """(batch, seq, d_model) to the same shape; with `documents` each token sees its own document alone."""
-        batch, seq_len, d_model = x.shape
-        q, k, v = self.Wqkv(x).view(batch, seq_len, 3, self.n_heads, self.head_dim).unbind(2)  # (batch, seq, heads, head_dim)
-        out = self.attention(q, k, v, self.dropout_p if self.training else 0.0, documents)
-        return self.out_proj(out.reshape(batch, seq_len, d_model))
+    Raises:
+        UserError: There is no GPU, or not this kernel for it.
+    """
+    if not torch.cuda.is_available():
+        raise UserError(FLASH_NEEDS_GPU)
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8 or head_dim > 256 or head_dim % 8:
+        raise UserError("model.attn_impl: 'flash' needs an Ampere or newer GPU and a head dimension "
+                        '(d_model / n_heads) that is a multiple of 8 up to 256; here: compute capability '
+                        f'{major}.{minor}, head dimension {head_dim}; set model.attn_impl=sdpa')
+    cudnn = head_dim <= 128 and not within_document and torch.backends.cudnn.is_available()
+    if choice == 'auto' and cudnn and major >= 9:
+        choice = 'cudnn'
+    elif choice == 'auto':
+        choice = 'flash-attn-2' if _package_kernel('flash-attn-2') else 'pytorch'
+    if choice == 'pytorch':
+        return 'PyTorch FlashAttention', _pytorch_flash
+    if choice == 'cudnn':
+        if not cudnn:
+            raise UserError("model.flash_kernel: 'cudnn' has no kernel for head dimensions above 128 or for "
+                            'attn_within_document; set auto')
+        return 'PyTorch cuDNN', partial(_pytorch_flash, backend=SDPBackend.CUDNN_ATTENTION)
+    kernel = _package_kernel(choice)
+    if kernel is None:
+        raise UserError(f'model.flash_kernel: {choice!r}: its module {PACKAGES[choice]} is not installed; '
+                        'set auto, cudnn or pytorch')
+    return choice, kernel
+
+
+def _pytorch_flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None,
+                   backend: Any = SDPBackend.FLASH_ATTENTION) -> Tensor:
+    """PyTorch's FlashAttention, or for rows of one document another backend's."""
+    if documents is None:
+        with sdpa_kernel(backend):
+            return sdpa_attention(q, k, v, dropout_p)
+    # The operator behind `torch.nn.attention.varlen`, which torch has from 2.10 on, and behind nested tensors. No
+    # sequence exceeds `seq`; to know the longest would be to wait for the GPU.
+    flash: Any = torch.ops.aten._flash_attention_forward
+    bounds, seq_len = documents.cu_seqlens, q.shape[1]
+    return end_to_end(lambda *qkv: flash(*qkv, bounds, bounds, seq_len, seq_len, dropout_p, True, False)[0], q, k, v)
+
+
+def end_to_end(kernel: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Calls a kernel for sequences of any lengths on all rows laid end to end, (batch * seq, heads, head_dim)."""
+    return kernel(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (-1, q.shape[1]))
+
+
+def _package_kernel(choice: str) -> Optional[AttentionFn]:
+    """The kernel of a package; None where it is not installed."""
+    try:
+        module: Any = import_module(PACKAGES[choice])
+        dense, varlen = _of_any_version(module.flash_attn_func), _of_any_version(module.flash_attn_varlen_func)
+    except (ImportError, AttributeError):  # version 4 alone leaves a `flash_attn` without functions
+        return None
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0,
+                  documents: Optional[Documents] = None) -> Tensor:
+        options: dict[str, Any] = {'dropout_p': dropout_p, 'causal': True}
+        if documents is None:
+            return dense(q, k, v, **options)
+        bounds, seq_len = documents.cu_seqlens, q.shape[1]
+        options |= {'cu_seqlens_q': bounds, 'cu_seqlens_k': bounds, 'max_seqlen_q': seq_len, 'max_seqlen_k': seq_len}
+        return end_to_end(partial(varlen, **options), q, k, v)
+
+    return attention
+
+
+def _of_any_version(function: Callable[..., Any]) -> AttentionFn:
+    """Leaves out the keywords that a version lacks, and the logsumexp that some versions return as well."""
+    known = frozenset(signature(function).parameters)
+
+    def call(*qkv: Tensor, **keywords: Any) -> Tensor:
+        out = function(*qkv, **{name: value for name, value in keywords.items() if name in known})
+        return out[0] if isinstance(out, tuple) else out
+
+    return call

@@ -19,6 +19,12 @@ from src.common.flops import train_flops_per_token
 from src.common.targets import IGNORE
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which layers compute with `x`: autocast's, where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def _padded(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """`x` in another type and with zeros to the right or below; `x` itself where that is nothing."""
     if x.shape == shape:
@@ -38,8 +44,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype,
                 with_grad: bool, multiple: int) -> Tensor:
-        vocab, extra = len(weight), -len(weight) % multiple  # rows of zeros: what they give is cut off before it counts
-        w = _padded(weight, (vocab + extra, weight.shape[1]), dtype)
+        vocab, width = len(weight), len(weight) + -len(weight) % multiple
+        w = _padded(weight, (width, weight.shape[1]), dtype)  # what the rows of zeros give is cut off before it counts
         n_targets = (targets != IGNORE).sum().clamp(min=1)
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_grad else None
@@ -59,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # d loss / d logits = (softmax - one_hot) / n_targets; the division comes last, fp16 would round it to 0
                 share = trained[:, None].float()
                 exps.mul_(share / z).scatter_add_(1, index, -share)
-                d_logits = _padded(exps, (len(exps), vocab + extra), dtype)
+                d_logits = _padded(exps, (len(exps), width), dtype)
                 del logits, exps  # else they would be there until the next chunk's are
                 d_hidden[rows] = d_logits @ w
                 if dtype == torch.float32:
@@ -67,8 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     d_weight += d_logits.T @ h
                 del d_logits
-        if with_grad:
-            assert d_weight is not None
+        if d_weight is not None:
             ctx.save_for_backward(d_hidden, d_weight[:vocab], n_targets)
             ctx.weight_dtype = weight.dtype
         return loss / n_targets
@@ -91,29 +96,22 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
         weight: The head, (vocab, d_model).
         targets: Token ids, (batch, seq); -100 where there is nothing to predict.
         chunk_tokens: Rows of logits at one time.
-        vocab_multiple: The head is padded to a multiple of so many rows, which matrix products on GPUs want; the result is
-            the same. None: 64 on a GPU, 1 on a CPU.
+        vocab_multiple: The head is padded to a multiple of so many rows, which matrix products on GPUs want; the
+            result is the same. None: 64 on a GPU, 1 on a CPU.
 
     Returns:
         The mean over the targets in nats, fp32; 0, with a gradient of 0, where there is none.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    kind, dtype = hidden.device.type, compute_dtype(hidden)
+    multiple = vocab_multiple or (64 if kind == 'cuda' else 1)
     with torch.autocast(kind, enabled=False):
-        loss = _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
-                                          chunk_tokens, dtype, torch.is_grad_enabled(),
-                                          vocab_multiple or (64 if kind == 'cuda' else 1))
-    assert isinstance(loss, Tensor)
+        loss: Any = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk_tokens, dtype,
+                                               torch.is_grad_enabled(), multiple)
     return loss
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy over the targets, as PyTorch computes it: for heads of other kinds, and for `torch.compile` to fuse.
-
-    Args:
-        logits: (batch, seq, vocab).
-        targets: (batch, seq); -100 where there is nothing to predict.
-    """
+    """The same from logits, (batch, seq, vocab): for heads of other kinds, and for `torch.compile` to fuse."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction='sum')
     return total / (targets != IGNORE).sum().clamp(min=1)
 
@@ -143,14 +141,14 @@ def next_token_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
     Args:
         batch: `input_ids`, (batch, seq), and `labels`, not shifted, -100 where there is nothing to predict. Labels of
-            shape (batch, seq) leave nothing for the last position to predict; of shape (batch, seq + 1) they give it the
-            token after the inputs. Optionally, with the former, `attention_mask`, (batch, seq).
+            shape (batch, seq) leave nothing for the last position to predict; of shape (batch, seq + 1) they give it
+            the token after the inputs. Optionally, with the former, `attention_mask`, (batch, seq).
     """
     batch = without_mask(batch)
     input_ids, labels = batch['input_ids'], batch['labels']
     if labels.shape[1] == input_ids.shape[1] + 1:
         return input_ids, labels[:, 1:]
-    assert labels.shape == input_ids.shape, f'labels {tuple(labels.shape)} do not fit input_ids {tuple(input_ids.shape)}'
+    assert labels.shape == input_ids.shape, f'labels {[*labels.shape]} do not fit input_ids {[*input_ids.shape]}'
     targets = labels.roll(-1, dims=1)
     targets[:, -1] = IGNORE
     return input_ids, targets
@@ -184,24 +182,18 @@ class ComposerCausalLM(ComposerModel):
         self.n_layers, self.d_model = n_layers, d_model
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean loss in nats over the batch's targets, and how many there are.
-
-        Raises:
-            UserError: The batch has `sequence_id` and the model does not attend within documents, or the other way round.
-        """
-        if self.attn_within_document and 'sequence_id' not in batch:
-            raise UserError('model.attn_within_document: true, but the batch has no sequence_id; set '
-                            'train_loader.dataset.sequence_ids and eval_loader.dataset.sequence_ids to true, or have '
-                            'a loader of your own give it')
-        if 'sequence_id' in batch and not self.attn_within_document:
-            raise UserError('dataset.sequence_ids: the batch has a sequence_id, and the model attends across documents; set '
-                            'sequence_ids=false, or model.attn_within_document=true, which mosaic_gpt has')
+        """The mean loss in nats over the batch's targets, and how many there are."""
+        if ('sequence_id' in batch) != self.attn_within_document:
+            does, has = ('within', 'no') if self.attn_within_document else ('across', 'a')
+            raise UserError(f'dataset.sequence_ids: the model attends {does} documents, and the batch has {has} '
+                            'sequence_id; make it the same as model.attn_within_document (which mosaic_gpt alone has)')
         batch = without_mask(batch)
         input_ids, targets = next_token_targets(batch)
         documents = {'sequence_id': batch['sequence_id']} if self.attn_within_document else {}
         return {'loss': self.model(input_ids, targets=targets, **documents), 'n_targets': (targets != IGNORE).sum()}
 
-    def eval_forward(self, batch: Mapping[str, Tensor], outputs: Optional[dict[str, Tensor]] = None) -> dict[str, Tensor]:
+    def eval_forward(self, batch: Mapping[str, Tensor],
+                     outputs: Optional[dict[str, Tensor]] = None) -> dict[str, Tensor]:
         return self.forward(batch) if outputs is None else outputs
 
     def loss(self, outputs: dict[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
@@ -219,7 +211,7 @@ class ComposerCausalLM(ComposerModel):
     def flops_per_batch(self, batch: Mapping[str, Tensor]) -> float:
         """FLOPs of one forward and backward pass; Composer's SpeedMonitor makes MFU of it.
 
-        Attention is counted over whole rows, also where it stays within documents and a variable-length kernel does less.
+        Attention is counted over whole rows, also where it stays within documents and does less.
         """
         rows, seq_len = batch['input_ids'].shape
         return rows * seq_len * train_flops_per_token(self.n_params, self.n_layers, self.d_model, seq_len)

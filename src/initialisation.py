@@ -1,18 +1,28 @@
 """Initial weights: the same on any number of ranks, with and without sharding, built on the CPU and on meta.
 
-Each parameter has a seed of its own, made from a key: `init_seed` and the parameter's name. A large parameter is drawn
-in chunks of whole rows, each with its own seed. So a rank draws only the chunks that it keeps a part of, and threads
-share them.
+| parameter                                        | drawn from                         |
+|--------------------------------------------------|------------------------------------|
+| wte, wpe, Wqkv, mlp_up weights                   | N(0, init_std)                     |
+| out_proj, mlp_down weights                       | N(0, init_std / sqrt(2 n_layers))  |
+| any other Linear's or Embedding's weight         | N(0, init_std)                     |
+| every Linear's bias                              | 0                                  |
+| LayerNorm weights and biases                     | 1 and 0                            |
+| parameters and buffers of any other module       | its own `reset_parameters`         |
+
+Each parameter has a seed of its own, made from `init_seed` and the parameter's name. A large parameter is drawn in
+chunks of whole rows, each with its own seed. So a rank draws only the chunks that it keeps a part of, and threads share
+them.
 """
 
+import copy
 import hashlib
+import math
 import os
-from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from src.common.errors import UserError
+from src.config.schema import MosaicGPTConfig
 
 CHUNK = 2**19  # numbers, as many as the largest parameter of the quick start has; a chunk has at least one row
 # Of FSDP1, activation checkpointing and torch.compile
@@ -38,8 +49,103 @@ def weights_come_later(later: bool) -> Iterator[None]:
         _loads_weights.reset(token)
 
 
-def draws_weights() -> bool:
-    return not _loads_weights.get()
+class Initialiser:
+    """Gives the modules of a model their initial values, by the table above.
+
+    Attributes:
+        has_values: The modules hold what their constructors set. False: they have come from meta.
+
+    Raises:
+        UserError: A matrix on meta loses what the code around its layer has written into it.
+    """
+
+    def __init__(self, model: nn.Module, cfg: MosaicGPTConfig):
+        self.model, self.cfg = model, cfg
+        self.has_values = False
+        self.draws = not _loads_weights.get()
+        self.by_hand = set_by_hand(model)
+        if lost := [name for name in self.by_hand if model.get_parameter(name).is_meta]:
+            raise UserError(f'model.device: on meta {lost[0]} loses the values that the code around its layer has set; '
+                            'write a subclass of the layer with a method reset_parameters(self) that sets them, or set '
+                            'model.device=cpu')
+
+    @torch.no_grad()
+    def set_values(self, module: nn.Module) -> None:
+        """Sets the module's own parameters and buffers, not those of its children.
+
+        Raises:
+            UserError: The module has come from meta, and nothing sets some of its parameters or buffers.
+        """
+        path = next((path for path, other in named_modules(self.model) if other is module), '')
+        tensors = own_tensors(module)
+        # A tied parameter is drawn under the first of its names
+        tied = {name for name in tensors.keys() & module._parameters.keys()
+                if first_owner(self.model, tensors[name]) is not module}
+        if not is_matrix(module):
+            self._reset(module, path, tensors, tied)
+            return
+        if not self.has_values:
+            _check_none_is_unset(module, path, tensors.keys() - {'weight', 'bias'})
+        for name in ('weight', 'bias'):
+            if name in tensors and name not in tied:
+                self._draw(tensors[name], f'{path}.{name}', getattr(module, 'padding_idx', None))
+
+    def _draw(self, param: Tensor, name: str, zero_row: Optional[int]) -> None:
+        """Draws the weight of a matrix, or sets its bias to 0, but where code around the layer has set them."""
+        if not self.draws:
+            param.fill_(torch.nan)  # a weight that the checkpoint lacks cannot pass for an initial one
+        elif name.endswith('.bias') and name not in self.by_hand:
+            param.zero_()
+        elif name not in self.by_hand:
+            residual = name.endswith(('out_proj.weight', 'mlp_down.weight'))
+            std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)
+            draw_normal(param, std, f'{self.cfg.init_seed}:{name}', zero_row)
+
+    def _reset(self, module: nn.Module, path: str, tensors: dict[str, Tensor], tied: set[str]) -> None:
+        """Calls the module's own initialisation, with random numbers that depend on the seed and the path alone.
+
+        It runs on a copy with whole tensors on the CPU, of which this rank keeps its part. A module that has values,
+        which its user may have changed, and whose initialisation draws no random numbers, stays as it is.
+        """
+        fresh = copy.copy(module)
+        fresh._parameters, fresh._buffers = {}, {}
+        for name, t in tensors.items():
+            blank = t.detach().clone() if self.has_values else _nothing_like(t)
+            if name in module._buffers:
+                fresh._buffers[name] = blank
+            else:
+                fresh._parameters[name] = nn.Parameter(blank, t.requires_grad)
+        # nn.MultiheadAttention calls it `_reset_parameters`
+        initialise = getattr(fresh, 'reset_parameters', None) or getattr(fresh, '_reset_parameters', None)
+        if not self.has_values and initialise is None:
+            _check_none_is_unset(module, path, tensors)
+        if not tensors or initialise is None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            state = torch.default_generator.manual_seed(seed_of(f'{self.cfg.init_seed}:{path}')).get_state()
+            initialise()
+            if self.has_values and torch.equal(state, torch.default_generator.get_state()):
+                return
+        made = own_tensors(fresh)
+        _check_none_is_unset(module, path, {name for name in tensors if made[name].isnan().any()})
+        for name, t in tensors.items():
+            if name in module._buffers:
+                module._buffers[name] = made[name].to(t.device)
+            elif name not in tied:
+                copy_whole(t, made[name])
+
+
+def _nothing_like(t: Tensor) -> Tensor:
+    """A whole tensor on the CPU, of NaN where its type has that."""
+    return torch.full(t.shape, torch.nan if t.is_floating_point() else 0, dtype=t.dtype)
+
+
+def _check_none_is_unset(module: nn.Module, path: str, names: Iterable[str]) -> None:
+    if names := sorted(names):
+        kind = type(module).__name__
+        raise UserError(f'model.device: on meta nothing gives values to {", ".join(names)} of {kind} ({path}); write a '
+                        f'method reset_parameters(self) in class {kind} that sets each of its own parameters and '
+                        'buffers, or set model.device=cpu')
 
 
 # ---------------------------------------------------------------- drawing
@@ -54,32 +160,22 @@ def draw_normal(param: Tensor, std: float, key: str, zero_row: Optional[int] = N
     """Draws what this rank keeps of a parameter from N(0, std), in chunks of at most `CHUNK` numbers or of one row.
 
     Args:
-        param: Of at least one dimension; the chunks are cut along the first.
+        param: Of at least one dimension; the chunks, and the parts of ranks, are cut along the first.
         std: The standard deviation.
         key: Chunk 0 has the seed of `key`, chunk n the seed of `key:n`. The numbers do not depend on the threads.
         zero_row: A row of zeros, such as an Embedding's `padding_idx`.
     """
-    shape, first = param.shape, 0
-    local = param.detach()
+    first, local = 0, param.detach()
     if isinstance(param, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        if shape[1:] != param.shape[1:]:  # not cut by rows alone
-            whole = torch.empty(param.shape)
-            draw_normal(whole, std, key, zero_row)
-            copy_whole(param, whole)
-            return
+        _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
         first, local = offset[0], param.to_local().detach()
-    assert local.shape == shape, f'{tuple(local.shape)} is kept, and {tuple(shape)} expected'
     last, rows = first + len(local), max(1, CHUNK // param.shape[1:].numel())
 
     def draw(number: int) -> None:
         start, stop = number * rows, min((number + 1) * rows, len(param))
-        kept = local[max(start - first, 0):stop - first]
-        in_place = len(kept) == stop - start and kept.device.type == 'cpu' and kept.dtype == torch.float32
-        chunk = kept if in_place and kept.is_contiguous() else torch.empty(stop - start, *param.shape[1:])
-        chunk.normal_(0.0, std, generator=torch.Generator().manual_seed(seed_of(f'{key}:{number}' if number else key)))
-        if chunk is not kept:
-            kept.copy_(chunk[max(first - start, 0):last - start])
+        generator = torch.Generator().manual_seed(seed_of(f'{key}:{number}' if number else key))
+        chunk = torch.empty(stop - start, *param.shape[1:]).normal_(0.0, std, generator=generator)
+        local[max(start - first, 0):stop - first].copy_(chunk[max(first - start, 0):last - start])
 
     chunks = range(first // rows, -(-last // rows)) if len(local) else []
     threads = len(os.sched_getaffinity(0)) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -106,23 +202,22 @@ def is_matrix(module: nn.Module) -> bool:
     return own in (nn.Linear.reset_parameters, nn.Embedding.reset_parameters)
 
 
-def set_by_hand(model: nn.Module) -> dict[str, Tensor]:
+def set_by_hand(model: nn.Module) -> list[str]:
     """The weights and biases of new Linear and Embedding layers that code outside of their constructors has set."""
-    return {f'{path}.{name}': p for path, module in model.named_modules() if is_matrix(module)
-            if type(module).__name__ != 'NonDynamicallyQuantizableLinear'  # MultiheadAttention sets its bias to 0, too
-            for name, p in module._parameters.items()
-            if p is not None and p._version > 1 + (getattr(module, 'padding_idx', None) is not None)
-            and first_owner(model, p) is module}
+    found = []
+    for name, param in model.named_parameters():  # a tied one under the first of its names alone
+        module = model.get_submodule(name.rpartition('.')[0])
+        writes = 1 if getattr(module, 'padding_idx', None) is None else 2  # of the constructor
+        # nn.MultiheadAttention sets the bias of its own kind of Linear to 0, too
+        own_kind = type(module).__name__ == 'NonDynamicallyQuantizableLinear'
+        if is_matrix(module) and not own_kind and param._version > writes:
+            found.append(name)
+    return found
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a module by name, without those of its children."""
     return {name: t for name, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
-
-
-def _own_initialisation(module: nn.Module) -> Any:
-    """The method `reset_parameters`; `nn.MultiheadAttention` calls it `_reset_parameters`."""
-    return getattr(module, 'reset_parameters', None) or getattr(module, '_reset_parameters', None)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -143,84 +238,17 @@ def first_owner(model: nn.Module, param: Tensor) -> nn.Module:
     return next(module for module in model.modules() if any(param is other for other in module._parameters.values()))
 
 
-def check_initialisation(module: nn.Module, path: str) -> None:
-    """Checks that something can give values to each parameter and buffer of a module.
-
-    Raises:
-        UserError: The module has no `reset_parameters`, or PyTorch's, which sets weight and bias alone.
-    """
-    names = set(own_tensors(module))
-    unset = names - {'weight', 'bias'} if is_matrix(module) else names if _own_initialisation(module) is None else None
-    if unset:
-        raise _unset(module, path, unset)
-
-
-def _unset(module: nn.Module, path: str, names: set[str]) -> UserError:
-    kind = type(module).__name__
-    return UserError(f'model.device: on meta nothing gives values to {", ".join(sorted(names))} of {kind} ({path}); '
-                     f'write a method reset_parameters(self) in class {kind} that sets each of its own parameters and '
-                     'buffers, or set model.device=cpu')
-
-
-@torch.no_grad()
-def reset(module: nn.Module, path: str, seed: int, has_values: bool, tied: Collection[str] = ()) -> None:
-    """Calls the module's own initialisation, with random numbers that depend on the seed and the path alone.
-
-    The initialisation sets whole tensors on the CPU, and this rank keeps its part of them.
-
-    Args:
-        module: One without `reset_parameters` stays as it is.
-        path: Its name in the model.
-        seed: `init_seed`.
-        has_values: The module's constructor has set its values, and the user may have changed them: if the
-            initialisation draws no random numbers, the module stays as it is.
-        tied: Parameters that have their values from another module.
-
-    Raises:
-        UserError: The initialisation leaves a tensor without a value.
-    """
-    init, held = _own_initialisation(module), own_tensors(module)
-    if init is None or not held:
-        return
-    blank = {name: t.detach().clone() if has_values else torch.empty(t.shape, dtype=t.dtype)
-             for name, t in held.items()}
-    for name, t in blank.items():
-        if name in module._buffers:
-            module._buffers[name] = t
-        else:
-            t = t if has_values else t.fill_(torch.nan)
-            module._parameters[name] = nn.Parameter(t, held[name].requires_grad)
-    with torch.random.fork_rng(devices=[]):
-        state = torch.default_generator.manual_seed(seed_of(f'{seed}:{path}')).get_state()
-        init()
-        keeps = has_values and torch.equal(state, torch.default_generator.get_state())
-    made = own_tensors(module)
-    unset = {name for name, t in made.items() if name in held and not has_values
-             and (t is blank[name] and not t._version if name in module._buffers else t.isnan().any())}
-    if unset:
-        raise _unset(module, path, unset)
-    for name, t in held.items():
-        if name in module._buffers:
-            module._buffers[name] = t if keeps else made[name].to(t.device)
-            continue
-        module._parameters[name] = t  # pyright: ignore[reportArgumentType]
-        if not keeps and name not in tied:
-            copy_whole(t, made[name])
-
-
 def leave_meta(model: nn.Module, device: Union[str, torch.device]) -> list[nn.Module]:
     """Gives memory to the tensors on meta, and moves the others to the device. Tied parameters stay tied.
 
     Returns:
         The modules that had tensors on meta, which have no values yet.
     """
-    owners: dict[Tensor, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():
-        for name, param in module.named_parameters(recurse=False):
-            owners[param].append((module, name))
     empty = [module for module in model.modules() if any(t.is_meta for t in own_tensors(module).values())]
+    before = [(module, name, param) for module in model.modules()
+              for name, param in module.named_parameters(recurse=False)]
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    for (first, first_name), *others in owners.values():
-        for module, name in others:
-            setattr(module, name, getattr(first, first_name))
+    after = {}
+    for module, name, param in before:
+        setattr(module, name, after.setdefault(param, module.get_parameter(name)))
     return empty

@@ -220,7 +220,7 @@ def test_hf_loss_with_labels_one_longer_is_that_of_the_longer_row(kind):
 
 def test_hf_models_refuse_sequence_ids():
     ids = torch.ones(2, 8, dtype=torch.long)
-    with pytest.raises(UserError, match='the model attends across documents; set sequence_ids=false'):
+    with pytest.raises(UserError, match='the model attends across documents, and the batch has a sequence_id'):
         hf_model('gpt2')({'input_ids': ids, 'labels': ids, 'sequence_id': ids})
 
 

@@ -148,7 +148,7 @@ def test_labels_one_longer_train_the_last_position_as_well():
     inputs, targets = next_token_targets({'input_ids': ids, 'labels': labels})
     assert inputs.tolist() == ids.tolist()
     assert targets.tolist() == [[6, 7, 2], [9, 1, -100]]
-    with pytest.raises(AssertionError, match=r'labels \(2, 5\) do not fit input_ids \(2, 3\)'):
+    with pytest.raises(AssertionError, match=r'labels \[2, 5\] do not fit input_ids \[2, 3\]'):
         next_token_targets({'input_ids': ids, 'labels': torch.zeros(2, 5, dtype=torch.long)})
 
 
@@ -277,10 +277,9 @@ def test_microbatches_of_packed_rows_add_up():
 def test_a_batch_and_the_setting_have_to_agree():
     packed = packed_batch()
     plain = {key: packed[key] for key in ('input_ids', 'labels')}
-    with pytest.raises(UserError, match='attn_within_document: true, but the batch has no sequence_id; set '
-                                        'train_loader.dataset.sequence_ids and eval_loader.dataset.sequence_ids to true'):
+    with pytest.raises(UserError, match='the model attends within documents, and the batch has no sequence_id; make'):
         ComposerMosaicGPT(TINY | dict(attn_within_document=True))(plain)
-    with pytest.raises(UserError, match='sequence_ids: the batch has a sequence_id, and the model attends across documents; set'):
+    with pytest.raises(UserError, match='the model attends across documents, and the batch has a sequence_id; make it'):
         ComposerMosaicGPT(TINY)(packed)
 
 
@@ -368,9 +367,6 @@ def test_the_kernel_follows_the_hardware(hopper):
             flash_kernel(head_dim, within, 'cudnn')
     hopper.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
     assert chosen() == 'flash-attn-2' and chosen(choice='cudnn') == 'PyTorch cuDNN'
-    for choice in ('flash-attn-3', 'flash-attn-4'):
-        with pytest.raises(UserError, match=f"flash_kernel: '{choice}': it is not made for compute capability 8.0; set auto"):
-            flash_kernel(64, choice=choice)
     hopper.setitem(sys.modules, 'flash_attn', types.SimpleNamespace())  # what version 4 alone leaves
     assert chosen() == chosen(choice='pytorch') == 'PyTorch FlashAttention'
     with pytest.raises(UserError, match="flash_kernel: 'flash-attn-2': its module flash_attn is not installed; set auto, cudnn"):
