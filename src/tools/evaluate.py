@@ -48,7 +48,7 @@ from src.ranks.failure_watch import FailureWatch
 from src.tokenizer import HFTokenizer, bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
-from src.training.failures import explained, lost_workers_explained
+from src.training.failures import explained
 from src.training.report import log
 from src.training.setup import check_config, meet
 
@@ -118,7 +118,6 @@ class Totals(Metric):
         return self.sums
 
 
-@lost_workers_explained('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """The figures of one split.
 
