@@ -45,7 +45,8 @@ from src.ranks import program
 from src.ranks.agreement import agree
 from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
-from src.tokenizer import HFTokenizer, bytes_per_token
+from src.tokenizer import HFTokenizer
+from src.tools.bits_per_byte import bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
 from src.training.failures import explained

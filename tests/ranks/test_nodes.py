@@ -231,12 +231,12 @@ def train_on(two: list[Host], mds_root: Path, by_argument: bool) -> dict[int, st
 def one_rank(mds_root, tmp_path_factory):
     """The losses of the same run on one rank."""
     import main
-    from src.tools.plot_loss import read_scalars
+    from src.tools.run_logs import read_run
 
     folder = tmp_path_factory.mktemp('tb')
     argv = tiny(mds_root, *SHORT, 'log_to_console=false', f'loggers.tensorboard.log_dir={folder}')
     assert main.cli([str(ROOT / QUICKSTART), *argv]) == 0
-    return list(read_scalars(folder)['loss/train/total'].values())
+    return list(read_run(str(folder)).scalars['loss/train/total'].values())
 
 
 @pytest.mark.slow
