@@ -8,6 +8,7 @@ os.environ['TQDM_DISABLE'] = '1'
 if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes with a thread for each of two cores wait for each other most of the time
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import inspect
 import logging
 import random
 import re
@@ -32,6 +33,11 @@ N_DOCUMENTS = {'train': 400, 'val': 90}
 WORDS = """the a of and to in is was that for it with on as by at from river mountain engine letter winter garden number
     children market science music history light water measure question answer city forest machine story slowly often
     never perhaps quietly built found carried wrote asked kept opened changed learned grew""".split()  # noqa: SIM905
+# Modules whose tests, but for those that name one of RUNS, start no process and train nothing: `pytest -m unit`.
+UNIT = ('test_errors_and_text', 'test_config', 'test_old_keys', 'test_yamls', 'test_documents', 'test_source_files',
+        'test_encoding', 'test_sample_order', 'test_tokenizer', 'test_causal_lm', 'test_layers', 'test_mosaic_gpt',
+        'test_environment', 'test_memory', 'test_estimate')
+RUNS = re.compile(r'subprocess|main\.(main|cli)|\.fit\(|convert_c4\.main|num_workers=[1-9]')
 SEMAPHORES = r'sem\.(mp|loky)-.*'
 
 
@@ -61,6 +67,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     # The longest first: the first worker then has them one after another, while the second takes the others, also of the first's.
     items.sort(key=limit, reverse=True)
+    for item in items:
+        is_run = item.get_closest_marker('slow') or RUNS.search(inspect.getsource(item.function))  # pyright: ignore
+        if item.path.stem in UNIT and not is_run:
+            item.add_marker('unit')
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('gpu'):

@@ -16,7 +16,6 @@ CHECK = ('check that every node is started, each with its own NODE_RANK and all 
          'and MASTER_PORT; that MASTER_ADDR is an address of node 0 which the others reach (127.0.0.1 and 0.0.0.0 are '
          'not) and no firewall closes its ports; and, where a node has several networks, set GLOO_SOCKET_IFNAME and '
          'NCCL_SOCKET_IFNAME')
-SHOWN = 20  # differences in one message
 
 
 def agree(what: str, settings: Mapping[str, Any]) -> None:
@@ -32,8 +31,7 @@ def agree(what: str, settings: Mapping[str, Any]) -> None:
     errors = differences(gather({name: repr(value) for name, value in settings.items()}))
     if errors:
         head = f'{what}: the nodes disagree; start every node with the same YAML, arguments and files:'
-        more = [f'and {len(errors) - SHOWN} more'] if len(errors) > SHOWN else []
-        raise UserError('\n  - '.join([head, *errors[:SHOWN], *more]))
+        raise UserError('\n  - '.join([head, *errors]))
 
 
 def gather(value: Any) -> dict[Process, Any]:

@@ -65,9 +65,8 @@ class StopRequest:
 
     def watch_siblings(self, pids: Sequence[int], on_death: Optional[Callable[[int], None]] = None) -> None:
         """Names the processes of this node's ranks; `on_death(local_rank)` is called before this one ends."""
-        if os.path.exists('/proc/self/stat'):
-            self._on_death = on_death
-            self._siblings = [(pid, _start_time(pid)) for pid in pids]
+        self._on_death = on_death
+        self._siblings = [(pid, _start_time(pid)) for pid in pids]
 
     def dead_siblings(self) -> list[int]:
         """The local ranks whose process has ended, however it did."""

@@ -49,7 +49,7 @@ from src.tokenizer import HFTokenizer
 from src.tools.bits_per_byte import bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
-from src.training.failures import explained, lost_workers_explained
+from src.training.failures import explained
 from src.training.report import log
 from src.training.setup import check_config, meet
 
@@ -119,7 +119,6 @@ class Totals(Metric):
         return self.sums
 
 
-@lost_workers_explained('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """The figures of one split.
 

@@ -131,8 +131,8 @@ def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFToke
     return CheckpointWriter(c.save_folder, interval, c.save_num_checkpoints_to_keep, run.start, info)
 
 
-def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: bool, writer: Optional[CheckpointWriter],
-                    more: Iterable[Callback]) -> list[Callback]:
+def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: bool,
+                    writer: Optional[CheckpointWriter], more: Iterable[Callback]) -> list[Callback]:
     """All callbacks, in the order in which they are called.
 
     Args:
@@ -142,7 +142,12 @@ def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: 
         writer: Saves checkpoints; None: nothing does.
         more: Callbacks that are not the config's.
     """
-    chosen = plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer)
-    return [StepCounters(run.device_batch), OptimizerSettings(new_schedule), *sharding.build_callbacks(run.c.fsdp_config),
-            *chosen, *more, *filter(None, [writer]),
-            GracefulStop(run.stop, writer.save_and_wait if writer else None)]
+    return [
+        StepCounters(run.device_batch),
+        OptimizerSettings(new_schedule),
+        *sharding.build_callbacks(run.c.fsdp_config),
+        *plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer),
+        *more,
+        *filter(None, [writer]),
+        GracefulStop(run.stop, writer.save_and_wait if writer else None),
+    ]

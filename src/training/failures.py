@@ -1,4 +1,4 @@
-"""What is said where a run fails: out of memory, a lost loader worker, a mistake of the user."""
+"""What is said where a run fails: out of memory, and which checkpoint is left after a mistake."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,6 @@ from composer.utils import dist
 
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError, first_line, is_out_of_memory
-from src.common.machine import explain_lost_worker
 from src.config.remedies import remedies
 from src.config.schema import Config
 
@@ -43,21 +42,3 @@ def out_of_memory(c: Config, e: BaseException) -> UserError:
     steps.append(f'more than {dist.get_world_size()} devices, a shorter max_seq_len, or a smaller model')
     listed = '\n'.join(f'  {i}. {step}' for i, step in enumerate(steps, 1))
     return UserError(f'out of memory: {first_line(e)}\nChange, in this order:\n{listed}')
-
-
-@contextmanager
-def lost_workers_explained(loader: str = 'train_loader') -> Iterator[None]:
-    """Says why a loader worker was lost, which torch tells the rank at any moment.
-
-    Args:
-        loader: The section of the loader that is most likely the worker's.
-
-    Raises:
-        UserError: A worker is lost for a reason that can be mended.
-    """
-    try:
-        yield
-    except Exception as e:
-        if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, loader)):
-            raise UserError(why) from e
-        raise

@@ -91,7 +91,8 @@ def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
         if isinstance(callback, TextSamples):
             callback.prepare(tokenizer, c.train_loader.dataset.max_seq_len)
             if c.eval_loader is None:
-                log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
+                log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each '
+                            'evaluation')
     return built
 
 

@@ -24,11 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from src.common import machine
 from src.common.errors import UserError
 from src.common.workers import init_loader_worker
-from src.config import load as config
 from src.data_c4 import StreamingC4, build_c4_dataloader
 from src.loader import shared_memory
-from src.ranks import rendezvous
-from src.tools import evaluate
 
 # ---------------------------------------------------------------- shared memory
 
@@ -148,15 +145,6 @@ def test_full_shared_memory_and_disks_that_cannot_be_written_are_messages(tokens
         and f'{packed}/train cannot be written. Set data_local to a folder on a disk of this' in said['in place']
     assert f'cannot be copied to {packed}/copy: {packed} cannot be written' in said['copied to it']
     assert said['copied'] == '4 batches'
-
-
-def test_a_lost_worker_is_explained_in_an_evaluation(monkeypatch):
-    def lose(timeout: float) -> None:
-        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
-
-    monkeypatch.setattr(rendezvous, 'initialize', lose)
-    with pytest.raises(UserError, match='eval_loader: a loader worker was killed'):
-        evaluate.evaluate(config.load([f'{ROOT}/yamls/quickstart.yaml', 'dist_timeout=1']))  # pyright: ignore
 
 
 class Unsendable(Dataset):

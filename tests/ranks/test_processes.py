@@ -181,10 +181,10 @@ loader = DataLoader(Slow(), batch_size=2, num_workers=2, persistent_workers=pers
 iterator = None if persistent else iter(loader)  # workers with the rank's own handlers, or with the default ones
 with StopRequest() as stop:
     iterator = iterator or iter(loader)
-    next(iterator)
+    next(iterator), next(iterator)  # one of each worker, which are ready then
     print(*[w.pid for w in iterator._workers])
     sys.stdin.readline()
-    for _ in range(20):
+    for _ in range(19):
         next(iterator)
     print('requested' if stop.requested else 'undisturbed')
     began = time.monotonic()
