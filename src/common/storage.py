@@ -12,16 +12,11 @@ from typing import Any, Union
 
 
 class AnyFolder:
-    """What is the same wherever files lie.
+    """What is the same wherever files lie."""
 
-    Attributes:
-        root: The path or the URL.
-        remote: Whether it is a URL.
-        deletes: Whether files can be removed.
-    """
-
-    root: Any
-    remote = deletes = False
+    root: Any  # the path or the URL
+    remote = False  # whether it is a URL
+    deletes = False  # whether files can be removed
 
     def __str__(self) -> str:
         return str(self.root)
@@ -54,7 +49,8 @@ class LocalFolder(AnyFolder):
 
     def names(self) -> list[str]:
         """Files, and those of the folders in it, relative to it."""
-        return [str(p.relative_to(self.root)) for pattern in ('*', '*/*') for p in self.root.glob(pattern) if p.is_file()]
+        paths = [*self.root.glob('*'), *self.root.glob('*/*')]
+        return [str(path.relative_to(self.root)) for path in paths if path.is_file()]
 
     def size(self, name: str) -> int:
         """Bytes; -1 where there is no such file."""

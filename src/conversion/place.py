@@ -92,7 +92,7 @@ class RemotePlace(AnyFolder):
         return {key.removeprefix(prefix) for key in keys}
 
     def send(self, folder: Path, names: Iterable[str], below: str = '') -> None:
-        """Uploads files to this place, or below it, in this order. Without any, finds out whether the bucket is there."""
+        """Uploads files to this place, or below it, in this order. Without any, it looks for the bucket."""
         url = f'{self.root}/{below}' if below else self.root
 
         def upload() -> None:
@@ -168,7 +168,7 @@ def unfinished(place: Place, name: str) -> Iterator[Path]:
 
 
 def sweep(place: Place, of_all: bool = False) -> None:
-    """Removes what processes of this machine that were killed left unfinished; or what all did, once nothing is missing."""
+    """Removes what killed processes of this machine left unfinished; or what all did, once nothing is missing."""
     disk = disk_of(place)
     for path in chain(disk.glob('.*.partial-*'), Path(tempfile.gettempdir()).glob('.*.partial-*')):
         owner = UNFINISHED.fullmatch(path.name)

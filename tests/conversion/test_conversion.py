@@ -849,8 +849,8 @@ def test_train_small_trains_the_tokenizer_before_the_machines_share_train(source
     (['--partition', '1'], "--partition: '1' is not i/n"),
     (['--num_workers', '0'], "--num_workers: '0' is no whole number above 0"),
     (['--max_docs', 'ten'], "--max_docs: 'ten' is no whole number above 0"),
-    (['--out_root', ''], '--out_root and --verify: the name of a folder is missing'),
-    (['--verify', 'x'], 'give --out_root, or --verify alone'),
+    (['--out_root', ''], '--out_root: the name of a folder is missing'),
+    (['--verify', 'x'], '--verify: not allowed with argument --out_root'),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_read(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     import convert_c4
