@@ -160,6 +160,14 @@ def test_the_hash_of_the_texts_is_the_sum_of_their_hashes(source: Path, tmp_path
     assert manifest(tmp_path / 'train')['texts_hash'] == f'{total % 2**128:032x}'
 
 
+def test_the_index_is_the_one_that_streaming_merges(source: Path, tmp_path: Path) -> None:
+    from streaming.base.util import merge_index
+
+    convert(tmp_path / 'out', source, 'train', compression='zstd')
+    merge_index([str(path) for path in sorted(tmp_path.glob('out/train/*/index.json'))], str(tmp_path / 'merged'))
+    assert (tmp_path / 'out/train/index.json').read_bytes() == (tmp_path / 'merged/index.json').read_bytes()
+
+
 def test_shards_are_those_of_the_plain_writer(source: Path, tmp_path: Path) -> None:
     from streaming import MDSWriter
 
