@@ -277,9 +277,8 @@ def main(args: argparse.Namespace) -> None:
     make_tokenizer(args, source, listed)
     with tempfile.TemporaryDirectory() as folder:
         jobs = plan(args, source, listed, Path(folder))
-        there: dict[str, list[Optional[Part]]] = {
-            split: all_done(of_split) if of_split[0].max_docs is None else [None] * len(of_split)
-            for split, of_split in jobs.items()}
+        # of the first N documents, nobody knows which parts hold them
+        there = {split: all_done(of_split) if of_split[0].max_docs is None else [] for split, of_split in jobs.items()}
         if not args.merge:
             check_disk(args, [job for split in jobs for job, part in zip(jobs[split], there[split]) if part is None])
         for split in args.splits:

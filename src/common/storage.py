@@ -22,7 +22,7 @@ class AnyFolder:
         return str(self.root)
 
     def uri(self, name: str) -> str:
-        return f'{self.root}/{name}'
+        return os.path.join(self.root, name)
 
     def read(self, name: str) -> str:
         """The text of a file. Raises FileNotFoundError where there is none."""

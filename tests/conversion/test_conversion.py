@@ -725,6 +725,8 @@ def test_disk_that_is_too_small_is_said_at_once(source: Path, tmp_path: Path, sm
                                         '0.002 GB. Free space, name another disk, or add --compression zstd; --skip_disk_check'):
         convert(small_disk, folder, 'train')
     assert os.listdir(small_disk) == []
+    write_jsonl(folder / 'a.jsonl', ['short', 'x' * 2_000_000])
+    convert(small_disk, folder, 'train', max_docs=1)
 
 
 # ---------------------------------------------------------------- what is there already
