@@ -31,11 +31,7 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
                    ) -> Iterator[Document]:
     """The documents of one file that can be used.
 
-    Args:
-        found: From `documents`.
-        skip_bad_docs: Whether bad documents are left out, in place of an error.
-        counts: `bad_documents` is raised by those that are left out.
-        shown: How many of them are named.
+    With `skip_bad_docs` the others are left out, counted in `counts`, and the first of them are named.
 
     Raises:
         UserError: A document is bad; or, with `skip_bad_docs`, all of several are, so that a whole file would be left

@@ -26,10 +26,8 @@ def make_parts(split: str, jobs: list[Job], there: list[Optional[Part]], num_wor
     """Makes the parts of a split that are not there.
 
     Args:
-        split: For the bar, like `total`: of documents, None where nobody knows.
-        jobs: All of the split, or those of a --partition.
-        there: What was made before, for each of them.
-        num_workers: Processes.
+        there: What was made before, for each of `jobs`.
+        total: The documents of the split, for the bar; None where nobody knows.
 
     Returns:
         The jobs that make up the split: where only the first N documents are asked for, those that hold them.

@@ -94,10 +94,7 @@ def sources() -> Iterator[tuple[str, list[str]]]:
 def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
     """The corpus as C4-shaped documents (`text`, `timestamp`, `url`) under `train` and `val`.
 
-    The hash of a document's text puts one in 16 into `val`.
-
-    Args:
-        max_bytes: Gathering ends with the source that reaches this many bytes of text.
+    The hash of a document's text puts one in 16 into `val`. The source that reaches `max_bytes` of text is the last.
     """
     splits: dict[str, list[dict[str, str]]] = {'train': [], 'val': []}
     seen: set[str] = set()

@@ -71,11 +71,7 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
 
 
 def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
-    """The tokenizer for --concat_tokens.
-
-    Args:
-        args: The command line.
-        folder: Empty, for a copy of a tokenizer that is in an object store.
+    """The tokenizer for --concat_tokens; `folder` is for a copy of one that is in an object store.
 
     Returns:
         The name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
