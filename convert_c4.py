@@ -25,7 +25,7 @@ from src.config.data_places import is_url
 from src.conversion.manifest import check_strangers, merge, verify
 from src.conversion.parts import Job, Part, all_done
 from src.conversion.place import open_place, sweep
-from src.conversion.pool import run, run_in_order
+from src.conversion.pool import make_parts
 from src.conversion.shards import Options, write_shards
 from src.conversion.source_files import FolderSource, SourceFile, doubles
 from src.conversion.sources import C4, C4_COUNTS, HubSource, SampleSource, Source
@@ -46,14 +46,23 @@ def fraction(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
+def folder(text: str) -> str:
+    """A shell leaves the ~ of --out_root=~/data as it is; and a variable that is not set makes an empty name."""
+    if not text:
+        raise argparse.ArgumentTypeError('the name of a folder is missing')
+    return os.path.expanduser(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that '
                                      'mosaicml-streaming reads. Stopped at any moment, the same command goes on.')
-    add = parser.add_argument
-    folder: Any = os.path.expanduser  # a shell leaves the ~ of --out_root=~/data as it is
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
     add('--out_root', type=folder, metavar='DIR|URL',
         help='the splits become DIR/train and DIR/val; or s3://bucket/..., gs://bucket/...')
+    add('--verify', type=folder, metavar='DIR', help='check a copy against its manifests, and do nothing else')
+
+    add = parser.add_argument
     add('--splits', nargs='+', choices=list(SPLITS), default=['train', 'val'],
         help=f'default: train val; train_small: the first {SMALL:,} documents of train')
     add('--source', type=folder, default='hub', metavar='hub|sample|FOLDER',
@@ -65,7 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     add('--revision', metavar='COMMIT', help="of the data set's repository; default: its newest")
     add('--text_column', default='text', metavar='NAME', help='the field of a document that holds its text')
     add('--txt_lines', action='store_true', help='each line of a .txt file is a document; default: each file is one')
-    add('--verify', type=folder, metavar='DIR', help='check a copy against its manifests, and do nothing else')
 
     add = parser.add_argument_group('what is written').add_argument
     add('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
@@ -89,29 +97,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     """The command line, or `argv`. Leaves the process with status 2 and a usage line when it cannot be read."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        check_values(args)
-    except UserError as error:
-        parser.error(str(error))
-    return args
+    return build_parser().parse_args(argv)
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """A copy of the arguments, with the defaults of those that are missing."""
+    defaults = vars(parse_args(['--out_root', '.'])) | {'out_root': None}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return argparse.Namespace(**{**vars(build_parser().parse_args([])), **given})
+    return argparse.Namespace(**{**defaults, **given})
 
 
 # ---------------------------------------------------------------- checks before any work
-
-
-def check_values(args: argparse.Namespace) -> None:
-    if (args.out_root is None) == (args.verify is None):
-        raise UserError('give --out_root, or --verify alone')
-    if not (args.out_root or args.verify):
-        raise UserError('--out_root and --verify: the name of a folder is missing')
 
 
 def check_out_root(out_root: str) -> None:
@@ -215,30 +211,6 @@ def make_tokenizer(args: argparse.Namespace, source: Source, listed: dict[str, l
     write_tokenizer(args.out_root, texts, args.train_tokenizer or 4096)
 
 
-def make_parts(split: str, jobs: list[Job], there: list[Optional[Part]], total: Optional[int], args: argparse.Namespace,
-               ) -> list[Job]:
-    """Makes the parts of a split that are not there.
-
-    Returns:
-        The jobs that make up the split: those of the first N documents, where only they are asked for.
-    """
-    from tqdm import tqdm
-
-    if any(there):
-        print(f'{split}: {sum(map(bool, there))} of {len(jobs)} parts were there before')
-    tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
-    # no smoothing: parts come in batches, one of each worker; in a file of logs a line a minute
-    with tqdm(desc=split, total=jobs[0].max_docs or total, initial=sum(part['documents'] for part in there if part),
-              unit=' documents', unit_scale=True, smoothing=0, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-        def report(part: Part) -> None:
-            bar.update(part['documents'])
-
-        if jobs[0].max_docs is not None:
-            return run_in_order(jobs, report)
-        run([job for job, part in zip(jobs, there, strict=True) if part is None], args.num_workers, report)
-    return jobs
-
-
 def convert_split(split: str, jobs: list[Job], there: list[Optional[Part]], args: argparse.Namespace, source: Source,
                   ) -> None:
     """Makes the parts of a split that are not there, and closes it."""
@@ -247,13 +219,13 @@ def convert_split(split: str, jobs: list[Job], there: list[Optional[Part]], args
     of_c4 = source.is_c4 and jobs[0].max_docs is None
     if args.partition:
         i, n = args.partition
-        if mine := jobs[i::n]:
-            make_parts(split, mine, there[i::n], None, args)
-        print(f'{root}: part {i} of {n} is done, {len(mine)} of {len(jobs)} files; when all are: the same command '
-              'with --merge in place of --partition')
+        make_parts(split, jobs[i::n], there[i::n], args.num_workers)
+        print(f'{root}: part {i} of {n} is done, {len(jobs[i::n])} of {len(jobs)} files; when all are: the same '
+              'command with --merge in place of --partition')
         return
     if not args.merge:
-        jobs = make_parts(split, jobs, there, n_documents if of_c4 and len(jobs) == n_files else None, args)
+        total = n_documents if of_c4 and len(jobs) == n_files else None
+        jobs = make_parts(split, jobs, there, args.num_workers, total)
     manifest = merge(split, jobs, source)
     tokens = f'{manifest["tokens"]:,} tokens, ' if 'tokens' in manifest else ''
     skipped = f'{manifest["bad_documents"]:,} skipped, ' if manifest['bad_documents'] else ''
@@ -285,7 +257,6 @@ def main(args: argparse.Namespace) -> None:
             finished stays, and the same command goes on from there.
     """
     args = with_defaults(args)
-    check_values(args)
     if args.verify is not None:
         if damage := verify(args.verify):
             raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage,
@@ -306,9 +277,8 @@ def main(args: argparse.Namespace) -> None:
     make_tokenizer(args, source, listed)
     with tempfile.TemporaryDirectory() as folder:
         jobs = plan(args, source, listed, Path(folder))
-        there: dict[str, list[Optional[Part]]] = {
-            split: all_done(of_split) if of_split[0].max_docs is None else [None] * len(of_split)
-            for split, of_split in jobs.items()}
+        # of the first N documents, nobody knows which parts hold them
+        there = {split: all_done(of_split) if of_split[0].max_docs is None else [] for split, of_split in jobs.items()}
         if not args.merge:
             check_disk(args, [job for split in jobs for job, part in zip(jobs[split], there[split]) if part is None])
         for split in args.splits:

@@ -12,22 +12,17 @@ from typing import Any, Union
 
 
 class AnyFolder:
-    """What is the same wherever files lie.
+    """What is the same wherever files lie."""
 
-    Attributes:
-        root: The path or the URL.
-        remote: Whether it is a URL.
-        deletes: Whether files can be removed.
-    """
-
-    root: Any
-    remote = deletes = False
+    root: Any  # the path or the URL
+    remote = False  # whether it is a URL
+    deletes = False  # whether files can be removed
 
     def __str__(self) -> str:
         return str(self.root)
 
     def uri(self, name: str) -> str:
-        return f'{self.root}/{name}'
+        return os.path.join(self.root, name)
 
     def read(self, name: str) -> str:
         """The text of a file. Raises FileNotFoundError where there is none."""

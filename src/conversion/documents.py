@@ -31,11 +31,7 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
                    ) -> Iterator[Document]:
     """The documents of one file that can be used.
 
-    Args:
-        found: From `documents`.
-        skip_bad_docs: Whether bad documents are left out, in place of an error.
-        counts: `bad_documents` is raised by those that are left out.
-        shown: How many of them are named.
+    With `skip_bad_docs` the others are left out, counted in `counts`, and the first of them are named.
 
     Raises:
         UserError: A document is bad; or, with `skip_bad_docs`, all of several are, so that a whole file would be left
@@ -108,16 +104,16 @@ def _document(row: Any, fields: dict[str, str]) -> Document | Bad:
     document = {column: row.get(field) for column, field in fields.items()}
     if {*map(type, document.values())} != {str}:
         try:
-            document = {column: value.decode() if isinstance(value, bytes) else value for column, value in document.items()}
+            document = {column: value.decode() if isinstance(value, bytes) else value
+                        for column, value in document.items()}
         except UnicodeDecodeError as error:
             return Bad(f'holds bytes that are not UTF-8 ({error.reason}, byte {error.start}); write the file as UTF-8')
         wrong = [field for column, field in fields.items() if not isinstance(document[column], str)]
         if wrong:
-            # as pandas writes a table, all documents in one object
-            in_columns = isinstance(document['text'], (dict, list))
+            in_columns = isinstance(document['text'], (dict, list))  # as pandas writes a table
+            hint = "; write an object a line (df.to_json(FILE, orient='records', lines=True) does)" * in_columns
             return Bad(f'has no string {", ".join(wrong)}; a document is an object with the strings '
-                       f'{", ".join(fields.values())}' + in_columns *
-                       '; write an object a line (df.to_json(FILE, orient="records", lines=True) does)', several=in_columns)
+                       f'{", ".join(fields.values())}{hint}', several=in_columns)
     joined = ''.join(document.values())
     if not joined.isascii():
         try:
@@ -151,8 +147,8 @@ def _json_rows(path: Path, where: str) -> Iterator[tuple[int, Any]]:
                 row = json.loads(line)  # what the standard alone refuses: NaN, half a surrogate pair, a byte order mark
             except (ValueError, RecursionError) as error:
                 several = 'Extra data' in str(error)
-                row = Bad(f'is not JSON ({error}); ' + several * 'write an object a line (jq -c . does), or ' +
-                          'download the file again', several=several)
+                mend = 'write an object a line (jq -c . does), or ' if several else ''
+                row = Bad(f'is not JSON ({error}); {mend}download the file again', several=several)
         is_array = isinstance(row, list) and row and (first or isinstance(row[0], dict))
         if is_array or first and isinstance(row, Bad) and re.match(rb'\s*\[\s*([{"]|$)', line):
             what = where if first else f'{where}, line {number}'

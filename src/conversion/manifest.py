@@ -43,8 +43,8 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
         files |= {f'{name}/{file}': info for name, part in full.items() for file, info in part['files'].items()}
         options = jobs[0].options
         manifest = {'version': 1, 'source': source.name, 'revision': source.revision, 'split': split,
-                    'options': {'max_docs': jobs[0].max_docs, **options.identity}, 'tokenizer_name': options.tokenizer_name,
-                    **_total(list(parts.values())), 'files': files}
+                    'options': {'max_docs': jobs[0].max_docs, **options.identity},
+                    'tokenizer_name': options.tokenizer_name, **_total(list(parts.values())), 'files': files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), 'utf-8')
         place.send(folder, [INDEX, MANIFEST])
     sweep(place, of_all=True)
@@ -125,8 +125,8 @@ def verify(root: str) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split: it writes it '
                             'anew') from error
-        bad = []
-        with ThreadPoolExecutor(4) as threads, progress(str(path.parent), sum(i['bytes'] for i in files.values())) as bar:
+        bad, size = [], sum(info['bytes'] for info in files.values())
+        with ThreadPoolExecutor(4) as threads, progress(str(path.parent), size) as bar:
             for info, line in zip(files.values(), threads.map(_damage, files, files.values())):
                 bad += [line] if line else []
                 bar.update(info['bytes'])

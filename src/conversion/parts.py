@@ -17,7 +17,7 @@ from xxhash import xxh3_128_intdigest, xxh128_hexdigest
 
 from src.common.errors import UserError
 from src.conversion.documents import Document, good_documents
-from src.conversion.place import found, open_place, unfinished
+from src.conversion.place import RemotePlace, found, open_place, unfinished
 from src.conversion.shards import Options, write_shards
 from src.conversion.source_files import SourceFile
 from src.conversion.sources import read
@@ -71,10 +71,10 @@ def done(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
     except (ValueError, KeyError, TypeError):
         return None  # missing, or damaged: made anew
     _check_same(job, made_from, bool(part.get('bad_documents')))
-    if place.remote:
+    if isinstance(place, RemotePlace):
         whole = listed is None or {f'{job.name}/{name}' for name in files} <= listed
     else:
-        whole = all((p := folder / name).is_file() and p.stat().st_size == info['bytes'] for name, info in files.items())
+        whole = all(place.size(f'{job.name}/{name}') == info['bytes'] for name, info in files.items())
     return part if whole else None
 
 

@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
@@ -55,10 +55,12 @@ class RemotePlace(AnyFolder):
     def __init__(self, root: str) -> None:
         self.root = root
 
-    def reach(self, verb: str, url: str, call: Callable[[], Any]) -> Any:
+    @contextmanager
+    def reaching(self, verb: str, url: str) -> Iterator[None]:
+        """Has an error of the store, which has classes of its own, say what could not be done."""
         try:
-            return call()
-        except Exception as error:  # each store has classes of its own
+            yield
+        except Exception as error:
             raise UserError(f'--out_root: cannot {verb} {public(url)}: {type(error).__name__}: '
                             f'{public(first_line(error))}; check the address, the network and the credentials, then '
                             'run the same command again: it goes on') from error
@@ -66,40 +68,39 @@ class RemotePlace(AnyFolder):
     def read_bytes(self, name: str) -> bytes:
         url = f'{self.root}/{name}'
 
-        def download() -> Optional[bytes]:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, 'file')
-                try:
-                    _downloader(self.root).download(url, str(file))
-                except Exception as error:
-                    if is_missing(error):
-                        return None
-                    raise
-                return file.read_bytes()
+        def download() -> bool:
+            try:
+                _downloader(self.root).download(url, file)
+            except Exception as error:
+                if is_missing(error):
+                    return False
+                raise
+            return True
 
-        data = self.reach('read', url, lambda: self.ask(download))
-        if data is None:
-            raise FileNotFoundError(url)
-        return data
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, 'file')
+            with self.reaching('read', url):
+                there = self.ask(download)
+            if not there:
+                raise FileNotFoundError(url)
+            return Path(file).read_bytes()
 
     def listed(self, below: str = '') -> Optional[set[str]]:
         """The names of the files that begin with `below`; None where streaming cannot list the store."""
         if not self.root.startswith(('s3://', 'gs://')):
             return None
-        with tempfile.TemporaryDirectory() as empty:
-            keys = self.reach('list', self.root, lambda: _uploader(empty, self.root).list_objects(below))
+        with tempfile.TemporaryDirectory() as empty, self.reaching('list', self.root):
+            keys = _uploader(empty, self.root).list_objects(below)
         prefix = self.root.partition('://')[2].partition('/')[2].rstrip('/') + '/'
         return {key.removeprefix(prefix) for key in keys}
 
     def send(self, folder: Path, names: Iterable[str], below: str = '') -> None:
-        """Uploads files to this place, or below it, in this order. Without any, finds out whether the bucket is there."""
+        """Uploads files to this place, or below it, in this order. Without any, it looks for the bucket."""
         url = f'{self.root}/{below}' if below else self.root
-
-        def upload() -> None:
+        with self.reaching('write', url):
             uploader = _uploader(str(folder), url)
             for name in names:
                 uploader.upload_file(name)
-        self.reach('write', url, upload)
 
     def commit(self, staging: Path, name: str, last: str) -> None:
         self.send(staging, [*sorted({*os.listdir(staging)} - {last}), last], name)
@@ -168,7 +169,7 @@ def unfinished(place: Place, name: str) -> Iterator[Path]:
 
 
 def sweep(place: Place, of_all: bool = False) -> None:
-    """Removes what processes of this machine that were killed left unfinished; or what all did, once nothing is missing."""
+    """Removes what killed processes of this machine left unfinished; or what all did, once nothing is missing."""
     disk = disk_of(place)
     for path in chain(disk.glob('.*.partial-*'), Path(tempfile.gettempdir()).glob('.*.partial-*')):
         owner = UNFINISHED.fullmatch(path.name)

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Optional
+
+from tqdm import tqdm
 
 from src.common.errors import UserError
 from src.common.machine import check_shared_memory
@@ -18,16 +21,42 @@ from src.conversion.parts import Job, Part, convert
 from src.conversion.place import new_unfinished, open_place, sweep
 
 
-def run(jobs: list[Job], num_workers: int, report: Callable[[Part], None]) -> None:
-    """Makes the parts, those of one process in its order.
+def make_parts(split: str, jobs: list[Job], there: list[Optional[Part]], num_workers: int, total: Optional[int] = None,
+               ) -> list[Job]:
+    """Makes the parts of a split that are not there.
+
+    Args:
+        there: What was made before, for each of `jobs`.
+        total: The documents of the split, for the bar; None where nobody knows.
+
+    Returns:
+        The jobs that make up the split: where only the first N documents are asked for, those that hold them.
 
     Raises:
         UserError: What went wrong with the first part that failed; parts that are finished stay.
     """
-    if num_workers == 1 or len(jobs) <= 1:
-        for job in jobs:
-            report(convert(job))
-        return
+    if any(there):
+        print(f'{split}: {sum(map(bool, there))} of {len(jobs)} parts were there before')
+    max_docs = jobs[0].max_docs if jobs else None
+    tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
+    # no smoothing: parts come in batches, one of each worker; in a file of logs a line a minute
+    with tqdm(desc=split, total=max_docs or total, initial=sum(part['documents'] for part in there if part),
+              unit=' documents', unit_scale=True, smoothing=0, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
+        def report(part: Part) -> None:
+            bar.update(part['documents'])
+
+        if max_docs is not None:
+            return _run_in_order(jobs, max_docs, report)
+        todo = [job for job, part in zip(jobs, there, strict=True) if part is None]
+        if num_workers > 1 and len(todo) > 1:
+            _run_in_processes(todo, num_workers, report)
+        else:
+            for job in todo:
+                report(convert(job))
+    return jobs
+
+
+def _run_in_processes(jobs: list[Job], num_workers: int, report: Callable[[Part], None]) -> None:
     # A fork would copy the threads and locks of the clients of the hub and the object stores; a start takes 5 s.
     plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
     context = multiprocessing.get_context('fork' if plain else 'spawn')
@@ -53,18 +82,14 @@ def run(jobs: list[Job], num_workers: int, report: Callable[[Part], None]) -> No
         sweep(open_place(jobs[0].root))
 
 
-def run_in_order(jobs: list[Job], report: Callable[[Part], None]) -> list[Job]:
-    """The first `max_docs` documents: how many a file has to give is known only when those before it are done.
-
-    Returns:
-        The jobs that it took.
-    """
-    left, taken = jobs[0].max_docs or 0, []
+def _run_in_order(jobs: list[Job], max_docs: int, report: Callable[[Part], None]) -> list[Job]:
+    """The first `max_docs` documents: how many a file has to give is known only when those before it are done."""
+    taken = []
     for job in jobs:
-        taken.append(job._replace(max_docs=left))
+        taken.append(job._replace(max_docs=max_docs))
         part = convert(taken[-1])
         report(part)
-        left -= part['documents']
-        if left == 0:
+        max_docs -= part['documents']
+        if max_docs == 0:
             break
     return taken

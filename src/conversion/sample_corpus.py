@@ -18,10 +18,10 @@ from src.common.progress import progress
 
 # What requirements.txt installs, in the order in which it fills the corpus. One that is absent is skipped.
 PACKAGES = [
-    'torch', 'composer', 'streaming', 'datasets', 'huggingface_hub', 'tokenizers', 'numpy', 'pandas', 'networkx', 'sympy',
-    'matplotlib', 'torchmetrics', 'torchvision', 'fsspec', 'PIL', 'requests', 'urllib3', 'aiohttp', 'jinja2', 'click',
-    'rich', 'psutil', 'cryptography', 'paramiko', 'botocore', 'boto3', 'pygments', 'wandb', 'triton', 'tqdm', 'packaging',
-    'google', 'azure', 'pip', 'setuptools', 'transformers',
+    'torch', 'composer', 'streaming', 'datasets', 'huggingface_hub', 'tokenizers', 'numpy', 'pandas', 'networkx',
+    'sympy', 'matplotlib', 'torchmetrics', 'torchvision', 'fsspec', 'PIL', 'requests', 'urllib3', 'aiohttp', 'jinja2',
+    'click', 'rich', 'psutil', 'cryptography', 'paramiko', 'botocore', 'boto3', 'pygments', 'wandb', 'triton', 'tqdm',
+    'packaging', 'google', 'azure', 'pip', 'setuptools', 'transformers',
 ]
 SKIPPED_FOLDERS = {'test', 'tests', 'testing', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', '_vendor'}
 TIMESTAMP = '2019-04-25T00:00:00Z'  # the same for every document, in C4's form
@@ -94,10 +94,7 @@ def sources() -> Iterator[tuple[str, list[str]]]:
 def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
     """The corpus as C4-shaped documents (`text`, `timestamp`, `url`) under `train` and `val`.
 
-    The hash of a document's text puts one in 16 into `val`.
-
-    Args:
-        max_bytes: Gathering ends with the source that reaches this many bytes of text.
+    The hash of a document's text puts one in 16 into `val`. The source that reaches `max_bytes` of text is the last.
     """
     splits: dict[str, list[dict[str, str]]] = {'train': [], 'val': []}
     seen: set[str] = set()

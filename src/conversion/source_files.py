@@ -115,11 +115,7 @@ class FolderSource:
                 self.unread[path] = f'another name of {known}'
 
     def files(self, split: str) -> list[SourceFile]:
-        """The files of `train` or `val`, sorted.
-
-        Raises:
-            UserError: There are none, or they cannot be read.
-        """
+        """The files of `train` or `val`, sorted. Raises UserError where there are none."""
         found, words = self.paths[split], SPLIT_WORDS[split]
         if not found:
             raise UserError('\n'.join([
@@ -209,7 +205,7 @@ def _why_skip_file(name: str, path: Path) -> str:
         return 'hidden'
     if not name.lower().endswith(FORMATS):
         return f'the name does not end in {READABLE}'
-    return '' if stat.S_ISREG(path.stat().st_mode) else 'no regular file'  # says so of a link to nowhere
+    return '' if stat.S_ISREG(path.stat().st_mode) else 'no regular file'  # which raises at a link to nowhere
 
 
 def _split_of(path: str) -> str:

@@ -100,14 +100,13 @@ def public(text: str) -> str:
     return re.sub(r'(\w+://[^\s?]*)\?[^\s\'")>]*', r'\1?***', re.sub(r'(\w+://)[^/\s@]+@', r'\1***@', text))
 
 
-def _status(error: Optional[BaseException]) -> Optional[int]:
-    """The HTTP status behind an error, which libraries wrap in their own."""
-    while error is not None:
+def _status(error: Optional[BaseException]) -> int:
+    """The HTTP status behind an error, which libraries wrap in their own; 0: there is none."""
+    status = None
+    while error is not None and status is None:
         status = getattr(getattr(error, 'response', None), 'status_code', None)
-        if status is not None:
-            return status
         error = error.__cause__ or error.__context__
-    return None
+    return status or 0
 
 
 def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, setting: str = '--source hub') -> Any:
@@ -125,7 +124,7 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
     """
     from httpx import HTTPError
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     for attempt in range(1, attempts + 1):
         try:
@@ -134,32 +133,24 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
         except (OSError, EOFError, HFValidationError, HTTPError, RuntimeError) as error:
             if getattr(error, 'errno', None) in DISK or 'scripts are no longer supported' in str(error):
                 raise
-            _refuse_missing(error, what, setting)
             said = f'{type(error).__name__}: {public(first_line(error))}'
+            missing = isinstance(error, (FileNotFoundError, HFValidationError))
+            refused = 400 <= (status := _status(error)) < 500 and status not in (408, 429)
+            if refused or missing and not isinstance(error, LocalEntryNotFoundError):
+                raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for '
+                                'a private or gated data set log in with `hf auth login` or set HF_TOKEN\n'
+                                f'{said}') from error
             if constants.HF_HUB_OFFLINE or attempt == attempts:
-                raise UserError(
-                    f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
-                    f'({public(constants.ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; or use '
-                    '--source FOLDER '
-                    f"with C4's own files, or --source sample, which needs no network\n{said}") from error
+                raise UserError(f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
+                                f'({public(constants.ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; '
+                                "or use --source FOLDER with C4's own files, or --source sample, which needs no network"
+                                f'\n{said}') from error
             print(f'note: {what}: {said}; attempt {attempt} of {attempts}', flush=True)
             time.sleep(min(2 ** (attempt - 1), 60))
     return None
 
 
-def _refuse_missing(error: Exception, what: str, setting: str) -> None:
-    """Raises UserError where the hub has answered that there is no such thing, or not for this user."""
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    status = _status(error)
-    missing = isinstance(error, (FileNotFoundError, HFValidationError)) and not isinstance(error, LocalEntryNotFoundError)
-    if missing or (status is not None and 400 <= status < 500 and status not in (408, 429)):
-        raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for a '
-                        f'private or gated data set log in with `hf auth login` or set HF_TOKEN\n'
-                        f'{type(error).__name__}: {public(first_line(error))}') from error
-
-
-def fetched(path: str, folder: Path, quiet: bool = True) -> Path:
+def fetched(path: str, folder: Path) -> Path:
     """The file on this disk. One of the hub is downloaded below `folder`, and goes on where an earlier attempt was cut.
 
     Raises:
@@ -169,16 +160,16 @@ def fetched(path: str, folder: Path, quiet: bool = True) -> Path:
     if not is_url(path):
         return Path(path)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    (disable_progress_bars if quiet else enable_progress_bars)()  # not one for each worker, over one another
+    disable_progress_bars()  # not one for each worker, over one another
     repo, revision, name = _hub_parts(path)
     download = partial(hf_hub_download, repo, name, revision=revision, repo_type='dataset', local_dir=folder)
     return Path(retried(download, path))
 
 
-def read(file: SourceFile, folder: Path, columns: Iterable[str], text_column: str, txt_lines: bool, quiet: bool = True,
+def read(file: SourceFile, folder: Path, columns: Iterable[str], text_column: str, txt_lines: bool,
          ) -> Iterator[Document | Bad]:
-    """The documents of a file. A file of the hub is fetched to `folder` first. Raises as `fetched` and `documents` do."""
+    """The documents of a file, which is fetched to `folder` first if it is of the hub."""
     for path in file.paths:
-        yield from documents(fetched(path, folder, quiet), columns, text_column, path, txt_lines)
+        yield from documents(fetched(path, folder), columns, text_column, path, txt_lines)

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Optional
@@ -20,8 +21,10 @@ from src.conversion.source_files import SourceFile
 from src.conversion.sources import read, retried
 
 TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
-STORED_TOKENIZER = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
-                    'spiece.model', 'vocab.json', 'merges.txt', 'vocab.txt']  # of a folder in an object store
+STORED_TOKENIZER = [  # of a folder in an object store
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
+    'spiece.model', 'vocab.json', 'merges.txt', 'vocab.txt',
+]
 TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
 
 
@@ -33,7 +36,7 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
     """
     total, counts = 0, {'bad_documents': 0}
     with tempfile.TemporaryDirectory() as folder:
-        of_files = (read(file, Path(folder), ['text'], args.text_column, args.txt_lines, quiet=False) for file in files)
+        of_files = (read(file, Path(folder), ['text'], args.text_column, args.txt_lines) for file in files)
         found = chain.from_iterable(good_documents(of, args.skip_bad_docs, counts, shown=0) for of in of_files)
         for document in islice(found, args.max_docs):
             yield document['text']
@@ -68,11 +71,7 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
 
 
 def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
-    """The tokenizer for --concat_tokens.
-
-    Args:
-        args: The command line.
-        folder: Empty, for a copy of a tokenizer that is in an object store.
+    """The tokenizer for --concat_tokens; `folder` is for a copy of one that is in an object store.
 
     Returns:
         The name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
@@ -94,7 +93,8 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
         from huggingface_hub import snapshot_download
         # Once, so that the workers find it on this disk.
-        name = retried(lambda: snapshot_download(args.tokenizer, allow_patterns=TOKENIZER_FILES), name, 2, '--tokenizer')
+        download = partial(snapshot_download, args.tokenizer, allow_patterns=TOKENIZER_FILES)
+        name = retried(download, name, 2, '--tokenizer')
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # processes are the parallelism, and they are forked
     try:
         return name, given, HFTokenizer(name, args.concat_tokens).hash

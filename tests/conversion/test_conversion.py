@@ -160,6 +160,14 @@ def test_the_hash_of_the_texts_is_the_sum_of_their_hashes(source: Path, tmp_path
     assert manifest(tmp_path / 'train')['texts_hash'] == f'{total % 2**128:032x}'
 
 
+def test_the_index_is_the_one_that_streaming_merges(source: Path, tmp_path: Path) -> None:
+    from streaming.base.util import merge_index
+
+    convert(tmp_path / 'out', source, 'train', compression='zstd')
+    merge_index([str(path) for path in sorted(tmp_path.glob('out/train/*/index.json'))], str(tmp_path / 'merged'))
+    assert (tmp_path / 'out/train/index.json').read_bytes() == (tmp_path / 'merged/index.json').read_bytes()
+
+
 def test_shards_are_those_of_the_plain_writer(source: Path, tmp_path: Path) -> None:
     from streaming import MDSWriter
 
@@ -717,6 +725,8 @@ def test_disk_that_is_too_small_is_said_at_once(source: Path, tmp_path: Path, sm
                                         '0.002 GB. Free space, name another disk, or add --compression zstd; --skip_disk_check'):
         convert(small_disk, folder, 'train')
     assert os.listdir(small_disk) == []
+    write_jsonl(folder / 'a.jsonl', ['short', 'x' * 2_000_000])
+    convert(small_disk, folder, 'train', max_docs=1)
 
 
 # ---------------------------------------------------------------- what is there already
@@ -849,8 +859,8 @@ def test_train_small_trains_the_tokenizer_before_the_machines_share_train(source
     (['--partition', '1'], "--partition: '1' is not i/n"),
     (['--num_workers', '0'], "--num_workers: '0' is no whole number above 0"),
     (['--max_docs', 'ten'], "--max_docs: 'ten' is no whole number above 0"),
-    (['--out_root', ''], '--out_root and --verify: the name of a folder is missing'),
-    (['--verify', 'x'], 'give --out_root, or --verify alone'),
+    (['--out_root', ''], '--out_root: the name of a folder is missing'),
+    (['--verify', 'x'], '--verify: not allowed with argument --out_root'),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_read(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     import convert_c4

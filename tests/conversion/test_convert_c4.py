@@ -111,7 +111,7 @@ def test_folder_is_converted_in_order(c4_folder: Path, tmp_path: Path,
 
 def test_progress_bar_counts_to_all_of_c4_only_for_all_files_of_c4(c4_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('tqdm.tqdm', functools.partial(tqdm.tqdm, disable=False))
+    monkeypatch.setattr('src.conversion.pool.tqdm', functools.partial(tqdm.tqdm, disable=False))
     for i in range(8):
         write_file(c4_folder / f'c4-validation.{i:05}-of-00008.json.gz', c4_documents('val', 2, 2 * i))
     convert(tmp_path / 'out', c4_folder, 'val', 'train')
