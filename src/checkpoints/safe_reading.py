@@ -73,6 +73,11 @@ def no_code() -> Iterator[None]:
             os.environ[ONLY_WEIGHTS] = forced
 
 
+def cause_of(e: BaseException) -> BaseException:
+    """What failed on a rank, where torch has gathered the failures of all; else the error itself."""
+    return next(iter(e.failures.values()), (e,))[0] if isinstance(e, CheckpointException) else e
+
+
 @contextmanager
 def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
     """Says in one message why a checkpoint cannot be read.
@@ -88,7 +93,7 @@ def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError,
             pickle.UnpicklingError, BotoCoreError, ClientError, CheckpointException) as e:
-        cause = next(iter(e.failures.values()), (e,))[0] if isinstance(e, CheckpointException) else e
+        cause = cause_of(e)
         if is_out_of_memory(cause) or isinstance(cause, UserError):
             raise cause from None
         unsafe = re.search(r'GLOBAL ([\w.]+)', str(cause))

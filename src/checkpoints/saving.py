@@ -14,6 +14,7 @@ from composer.utils import dist, get_device
 from torch.distributed.checkpoint.api import CheckpointException
 
 from src.checkpoints.manifest import UNFINISHED, Manifest
+from src.checkpoints.safe_reading import cause_of
 from src.common.errors import UserError, first_line
 from src.common.storage import Folder, LocalFolder, RemoteFolder
 
@@ -39,8 +40,9 @@ def writing(name: str, place: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as e:
-        cause = e.__context__ or e  # torch's writer fails once more as it closes the file
-        if not isinstance(cause, OSError) and 'inline_container' not in str(e) and 'OSError' not in str(e):
+        cause = cause_of(e)
+        cause = cause.__context__ or cause  # torch's writer fails once more as it closes the file
+        if not isinstance(cause, OSError) and 'inline_container' not in str(cause):
             raise
         raise UserError(f'save_folder: cannot write {name} to {place}: {first_line(cause)}; what was saved before is '
                         'untouched') from e

@@ -199,13 +199,15 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_ones(folder, mds
     assert names(folder) == ['ep0-ba10-rank0.pt', 'ep0-ba10.json', 'ep0-ba12.json']
 
 
-def test_a_full_disk_is_said_and_what_was_saved_stays(mds_root, folder):
-    forget(folder, 8, 12)
+@pytest.mark.parametrize('sharded', [False, True], ids=['full', 'sharded'])
+def test_a_full_disk_is_said_and_what_was_saved_stays(mds_root, tmp_path, sharded):
+    folder, kind = tmp_path, SHARDED if sharded else ()
+    run(mds_root, *kind, f'save_folder={folder}', 'max_duration=4ba', 'scheduler.t_warmup=1ba')
     before = names(folder)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        message = refused(mds_root, f'save_folder={folder}', 'autoresume=true')
+        message = refused(mds_root, *kind, f'save_folder={folder}', 'autoresume=true')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert message.startswith(f'save_folder: cannot write ep0-ba8 to {folder}: ') and 'untouched' in message
