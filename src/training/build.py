@@ -8,9 +8,9 @@ from composer.core import Callback, DataSpec, Evaluator
 
 from src.callbacks.graceful_stop import GracefulStop
 from src.callbacks.metrics import StepCounters
-from src.callbacks.profiling import Profiler
 from src.causal_lm import ComposerCausalLM
 from src.checkpoints.loading import check_model, check_place
+from src.checkpoints.manifest import RunInfo
 from src.checkpoints.resume import Changes, changes, run_settings
 from src.checkpoints.start import Start
 from src.checkpoints.writer import CheckpointWriter
@@ -124,14 +124,14 @@ def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFToke
     if not c.save_folder:
         return None
     interval = in_units_of_the_run(c.save_interval, c.max_duration)
-    return CheckpointWriter(c.save_folder, interval, c.save_num_checkpoints_to_keep, run.start,
-                            model.described_by or c.model.model_dump(), tokenizer.tokenizer_name if tokenizer else '',
-                            getattr(tokenizer, 'hash', ''), settings)
+    info = RunInfo(model.described_by or c.model.model_dump(), tokenizer.tokenizer_name if tokenizer else '',
+                   getattr(tokenizer, 'hash', ''), settings)
+    return CheckpointWriter(c.save_folder, interval, c.save_num_checkpoints_to_keep, run.start, info)
 
 
 def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: bool, writer: Optional[CheckpointWriter],
-                    more: Iterable[Callback]) -> tuple[list[Callback], Optional[Profiler]]:
-    """All callbacks, in the order in which they are called, and the profiler, which the Trainer takes by itself.
+                    more: Iterable[Callback]) -> list[Callback]:
+    """All callbacks, in the order in which they are called.
 
     Args:
         run: What is built.
@@ -140,7 +140,7 @@ def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: 
         writer: Saves checkpoints; None: nothing does.
         more: Callbacks that are not the config's.
     """
-    chosen, profiler = plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer)
+    chosen = plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer)
     return [StepCounters(run.device_batch), OptimizerSettings(new_schedule), *sharding.build_callbacks(run.c.fsdp_config),
             *chosen, *more, *filter(None, [writer]),
-            GracefulStop(run.stop, writer.save_and_wait if writer else None)], profiler
+            GracefulStop(run.stop, writer.save_and_wait if writer else None)]

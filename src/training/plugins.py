@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from typing import Any, Optional
+from typing import Any
 
 from composer import algorithms, callbacks, loggers
 from composer.core import Algorithm, Callback
@@ -86,21 +86,15 @@ def build_algorithms(c: Config) -> list[Algorithm]:
     return [*build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)]
 
 
-def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional[profiling.Profiler]]:
-    """The callbacks, and the profiler, which the Trainer takes by itself.
-
-    Args:
-        c: The config.
-        tokenizer: Hugging Face's own.
-    """
+def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
+    """The callbacks; the tokenizer is Hugging Face's own."""
     built = build_all('callbacks', c.callbacks)
     for callback in built:
         if isinstance(callback, TextSamples):
             callback.prepare(tokenizer, c.train_loader.dataset.max_seq_len)
             if c.eval_loader is None:
                 log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
-    profiler = next((cb for cb in built if isinstance(cb, profiling.Profiler)), None)
-    return [cb for cb in built if cb is not profiler], profiler
+    return built
 
 
 def check_plugins(c: Config, tokenizer: Any) -> None:

@@ -199,14 +199,6 @@ def test_a_trace_that_the_end_of_a_run_cuts_off_is_written_and_another_start_ove
     assert events(second / 'rank0.8.pt.trace.json')['forward'] == 1 * 2, 'the one batch after the skipped and the warm-up'
 
 
-@pytest.mark.parametrize(('kwargs', 'says'), [
-    ({'active': 0}, 'active: 0 must be at least 1'), ({'warmup': 0}, 'warmup: 0 must be at least 1'),
-    ({'skip_first': -1}, 'skip_first: -1 must be at least 0'), ({'repeat': -2}, 'repeat: -2 must be at least 0')], ids=str)
-def test_a_profiler_that_would_trace_nothing_is_refused(kwargs: dict[str, int], says: str) -> None:
-    with pytest.raises(UserError, match=f'^callbacks.profiler: {says}$'):
-        plugins.build_all('callbacks', {'profiler': kwargs})
-
-
 def test_each_start_has_a_folder_of_its_own(tmp_path: Path) -> None:
     folder = f'{tmp_path}/{{run_name}}/torch_traces'
     assert profiling.unused(folder, 'a') == folder
