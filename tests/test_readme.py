@@ -75,7 +75,6 @@ CHECKED = {
     'python src/tools/plot_loss.py runs/* --out loss.png': 'test_plot_loss.py::test_the_picture_is_drawn_in_both_themes',
     'python src/tools/plot_loss.py runs/* --x flops --log --smooth 20 --envelope --theme both --out loss.svg':
         'test_plot_loss.py::test_what_is_drawn_is_these_numbers',
-    'python src/tools/plot_loss.py runs/* --html reports': 'test_plot_loss.py::test_runs_of_one_name_are_told_apart',
     'python src/tools/benchmark.py yamls/quickstart.yaml --against hf --against bare':
         'test_benchmark.py::test_rivals_are_the_same_model',
     'python src/tools/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8 '
@@ -459,7 +458,7 @@ def test_the_guides_loader(mds_root, tmp_path, monkeypatch, capfd):
         rng.integers(0, 512, n * 32 + 1).astype(np.uint16).tofile(tmp_path / f'my-bins/{split}.bin')
     code, line = (next(b for b in blocks('python', DOCS['src/README.md']) if b.startswith(start)) for start in (
         '"""Rows of flat files', 'from src.token_file'))
-    assert line.replace('token_file', 'data_c4') in (ROOT / 'main.py').read_text()
+    assert line.replace('token_file', 'data_c4') in (ROOT / 'src/training/data.py').read_text()
     namespace: dict = {'__name__': 'token_file'}
     exec(code, namespace)
     monkeypatch.setattr(data, 'build_c4_dataloader', namespace['build_c4_dataloader'])

@@ -54,7 +54,8 @@ class LocalFolder(AnyFolder):
 
     def names(self) -> list[str]:
         """Files, and those of the folders in it, relative to it."""
-        return [str(p.relative_to(self.root)) for pattern in ('*', '*/*') for p in self.root.glob(pattern) if p.is_file()]
+        paths = [*self.root.glob('*'), *self.root.glob('*/*')]
+        return [str(path.relative_to(self.root)) for path in paths if path.is_file()]
 
     def size(self, name: str) -> int:
         """Bytes; -1 where there is no such file."""

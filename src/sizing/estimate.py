@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from itertools import takewhile
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from src.common.errors import UserError
 from src.common.flops import Card, train_flops_per_token
+from src.config import remedies as settings
 from src.config.derived import device_batch_size, microbatch_size, resolve_precision
-from src.config.schema import TIME, Config, FSDPConfig, MosaicGPTConfig
+from src.config.remedies import Remedy
+from src.config.schema import TIME, Config, FSDPConfig
 from src.sizing.memory import Memory, predict, traced
 from src.sizing.step_trace import Trace
 
@@ -161,24 +163,11 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
 
 def remedies(e: Estimate) -> Iterator[tuple[str, int]]:
     """What to set where it does not fit, one after another until it does, and the peak with all of them so far."""
-    c, f = e.c, e.c.fsdp_config or FSDPConfig()
-    steps: list[tuple[str, dict[str, Any]]] = []
-    if isinstance(c.model, MosaicGPTConfig) and c.model.loss_impl == 'plain':
-        steps.append(('model.loss_impl=chunked', {'model': c.model.model_copy(update={'loss_impl': 'chunked'})}))
-    elif isinstance(c.model, MosaicGPTConfig) and c.model.loss_chunk_tokens > 256:
-        steps.append(('model.loss_chunk_tokens=256', {'model': c.model.model_copy(update={'loss_chunk_tokens': 256})}))
-    for key, value in (('sharding_strategy', 'FULL_SHARD'), ('activation_checkpointing', True),
-                       ('activation_cpu_offload', True)):
-        if key == 'activation_checkpointing' and c.compile_config and c.compile_config.scope == 'model':
-            continue  # they do not go together
-        if c.fsdp_config is None or getattr(f, key) != value:
-            f = f.model_copy(update={key: value})
-            steps.append((f'fsdp_config.{key}={str(value).lower() if value is True else value}', {'fsdp_config': f}))
-    peak = e.memory.total
-    for setting, update in [('device_train_microbatch_size=1', {}), *steps]:
-        c, before = c.model_copy(update=update), peak
+    c, peak = e.c, e.memory.total
+    for remedy in [Remedy('device_train_microbatch_size', 1), *settings.remedies(e.c)]:
+        c, before = remedy.applied(c) if '.' in remedy.key else c, peak
         peak = needs(c, e.card, e.devices, 1).total
         if peak < before:
-            yield setting, peak
+            yield f'{remedy.key}={remedy.shown}', peak
         if peak <= e.card.usable:
             return

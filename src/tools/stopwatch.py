@@ -17,8 +17,8 @@ from src.common.errors import UserError
 from src.common.progress import progress
 from src.config.derived import resolve_precision
 from src.config.schema import Config, MosaicGPTConfig
+from src.loader.batch_form import split
 from src.model_registry import COMPOSER_MODEL_REGISTRY
-from src.training.data import split
 
 PARTS = ('data', 'forward', 'backward', 'update', 'rest')
 BEGINS = {Event.BEFORE_DATALOADER: 'data', Event.BEFORE_FORWARD: 'forward', Event.BEFORE_BACKWARD: 'backward',

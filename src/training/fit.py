@@ -81,7 +81,7 @@ def this_machine() -> Card:
 
 
 def rehearsal(c: Config, train: DataSpec, tokenizer: Any) -> str:
-    """The estimate for as many devices as there are, and the first batch; every rank must call this, as they share the data.
+    """The estimate for as many devices as there are, and the first batch; all ranks, which share the data, call this.
 
     Args:
         c: The config as it was given.
