@@ -67,8 +67,8 @@ def rows(e: Estimate, price: Optional[float]) -> list[Row]:
         Row('hours', hours, f'FLOPs / (devices x {big(e.peak)} FLOP/s x {e.mfu:g}) / 3600: the peak, and the part '
             'of it that is assumed to be reached (--mfu)', '' if e.peak else '; src/common/flops.py has no peak of '
             f'{e.card.name} with precision {c.precision}', 'hours'),
-        Row('checkpoint', gigabytes(e.checkpoint), f"a checkpoint: {CHECKPOINT} bytes x N: fp32 weights, Adam's moments; "
-            'sharded, the tied embedding twice', checkpoints(e), 'saved'),
+        Row('checkpoint', gigabytes(e.checkpoint), f'a checkpoint: {CHECKPOINT} bytes x N: fp32 weights, moments of '
+            'Adam; sharded, the tied embedding twice', checkpoints(e), 'saved'),
         Row('data', gigabytes(e.data), f'tokens x {e.token_bytes} bytes, packed; C4 has {big(C4_TOKENS)} tokens, '
             f'{gigabytes(C4_TOKENS * e.token_bytes)}, and what exceeds them is read again', column='data')]
     if price is not None:

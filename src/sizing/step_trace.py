@@ -9,6 +9,7 @@ import traceback
 import weakref
 from collections import Counter
 from contextlib import ExitStack, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple, Optional
 from unittest import mock
 
@@ -131,13 +132,10 @@ def _build(section: Any, has_gpu: bool) -> ComposerCausalLM:
         if getattr(section, 'attn_impl', None) in ('auto', 'flash'):
             update |= {'attn_impl': 'sdpa', 'attn_within_document': False}
     section = section.model_copy(update={key: value for key, value in update.items() if hasattr(section, key)})
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)  # the model tells which kernel it has, and these are not the run's
-    try:
-        with mock.patch('composer.utils.dist.run_local_rank_zero_first', nullcontext):  # a barrier, which needs data
-            return COMPOSER_MODEL_REGISTRY[section.name](section)
-    finally:
-        logging.disable(before)
+    # The model tells which kernel it has, and these are not the run's. Composer's barrier needs data.
+    with (mock.patch.object(logging.getLogger('src'), 'disabled', True),
+          mock.patch('composer.utils.dist.run_local_rank_zero_first', nullcontext)):
+        return COMPOSER_MODEL_REGISTRY[section.name](section)
 
 
 def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn.Parameter]]:
@@ -147,16 +145,13 @@ def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn
         The parameters of each FSDP unit, in the order in which the units run: the list fills in the forward pass.
     """
     is_unit = getattr(model.model, 'fsdp_wrap_fn', lambda module: False)
-    modules = [module for module in model.model.modules() if is_unit(module)]
-    owner = {p: module for module in modules for p in module.parameters()}  # the innermost unit, which comes last
     units: list[list[nn.Parameter]] = []
-    running: list[int] = []
 
     def finish_unit_and_enter(name: str, unit: int = -1) -> None:
         if live.phase.name == BACKWARD and live.phase.unit != unit:
             live.enter(UNIT_END, live.phase.unit)
             if s.sharded:
-                for p in (p for done in units[live.phase.unit:] for p in done):
+                for p in chain(*units[live.phase.unit:]):
                     p.grad = None
         live.enter(name, unit)
 
@@ -169,19 +164,15 @@ def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn
         if live.phase.name in (FORWARD, LOSS):  # else activations are computed again
             if not units:
                 at_gradient_of(inputs, EMBEDDINGS)
-            running.append(len(units))
-            units.append([p for p in owner if owner[p] is module])
-            live.enter(FORWARD, running[-1])
+            units.append(list(module.parameters()))
+            live.enter(FORWARD, len(units) - 1)
 
     def after_forward(module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if live.phase.name in (FORWARD, LOSS):
-            at_gradient_of(outputs, BACKWARD, running.pop())
-            if running:
-                live.enter(FORWARD, running[-1])
-            else:
-                live.enter(LOSS)
+        if live.phase.name == FORWARD:
+            at_gradient_of(outputs, BACKWARD, live.phase.unit)
+            live.enter(LOSS)
 
-    for module in modules:
+    for module in filter(is_unit, model.model.modules()):
         module.register_forward_pre_hook(before_forward, with_kwargs=True)
         module.register_forward_hook(after_forward)
     for p in filter(lambda p: p.requires_grad, model.parameters()):

@@ -159,8 +159,7 @@ class BareLoop:
 
 def hf_loss(model: Any, part: Any) -> torch.Tensor:
     ids = part['input_ids']
-    return model(input_ids=ids, labels=part['labels'][:, :ids.shape[1]], attention_mask=part.get('attention_mask'),
-                 use_cache=False).loss
+    return model(input_ids=ids, labels=part['labels'][:, :ids.shape[1]], attention_mask=part.get('attention_mask')).loss
 
 
 def build_rivals(names: list[str], c: Config) -> dict[str, BareLoop]:
@@ -178,7 +177,7 @@ def build_rivals(names: list[str], c: Config) -> dict[str, BareLoop]:
         if type(m) is not MosaicGPTConfig or m.attn_within_document:
             raise UserError('--against hf: Hugging Face has no like of this model; of mosaic_gpt without '
                             'attn_within_document it has')
-        rivals['hf'] = BareLoop(GPT2LMHeadModel(gpt2_config(m)), hf_loss, c)
+        rivals['hf'] = BareLoop(GPT2LMHeadModel(gpt2_config(m, use_cache=False)), hf_loss, c)
     if 'bare' in names:
         model = COMPOSER_MODEL_REGISTRY[m.name](m.model_copy(update={'device': 'cpu'}) if hasattr(m, 'device') else m)
         rivals['bare'] = BareLoop(model, lambda model, part: model(part)['loss'], c)

@@ -53,12 +53,7 @@ def test_flops_of_a_token_by_hand() -> None:
 
 @pytest.mark.parametrize('name, precision, tflops', [
     ('NVIDIA A100-SXM4-80GB', 'amp_bf16', 312), ('NVIDIA A100-PCIE-40GB', 'amp_fp16', 312),
-    ('NVIDIA A100 80GB PCIe', 'amp_bf16', 312),
-    ('NVIDIA H100 80GB HBM3', 'amp_bf16', 989.4), ('NVIDIA H200 NVL', 'amp_bf16', 835.5),
-    ('NVIDIA H100 PCIe', 'amp_bf16', 756.5),
-    ('NVIDIA H100 NVL', 'amp_bf16', 835.5), ('NVIDIA H200', 'amp_bf16', 989.4), ('NVIDIA B200', 'amp_bf16', 2250),
-    ('NVIDIA L4', 'amp_bf16', 121), ('NVIDIA L40S', 'amp_bf16', 362), ('NVIDIA GeForce RTX 4090', 'amp_bf16', 165.2),
-    ('AMD Instinct MI300X', 'amp_bf16', 1307.4),
+    ('NVIDIA A100 80GB PCIe', 'amp_bf16', 312), ('NVIDIA H200 NVL', 'amp_bf16', 835.5),
     ('NVIDIA H100 80GB HBM3', 'fp32', None),
     # kin of those in the table that are others
     ('NVIDIA L40', 'amp_bf16', None), ('NVIDIA GH200 480GB', 'amp_bf16', None),
