@@ -91,8 +91,8 @@ class CheckedStream(Stream):
         try:
             check_file(os.path.join(folder, lacking[0].basename), lacking[0], self._hash)
         except Damaged as e:
-            raise UserError(f'{self.setting}: shard {lacking[0].basename} of {folder} is damaged: {e}. Of {len(shards)} '
-                            f'shards {len(lacking)} are not whole: copy them again. '
+            raise UserError(f'{self.setting}: shard {lacking[0].basename} of {folder} is damaged: {e}. Of '
+                            f'{len(shards)} shards {len(lacking)} are not whole: copy them again. '
                             f'{how_to_make(self.local, self.split)}') from None
 
     def _bytes_present(self, shard: Reader) -> int:
