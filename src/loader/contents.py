@@ -81,15 +81,10 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
         return
     try:
         text = _read(os.path.join(stream.place, 'manifest.json'))
+        manifest = None if text is None else json.loads(text)
     except Exception as e:  # each object store has error classes of its own
-        raise UserError(explain(e, stream.remote, stream.local, stream.split, stream.setting)) from None
-    if text is None:
-        return
-    try:
-        manifest = json.loads(text)
-    except ValueError:
-        raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole manifest; copy it again, or '
-                        'delete it if it is not of convert_c4.py') from None
+        why = explain(e, stream.remote, stream.local, stream.split, stream.setting)
+        raise UserError(f'{why} (manifest.json)') from None
     options = manifest.get('options') if isinstance(manifest, dict) else None  # another tool's has none
     its_hash = options.get('tokenizer_hash') if isinstance(options, dict) else None
     if its_hash:

@@ -89,7 +89,7 @@ class SampleMaker:
         return {'input_ids': ids[:n], 'labels': labels, 'sequence_id': starts[:n].cumsum()}
 
     def _encode(self, rows: list[Row]) -> list[NDArray[np.int64]]:
-        if get_worker_info() is not None:  # workers are the parallelism, and a forked tokenizer's threads could deadlock
+        if get_worker_info() is not None:  # workers are the parallelism; a forked tokenizer's threads could deadlock
             os.environ['TOKENIZERS_PARALLELISM'] = 'false'
         return encode_documents(self.tokenizer, [row['text'] for row in rows])
 
