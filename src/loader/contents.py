@@ -81,7 +81,7 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
         return
     try:
         text = _read(os.path.join(stream.place, 'manifest.json'))
-        manifest = None if text is None else json.loads(text)
+        manifest: Any = None if text is None else json.loads(text)
     except Exception as e:  # each object store has error classes of its own
         why = explain(e, stream.remote, stream.local, stream.split, stream.setting)
         raise UserError(f'{why} (manifest.json)') from None
