@@ -13,7 +13,7 @@ from wandb.sdk.internal.datastore import DataStore
 
 import main
 from src.config import load as config
-from src.tools.plot_loss import read_scalars
+from src.tools.run_logs import read_run
 
 QUICKSTART = 'yamls/quickstart.yaml'
 SECRET = '5ec2e7' * 6 + 'abcd'
@@ -33,7 +33,7 @@ def losses(mds_root, tmp_path_factory):
         if overrides not in done:
             folder = tmp_path_factory.mktemp('tb')
             assert in_process(*tiny(mds_root, 'log_to_console=false', f'loggers.tensorboard.log_dir={folder}', *overrides)) == 0
-            done[overrides] = read_scalars(folder)
+            done[overrides] = read_run(str(folder)).scalars
         return done[overrides]
 
     return run
@@ -63,7 +63,7 @@ def logged(mds_root, tmp_path_factory):
                 history.setdefault('.'.join(item.nested_key) or item.key, {})[record.history.step.num] = item.value_json
         for message in (record.run.config, record.config):
             config_json += ' '.join(f'{".".join(u.nested_key) or u.key}={u.value_json}' for u in message.update)
-    return result, read_scalars(folder / 'tb'), history, config_json, folder
+    return result, read_run(str(folder / 'tb')).scalars, history, config_json, folder
 
 
 def same_run(got, want) -> None:

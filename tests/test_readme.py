@@ -75,7 +75,6 @@ CHECKED = {
     'python src/tools/plot_loss.py runs/* --out loss.png': 'test_plot_loss.py::test_the_picture_is_drawn_in_both_themes',
     'python src/tools/plot_loss.py runs/* --x flops --log --smooth 20 --envelope --theme both --out loss.svg':
         'test_plot_loss.py::test_what_is_drawn_is_these_numbers',
-    'python src/tools/plot_loss.py runs/* --html reports': 'test_plot_loss.py::test_runs_of_one_name_are_told_apart',
     'python src/tools/benchmark.py yamls/quickstart.yaml --against hf --against bare':
         'test_benchmark.py::test_rivals_are_the_same_model',
     'python src/tools/benchmark.py yamls/quickstart.yaml --sweep model.attn_impl=torch,sdpa --sweep device_train_microbatch_size=4,8 '
@@ -609,7 +608,7 @@ FOREIGN = {  # symptoms that others print
 def messages() -> list[str]:
     """Every string in the code, in which a gap stands for what an f-string puts there."""
     found = []
-    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/*.py')]:
+    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/**/*.py')]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append(''.join(str(part.value) if isinstance(part, ast.Constant) else '\0' for part in node.values))

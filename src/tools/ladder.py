@@ -1,8 +1,8 @@
 """A ladder of models: `python src/tools/ladder.py [--out ./ladder] [--sizes 64x2 80x3 ...] [--jobs 2]`.
 
-Trains each size on about 20 tokens a parameter (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) of the sample, fits a
-power law to loss against compute, and holds each size's loss against what the smaller ones predict. The same command goes on
-with a ladder that was stopped.
+Trains each size on about 20 tokens a parameter (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) of the sample,
+fits a power law to loss against compute, and holds each size's loss against what the smaller ones predict. The same
+command goes on with a ladder that was stopped.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -22,11 +23,12 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 
-from src.common import workers
+from src.common import program, workers
 from src.common.errors import UserError, positive
 from src.common.flops import train_flops_per_token
 from src.common.progress import progress
-from src.ranks import stop
+from src.mosaic_gpt import ComposerMosaicGPT
+from src.ranks.stop import EXIT_STOPPED
 from src.tools import plot_loss
 from src.tools.run_logs import EVAL, read_run
 
@@ -34,6 +36,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = ['64x2', '80x3', '96x3', '112x4', '128x6']
 HEAD_DIM, VOCAB, SEQ_LEN, BATCH = 16, 1024, 128, 16
 WARMUP, EVALUATIONS, SMOOTH = 100, 10, 50
+
+
+@cache
+def n_params(d_model: int, n_layers: int) -> int:
+    """The parameters of a size, from its model, for which no memory is taken."""
+    return ComposerMosaicGPT({'d_model': d_model, 'n_heads': d_model // HEAD_DIM, 'n_layers': n_layers,
+                              'max_seq_len': SEQ_LEN, 'vocab_size': VOCAB, 'device': 'meta'}).n_params
 
 
 class Rung(NamedTuple):
@@ -45,9 +54,7 @@ class Rung(NamedTuple):
 
     @property
     def n_params(self) -> int:
-        """Token and position embeddings, blocks, last LayerNorm; the head is the token embedding."""
-        d = self.d_model
-        return (VOCAB + SEQ_LEN) * d + self.n_layers * (12 * d * d + 13 * d) + 2 * d
+        return n_params(self.d_model, self.n_layers)
 
     @property
     def batches(self) -> int:
@@ -68,13 +75,14 @@ class Rung(NamedTuple):
     def arguments(self, data: Path, out: Path) -> list[str]:
         """Of main.py. The peak learning rate falls with the root of the width."""
         every = f'{math.ceil(self.batches / EVALUATIONS)}ba'
-        return ['yamls/quickstart.yaml', f'data_remote={data}', f'max_seq_len={SEQ_LEN}', f'model.vocab_size={VOCAB}',
-                f'model.d_model={self.d_model}', f'model.n_heads={self.d_model // HEAD_DIM}', f'model.n_layers={self.n_layers}',
-                f'global_train_batch_size={BATCH}', f'device_train_microbatch_size={BATCH}',
-                f'optimizer.lr={4e-3 * math.sqrt(128 / self.d_model):.2e}', f'max_duration={self.batches}ba',
-                f'scheduler.t_warmup={min(WARMUP, self.batches // 5)}ba', f'eval_interval={every}', 'eval_samples=-1',
-                f'run_name={self.name}', f'save_folder={out}/checkpoints/{{run_name}}', f'save_interval={every}',
-                'save_num_checkpoints_to_keep=1', 'autoresume=true', f'loggers.tensorboard.log_dir={out}/runs']
+        return ['yamls/quickstart.yaml', f'run_name={self.name}', f'data_remote={data}', f'max_seq_len={SEQ_LEN}',
+                f'model.vocab_size={VOCAB}', f'model.d_model={self.d_model}', f'model.n_layers={self.n_layers}',
+                f'model.n_heads={self.d_model // HEAD_DIM}', f'global_train_batch_size={BATCH}',
+                f'device_train_microbatch_size={BATCH}', f'optimizer.lr={4e-3 * math.sqrt(128 / self.d_model):.2e}',
+                f'max_duration={self.batches}ba', f'scheduler.t_warmup={min(WARMUP, self.batches // 5)}ba',
+                f'eval_interval={every}', 'eval_samples=-1', f'save_folder={out}/checkpoints/{{run_name}}',
+                f'save_interval={every}', 'save_num_checkpoints_to_keep=1', 'autoresume=true',
+                f'loggers.tensorboard.log_dir={out}/runs']
 
     def loss(self, out: Path) -> Optional[float]:
         """Of the last evaluation, in nats per token; None: it has not come to its end."""
@@ -87,39 +95,49 @@ class Rung(NamedTuple):
 # ---------------------------------------------------------------- the power law
 
 
-def fit(flops: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:
-    """Floor, scale and exponent of `loss = floor + scale * flops ** -exponent`.
+class Law(NamedTuple):
+    """`loss = floor + scale * flops ** -exponent`."""
 
-    The form of Henighan et al. 2020 (https://arxiv.org/abs/2010.14701) for the best loss at a given compute. Of 1000 floors from
-    0 to the lowest loss the one whose power law, fitted to the logarithms of what is above it, comes nearest to the losses.
-    Three numbers take three points to fit, and more to tell anything.
+    floor: float
+    scale: float
+    exponent: float
+
+    def loss(self, flops: float) -> float:
+        return self.floor + self.scale * flops ** -self.exponent
+
+
+def fit(flops: Sequence[float], losses: Sequence[float]) -> Law:
+    """The form of Henighan et al. 2020 (https://arxiv.org/abs/2010.14701) for the best loss at a given compute.
+
+    Of 1000 floors from 0 to the lowest loss the one whose power law, fitted to the logarithms of what is above it,
+    comes nearest to the losses. Three numbers take three points to fit, and more to tell anything.
     """
     x, y = np.log(flops), np.asarray(losses)
 
-    def law(floor: float) -> tuple[float, float, float, float]:
+    def law(floor: float) -> tuple[float, Law]:
         slope, intercept = np.polyfit(x, np.log(y - floor), 1)
         error = np.square(np.log(floor + np.exp(intercept + slope * x)) - np.log(y)).sum()
-        return float(error), float(floor), float(np.exp(intercept)), -float(slope)
+        return float(error), Law(float(floor), float(np.exp(intercept)), -float(slope))
 
-    return min(map(law, np.linspace(0, y.min(), 1000, endpoint=False)))[1:]
+    return min(map(law, np.linspace(0, y.min(), 1000, endpoint=False)))[1]
 
 
 def table(rungs: Sequence[Rung], losses: Sequence[float]) -> str:
-    """Each size with its loss and, from the fourth on, what the sizes before it predict; then the law over all of them."""
-    lines = [f'{"width x layers":>14} {"parameters":>11} {"tokens":>12} {"FLOPs":>9} {"loss":>7}   predicted by the smaller ones']
+    """Each size with its loss and, from the fourth on, what the sizes before it predict; then the law over all."""
+    lines = [f'{"width x layers":>14} {"parameters":>11} {"tokens":>12} {"FLOPs":>9} {"loss":>7}   '
+             'predicted by the smaller ones']
     flops = [rung.flops for rung in rungs]
     for i, (rung, loss) in enumerate(zip(rungs, losses, strict=True)):
         predicted = ''
         if i > 2:
-            floor, scale, exponent = fit(flops[:i], losses[:i])
-            guess = floor + scale * flops[i] ** -exponent
+            guess = fit(flops[:i], losses[:i]).loss(flops[i])
             predicted = f'   {guess:.4f} ({guess / loss - 1:+.1%})'
-        lines.append(f'{f"{rung.d_model} x {rung.n_layers}":>14} {rung.n_params:>11,} {rung.tokens:>12,} {rung.flops:>9.2e} '
-                     f'{loss:>7.4f}{predicted}')
+        lines.append(f'{f"{rung.d_model} x {rung.n_layers}":>14} {rung.n_params:>11,} {rung.tokens:>12,} '
+                     f'{rung.flops:>9.2e} {loss:>7.4f}{predicted}')
     if len(rungs) > 2:
-        floor, scale, exponent = fit(flops, losses)
-        lines.append(f'loss = {floor:.3f} + {scale * 1e12 ** -exponent:.3f} * (FLOPs / 1e12) ** -{exponent:.4f}; at ten times '
-                     f'the FLOPs of the largest {floor + scale * (10 * flops[-1]) ** -exponent:.3f}')
+        law = fit(flops, losses)
+        lines.append(f'loss = {law.floor:.3f} + {law.scale * 1e12 ** -law.exponent:.3f} * (FLOPs / 1e12) ** '
+                     f'-{law.exponent:.4f}; at ten times the FLOPs of the largest {law.loss(10 * flops[-1]):.3f}')
     return '\n'.join(lines)
 
 
@@ -137,19 +155,16 @@ def prepare(out: Path) -> Path:
     return data
 
 
-def tail(path: Path) -> str:
-    return '\n'.join(path.read_text('utf-8', errors='replace').splitlines()[-12:])
-
-
-def trained_batches(path: Path) -> int:
-    """By the last line of a run's console."""
-    text = path.read_text('utf-8', errors='replace') if path.exists() else ''
-    found = text.rpartition('[batch=')[2].partition('/')[0]
-    return int(found) if found.isdigit() else 0
+def start(rung: Rung, data: Path, out: Path, threads: int) -> subprocess.Popen[bytes]:
+    """Trains one size in a process of its own, which stops when this one dies."""
+    env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
+    with (out / f'{rung.name}.log').open('ab') as log:
+        return subprocess.Popen([sys.executable, 'main.py', *rung.arguments(data, out)], cwd=ROOT, stdout=log,
+                                stderr=subprocess.STDOUT, env=env, preexec_fn=workers.stop_with_parent)
 
 
 def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
-    """Trains what is not finished, the largest first, `jobs` at a time with as many threads each as there are cores for it.
+    """Trains what is not finished, the largest first, `jobs` at a time, which share the cores.
 
     Raises:
         UserError: A run has failed; the others are stopped, and have saved what they have.
@@ -157,28 +172,20 @@ def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
     waiting = sorted((rung for rung in rungs if rung.loss(out) is None), key=lambda rung: rung.flops)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     running: dict[Rung, subprocess.Popen[bytes]] = {}
-    bar = progress(f'{len(waiting)} models', sum(rung.tokens for rung in waiting), ' tokens')
-    done = dict.fromkeys(waiting, 0)
+    bar = progress('models', len(waiting), '')
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 rung = waiting.pop()
-                with (out / f'{rung.name}.log').open('ab') as log:
-                    running[rung] = subprocess.Popen(
-                        [sys.executable, 'main.py', *rung.arguments(data, out)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                        env={**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'},
-                        preexec_fn=workers.stop_with_parent)
+                running[rung] = start(rung, data, out, threads)
             time.sleep(1)
-            for rung, process in list(running.items()):
-                log = out / f'{rung.name}.log'
-                code = process.poll()
-                batches = rung.batches if code == 0 else trained_batches(log)
-                bar.update((batches - done[rung]) * BATCH * SEQ_LEN)
-                done[rung] = batches
-                if code is not None:
-                    del running[rung]
-                    if code != 0:
-                        raise UserError(f'{rung.name}: main.py ended with exit code {code}; {log} ends with\n{tail(log)}')
+            for rung in [rung for rung, process in running.items() if process.poll() is not None]:
+                code = running.pop(rung).returncode
+                if code:
+                    log = out / f'{rung.name}.log'
+                    end = '\n'.join(log.read_text('utf-8', errors='replace').splitlines()[-12:])
+                    raise UserError(f'{rung.name}: main.py ended with exit code {code}; {log} ends with\n{end}')
+                bar.update()
     finally:
         bar.close()
         for process in running.values():
@@ -188,16 +195,11 @@ def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    width, x, layers = text.partition('x')
-    if not (x and width.isdigit() and layers.isdigit() and int(layers) and int(width) and int(width) % HEAD_DIM == 0):
-        raise argparse.ArgumentTypeError(f'{text!r} is not WIDTHxLAYERS with a width in multiples of {HEAD_DIM}, as in 64x2')
+    width, _, layers = text.partition('x')
+    if not (width.isdigit() and layers.isdigit() and int(layers) and int(width) and int(width) % HEAD_DIM == 0):
+        raise argparse.ArgumentTypeError(f'{text!r} is not WIDTHxLAYERS with a width in multiples of {HEAD_DIM}, as in '
+                                         '64x2')
     return int(width), int(layers)
-
-
-def above_zero(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f'{text} is not a number above 0')
-    return float(text)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -206,38 +208,39 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--out', type=Path, default='./ladder', help='folder of data, logs and checkpoints; default: %(default)s')
     add('--sizes', nargs='+', type=parse_size, default=[parse_size(size) for size in SIZES], metavar='WIDTHxLAYERS',
         help=f'default: {" ".join(SIZES)}')
-    add('--tokens_per_parameter', type=above_zero, default=20.0, metavar='N', help='default: %(default)g')
+    add('--tokens_per_parameter', type=float, default=20.0, metavar='N', help='default: %(default)g')
     add('--jobs', type=positive, default=1 if torch.cuda.is_available() else 2, metavar='N',
         help='runs at a time; default: %(default)s')
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    out = Path(os.path.expanduser(args.out)).resolve()  # a shell leaves the ~ of --out=~/x as it is
+    """Trains the sizes, prints the table, and draws the losses.
+
+    Raises:
+        UserError: A run has failed.
+    """
+    out = args.out.expanduser().resolve()  # a shell leaves the ~ of --out=~/x as it is
+    out.mkdir(parents=True, exist_ok=True)
+    rungs = sorted({Rung(width, layers, args.tokens_per_parameter) for width, layers in args.sizes},
+                   key=lambda rung: rung.flops)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'--out: {out} cannot be made: {e.strerror}') from None
-    rungs = sorted({Rung(width, layers, args.tokens_per_parameter) for width, layers in args.sizes}, key=lambda r: r.flops)
-    climb(rungs, prepare(out), out, args.jobs)
-    losses = {rung: rung.loss(out) for rung in rungs}
-    for rung in [rung for rung, loss in losses.items() if loss is None]:  # killed after its last save
-        raise UserError(f'{rung.name}: has ended without its last evaluation; delete {out}/checkpoints/{rung.name} and '
-                        f'{out}/runs/{rung.name}, and give the same command again')
-    print(table(rungs, [loss for loss in losses.values() if loss is not None]))
-    runs = [read_run(str(out / 'runs' / rung.name)) for rung in rungs]
-    for theme in ('light', 'dark'):
-        picture = str(out / f'loss-curve-{theme}.png')
-        plot_loss.save(picture, theme == 'dark', runs, 'flops', 'train', True, SMOOTH, True)
-        print(f'{picture}: training loss against FLOPs, the mean of {SMOOTH} batches, and the compute-optimal envelope')
+        climb(rungs, prepare(out), out, args.jobs)
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on', file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    losses = []
+    for rung in rungs:
+        if (loss := rung.loss(out)) is None:  # killed after its last save
+            raise UserError(f'{rung.name}: has ended without its last evaluation; delete {out}/checkpoints/{rung.name} '
+                            f'and {out}/runs/{rung.name}, and give the same command again')
+        losses.append(loss)
+    print(table(rungs, losses))
+    plot_loss.main(plot_loss.parse_args([
+        *(str(out / 'runs' / rung.name) for rung in rungs), '--out', str(out / 'loss-curve.png'), '--theme', 'both',
+        '--x', 'flops', '--y', 'train', '--log', '--smooth', str(SMOOTH), '--envelope']))
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main(parse_args(sys.argv[1:]))
-    except UserError as e:
-        sys.exit(f'error: {e}')
-    except KeyboardInterrupt:
-        print('stopped; the same command goes on', file=sys.stderr)
-        sys.exit(stop.EXIT_STOPPED)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops it as Ctrl-C does
+    program.run(main, parse_args)

@@ -1,35 +1,71 @@
-"""What runs have logged, read back into one form: TensorBoard's files, the file logger's, or W&B's offline ones."""
+"""What a run has logged, read back: from TensorBoard's files, or from the file logger's."""
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
-from src.common.errors import UserError, first_line
+from src.common.errors import UserError
 
-TRAIN, EVAL, TOKENS, UNIGRAM = 'loss/train/total', 'metrics/eval/LanguageCrossEntropy', 'time/token', 'baseline/unigram_entropy'
+TRAIN, EVAL, TOKENS, UNIGRAM = (
+    'loss/train/total', 'metrics/eval/LanguageCrossEntropy', 'time/token', 'baseline/unigram_entropy')
 SAMPLES, DEVICES, SECONDS = 'time/sample', 'trainer/devices', 'time/train'
-HPARAMS, TEXTS = 'hyperparameters', 'text_samples'  # the second is the table of callbacks.text_samples
+HPARAMS = 'hyperparameters'
+DAYS = {'seconds': 1 / 86400, 'minutes': 1 / 1440, 'hours': 1 / 24, 'days': 1}
+OLD = 'they are older than this figure: take --x tokens, or train again'
 
-# Name, batch and value: a number, a dict of hyperparameters, or a table as a list of rows
-Event = tuple[str, int, Any]
+Event = tuple[str, int, Any]  # name, batch, and a number or a dict of hyperparameters
 
 
 class Run(NamedTuple):
     """One run, all its starts together."""
 
     name: str
-    files: tuple[Path, ...]  # in the order of its starts, as far as that is known
+    place: Path  # the folder of its logs, or the first of its log files
     scalars: dict[str, dict[int, float]]  # name to batch to value
     hparams: dict[str, Any]
-    samples: dict[int, list[dict[str, str]]]  # batch to rows of `prompt` and `text`
+
+    def positions(self, x: str) -> dict[int, float]:
+        """How far the run had come when each batch began.
+
+        Args:
+            x: `tokens` that were trained on; `flops`, those of all tokens, padding too, as in src/common/flops.py;
+                `device-days` of training, without evaluation.
+
+        Raises:
+            UserError: The logs do not say.
+        """
+        if x == 'tokens':
+            return self._needed(self.scalars.get(TOKENS), TOKENS, x, 'log more batches')
+        if x == 'device-days':
+            return self._device_days()
+        data = self.hparams.get('train_loader', {}).get('dataset', {})
+        per_token = self.hparams.get('environment', {}).get('flops_per_token', 0) * data.get('max_seq_len', 0)
+        self._needed(per_token, 'environment.flops_per_token', x, OLD)
+        return {batch: samples * per_token for batch, samples in self.scalars.get(SAMPLES, {}).items()}
+
+    def _device_days(self) -> dict[int, float]:
+        ends = self._needed(self.scalars.get(SECONDS), SECONDS, 'device-days', 'train with callbacks.speed_monitor={}')
+        starts = self._needed(self.scalars.get(DEVICES), DEVICES, 'device-days', OLD)
+        monitor = (self.hparams.get('callbacks') or {}).get('speed_monitor') or {}
+        day = DAYS[monitor.get('time_unit', 'hours')]
+        days, total, before = {min(ends) - 1: 0.0}, 0.0, 0.0
+        for batch, time in ends.items():
+            earlier = [start for start in starts if start < batch] or [min(starts)]
+            total += (time - before) * day * starts[max(earlier)]
+            days[batch], before = total, time
+        return days
+
+    def _needed(self, values: Any, what: str, x: str, mend: str) -> Any:
+        if not values:
+            raise UserError(f'{self.name}: its logs have no {what}, so --x {x} cannot be drawn; {mend}')
+        return values
 
 
 def read_run(path: str) -> Run:
-    """One run's logs; of the kinds of logs that a folder has, the first of TensorBoard's, W&B's and the file logger's.
+    """One run's logs; TensorBoard's, where a folder has both kinds.
 
     What a later start logged replaces what an earlier one did beyond the batch at which it began.
 
@@ -39,190 +75,103 @@ def read_run(path: str) -> Run:
     Raises:
         UserError: There is no such path, no log, more than one run, or no training loss.
     """
-    path = str(Path(path).resolve()) if Path(path).is_symlink() else path  # such as W&B's latest-run
-    if not Path(path).exists():
-        raise UserError(f'{path}: no such file or folder; a run logs to loggers.tensorboard.log_dir or loggers.file.filename')
-    kinds = ((_tensorboard_files, _tensorboard), (_wandb_files, _wandb), (_log_files, _log_file))
-    found, read = next(((found, read) for find, read in kinds if (found := find(Path(path)))), ({}, None))
-    if read is None:
-        raise UserError(f'{path}: holds no logs of TensorBoard, W&B or the file logger; train with '
+    root = Path(path).resolve()
+    if not root.exists():
+        raise UserError(f'{path}: no such file or folder; a run logs to loggers.tensorboard.log_dir or '
+                        'loggers.file.filename')
+    folders, starts = _tensorboard_folders(root), {}
+    if not folders:
+        starts = _log_files(root)
+    places = sorted(folders or starts)
+    if not places:
+        raise UserError(f'{path}: holds no logs of TensorBoard or the file logger; train with '
                         'loggers.tensorboard.log_dir=./runs')
-    if len(found) > 1:
-        raise UserError(f'{path}: holds {len(found)} runs; name one or more of them: {", ".join(sorted(found)[:4])}')
-    name, files = found.popitem()
-    scalars, hparams, samples = _joined(read(files))
+    if len(places) > 1:
+        raise UserError(f'{path}: holds {len(places)} runs; name one or more of them: '
+                        f'{", ".join(map(str, places[:4]))}')
+    place = places[0]
+    scalars, hparams = _joined(_tensorboard(place) if folders else _lines(starts[place]))
     if TRAIN not in scalars:
         raise UserError(f'{path}: has no {TRAIN}: the run has not logged a batch yet')
-    if read is _wandb:
-        name = hparams.pop('name', name)
-    elif read is _tensorboard or Path(path).is_dir():
-        name = Path(name).resolve().name
-    else:
-        name = Path(name).stem
-    return Run(name, tuple(files), scalars, hparams, samples)
+    return Run(place.name if place.is_dir() else place.stem, place, scalars, hparams)
 
 
-def _joined(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[str, Any], dict[int, list[dict[str, str]]]]:
+def _joined(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
     scalars: dict[str, dict[int, float]] = {}
     hparams: dict[str, Any] = {}
-    samples: dict[int, list[dict[str, str]]] = {}
     for name, batch, value in events:
         if isinstance(value, dict):
             hparams.update(value)
             continue
         if name == DEVICES:  # the first that a start logs: what an earlier one did beyond is no part of this run
-            for values in (*scalars.values(), samples):
+            for values in scalars.values():
                 for later in [b for b in values if b > batch]:
                     del values[later]
-        if isinstance(value, list):
-            if name == TEXTS:
-                samples[batch] = [{key: str(row.get(key, '')) for key in ('prompt', 'text')} for row in value]
-        else:
-            scalars.setdefault(name, {})[batch] = value
-    return {name: dict(sorted(values.items())) for name, values in scalars.items()}, hparams, dict(sorted(samples.items()))
-
-
-def _cut_off(file: Path, error: BaseException, n_read: int) -> None:
-    """A run that is being written, or was killed, may end in the middle of a record; a file without any is no log."""
-    if not n_read:
-        raise UserError(f'{file}: cannot be read as a log: {type(error).__name__}: {first_line(error)}') from None
-    print(f'{file}: cut off or damaged after {n_read} records: what follows is left out', file=sys.stderr)
+        scalars.setdefault(name, {})[batch] = value
+    return {name: dict(sorted(values.items())) for name, values in scalars.items()}, hparams
 
 
 # ---------------------------------------------------------------- TensorBoard
 
 
-def _tensorboard_files(path: Path) -> dict[str, list[Path]]:
-    files = [path] if path.is_file() and 'tfevents' in path.name else sorted(path.rglob('events.out.tfevents*'))
+def _tensorboard_folders(root: Path) -> set[Path]:
+    files = [root] if root.is_file() and 'tfevents' in root.name else root.rglob('events.out.tfevents*')
     folders = {file.parent for file in files}
-    # Below a run's folder lies one of Composer's own, for hyperparameters.
-    return {str(folder): [f for f in files if f.parent == folder] for folder in folders if folder.parent not in folders}
+    return {folder for folder in folders if folder.parent not in folders}  # Composer has one of its own in a run's
 
 
-def _tensorboard(files: list[Path]) -> Iterator[Event]:
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+def _tensorboard(folder: Path) -> Iterator[Event]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    events: list[tuple[float, Event]] = []
-    for file in files:
-        n = 0
-        try:
-            for event in EventFileLoader(str(file)).Load():
-                n += 1
-                for value in event.summary.value:
-                    plugin, array = value.metadata.plugin_data.plugin_name, make_ndarray(value.tensor)
-                    if plugin == 'scalars':
-                        events.append((event.wall_time, (value.tag, event.step, float(array.item()))))
-                    elif plugin == 'text' and value.tag.removesuffix('/text_summary') in (HPARAMS, TEXTS):
-                        name = value.tag.removesuffix('/text_summary')
-                        events.append((event.wall_time, (name, event.step, json.loads(array.item().decode()))))
-        except Exception as e:  # tensorboard has its own error classes with TensorFlow and without
-            _cut_off(file, e, n)
-        if not n and file.stat().st_size:
-            _cut_off(file, ValueError('no whole record'), n)
+    reader = EventAccumulator(str(folder), {'scalars': 0, 'tensors': 0}, purge_orphaned_data=False)  # 0: all
+    reader.Reload()
+    events = [(e.wall_time, (name, e.step, e.value)) for name in reader.Tags()['scalars'] for e in reader.Scalars(name)]
+    text = f'{HPARAMS}/text_summary'
+    for e in reader.Tensors(text) if text in reader.Tags()['tensors'] else []:
+        events.append((e.wall_time, (HPARAMS, e.step, json.loads(make_ndarray(e.tensor_proto).item()))))
     # Composer begins a file at every flush, and their names do not always sort as they were written.
     yield from (event for _, event in sorted(events, key=lambda timed: timed[0]))
 
 
-# ---------------------------------------------------------------- Weights & Biases
-
-
-def _wandb_files(path: Path) -> dict[str, list[Path]]:
-    if path.is_file():
-        files = [path] if path.suffix == '.wandb' else []
-    else:
-        files = [file for file in path.rglob('run-*.wandb') if not file.parent.is_symlink()]
-    runs: dict[str, list[Path]] = {}
-    for file in files:  # each start has a folder of its own, named by its time, and the file has the name of the run
-        starts = [start for start in file.parent.parent.glob(f'*run-*/{file.name}') if not start.parent.is_symlink()]
-        runs[file.stem] = sorted({*starts, *runs.get(file.stem, [file])}, key=lambda start: start.parent.name)
-    return runs
-
-
-def _wandb(files: list[Path]) -> Iterator[Event]:
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
-    from wandb.sdk.internal.datastore import DataStore
-
-    for file in files:
-        store, n = DataStore(), 0
-        try:
-            store.open_for_scan(str(file))
-            while (data := store.scan_data()) is not None:
-                n += 1
-                record = Record()
-                record.ParseFromString(data)
-                if record.HasField('run'):
-                    yield HPARAMS, 0, {'name': record.run.display_name}
-                updates = [*record.run.config.update, *record.config.update]
-                yield HPARAMS, 0, {u.key: json.loads(u.value_json) for u in updates if u.key and u.key != '_wandb'}
-                yield from _history(record.history, file.parent)
-        except Exception as e:  # of its own checks it says AssertionError, or just Exception
-            _cut_off(file, e, n)
-
-
-def _history(history: Any, folder: Path) -> Iterator[Event]:
-    batch = history.step.num
-    for item in history.item:
-        keys = list(item.nested_key) or [item.key]
-        value = json.loads(item.value_json)
-        if keys == [TEXTS, 'path']:
-            with suppress(OSError):  # not copied along
-                table = json.loads((folder / 'files/media/table' / Path(value).name).read_text('utf-8'))
-                yield TEXTS, batch, [dict(zip(table['columns'], row)) for row in table['data']]
-        elif keys[0][:1] != '_' and keys[0] != TEXTS and (number := _number(value)) is not None:
-            yield '.'.join(keys), batch, number
-
-
-def _number(value: Any) -> Optional[float]:
-    """W&B and JSON have words for what is not finite."""
-    with suppress(ValueError, TypeError):
-        return None if isinstance(value, bool) else float(value)
-    return None
-
-
 # ---------------------------------------------------------------- the file logger
 
-START = re.compile(r'(?P<stem>.+?)(\.(?P<start>\d+))?(?P<ending>\.[^.]*)?')  # log.txt, log.2.txt
-LINE = re.compile(r'\[(?P<kind>metric|hyperparameter|table)\](?:\[batch=(?P<batch>\d+)\])?: (?P<name>.+?): (?P<value>.*)')
+LINE = re.compile(r'\[(?P<kind>metric|hyperparameter)\](?:\[batch=(?P<batch>\d+)\])?: (?P<name>.+?): (?P<value>.*)')
 
 
-def _parts(file: Path) -> tuple[str, int]:
-    """The file of the first start, if that is there, and the number of this one."""
-    match = START.fullmatch(file.name)
-    assert match
-    first = file.with_name(match['stem'] + (match['ending'] or ''))
-    start = int(match['start'] or 1)
-    return (str(first), start) if start > 1 and first.exists() else (str(file), 1)
+def _log_files(root: Path) -> dict[Path, list[Path]]:
+    """The files of each run's starts, in their order; by the folder, if it holds one run, or by the first file."""
+    if root.is_file():
+        found = [root] if _is_log(root) else []
+    else:  # all ranks log the same
+        found = [file for file in root.rglob('*') if _is_log(file) and not re.search(r'rank[1-9]', file.name)]
+    firsts = {_first_start(file)[0] for file in found}
+    runs = {first: sorted((file for file in first.parent.iterdir() if _first_start(file)[0] == first),
+                          key=lambda file: _first_start(file)[1]) for first in firsts}
+    return {root: next(iter(runs.values()))} if root.is_dir() and len(runs) == 1 else runs
 
 
-def _log_files(path: Path) -> dict[str, list[Path]]:
-    near = path.parent.glob('*') if path.is_file() else path.rglob('*')
-    runs: dict[str, list[tuple[int, Path]]] = {}
-    for file in near:
-        if file.is_file() and (path.is_dir() or _parts(file)[0] == _parts(path)[0]):
-            try:
-                with open(file, 'rb') as opened:
-                    begins = opened.read(40)
-            except OSError as e:
-                if path.is_dir():
-                    continue
-                raise UserError(f'{file}: cannot be read: {e.strerror}') from None
-            if re.match(rb'\[(metric|hyperparameter|table|trace|stdout|stderr)\]', begins):
-                first, start = _parts(file)
-                if path.is_file() or not re.search(r'rank[1-9]', file.name):  # all ranks log the same
-                    runs.setdefault(first, []).append((start, file))
-    if len(runs) == 1 and path.is_dir():
-        runs = {str(path): next(iter(runs.values()))}
-    return {first: [file for _, file in sorted(starts)] for first, starts in runs.items()}
+def _is_log(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with open(file, 'rb') as opened:
+        return re.match(rb'\[(metric|hyperparameter|table|trace|stdout|stderr)\]', opened.read(40)) is not None
 
 
-def _log_file(files: list[Path]) -> Iterator[Event]:
+def _first_start(file: Path) -> tuple[Path, int]:
+    """The file of the run's first start, and the number of this one: log.2.txt is the second of log.txt."""
+    match = re.fullmatch(r'(.+)\.(\d+)(\.[^.]*|)', file.name)
+    if match and int(match[2]) > 1 and (first := file.with_name(match[1] + match[3])).exists():
+        return first, int(match[2])
+    return file, 1
+
+
+def _lines(files: list[Path]) -> Iterator[Event]:
     for file in files:
         with open(file, encoding='utf-8', errors='replace') as lines:
-            for match in map(LINE.match, lines):
-                if match is None:
-                    continue
-                with suppress(ValueError):  # a line that is being written, or of a logger that is not the kit's
-                    value = float(match['value']) if match['kind'] == 'metric' else json.loads(match['value'])
-                    name = match['name'] if match['kind'] != 'hyperparameter' else HPARAMS
-                    yield name, int(match['batch'] or 0), {match['name']: value} if name == HPARAMS else value
+            for match in filter(None, map(LINE.match, lines)):
+                with suppress(ValueError):  # a line that is being written
+                    if match['kind'] == 'metric':
+                        yield match['name'], int(match['batch'] or 0), float(match['value'])
+                    else:
+                        yield HPARAMS, 0, {match['name']: json.loads(match['value'])}

@@ -16,7 +16,7 @@ from runs import train
 import main
 from src.checkpoints.manifest import manifests
 from src.common.storage import LocalFolder
-from src.tools.plot_loss import read_scalars
+from src.tools.run_logs import read_run
 from src.training import plugins
 
 QUICKSTART = 'yamls/quickstart.yaml'
@@ -95,7 +95,7 @@ def test_logs_go_on_across_starts(mds_root, tmp_path, monkeypatch):
     assert main.cli([QUICKSTART, *argv]) == 0
     assert (tmp_path / 'log.txt').read_text().startswith(first) and '[metric][batch=4]' in first
     assert '[metric][batch=6]' in (tmp_path / 'log.2.txt').read_text()
-    assert sorted(read_scalars(str(tmp_path / 'tb'))['loss/train/total']) == [0, 1, 2, 3, 4, 5]
+    assert sorted(read_run(str(tmp_path / 'tb')).scalars['loss/train/total']) == [0, 1, 2, 3, 4, 5]
     ids = {path.stem.removeprefix('run-') for path in tmp_path.rglob('run-*.wandb')}
     assert len(ids) == 1 and ids.pop().startswith('one-') and len(list(tmp_path.rglob('run-*.wandb'))) == 2
 

@@ -1,12 +1,10 @@
-"""Pictures of losses: one run's three kinds of logs give one curve, and the figures that are drawn are the right ones."""
+"""Pictures of losses: one run's two kinds of logs give one curve, and the figures that are drawn are the right ones."""
 
-import time
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-import wandb
 from launch import tiny
 from matplotlib import image
 from matplotlib import pyplot as plt
@@ -17,7 +15,7 @@ from src.checkpoints.manifest import manifests
 from src.common.errors import UserError
 from src.common.storage import LocalFolder
 from src.tools import plot_loss
-from src.tools.curves import curve, envelope, positions, smoothed
+from src.tools.plot_loss import curve, envelope, smoothed
 from src.tools.run_logs import DEVICES, EVAL, SAMPLES, SECONDS, TOKENS, TRAIN, UNIGRAM, Run, read_run
 
 QUICKSTART = 'yamls/quickstart.yaml'
@@ -28,7 +26,7 @@ def a_run(losses: list[float], name: str = 'a', samples: int = 2, **more: dict[i
     """A run of a loss for each batch, `samples` samples in each, half of the tokens padding."""
     scalars = {TRAIN: dict(enumerate(losses)), TOKENS: {i: 5.0 * samples * i for i in range(len(losses) + 1)},
                SAMPLES: {i: float(samples * i) for i in range(len(losses) + 1)}}
-    return Run(name, (Path(name),), scalars | more, HPARAMS, {})
+    return Run(name, Path(name), scalars | more, HPARAMS)
 
 
 def plot(*argv: object) -> None:
@@ -49,23 +47,18 @@ def run(tmp_path):
 
 @pytest.fixture(scope='module')
 def logs(mds_root, tmp_path_factory):
-    """A run with all three loggers, that ended after batch 12, lost its checkpoints but that of 5, and went on."""
+    """A run with both loggers, that ended after batch 12, lost its checkpoints but that of 5, and went on."""
     folder = tmp_path_factory.mktemp('logs')
     argv = tiny(mds_root, 'run_name=one', 'autoresume=true', f'save_folder={folder}/save', 'save_interval=5ba',
                 'save_num_checkpoints_to_keep=-1', 'eval_interval=6ba', f'loggers.tensorboard.log_dir={folder}/tb',
-                'loggers.wandb.project=kit', f'loggers.file.filename={folder}/log.txt',
-                'loggers.wandb.init_kwargs.settings.api_key=' + 'a' * 40, 'log_to_console=false')
+                f'loggers.file.filename={folder}/log.txt', 'log_to_console=false')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('WANDB_DIR', str(folder))
-        patch.setenv('WANDB_MODE', 'offline')
         patch.setattr('torch.cuda.is_available', lambda: False)
-        wandb.teardown()  # it remembers the mode of a test before this one
         assert main.cli([QUICKSTART, *argv, 'max_duration=12ba']) == 0
         newest = next(manifests(LocalFolder(folder / 'save')))
         assert newest.batch == 12
         for path in (folder / 'save').glob('ep0-ba1*'):
             path.unlink()
-        time.sleep(1)  # W&B names the folder of an offline start by its second
         assert main.cli([QUICKSTART, *argv, 'max_duration=15ba', 'optimizer.lr=0.1']) == 0
     return folder
 
@@ -73,25 +66,18 @@ def logs(mds_root, tmp_path_factory):
 # ---------------------------------------------------------------- reading
 
 
-def test_three_logs_of_one_run_are_one_run(logs):
-    board, online, file = read_run(f'{logs}/tb'), read_run(f'{logs}/wandb'), read_run(f'{logs}/log.txt')
-    assert (board.name, online.name, file.name) == ('one', 'one', 'log')
-    assert len(online.files) == len(file.files) == 2
+def test_two_logs_of_one_run_are_one_run(logs):
+    board, file = read_run(f'{logs}/tb'), read_run(f'{logs}/log.txt')
+    assert (board.name, file.name) == ('one', 'log')
     for name, values in file.scalars.items():
-        for other in (board, online):
-            assert list(other.scalars[name]) == list(values), name
-            assert list(other.scalars[name].values()) == pytest.approx(list(values.values()), rel=1e-6), name
+        assert list(board.scalars[name]) == list(values), name
+        assert list(board.scalars[name].values()) == pytest.approx(list(values.values()), rel=1e-6), name
     assert list(file.scalars[TRAIN]) == list(range(15)) and list(file.scalars[EVAL]) == [0, 6, 12, 15]
-    assert board.samples == online.samples == file.samples and list(file.samples) == [0, 6, 12, 15]
-    assert [row['prompt'] for row in file.samples[12]] == ['This function returns', 'The name of the']
-    for hparams in (board.hparams, online.hparams, file.hparams):
+    for hparams in (board.hparams, file.hparams):
         assert hparams['optimizer'] == file.hparams['optimizer'] and hparams['optimizer']['lr'] == 0.1, 'of the last start'
         assert hparams['environment'] == file.hparams['environment']
-        assert hparams['loggers']['wandb']['init_kwargs']['settings']['api_key'] == '***'
     for x in ('tokens', 'flops', 'device-days'):
-        want = curve(file, x)
-        for other in (board, online):
-            assert all(np.allclose(a, b, rtol=1e-6) for a, b in zip(curve(other, x), want)), x
+        assert all(np.allclose(a, b, rtol=1e-6) for a, b in zip(curve(board, x), curve(file, x))), x
 
 
 def test_a_later_start_replaces_what_came_after_its_checkpoint(logs):
@@ -110,27 +96,21 @@ def test_a_start_that_has_not_come_as_far_ends_the_curve(tmp_path):
     (tmp_path / 'log.txt').write_text(lines(0, 9, 4.0))
     (tmp_path / 'log.2.txt').write_text(lines(5, 7, 3.0) + '[metric][batch=7]: loss/tr')
     assert read_run(str(tmp_path)).scalars[TRAIN] == {0: 4.0, 1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0, 5: 3.0, 6: 3.0}
-    assert read_run(str(tmp_path / 'log.2.txt')).files == read_run(str(tmp_path)).files
+    assert read_run(str(tmp_path / 'log.2.txt')).scalars == read_run(str(tmp_path)).scalars
 
 
-def test_a_file_that_is_being_written_is_read_as_far_as_it_goes(logs, tmp_path, capsys):
-    for kind, pattern in (('tb', 'tb/one/events*'), ('wandb', 'wandb/*run-*/run-*.wandb')):
-        whole = max(logs.glob(pattern), key=lambda path: path.stat().st_size if kind == 'tb' else path.parent.name)
-        cut = tmp_path / kind / whole.name
-        cut.parent.mkdir()
-        cut.write_bytes(whole.read_bytes()[:-7])
-        assert len(read_run(str(tmp_path / kind)).scalars[TRAIN]) >= 2
-    capsys.readouterr()
+def test_a_file_that_is_being_written_is_read_as_far_as_it_goes(logs, tmp_path):
+    whole = max(logs.glob('tb/one/events*'), key=lambda path: path.stat().st_size)
+    (tmp_path / whole.name).write_bytes(whole.read_bytes()[:-7])
+    assert len(read_run(str(tmp_path)).scalars[TRAIN]) >= 2
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
-    ('', b'', 'holds no logs of TensorBoard, W&B or the file logger; train with loggers.tensorboard.log_dir'),
+    ('', b'', 'holds no logs of TensorBoard or the file logger; train with loggers.tensorboard.log_dir'),
     ('notes.txt', b'nothing', 'holds no logs'),
-    ('events.out.tfevents.1', b'no such record, but long enough for a header', 'cannot be read as a log'),
-    ('run-a.wandb', b'no such record', 'cannot be read as a log'),
-    ('run-a.wandb', b'', 'cannot be read as a log'),
+    ('events.out.tfevents.1', b'no such record, but long enough for a header', 'has no loss/train/total'),
     ('log.txt', b'[metric][batch=0]: lr: 1.0\n', 'has no loss/train/total: the run has not logged a batch yet'),
-], ids=['empty', 'notes', 'tensorboard', 'wandb', 'wandb empty', 'no loss'])
+], ids=['empty', 'notes', 'tensorboard', 'no loss'])
 def test_what_is_no_log_is_one_message(tmp_path, name, content, message):
     if name:
         (tmp_path / name).write_bytes(content)
@@ -158,8 +138,8 @@ def test_smoothing_is_the_mean_around_each_batch():
 
 def test_flops_are_of_all_tokens_padding_too():
     run = a_run([4.0, 3.0, 2.0], samples=2, **{EVAL: {3: 2.5, 9: 2.0}})
-    assert list(positions(run, 'flops').values()) == [0, 120, 240, 360]  # 2 samples * 10 tokens * 6
-    assert positions(run, 'tokens') == {0: 0, 1: 10, 2: 20, 3: 30}
+    assert list(run.positions('flops').values()) == [0, 120, 240, 360]  # 2 samples * 10 tokens * 6
+    assert run.positions('tokens') == {0: 0, 1: 10, 2: 20, 3: 30}
     drawn = curve(run, 'flops', 3)
     assert drawn.x.tolist() == [0, 120, 240] and drawn.smooth.tolist() == [3.5, 3.0, 2.5]
     assert drawn.eval_x.tolist() == [360, 1080] and drawn.eval_loss.tolist() == [2.5, 2.0]
@@ -170,7 +150,7 @@ def test_device_days_count_the_devices_of_each_start(unit, day):
     seconds = {1: 1.0 * day, 2: 2.0 * day, 3: 4.0 * day, 4: 5.0 * day}
     run = a_run([4.0, 3.0, 2.0, 1.0], **{SECONDS: seconds, DEVICES: {0: 8, 2: 2}})
     run = run._replace(hparams={'callbacks': {'speed_monitor': {'time_unit': unit} if unit != 'hours' else None}})
-    assert positions(run, 'device-days') == {0: 0, 1: 8, 2: 16, 3: 20, 4: 22}
+    assert run.positions('device-days') == {0: 0, 1: 8, 2: 16, 3: 20, 4: 22}
     assert curve(run, 'device-days').x.tolist() == [0, 8, 16, 20]
 
 
@@ -202,11 +182,10 @@ def test_what_is_drawn_is_these_numbers():
 @pytest.mark.parametrize(('run', 'options', 'message'), [
     (a_run([float('nan')] * 3), {}, 'a: none of its 3 training losses is a finite number'),
     (a_run([1.0]), {'y': 'eval'}, 'a: no evaluation is logged; take --y train'),
-    (a_run([1.0]), {'log': True}, 'a: no point with tokens above 0'),
     (a_run([1.0])._replace(hparams={}), {'x': 'flops'}, 'a: its logs have no environment.flops_per_token, so --x flops'),
     (a_run([1.0]), {'x': 'device-days'}, 'a: its logs have no time/train, .*speed_monitor'),
     (a_run([1.0], **{SECONDS: {1: 2.0}}), {'x': 'device-days'}, 'a: its logs have no trainer/devices'),
-], ids=['nan', 'no evaluation', 'one point at 0', 'no flops', 'no time', 'no devices'])
+], ids=['nan', 'no evaluation', 'no flops', 'no time', 'no devices'])
 def test_what_cannot_be_drawn_is_said(run, options, message):
     with pytest.raises(UserError, match=message):
         plot_loss.draw([run], **options)
@@ -235,31 +214,17 @@ def test_the_picture_is_drawn_in_both_themes(run, tmp_path, theme):
 
 
 def test_several_runs_and_svg(run, logs, tmp_path, capsys):
-    plot(run, f'{logs}/log.txt', *sorted((logs / 'wandb').glob('offline-run-*')), '--out', tmp_path / 'loss.svg', '--smooth', 3)
-    assert capsys.readouterr().out == f'{tmp_path}/loss.svg: loss of my-run, log, one\n', 'two starts are one run'
+    plot(run, f'{logs}/log.txt', f'{logs}/log.2.txt', '--out', tmp_path / 'loss.svg', '--smooth', 3)
+    assert capsys.readouterr().out == f'{tmp_path}/loss.svg: loss of my-run, log\n', 'two starts are one run'
     assert '<svg' in (tmp_path / 'loss.svg').read_text()
-
-
-def test_runs_of_one_name_are_told_apart(run, tmp_path, capsys):
-    other = tmp_path / 'other' / 'my-run'
-    other.parent.mkdir()
-    run.rename(other)
-    with SummaryWriter(str(run)) as writer:
-        for step in (1, 2):
-            writer.add_scalar(TOKENS, step, step)
-            writer.add_scalar(TRAIN, 3.0, step)
-    plot(run, other, '--out', tmp_path / 'loss.png', '--html', tmp_path / 'pages')
-    assert f'loss of {tmp_path.name}/my-run, other/my-run' in capsys.readouterr().out
-    assert len(list((tmp_path / 'pages').glob('*.html'))) == 2
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
     (['--out', '{tmp}/none/loss.png'], '--out: .*none/loss.png cannot be written: No such file or directory'),
-    (['--out', '{tmp}/loss'], r'--out: .*loss; its ending says the format: .png, .svg, .pdf'),
-    (['--html', '{tmp}/none/pages'], '--html: .* cannot be written: No such file or directory'),
+    (['--out', '{tmp}/loss.gif'], '--out: .*loss.gif cannot be written: Format .gif. is not supported'),
     (['--envelope'], '--envelope: is of compute, and --x is tokens; add --x flops'),
     (['{tmp}/nothing'], 'nothing: no such file or folder'),
-], ids=['no folder', 'no ending', 'no folder of pages', 'envelope of tokens', 'no run'])
+], ids=['no folder', 'no format', 'envelope of tokens', 'no run'])
 def test_mistakes_of_the_command_line(run, tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
         plot(run, *(arg.format(tmp=tmp_path) for arg in argv))
@@ -274,18 +239,17 @@ def a_log(path: Path, loss: float) -> Path:
     return path
 
 
-def test_runs_of_one_name_keep_apart(tmp_path, capsys):
-    first, second = a_log(tmp_path / 'x/a/log.txt', 4.0), a_log(tmp_path / 'x/b/log.txt', 5.0)
-    plot(first, second, '--html', tmp_path / 'pages')
-    assert len(list((tmp_path / 'pages').iterdir())) == 2
-    assert capsys.readouterr().out.count('report of') == 2
+def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
+    first, second = a_log(tmp_path / 'a/log.txt', 4.0), a_log(tmp_path / 'b/log.txt', 5.0)
+    plot(first, second, '--out', tmp_path / 'loss.png')
+    assert f'loss of {first}, {second}\n' in capsys.readouterr().out
 
 
 def test_numbered_logs_without_a_first_are_runs_of_their_own(tmp_path):
     logs = [a_log(tmp_path / f'seed.{i}.txt', i) for i in (1, 2)]
     assert [read_run(str(log)).scalars[TRAIN][0] for log in logs] == [1, 2]
     a_log(tmp_path / 'seed.txt', 3)
-    assert [file.name for file in read_run(str(logs[1])).files] == ['seed.txt', 'seed.2.txt'], 'its second start'
+    assert read_run(str(logs[1])).name == 'seed', 'its second start'
 
 
 def test_of_several_runs_one_that_cannot_be_drawn_is_left_out(tmp_path, capsys):
@@ -296,21 +260,3 @@ def test_of_several_runs_one_that_cannot_be_drawn_is_left_out(tmp_path, capsys):
     assert 'loss of good\n' in said.out and said.err.startswith(f'left out: {died}: has no {TRAIN}')
     with pytest.raises(UserError, match='has no loss/train/total'):
         plot(died, '--out', tmp_path / 'loss.png')
-
-
-def test_other_tables_are_no_samples(tmp_path):
-    log = a_log(tmp_path / 'log.txt', 4.0)
-    with open(log, 'a') as file:
-        file.write('[table][batch=1]: text_samples: [{"prompt": "a", "text": "b"}]\n[table][batch=1]: other: [[1, 2]]\n')
-    assert read_run(str(log)).samples == {1: [{'prompt': 'a', 'text': 'b'}]}
-
-
-def test_a_link_to_a_run_is_the_run(tmp_path):
-    a_log(tmp_path / 'one/log.txt', 4.0)
-    (tmp_path / 'latest-run').symlink_to(tmp_path / 'one')
-    assert read_run(str(tmp_path / 'latest-run')).name == 'one'
-
-
-def test_what_html_alone_does_not_draw_is_refused(tmp_path):
-    with pytest.raises(UserError, match='--envelope, --theme: .* only with --out FILE'):
-        plot(a_log(tmp_path / 'log.txt', 4.0), '--html', tmp_path, '--theme', 'dark')
