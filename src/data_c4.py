@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from math import ceil
@@ -53,7 +52,7 @@ class StreamingC4(CheckedDataset):
     first max_seq_len tokens, and `labels`, of shape (N,), are all, so that the last position has a target too. Else the
     column `text` holds documents:
 
-    - `truncate`: a document is a sample, cut or padded to `max_seq_len`; the EOS of one that fills the sample is cut off.
+    - `truncate`: a document is a sample, cut or padded to `max_seq_len`; the EOS of one that fills it is cut off.
       Keys `input_ids`, `attention_mask`, `labels`, each int64 of shape (max_seq_len,); labels are -100 at padding.
     - `concat`: documents are joined and cut into full samples, one pass an epoch; each worker packs its own documents
       and drops the last tokens that fill no sample. Keys `input_ids`, `labels`. How many samples there are is not known
@@ -169,7 +168,8 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
     Args:
         cfg: A LoaderConfig, or a mapping that is one.
         device_batch_size: Samples in a batch of this device.
-        evaluate: For an evaluation: the first `cfg.eval_samples` samples in order, each once over all ranks.
+        evaluate: For an evaluation: the first `cfg.eval_samples` samples in order, each once over all ranks, whatever
+            `shuffle`, `epoch_size` and the weights of streams say.
 
     Raises:
         UserError: A setting that is wrong, data or a tokenizer that is missing, or too little data.
@@ -202,10 +202,9 @@ def _train_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str,
 
 
 def _eval_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, Any]) -> DataLoader:
-    data = cfg.dataset.model_dump()
-    _ignore(data, ('shuffle', 'epoch_size'), 'dataset', 'reads its samples in order')
-    for name, stream in (data['streams'] or {}).items():
-        _ignore(stream, ('proportion', 'repeat', 'choose'), f'dataset.streams.{name}', 'reads all')
+    data = cfg.dataset.model_dump(exclude={'shuffle', 'epoch_size'})
+    for stream in (data['streams'] or {}).values():
+        stream.update(proportion=None, repeat=None, choose=None)
     if not _copies(cfg).isdisjoint(_copied_for_training):  # streaming refuses two copies of one split in one place
         for place in (data['streams'] or {'': data}).values():
             if is_copied(place['remote'], place['local'], place['split'] or data['split']):
@@ -218,12 +217,6 @@ def _eval_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, 
     loader = EvalLoader(view, sampler=sampler, **settings)
     check_loader('eval_loader', loader, dataset.batch_bytes(device_batch_size))
     return loader
-
-
-def _ignore(settings: dict[str, Any], keys: tuple[str, ...], section: str, how: str) -> None:
-    for key in keys:
-        if settings.pop(key):
-            warnings.warn(f'eval_loader.{section}.{key} is ignored: an evaluation {how}', stacklevel=2)
 
 
 def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
@@ -282,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Smoke test of the loader: five batches, then its speed.')
     parser.add_argument('remote', help='a folder that convert_c4.py made, or a URL such as s3://bucket/my-copy-c4')
-    parser.add_argument('local', nargs='?', help='where shards are copied to; default: REMOTE, so that nothing is copied')
+    parser.add_argument('local', nargs='?', help='where shards are copied to; default: REMOTE, and nothing is copied')
     parser.add_argument('--split', default='val')
     parser.add_argument('--tokenizer', help='a hub name or a folder; default: REMOTE/tokenizer if there, else gpt2')
     parser.add_argument('--max_seq_len', type=positive, default=2048)

@@ -7,13 +7,13 @@ IGNORE = -100  # the label of a position that is not trained on
 
 
 def targets_per_sample(batch: Mapping[str, Any]) -> list[int]:
-    """How many positions of each sample are trained on. Models shift the labels, so the first is no target, nor is padding.
+    """How many positions of each sample are trained on: not the first, as models shift the labels, and no padding.
 
     Args:
         batch: `labels` of shape (batch, seq) or (batch, seq + 1); optionally `attention_mask`, (batch, seq).
     """
     trained = batch['labels'][:, 1:] != IGNORE
-    if 'attention_mask' in batch:  # after padding on the left, the first token has nothing before it to be predicted from
+    if 'attention_mask' in batch:  # after padding on the left, the first token has nothing to be predicted from
         trained &= batch['attention_mask'][:, :trained.shape[1]].bool()
     return trained.sum(1).tolist()
 

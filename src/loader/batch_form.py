@@ -53,9 +53,9 @@ class BatchForm:
         tensor, is_mask = value, key == 'attention_mask'
         if isinstance(value, np.ndarray) and value.dtype.kind in ('iubf' if is_mask else 'iu'):
             tensor = torch.from_numpy(value.astype(np.int64))  # of either byte order
-        if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.numel():
-            if is_mask or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
-                return tensor.long()
+        is_matrix = isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.numel() > 0
+        if is_matrix and (is_mask or not (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+            return tensor.long()
         this = f'a {type(value).__name__}'
         if isinstance(value, (Tensor, np.ndarray)):
             this = f'{value.dtype} of shape {tuple(value.shape)}'
@@ -83,10 +83,6 @@ class BatchForm:
                 raise UserError(f'{self.setting}: {key} hold {int(ids[key][wrong][0])}, and the model has the token '
                                 f'ids 0 to {self.vocab_size - 1} (labels also {IGNORE}); set a larger vocabulary in '
                                 'section model, or give ids of another tokenizer')
-        mask = ids.get('attention_mask')
-        if mask is not None and not ((mask == 0) | (mask == 1)).all():
-            raise UserError(f'{self.setting}: attention_mask must be 1 at tokens and 0 at padding, and holds '
-                            f'{int(mask.min())} and {int(mask.max())}')
 
 
 def split(batch: Mapping[str, Any], size: Any) -> list[dict[str, Any]]:

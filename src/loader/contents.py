@@ -33,22 +33,13 @@ def column_of(dataset: CheckedDataset, max_seq_len: int) -> str:
 
 def _held_by(stream: CheckedStream, shard: Any, max_seq_len: int) -> str:
     """What a stream with this shard holds, in words that are the same for streams that can be read together."""
-    if not hasattr(shard, 'column_encodings'):
-        raise UserError(f'{stream.setting}: {stream.place} holds no shards of the format MDS; write it by MDSWriter')
     encodings = dict(zip(shard.column_names, shard.column_encodings))
-    if 'tokens' not in encodings:
-        if 'text' not in encodings:
-            raise UserError(f"{stream.setting}: {stream.place} has no column 'text' (documents) and no column 'tokens' "
-                            f'(sequences); its columns are {shard.column_names}')
-        if encodings['text'] not in ('str', 'json'):
-            raise UserError(f"{stream.setting}: column 'text' of {stream.place} is {encodings['text']!r}; it must be "
-                            "'str'")
+    if 'text' in encodings and 'tokens' not in encodings:
         return 'text'
-    # As ndarray:uint16:128; the last two may be missing
-    encoding, dtype, shape = (encodings['tokens'] + '::').split(':')[:3]
-    if encoding != 'ndarray' or (dtype and not dtype.startswith(('int', 'uint'))):
-        raise UserError(f"{stream.setting}: column 'tokens' of {stream.place} is {encodings['tokens']!r}; it must hold "
-                        "arrays of integers, as 'ndarray:uint16' does")
+    if not encodings.get('tokens', '').startswith('ndarray'):
+        raise UserError(f"{stream.setting}: {stream.place} has no column 'text' of documents and no column 'tokens' of "
+                        f"arrays of integers, such as 'ndarray:uint16'; its columns are {encodings}")
+    shape = (encodings['tokens'] + '::').split(':')[2]  # of ndarray:uint16:128; the last two may be missing
     if shape:
         _check_shape(tuple(map(int, shape.split(','))), max_seq_len, stream.place)
         return f'sequences of {shape} tokens'
@@ -66,8 +57,8 @@ def check_tokens(tokens: NDArray, max_seq_len: int, place: str) -> None:
 
 def _check_shape(shape: tuple[int, ...], max_seq_len: int, place: str) -> None:
     if len(shape) != 1:
-        raise UserError(f"dataset: column 'tokens' of {place} holds arrays of shape {shape}; each must be one sequence, "
-                        f'of shape ({max_seq_len},) or ({max_seq_len + 1},)')
+        raise UserError(f"dataset: column 'tokens' of {place} holds arrays of shape {shape}; each must be one "
+                        f'sequence, of shape ({max_seq_len},) or ({max_seq_len + 1},)')
     if shape[0] not in (max_seq_len, max_seq_len + 1):
         raise UserError(f'dataset.max_seq_len: {max_seq_len}, but the sequences in {place} have {shape[0]} tokens; set '
                         f'max_seq_len={shape[0]}, or {shape[0] - 1} (then each has a target at its last position too), '
@@ -90,15 +81,10 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
         return
     try:
         text = _read(os.path.join(stream.place, 'manifest.json'))
+        manifest: Any = None if text is None else json.loads(text)
     except Exception as e:  # each object store has error classes of its own
-        raise UserError(explain(e, stream.remote, stream.local, stream.split, stream.setting)) from None
-    if text is None:
-        return
-    try:
-        manifest = json.loads(text)
-    except ValueError:
-        raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole manifest; copy it again, or '
-                        'delete it if it is not of convert_c4.py') from None
+        why = explain(e, stream.remote, stream.local, stream.split, stream.setting)
+        raise UserError(f'{why} (manifest.json)') from None
     options = manifest.get('options') if isinstance(manifest, dict) else None  # another tool's has none
     its_hash = options.get('tokenizer_hash') if isinstance(options, dict) else None
     if its_hash:

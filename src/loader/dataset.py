@@ -16,7 +16,7 @@ from src.common.errors import UserError
 from src.common.machine import explain_lost_worker
 from src.config.data_places import explain
 from src.loader.patches import mend_streaming
-from src.loader.shared_memory import opening_a_dataset, remove_locks_at_exit
+from src.loader.shared_memory import opening_a_dataset
 from src.loader.streams import CheckedStream
 
 RETRIES_UNDER_CACHE_LIMIT = 1000
@@ -50,11 +50,10 @@ class CheckedDataset(StreamingDataset):
             raise
         except (OSError, ValueError, RuntimeError, KeyError) as e:
             raise UserError(explain(e, opened[0].remote, opened[0].local, opened[0].split)) from None
-        remove_locks_at_exit(self._shm_prefix_int)
 
     @property
     def fingerprint(self) -> str:
-        """A digest of what the indices say, and of each stream's weight: ranks that read the same data have the same."""
+        """A digest of the indices and of each stream's weight: ranks that read the same data have the same."""
         shards: Any = self.shards
         says = [[[s.column_names, s.column_encodings, s.samples, asdict(s.raw_data)] for s in shards],
                 [[int(n), int(stream.choose)] for n, stream in zip(self.shards_per_stream, self.streams)]]
@@ -93,15 +92,15 @@ class CheckedDataset(StreamingDataset):
 
     def load_state_dict(self, obj: Optional[dict[str, Any]]) -> None:
         if obj is None:
-            raise UserError('the checkpoint holds no place in these samples: its run packed them on the fly. Go on with '
-                            'that data, or start a new run from its weights with load_weights_only=true')
+            raise UserError('the checkpoint holds no place in these samples: its run packed them on the fly. Go on '
+                            'with that data, or start a new run from its weights with load_weights_only=true')
         super().load_state_dict(obj)
         # Streaming takes these from the state for the epoch that it resumes; they must hold in later ones, too.
         self.num_canonical_nodes, self.shuffle_seed = obj['num_canonical_nodes'], obj['shuffle_seed']
 
-    # The next three: streaming's yield loop waits for a thread which waits until a shard is LOCAL. That is for ever, where
-    # the shard was evicted again between two looks, or where another worker failed to fetch it. But `get_item` itself
-    # waits for a shard, or fetches it, so nobody has to wait before it.
+    # The next three: streaming's yield loop waits for a thread which waits until a shard is LOCAL. That is for ever
+    # where the shard was evicted again between two looks, or where another worker failed to fetch it. But `get_item`
+    # itself waits for a shard, or fetches it, so nobody has to wait before it.
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
         for sample_id in it.sample_ids:

@@ -97,13 +97,13 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
 
 def _why_not(stream: Any, name: str, folder: str, info: Optional[FileInfo], error: Exception) -> str:
     if wrong := not_writable(folder):
-        return (f'{stream.setting}.local: {name} of {stream.place} cannot be copied to {stream.local}: {wrong} cannot be '
-                'written. Set data_local to a folder on a disk of this machine')
+        return (f'{stream.setting}.local: {name} of {stream.place} cannot be copied to {stream.local}: {wrong} cannot '
+                'be written. Set data_local to a folder on a disk of this machine')
     if is_full_disk(error):
         free = shutil.disk_usage(folder).free
         size = f' ({info.bytes:,} bytes)' if info else ''
         return (f'{stream.setting}.local: the disk of {folder} is full ({free:,} bytes free): no space for {name} of '
                 f'{stream.place}{size}; make room, set cache_limit, or choose a data_local on another disk')
     where = 'the address, the network and the credentials, and ' if is_url(stream.remote) else ''
-    return (f'{stream.setting}.remote: {name} of {stream.place} could not be had in {1 + stream.download_retry} attempts: '
-            f'{what_happened(error)}. Check {where}that the data is whole there')
+    return (f'{stream.setting}.remote: {name} of {stream.place} could not be had in {1 + stream.download_retry} '
+            f'attempts: {what_happened(error)}. Check {where}that the data is whole there')

@@ -89,12 +89,12 @@ class SampleMaker:
         return {'input_ids': ids[:n], 'labels': labels, 'sequence_id': starts[:n].cumsum()}
 
     def _encode(self, rows: list[Row]) -> list[NDArray[np.int64]]:
-        if get_worker_info() is not None:  # workers are the parallelism; the threads of a forked tokenizer could deadlock
+        if get_worker_info() is not None:  # workers are the parallelism; a forked tokenizer's threads could deadlock
             os.environ['TOKENIZERS_PARALLELISM'] = 'false'
         return encode_documents(self.tokenizer, [row['text'] for row in rows])
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """A batch, with `n_targets`, a list: counted here, since to count on a GPU is to wait for it with every microbatch."""
+    """A batch, with `n_targets`, a list: counted here, since to count on a GPU is to wait for it each microbatch."""
     batch = default_collate(samples)
     return {**batch, 'n_targets': targets_per_sample(batch)}

@@ -14,7 +14,7 @@ from streaming.base.hashing import is_hash
 from streaming.base.world import World
 
 from src.common.errors import UserError
-from src.config.data_places import check_places, explain, how_to_make, is_url
+from src.config.data_places import check_places, explain, how_to_make
 from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, what_happened
 
 
@@ -58,8 +58,6 @@ class CheckedStream(Stream):
         except UserError:
             raise
         except Exception as e:
-            if not is_url(self.remote) and not isinstance(e, (OSError, ValueError, RuntimeError, KeyError)):
-                raise
             raise UserError(explain(e, self.remote, self.local, self.split, self.setting)) from None
         self._infos = {info.basename: info for shard in shards for pair in shard.file_pairs for info in pair if info}
         # Streaming itself would hash a second time, and leave the damaged file where it is read.
@@ -91,8 +89,8 @@ class CheckedStream(Stream):
         try:
             check_file(os.path.join(folder, lacking[0].basename), lacking[0], self._hash)
         except Damaged as e:
-            raise UserError(f'{self.setting}: shard {lacking[0].basename} of {folder} is damaged: {e}. Of {len(shards)} '
-                            f'shards {len(lacking)} are not whole: copy them again. '
+            raise UserError(f'{self.setting}: shard {lacking[0].basename} of {folder} is damaged: {e}. Of '
+                            f'{len(shards)} shards {len(lacking)} are not whole: copy them again. '
                             f'{how_to_make(self.local, self.split)}') from None
 
     def _bytes_present(self, shard: Reader) -> int:

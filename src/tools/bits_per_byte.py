@@ -10,17 +10,18 @@ from numpy.typing import NDArray
 def bytes_per_token(tokenizer: Any, vocab_size: int) -> NDArray[np.float64]:
     """How many UTF-8 bytes of text each token id stands for: 0 for special tokens, such as EOS.
 
-    In a byte-level BPE every character of a token stands for one byte (Radford et al. 2019, section 2.2), so the lengths
-    are exact, also of tokens that hold part of a character. Of a tokenizer that normalises its text, they are of the
-    result.
+    In a byte-level BPE every character of a token stands for one byte (Radford et al. 2019, section 2.2), so the
+    lengths are exact, also of tokens that hold part of a character. Of a tokenizer that normalises its text, they are
+    of the result.
 
     Args:
         tokenizer: Hugging Face's own object.
         vocab_size: Ids that the model has embeddings for.
 
     Returns:
-        Of shape (vocab_size,); NaN where it is not known: ids without a token, added tokens that swallow the spaces beside
-        them, and every token of a tokenizer that is no byte-level BPE, or one that puts a space before each document.
+        Of shape (vocab_size,); NaN where it is not known: ids without a token, added tokens that swallow the spaces
+        beside them, and every token of a tokenizer that is no byte-level BPE, or one that puts a space before each
+        document.
     """
     lengths = np.full(vocab_size, np.nan)
     if not tokenizer.is_fast:
