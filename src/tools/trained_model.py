@@ -15,7 +15,7 @@ from src.checkpoints.loading import check_model
 from src.checkpoints.manifest import Manifest
 from src.common.errors import UserError
 from src.config.load import load, plain
-from src.tokenizer import HFTokenizer, check_vocab
+from src.tokenizer import HFTokenizer, check_vocab, n_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +80,7 @@ def _fit_together(model: PreTrainedModel, tokenizer: Any) -> None:
     """Lets each know of the other what Hugging Face's programs ask of them."""
     tokenizer.split_special_tokens = False  # as Hugging Face's are; the kit's own is for documents
     tokenizer.model_max_length = getattr(model.config, 'max_position_embeddings', None) or int(1e30)
-    n_ids = 1 + max(tokenizer.get_vocab().values())
-    model.resize_token_embeddings(n_ids, mean_resizing=False)  # no rows beyond them
+    model.resize_token_embeddings(n_ids(tokenizer), mean_resizing=False)  # no rows beyond its ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = {'bos_token_id': eos if bos is None else bos, 'eos_token_id': eos}
     model.config.update(ids)
