@@ -1,21 +1,17 @@
 """Writes C4 as streaming shards: `python convert_c4.py --out_root ./my-copy-c4 --splits val`.
 
-Every split becomes a folder of MDS shards, of text or, with --concat_tokens, of packed tokens. Each file of the source becomes
-a subfolder, made by one process, in one step; an index over all of them and a manifest close the split. The same command goes
-on after an interruption, and the bytes do not depend on interruptions, processes or machines.
+Every split becomes a folder of MDS shards, of text or, with --concat_tokens, of packed tokens. Each file of the source
+becomes a subfolder, made by one process, in one step; an index over all of them and a manifest close the split. The
+same command goes on after an interruption, and the bytes do not depend on interruptions, processes or machines.
 """
 
 import argparse
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,16 +21,17 @@ if __name__ == '__main__':
     set_up_output()
 
 from src.common.errors import UserError, positive
-from src.common.machine import check_shared_memory
-from src.common.workers import init_conversion_worker
 from src.config.data_places import is_url
 from src.conversion.manifest import check_strangers, merge, verify
-from src.conversion.parts import Job, Options, Place, all_done, convert, unfinished
-from src.conversion.source_files import C4_COLUMNS, TXT, FolderSource, SourceFile, doubles
-from src.conversion.sources import C4, C4_COUNTS, HubSource, Source
+from src.conversion.parts import Job, Part, all_done
+from src.conversion.place import open_place, sweep
+from src.conversion.pool import run, run_in_order
+from src.conversion.shards import Options, write_shards
+from src.conversion.source_files import FolderSource, SourceFile, doubles
+from src.conversion.sources import C4, C4_COUNTS, HubSource, SampleSource, Source
 from src.conversion.tokenizer import first_texts, tokenizer_of, write_tokenizer
 
-SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # name: what it is read from
+SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # each, and what it is read from
 SMALL = 100_000  # documents of train_small
 # Bytes of text in a byte of source, and of shards in a byte of text: C4 has 806 GB of text in 305 GB of files.
 TEXT_BYTES = {'.gz': 2.6, '.zst': 2.8, '.parquet': 1.6}
@@ -51,8 +48,8 @@ def fraction(text: str) -> tuple[int, int]:
 
 def build_parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that mosaicml-streaming reads. '
-                                     'Stopped at any moment, the same command goes on.')
+    parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that '
+                                     'mosaicml-streaming reads. Stopped at any moment, the same command goes on.')
     add = parser.add_argument
     folder: Any = os.path.expanduser  # a shell leaves the ~ of --out_root=~/data as it is
     add('--out_root', type=folder, metavar='DIR|URL',
@@ -60,31 +57,33 @@ def build_parser() -> argparse.ArgumentParser:
     add('--splits', nargs='+', choices=list(SPLITS), default=['train', 'val'],
         help=f'default: train val; train_small: the first {SMALL:,} documents of train')
     add('--source', type=folder, default='hub', metavar='hub|sample|FOLDER',
-        help='hub: a data set from the Hugging Face hub (default); sample: English prose out of the Python installation, with a '
-        "tokenizer of 4096 tokens in DIR/tokenizer, no network needed; FOLDER: a folder that holds C4's own files, such as "
-        'c4-train.00000-of-01024.json.gz, or other .jsonl, .parquet or .txt files')
+        help='hub: a data set from the Hugging Face hub (default); sample: English prose out of the Python '
+        'installation, with a tokenizer of 4096 tokens in DIR/tokenizer, no network needed; FOLDER: a folder that '
+        'holds C4\'s own files, such as c4-train.00000-of-01024.json.gz, or other .jsonl, .parquet or .txt files')
     add('--dataset', default=C4, metavar='NAME', help=f'on the hub; default: {C4}')
     add('--config', metavar='NAME', help="the data set's configuration; default: en for C4")
     add('--revision', metavar='COMMIT', help="of the data set's repository; default: its newest")
     add('--text_column', default='text', metavar='NAME', help='the field of a document that holds its text')
     add('--txt_lines', action='store_true', help='each line of a .txt file is a document; default: each file is one')
-    group = parser.add_argument_group('what is written')
-    group.add_argument('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
-    group.add_argument('--tokenizer', type=folder, metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
-    group.add_argument('--train_tokenizer', type=positive, metavar='VOCAB',
-                       help='train a byte-level BPE of VOCAB tokens on the text and write it to DIR/tokenizer')
-    group.add_argument('--compression', metavar='NAME', help="of streaming, such as zstd or zstd:7; default: none")
-    group.add_argument('--hashes', nargs='+', default=[], metavar='NAME', help='of streaming, such as sha1 xxh64; default: none')
-    group.add_argument('--size_limit', metavar='SIZE', help='of a shard, such as 32mb; default: 64mb')
-    group.add_argument('--max_docs', type=positive, metavar='N', help='only the first N documents of each split')
-    group.add_argument('--skip_bad_docs', action='store_true', help='count and leave out documents that cannot be read')
-    group = parser.add_argument_group('how')
-    group.add_argument('--num_workers', type=positive, default=cores, metavar='N',
-                       help='processes; default: one for each core, here %(default)s')
-    group.add_argument('--partition', type=fraction, metavar='i/n', help='do the part i of n, from 0, and do not close the split')
-    group.add_argument('--merge', action='store_true', help='close the splits, once every --partition is done')
-    group.add_argument('--skip_disk_check', action='store_true', help='begin even if the disk looks too small')
     add('--verify', type=folder, metavar='DIR', help='check a copy against its manifests, and do nothing else')
+
+    add = parser.add_argument_group('what is written').add_argument
+    add('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
+    add('--tokenizer', type=folder, metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
+    add('--train_tokenizer', type=positive, metavar='VOCAB',
+        help='train a byte-level BPE of VOCAB tokens on the text and write it to DIR/tokenizer')
+    add('--compression', metavar='NAME', help="of streaming, such as zstd or zstd:7; default: none")
+    add('--hashes', nargs='+', default=[], metavar='NAME', help='of streaming, such as sha1 xxh64; default: none')
+    add('--size_limit', metavar='SIZE', help='of a shard, such as 32mb; default: 64mb')
+    add('--max_docs', type=positive, metavar='N', help='only the first N documents of each split')
+    add('--skip_bad_docs', action='store_true', help='count and leave out documents that cannot be read')
+
+    add = parser.add_argument_group('how').add_argument
+    add('--num_workers', type=positive, default=cores, metavar='N',
+        help='processes; default: one for each core, here %(default)s')
+    add('--partition', type=fraction, metavar='i/n', help='do the part i of n, from 0, and do not close the split')
+    add('--merge', action='store_true', help='close the splits, once every --partition is done')
+    add('--skip_disk_check', action='store_true', help='begin even if the disk looks too small')
     return parser
 
 
@@ -99,19 +98,13 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------- checks before any work
-
-
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """A copy of the arguments, with the defaults of those that are missing."""
-    defaults = vars(build_parser().parse_args([]))
-    if unknown := vars(args).keys() - defaults.keys():
-        raise UserError(f'{", ".join(sorted(unknown))}: no such argument; known are {", ".join(defaults)}')
-    found = argparse.Namespace(**{**defaults, **vars(args)})
-    for name in ('out_root', 'source', 'verify', 'tokenizer'):  # a Path is a name too
-        if getattr(found, name) is not None:
-            setattr(found, name, str(getattr(found, name)))
-    return found
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return argparse.Namespace(**{**vars(build_parser().parse_args([])), **given})
+
+
+# ---------------------------------------------------------------- checks before any work
 
 
 def check_values(args: argparse.Namespace) -> None:
@@ -119,70 +112,41 @@ def check_values(args: argparse.Namespace) -> None:
         raise UserError('give --out_root, or --verify alone')
     if not (args.out_root or args.verify):
         raise UserError('--out_root and --verify: the name of a folder is missing')
-    if args.concat_tokens == 1:
-        raise UserError('--concat_tokens: 1 leaves nothing to predict; give max_seq_len, or max_seq_len + 1')
-    if isinstance(args.splits, str) or not args.splits or set(args.splits) - SPLITS.keys():
-        raise UserError(f'--splits: {args.splits!r} is not a list of one or more of {", ".join(SPLITS)}')
 
 
-def check_out_root(out_root: str, splits: Iterable[str]) -> None:
-    """Makes the output folder and refuses one that cannot be written; finds out whether a bucket is there."""
-    if is_url(out_root):
-        from streaming.base.storage.upload import UPLOADERS
-        scheme, _, bucket = out_root.partition(':/')
-        if scheme not in UPLOADERS or not bucket.strip('/'):
-            known = ', '.join(f'{name}://' for name in UPLOADERS if name and '/' not in name)
-            raise UserError(f'--out_root: {out_root}: must be a folder, or a bucket or the like with one of {known}')
+def check_out_root(out_root: str) -> None:
+    """Makes the output folder; finds out whether a bucket is there."""
+    place = open_place(out_root)
+    if place.remote:
         with tempfile.TemporaryDirectory() as empty:
-            Place(out_root).upload(Path(empty), [], out_root)
+            place.send(Path(empty), [])
         return
-    root = Path(out_root)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        wrong = next((folder for split in splits if (folder := root / split).exists() and not folder.is_dir()), None)
+        Path(out_root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--out_root: {error.filename} is a file or cannot be made ({error.strerror}); '
                         'name a folder that may be written') from error
-    if wrong:
-        raise UserError(f'--out_root: {wrong} is a file; delete it or name another folder')
-    folders = [root, *(root / split for split in splits if (root / split).exists())]
-    if not all(os.access(folder, os.W_OK | os.X_OK) for folder in folders):
-        raise UserError(f'--out_root: {root} may not be written; change its permissions or name another folder')
 
 
 def check_streaming_options(args: argparse.Namespace) -> None:
-    from streaming.base.compression import get_compressions, is_compression
-    from streaming.base.hashing import get_hashes, is_hash
-    from streaming.base.util import bytes_to_int
-
-    if args.compression is not None and not is_compression(args.compression):
-        raise UserError(f'--compression: {args.compression!r} is none of {", ".join(sorted(get_compressions()))}; set one')
-    wrong = [name for name in args.hashes if not is_hash(name)]
-    if wrong:
-        raise UserError(f'--hashes: {wrong[0]!r} is none of {", ".join(sorted(get_hashes()))}; set one or more of them')
+    """Has streaming's writer look at the options that are its own."""
+    options = Options(('text',), compression=args.compression, hashes=tuple(args.hashes), size_limit=args.size_limit)
     try:
-        if args.size_limit is not None and not 0 < bytes_to_int(args.size_limit) < 2**32:
-            raise ValueError
-    except ValueError:
-        raise UserError(f'--size_limit: {args.size_limit!r} is no size below 4gb; write 64mb, or a number of bytes') from None
+        with tempfile.TemporaryDirectory() as folder:
+            write_shards(iter(()), Path(folder, 'shards'), options, {})
+    except ValueError as error:
+        raise UserError(f'--compression, --hashes or --size_limit: {error}') from error
 
 
 def check_combinations(args: argparse.Namespace) -> None:
     if args.concat_tokens is None and args.tokenizer is not None:
         raise UserError(f'--tokenizer: {args.tokenizer} is not used for text; add --concat_tokens N, or leave it out')
-    if args.merge and (args.max_docs or 'train_small' in args.splits):
-        raise UserError('--merge: the first N documents (--max_docs, train_small) have no --partition; leave --merge out')
-    if args.partition and args.merge:
-        raise UserError('--merge: closes the splits once every --partition is done; run it without --partition')
     if args.partition and (args.max_docs or 'train_small' in args.splits):
-        raise UserError('--partition: the first N documents (--max_docs, train_small) are read in order; leave --partition out')
+        raise UserError('--partition: the first N documents (--max_docs, train_small) are read in order; leave '
+                        '--partition out')
     if args.partition and args.train_tokenizer:
-        raise UserError('--partition: with --train_tokenizer each machine would train one; train it on one of them first, by '
-                        '--splits train_small --train_tokenizer and the rest without --partition')
-    if args.train_tokenizer and args.tokenizer:
-        raise UserError('--train_tokenizer: --tokenizer names one that is there; leave one of the two out')
-    if args.train_tokenizer and not 257 <= args.train_tokenizer <= 10_000_000:
-        raise UserError(f'--train_tokenizer: {args.train_tokenizer} tokens; a byte-level BPE has 257 (the bytes and EOS) or more')
+        raise UserError('--partition: with --train_tokenizer each machine would train one; train it on one of them '
+                        'first, by --splits train_small --train_tokenizer and the rest without --partition')
     if args.source != 'hub' and (args.dataset != C4 or args.config or args.revision):
         raise UserError(f'--dataset, --config and --revision are of --source hub; --source is {args.source}')
 
@@ -196,31 +160,27 @@ def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
     need = sum(job.file.size * TEXT_BYTES.get(Path(job.file.path).suffix.lower(), 1) for job in todo) * share
     free = shutil.disk_usage(disk).free
     if need > free and not args.skip_disk_check:
-        raise UserError(f'--out_root: {disk} has {free / 1e9:,.3f} GB free; the {len(todo)} files that are left will take about '
-                        f'{need / 1e9:,.3f} GB. Free space, name another disk, or add --compression zstd; --skip_disk_check '
-                        'begins all the same')
-
-
-class SampleSource:
-    """The embedded sample: documents in memory, one part a split."""
-    name, revision, columns, is_c4 = 'sample', None, C4_COLUMNS, False
-
-    def __init__(self) -> None:
-        from src.conversion.sample_corpus import gather
-        print('gathering the sample corpus (about 15 seconds)')
-        self.corpus = gather()
-
-    def files(self, split: str) -> list[SourceFile]:
-        return [SourceFile(f'sample {split}', sum(len(document['text'].encode()) for document in self.corpus[split]))]
+        raise UserError(f'--out_root: {disk} has {free / 1e9:,.3f} GB free; the {len(todo)} files that are left will '
+                        f'take about {need / 1e9:,.3f} GB. Free space, name another disk, or add --compression zstd; '
+                        '--skip_disk_check begins all the same')
 
 
 # ---------------------------------------------------------------- the work
 
 
-def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFile]], folder: Path) -> dict[str, list[Job]]:
+def open_source(args: argparse.Namespace) -> Source:
+    if args.source == 'sample':
+        return SampleSource()
+    if args.source == 'hub':
+        return HubSource(args.dataset, args.config, args.revision)
+    return FolderSource(args.source, args.out_root)
+
+
+def plan(args: argparse.Namespace, source: Source, listed: dict[str, list[SourceFile]], folder: Path,
+         ) -> dict[str, list[Job]]:
     """Every part of every split."""
     options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens,
-                      *tokenizer_of(args, folder), args.compression, tuple(sorted(set(args.hashes))), args.size_limit,
+                      *tokenizer_of(args, folder), args.compression, tuple(args.hashes), args.size_limit,
                       args.skip_bad_docs, args.txt_lines)
     jobs = {}
     for split, files in listed.items():
@@ -230,8 +190,10 @@ def plan(args: argparse.Namespace, source: Any, listed: dict[str, list[SourceFil
     return jobs
 
 
-def describe(source: Any, listed: dict[str, list[SourceFile]]) -> None:
+def describe(source: Source, listed: dict[str, list[SourceFile]]) -> None:
     """Says which files were found, by split, and which are not read."""
+    if isinstance(source, SampleSource):
+        return
     for split, files in listed.items():
         of_c4 = f' of the {C4_COUNTS[SPLITS[split]][0]:,} files of C4' if source.is_c4 else ' files'
         print(f'{split}: {sum(len(file.paths) for file in files):,}{of_c4} in {source.name}, '
@@ -241,95 +203,75 @@ def describe(source: Any, listed: dict[str, list[SourceFile]]) -> None:
             print(line)
 
 
-def run(jobs: list[Job], num_workers: int, report: Callable[[dict[str, Any]], None]) -> None:
-    """Makes the parts, those of one process in its order.
-
-    Raises:
-        UserError: What went wrong with the first part that failed; parts that are finished stay.
-    """
-    if num_workers == 1 or len(jobs) <= 1:
-        for job in jobs:
-            report(convert(job))
+def make_tokenizer(args: argparse.Namespace, source: Source, listed: dict[str, list[SourceFile]]) -> None:
+    """Trains the tokenizer that the sample always has, and other sources by --train_tokenizer."""
+    if isinstance(source, SampleSource):
+        texts = (document['text'] for document in source.corpus['train'])
+    elif args.train_tokenizer:
+        split = next((split for split in listed if SPLITS[split] == 'train'), args.splits[0])
+        texts = first_texts(listed[split], args)
+    else:
         return
-    # A fork would copy the threads and locks of the clients of the hub and the object stores; a start takes 5 s.
-    plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
-    context = multiprocessing.get_context('fork' if plain else 'spawn')
-    check_shared_memory(1 << 16, 'the queues of worker processes', '; or set --num_workers 1')
-    temporary = unfinished(Path(tempfile.gettempdir()), 'workers')
-    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, init_conversion_worker, (str(temporary),))
-    try:
-        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's alone
-        try:
-            futures = [pool.submit(convert, job) for job in jobs]
-        finally:
-            signal.signal(signal.SIGINT, on_interrupt)
-        for future in as_completed(futures):
-            report(future.result())
-    except BrokenProcessPool:
-        raise UserError('--num_workers: a worker process was killed, perhaps for want of memory; run the same command again, '
-                        f'with fewer than {num_workers}: it goes on') from None
-    finally:
-        for process in list((pool._processes or {}).values()):  # else the parts under way would be finished first
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        Place(jobs[0].root).sweep()
+    write_tokenizer(args.out_root, texts, args.train_tokenizer or 4096)
 
 
-def run_in_order(jobs: list[Job], report: Callable[[dict[str, Any]], None]) -> list[Job]:
-    """The first `max_docs` documents: how many a file has to give is known only when those before it are done.
+def make_parts(split: str, jobs: list[Job], there: list[Optional[Part]], total: Optional[int], args: argparse.Namespace,
+               ) -> list[Job]:
+    """Makes the parts of a split that are not there.
 
     Returns:
-        The jobs that it took.
+        The jobs that make up the split: those of the first N documents, where only they are asked for.
     """
-    left, taken = jobs[0].max_docs or 0, []
-    for job in jobs:
-        taken.append(job._replace(max_docs=left))
-        part = convert(taken[-1])
-        report(part)
-        left -= part['documents']
-        if left == 0:
-            break
-    return taken
-
-
-def convert_split(split: str, jobs: list[Job], there: list[Optional[dict[str, Any]]], args: argparse.Namespace,
-                  source: Source) -> None:
-    """Makes the parts of a split that are not there, and closes it."""
     from tqdm import tqdm
 
-    start, in_order = time.perf_counter(), jobs[0].max_docs is not None
-    mine = slice(args.partition[0], None, args.partition[1]) if args.partition else slice(None)
-    total = C4_COUNTS[SPLITS[split]][1] if source.is_c4 and len(jobs) == C4_COUNTS[SPLITS[split]][0] and not in_order else None
-    before = sum(part['documents'] for part in there[mine] if part)
-    if any(there[mine]):
-        print(f'{split}: {sum(map(bool, there[mine]))} of {len(jobs[mine])} parts were there before')
-    if not args.merge:
-        tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
-        # no smoothing: parts come in batches, one of each worker; in a file of logs a line a minute
-        with tqdm(desc=split, total=jobs[0].max_docs if in_order else None if args.partition else total, initial=before,
-                  unit=' documents', unit_scale=True, smoothing=0,
-                  mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-            def report(part: dict[str, Any]) -> None:
-                bar.update(part['documents'])
+    if any(there):
+        print(f'{split}: {sum(map(bool, there))} of {len(jobs)} parts were there before')
+    tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
+    # no smoothing: parts come in batches, one of each worker; in a file of logs a line a minute
+    with tqdm(desc=split, total=jobs[0].max_docs or total, initial=sum(part['documents'] for part in there if part),
+              unit=' documents', unit_scale=True, smoothing=0, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
+        def report(part: Part) -> None:
+            bar.update(part['documents'])
 
-            if in_order:
-                jobs = run_in_order(jobs, report)
-            else:
-                run([job for job, part in zip(jobs[mine], there[mine], strict=True) if part is None], args.num_workers, report)
+        if jobs[0].max_docs is not None:
+            return run_in_order(jobs, report)
+        run([job for job, part in zip(jobs, there, strict=True) if part is None], args.num_workers, report)
+    return jobs
+
+
+def convert_split(split: str, jobs: list[Job], there: list[Optional[Part]], args: argparse.Namespace, source: Source,
+                  ) -> None:
+    """Makes the parts of a split that are not there, and closes it."""
+    start, root = time.perf_counter(), jobs[0].root
+    n_files, n_documents = C4_COUNTS[SPLITS[split]]
+    of_c4 = source.is_c4 and jobs[0].max_docs is None
     if args.partition:
         i, n = args.partition
-        print(f'{jobs[0].root}: part {i} of {n} is done, {len(jobs[mine])} of {len(jobs)} files; when all are: the same command '
+        if mine := jobs[i::n]:
+            make_parts(split, mine, there[i::n], None, args)
+        print(f'{root}: part {i} of {n} is done, {len(mine)} of {len(jobs)} files; when all are: the same command '
               'with --merge in place of --partition')
         return
+    if not args.merge:
+        jobs = make_parts(split, jobs, there, n_documents if of_c4 and len(jobs) == n_files else None, args)
     manifest = merge(split, jobs, source)
     tokens = f'{manifest["tokens"]:,} tokens, ' if 'tokens' in manifest else ''
     skipped = f'{manifest["bad_documents"]:,} skipped, ' if manifest['bad_documents'] else ''
-    print(f'{jobs[0].root}: {manifest["documents"]:,} documents, {skipped}{manifest["text_bytes"]:,} bytes of text, {tokens}'
+    print(f'{root}: {manifest["documents"]:,} documents, {skipped}{manifest["text_bytes"]:,} bytes of text, {tokens}'
           f'{time.perf_counter() - start:.1f} seconds')
-    counted = C4_COUNTS[SPLITS[split]][1]
-    if source.is_c4 and not in_order and manifest['documents'] != counted:
-        print(f'note: C4 has {counted:,} documents in {split}; the source gave {manifest["documents"]:,}')
+    if of_c4 and manifest['documents'] != n_documents:
+        print(f'note: C4 has {n_documents:,} documents in {split}; the source gave {manifest["documents"]:,}')
+
+
+def next_step(args: argparse.Namespace) -> str:
+    """The command that uses what was made."""
+    if args.source == 'sample' and args.concat_tokens is None:
+        elsewhere = '' if args.out_root.removeprefix('./') == 'my-copy-c4' else f' data_remote={args.out_root}'
+        return f'composer main.py yamls/quickstart.yaml{elsewhere}'
+    local = 'LOCAL_FOLDER ' if is_url(args.out_root) else ''
+    command = f'python src/data_c4.py {args.out_root} {local}--split {args.splits[-1]}'
+    command += f' --max_seq_len {args.concat_tokens}' if args.concat_tokens else ''
+    return command + (f' --tokenizer {args.tokenizer}' if args.tokenizer else '')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -339,65 +281,49 @@ def main(args: argparse.Namespace) -> None:
         args: From `parse_args`, or a namespace with some of its attributes: the others have their defaults.
 
     Raises:
-        UserError: A source, an option or an output folder that does not do, a disk that is full, or damage. What is finished
-            stays, and the same command goes on from there.
+        UserError: A source, an option or an output folder that does not do, a disk that is full, or damage. What is
+            finished stays, and the same command goes on from there.
     """
     args = with_defaults(args)
     check_values(args)
     if args.verify is not None:
         if damage := verify(args.verify):
-            raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage, 'Delete the subfolder of each (such as '
-                                       'train/00012), then run the command that made them: it makes only those anew']))
+            raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage,
+                                       'Delete the subfolder of each (such as train/00012), then run the command that '
+                                       'made them: it makes only those anew']))
         return
-    splits = list(dict.fromkeys(args.splits))
+    args.splits, args.hashes = list(dict.fromkeys(args.splits)), sorted({*args.hashes})
     args.out_root = args.out_root if args.out_root.endswith('://') else args.out_root.rstrip('/') or '/'
     check_combinations(args)
     check_streaming_options(args)
-    check_out_root(args.out_root, splits)
-    source: Any = (SampleSource() if args.source == 'sample' else
-                   HubSource(args.dataset, args.config, args.revision) if args.source == 'hub' else
-                   FolderSource(args.source, args.out_root))
-    listed = {split: source.files(SPLITS[split]) for split in splits}  # everything is checked first
-    if args.source != 'sample':
-        describe(source, listed)
-    paths = [file.path.lower() for files in listed.values() for file in files]
-    if args.txt_lines and not any(path.endswith(TXT) for path in paths):
-        raise UserError(f'--txt_lines: no .txt file is read from --source {args.source}; leave it out, or name another '
-                        'folder')
-    if args.text_column != 'text' and all(path.endswith(TXT) for path in paths):
-        raise UserError(f'--text_column: {args.text_column}, and all files of --source {args.source} are .txt, which '
-                        'have no fields; leave it out')
-    for split in splits:
-        check_strangers(f'{args.out_root}/{split}', len(listed[split]))
-        Place(f'{args.out_root}/{split}').sweep()
-    if args.source == 'sample' or args.train_tokenizer:
-        training = next((split for split in splits if SPLITS[split] == 'train'), splits[0])
-        texts = ((document['text'] for document in source.corpus['train']) if args.source == 'sample' else
-                 first_texts(listed[training], args))
-        write_tokenizer(args.out_root, texts, args.train_tokenizer or 4096)
+    check_out_root(args.out_root)
+    source = open_source(args)
+    listed = {split: source.files(SPLITS[split]) for split in args.splits}  # everything is checked first
+    describe(source, listed)
+    for split, files in listed.items():
+        check_strangers(f'{args.out_root}/{split}', len(files))
+        sweep(open_place(f'{args.out_root}/{split}'))
+    make_tokenizer(args, source, listed)
     with tempfile.TemporaryDirectory() as folder:
         jobs = plan(args, source, listed, Path(folder))
-        there = {split: all_done(of_split) if of_split[0].max_docs is None else [] for split, of_split in jobs.items()}
+        there: dict[str, list[Optional[Part]]] = {
+            split: all_done(of_split) if of_split[0].max_docs is None else [None] * len(of_split)
+            for split, of_split in jobs.items()}
         if not args.merge:
-            check_disk(args, [job for split in splits for job, part in zip(jobs[split], there[split]) if part is None])
-        for split in splits:
+            check_disk(args, [job for split in jobs for job, part in zip(jobs[split], there[split]) if part is None])
+        for split in args.splits:
             convert_split(split, jobs[split], there[split], args, source)
-    if args.source == 'sample' and args.concat_tokens is None:
-        elsewhere = '' if args.out_root.removeprefix('./') == 'my-copy-c4' else f' data_remote={args.out_root}'
-        print(f'next: composer main.py yamls/quickstart.yaml{elsewhere}')
-    elif args.partition is None:
-        print(f'next: python src/data_c4.py {args.out_root} {"LOCAL_FOLDER " if is_url(args.out_root) else ""}'
-              f'--split {splits[-1]}' + (f' --max_seq_len {args.concat_tokens}' if args.concat_tokens else '')
-              + (f' --tokenizer {args.tokenizer}' if args.tokenizer else ''))
+    if args.source == 'sample' or args.partition is None:
+        print(f'next: {next_step(args)}')
 
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that an unfinished part is removed
-    sys.stdout.reconfigure(errors='backslashreplace')  # pyright: ignore  (names of files need not be UTF-8)
     try:
         main(parse_args())
     except UserError as user_error:
         sys.exit(f'error: {user_error}')
     except KeyboardInterrupt:
-        print('\ninterrupted: the unfinished parts were removed, finished ones stay; the same command goes on', file=sys.stderr)
+        print('\ninterrupted: the unfinished parts were removed, finished ones stay; the same command goes on',
+              file=sys.stderr)
         sys.exit(130)

@@ -29,11 +29,11 @@ from src.checkpoints import loading
 from src.config.load import load
 from src.ranks import program
 from src.training import build, fit, plugins, sharding
-from src.training.failures import explained, outside_failures_explained
+from src.training.failures import explained, lost_workers_explained
 from src.training.setup import prepare
 
 
-@outside_failures_explained()
+@lost_workers_explained()
 def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callbacks: Iterable[Callback] = (),
          dry_run: bool = False) -> Trainer:
     """Trains one model, and returns its Trainer.
@@ -56,7 +56,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
     evaluators = build.build_evaluators(c, model)
     settings, changed = build.compare(run, model, train_data, evaluators)
     writer = build.build_writer(run, model, tokenizer, settings)
-    every, profiler = build.build_callbacks(run, tokenizer, changed.schedule, writer, callbacks)
+    every = build.build_callbacks(run, tokenizer, changed.schedule, writer, callbacks)
     with loading.reading(start, c.trust_checkpoint), explained(c):
         trainer = Trainer(
             model=model,
@@ -80,7 +80,6 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             log_to_console=c.log_to_console and dist.get_global_rank() == 0,
             console_log_interval=c.console_log_interval,
             log_traces=c.log_traces,
-            profiler=profiler,
             load_path=start.read_by_composer,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=loading.same_weights(start, model.state_dict()),

@@ -16,8 +16,7 @@ from torchmetrics import Metric
 
 from src.common.errors import UserError
 from src.common.flops import train_flops_per_token
-
-IGNORE = -100  # the label of a position that is not trained on
+from src.common.targets import IGNORE
 
 
 def _padded(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -3,26 +3,20 @@
 import hashlib
 import json
 import warnings
+from functools import cached_property
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
-from numpy.typing import NDArray
 from streaming.base.distributed import get_local_rank
 from torch import distributed as dist
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from src.common.encoding import encode_documents
+from src.common.encoding import encode_documents, n_ids
 from src.common.errors import UserError, first_line
 from src.config.schema import Config
 
-# Files that hold a vocabulary and do not say of which tokenizer it is. For each a class of transformers that reads such
-# a file, and the EOS token that goes with it.
-CLASSES = {'tokenizer.model': ('LlamaTokenizer', '</s>'), 'spiece.model': ('T5Tokenizer', '</s>'),
-           'vocab.json': ('GPT2Tokenizer', '<|endoftext|>'), 'vocab.txt': ('BertTokenizer', '[SEP]')}
 PACKAGES = 'sentencepiece', 'tiktoken', 'protobuf'  # that some tokenizers need, and the kit does not
-ENDS = '</s>', '<|endoftext|>', '<eos>', '[SEP]'  # special tokens that are likely to end a text
 SHOWN = 200  # characters of another library's message, or of a list of files
 # Two tokenizers with the same vocabulary are told apart by the ids of this text: case, accents, blanks, digits, ...
 PROBE = ('The  QUICK brown fox\'s\tname:\n\n  na\u00efve cafe\u0301 \uff21\ufb01 3.14159 12345678 '
@@ -32,9 +26,9 @@ PROBE = ('The  QUICK brown fox\'s\tname:\n\n  na\u00efve cafe\u0301 \uff21\ufb01
 class HFTokenizer:
     """A Hugging Face tokenizer that has an EOS and a pad token, and gives the ids of a text alone.
 
-    A call, `encode` and `decode` are those of the Hugging Face tokenizer. Where that one puts tokens around each text
-    (BOS, as Llama's and Gemma's do, or [CLS] and [SEP]), it does so no longer: documents in training have none. It
-    returns `input_ids` and `attention_mask`, and pads on the right.
+    Calls and attributes but those below are the Hugging Face tokenizer's: `encode`, `decode`, `eos_token_id`, ... Where
+    that one puts tokens around each text (BOS, as Llama's and Gemma's do, or [CLS] and [SEP]), it does so no longer:
+    documents in training have none. It returns `input_ids` and `attention_mask`, and pads on the right.
 
     Args:
         tokenizer_name: A name on the hub, such as `gpt2`, or a folder, such as `./my-copy-c4/tokenizer`.
@@ -42,11 +36,9 @@ class HFTokenizer:
 
     Attributes:
         tokenizer: Hugging Face's own object. Where it has no pad token, EOS is the pad token.
-        hash: What tells this tokenizer from others; see `tokenizer_hash`.
 
     Raises:
-        UserError: No such tokenizer, or the hub cannot be reached, or it has no EOS token to end a document with, or
-            the config of a folder names one that is not in its vocabulary.
+        UserError: No such tokenizer, or the hub cannot be reached, or it has no EOS token to end a document with.
     """
 
     def __init__(self, tokenizer_name: str, max_seq_len: int) -> None:
@@ -55,39 +47,28 @@ class HFTokenizer:
         self.tokenizer = _load(tokenizer_name)
         if self.tokenizer.eos_token_id is None:
             raise UserError(_no_eos(tokenizer_name, self.tokenizer))
-        _check_eos(Path(tokenizer_name), self.tokenizer)
         _warn_of_gaps(tokenizer_name, self.tokenizer)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._old_hash = _structure_hash(self.tokenizer)  # first: the other changes the truncation that is part of it
-        self.hash = tokenizer_hash(self.tokenizer)
         _add_nothing(self.tokenizer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tokenizer(*args, **kwargs)
 
-    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
-        return self.tokenizer.encode(*args, **kwargs)
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        return self.tokenizer.decode(*args, **kwargs)
-
-    @property
-    def bos_token_id(self) -> Optional[int]:
-        return self.tokenizer.bos_token_id  # pyright: ignore
-
-    @property
-    def eos_token_id(self) -> int:
-        return self.tokenizer.eos_token_id  # pyright: ignore
-
-    @property
-    def pad_token_id(self) -> int:
-        return self.tokenizer.pad_token_id  # pyright: ignore
+    def __getattr__(self, name: str) -> Any:
+        if name == 'tokenizer':  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, with those that were added to the vocabulary."""
         return len(self.tokenizer)
+
+    @cached_property
+    def hash(self) -> str:
+        """What tells this tokenizer from others; see `tokenizer_hash`."""
+        return tokenizer_hash(self.tokenizer)
 
     def check_made(self, what: str, made_by: Optional[str], its_hash: str, setting: str = 'tokenizer_name') -> None:
         """Raises UserError where something was made with another tokenizer.
@@ -98,10 +79,12 @@ class HFTokenizer:
             its_hash: The hash of that tokenizer.
             setting: Where this tokenizer is named.
         """
-        if its_hash not in (self.hash, self._old_hash):
-            raise UserError(f'{setting}: {self.tokenizer_name!r} (hash {self.hash[:12]}) is another tokenizer than '
-                            f'that of {what}: {made_by or "one whose name is not known"} (hash {its_hash[:12]}); set '
-                            'the one that was used')
+        # Earlier versions of the kit hashed the serialization of every tokenizer, as it was loaded.
+        if its_hash == self.hash or its_hash == _structure_hash(_open(self.tokenizer_name)):
+            return
+        raise UserError(f'{setting}: {self.tokenizer_name!r} (hash {self.hash[:12]}) is another tokenizer than that of '
+                        f'{what}: {made_by or "one whose name is not known"} (hash {its_hash[:12]}); set the one that '
+                        'was used')
 
 
 def _load(name: str) -> PreTrainedTokenizerBase:
@@ -110,12 +93,7 @@ def _load(name: str) -> PreTrainedTokenizerBase:
     if several and get_local_rank() != 0:
         dist.barrier()
     try:
-        # Documents longer than a sample are the loader's to cut: without the length, no warning about them. A document that
-        # spells a special token is text: the id of EOS is where a document ends, and nowhere else. Training has no
-        # `token_type_ids`, and GPT-2 adds an embedding for each: a tokenizer makes none.
-        return _class_for(name).from_pretrained(
-            name, trust_remote_code=False, model_max_length=int(1e30), padding_side='right', split_special_tokens=True,
-            model_input_names=['input_ids', 'attention_mask'])
+        return _open(name)
     except UserError:
         raise
     except Exception as e:  # of a damaged file, tokenizers raises just that
@@ -125,109 +103,52 @@ def _load(name: str) -> PreTrainedTokenizerBase:
             dist.barrier()
 
 
-def _class_for(name: str) -> Any:
-    """The class of transformers that loads a tokenizer; a folder of one file does not name it.
-
-    Raises:
-        UserError: A file; or a folder without a tokenizer, or with a vocabulary alone, which several classes read in
-            different ways.
-    """
-    folder = Path(name)
-    if folder.is_file():
-        raise UserError(f'tokenizer_name: {name!r} is a file; name its folder: {str(folder.parent)!r}')
-    configs = [_json(folder / file) for file in ('tokenizer_config.json', 'config.json')]
-    if not folder.is_dir() or any(config.get('tokenizer_class') or config.get('model_type') in CONFIG_MAPPING
-                                  for config in configs):
-        return AutoTokenizer
-    if (folder / 'tokenizer.json').is_file():  # as the library tokenizers saves
-        return PreTrainedTokenizerFast
-    for file, (cls, eos) in CLASSES.items():
-        if (folder / file).is_file():
-            raise UserError(f'tokenizer_name: folder {name!r} holds {file}, and nothing that says which tokenizer it '
-                            'belongs to; write the name of its class in transformers, and its EOS token, into '
-                            f'{folder}/tokenizer_config.json, such as '
-                            f'{{"tokenizer_class": "{cls}", "eos_token": "{eos}"}}')
-    raise UserError(f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: there is no '
-                    'tokenizer.json, and no file names the class of another; it holds '
-                    f'{_files(folder)}; name the folder of a tokenizer')
+def _open(name: str) -> PreTrainedTokenizerBase:
+    if Path(name).is_file():
+        raise UserError(f'tokenizer_name: {name!r} is a file; name its folder: {str(Path(name).parent)!r}')
+    # Documents longer than a sample are the loader's to cut: without the length, no warning about them. A document that
+    # spells a special token is text: the id of EOS is where a document ends, and nowhere else. Training has no
+    # `token_type_ids`, and GPT-2 adds an embedding for each: a tokenizer makes none.
+    return (PreTrainedTokenizerFast if _names_no_class(Path(name)) else AutoTokenizer).from_pretrained(
+        name, trust_remote_code=False, model_max_length=int(1e30), padding_side='right', split_special_tokens=True,
+        model_input_names=['input_ids', 'attention_mask'])
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A file of a tokenizer; empty where there is none."""
-    try:
-        found = json.loads(path.read_text('utf-8')) if path.is_file() else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f'tokenizer_name: {path} is no whole JSON object; copy it again')
-    return found
-
-
-def _files(folder: Path) -> str:
-    return ', '.join(sorted(path.name for path in folder.iterdir()))[:SHOWN] or 'no files'
+def _names_no_class(folder: Path) -> bool:
+    """Whether a folder holds `tokenizer.json`, as the library tokenizers saves it, and nothing that names a class."""
+    files = [folder / name for name in ('tokenizer_config.json', 'config.json')]
+    configs = [json.loads(file.read_text('utf-8')) for file in files if file.is_file()]
+    return (folder / 'tokenizer.json').is_file() and not any(
+        config.get('tokenizer_class') or config.get('model_type') in CONFIG_MAPPING for config in configs)
 
 
 def _why_not(name: str, error: Exception) -> str:
-    text, reason = str(error).lower(), first_line(error)[:SHOWN]
+    text, reason = str(error).lower(), f'{type(error).__name__}: {first_line(error)[:SHOWN]}'
     installed = {distribution.name.lower() for distribution in distributions()}
     if lacking := [package for package in PACKAGES if package in text and package not in installed]:
         return f'tokenizer_name: {name!r} needs packages that are not installed: pip install {" ".join(lacking)}'
     if Path(name).is_dir():
-        if 'PathLike' in reason or "'endswith'" in reason:  # None in place of the path of a file that its class reads
-            return (f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: a file is missing that '
-                    'its class reads, such as tokenizer.json, or merges.txt beside vocab.json; copy it; the folder '
-                    f'holds {_files(Path(name))}')
-        return f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: {type(error).__name__}: {reason}'
+        files = ', '.join(sorted(path.name for path in Path(name).iterdir()))[:SHOWN] or 'no files'
+        return (f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded, such as tokenizer.json with '
+                f'tokenizer_config.json; it holds {files} ({reason})')
     if name.startswith(('.', '/', '~')) or name.count('/') > 1:
         root = Path(name).parent if Path(name).name == 'tokenizer' else './my-copy-c4'
         return (f'tokenizer_name: no folder {name!r}. Make one with\n'
                 f'  python convert_c4.py --source sample --out_root {root}\n'
                 f'which writes {root}/tokenizer, or name a tokenizer on the hub, such as gpt2')
-    return (f'tokenizer_name: {name!r} is no folder here, and it could not be loaded from the Hugging Face hub: check the name '
-            f'and the network. Without a network, make one with\n'
-            f'  python convert_c4.py --source sample --out_root ./my-copy-c4\n'
-            f'and name the folder ./my-copy-c4/tokenizer ({type(error).__name__}: {reason})')
+    return (f'tokenizer_name: {name!r} is no folder here, and it could not be loaded from the Hugging Face hub: check '
+            'the name and the network. Without a network, make one with\n'
+            '  python convert_c4.py --source sample --out_root ./my-copy-c4\n'
+            f'and name the folder ./my-copy-c4/tokenizer ({reason})')
 
 
 def _no_eos(name: str, tokenizer: Any) -> str:
-    special = _special(tokenizer)
-    likely = [*(token for token in ENDS if token in special), *special[-1:], '<|endoftext|>'][0]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     there = f'its special tokens are {", ".join(special[:10])}' if special else 'it has no special tokens'
     mend = (f'write the token that ends a text into {Path(name)}/tokenizer_config.json, such as '
-            f'{{"eos_token": "{likely}"}}' if Path(name).is_dir() else
+            '{"eos_token": "<|endoftext|>"}' if Path(name).is_dir() else
             'choose a tokenizer of a causal language model, such as gpt2')
     return f'tokenizer_name: {name!r} has no EOS token, which every document ends with; {there}: {mend}'
-
-
-def _special(tokenizer: Any) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def _check_eos(folder: Path, tokenizer: Any) -> None:
-    """Of a mistyped EOS token, transformers makes a new token.
-
-    Where a tokenizer has no special tokens, the one that its config names may be new.
-
-    Raises:
-        UserError: The config of a folder names an EOS token that no other file of it has.
-    """
-    eos, config = tokenizer.eos_token, _json(folder / 'tokenizer_config.json')
-    named = config.get('eos_token')
-    others = [token for token in _special(tokenizer) if token != eos]
-    known = (tokenizer.backend_tokenizer.model.token_to_id(eos) is not None if tokenizer.is_fast else
-             tokenizer.eos_token_id < tokenizer.vocab_size)
-    if known or not others or eos not in (named, *_contents([named])):
-        return
-    added = [*_json(folder / 'tokenizer.json').get('added_tokens', []),
-             *config.get('added_tokens_decoder', {}).values()]
-    if eos not in {*_contents(added), *_json(folder / 'added_tokens.json')}:
-        raise UserError(f'tokenizer_name: eos_token {eos!r} of {folder}/tokenizer_config.json is no token of it; its '
-                        f'special tokens are {", ".join(others[:10])}: name the one that ends a text, or add a token, '
-                        'with add_special_tokens and save_pretrained of transformers')
-
-
-def _contents(tokens: list[Any]) -> list[str]:
-    return [token['content'] for token in tokens if isinstance(token, dict)]
 
 
 def _warn_of_gaps(name: str, tokenizer: Any) -> None:
@@ -259,7 +180,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     when a tokenizer is saved and loaded again. The tokenizer no longer cuts or pads, as calls of it may have told it.
 
     Args:
-        tokenizer: Hugging Face's own object, as it was loaded.
+        tokenizer: Hugging Face's own object.
 
     Returns:
         64 hexadecimal digits.
@@ -296,45 +217,6 @@ def _structure_hash(tokenizer: Any) -> str:
     return hashlib.sha256(f'{says} {tokenizer.eos_token_id}'.encode()).hexdigest()
 
 
-# ---------------------------------------------------------------- what its ids stand for
-
-
-def bytes_per_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> NDArray[np.float64]:
-    """How many UTF-8 bytes of text each token id stands for: 0 for special tokens, such as EOS.
-
-    In a byte-level BPE every character of a token stands for one byte (Radford et al. 2019, section 2.2), so the lengths are
-    exact, also of tokens that hold part of a character. Of a tokenizer that normalises its text, they are of the result.
-
-    Args:
-        tokenizer: Hugging Face's own object.
-        vocab_size: Ids that the model has embeddings for.
-
-    Returns:
-        Of shape (vocab_size,); NaN where it is not known: ids without a token, added tokens that swallow the spaces beside
-        them, and every token of a tokenizer that is no byte-level BPE, or one that puts a space before each document.
-    """
-    lengths = np.full(vocab_size, np.nan)
-    if not tokenizer.is_fast:
-        return lengths
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    parts = json.loads(backend.to_str())
-    model, splits = parts['model'], json.dumps(parts['pre_tokenizer'])
-    if (model['type'] != 'BPE' or model['continuing_subword_prefix'] or model['end_of_word_suffix']
-            or '"ByteLevel"' not in splits or '"add_prefix_space": true' in splits):
-        return lengths
-    for token, i in model['vocab'].items():
-        lengths[i] = len(token)
-    for i, token in tokenizer.added_tokens_decoder.items():
-        swallows = token.lstrip or token.rstrip
-        lengths[i] = 0 if token.special else np.nan if swallows else len(token.content.encode())
-    return lengths
-
-
-def n_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the highest id. A vocabulary with gaps has fewer tokens than this."""
-    return 1 + max(tokenizer.get_vocab().values())
-
-
 def check_vocab(tokenizer: Any, model_vocab_size: int) -> None:
     """Holds a tokenizer's ids against a model's embedding.
 
@@ -347,9 +229,9 @@ def check_vocab(tokenizer: Any, model_vocab_size: int) -> None:
     """
     needed = n_ids(tokenizer.tokenizer)
     if needed > model_vocab_size:
-        raise UserError(f'model.vocab_size: {model_vocab_size} is too small for tokenizer_name {tokenizer.tokenizer_name!r}, '
-                        f'whose ids need {needed}; set model.vocab_size={needed} or more (of hf_causal_lm: '
-                        f'model.config_overrides.vocab_size={needed})')
+        raise UserError(f'model.vocab_size: {model_vocab_size} is too small for tokenizer_name '
+                        f'{tokenizer.tokenizer_name!r}, whose ids need {needed}; set model.vocab_size={needed} or more '
+                        f'(of hf_causal_lm: model.config_overrides.vocab_size={needed})')
 
 
 TOKENIZER_REGISTRY = {'hftokenizer': HFTokenizer}

@@ -63,7 +63,7 @@ SHARE = """
 import sys, time
 sys.path.insert(0, '.')
 from src import tokenizer
-from src.conversion import parts as conversion, sources
+from src.conversion import parts, shards, sources
 spent = 0.0
 class Timed:
     def __init__(self, backend):
@@ -86,11 +86,11 @@ def timed(name):
     return loaded
 tokenizer._load = timed
 file = sources.SourceFile(sys.argv[1], 0)
-options = conversion.Options(('text',), concat_tokens=2048, tokenizer=sys.argv[2])
-conversion._tokenizer(sys.argv[2], 2048)
+options = shards.Options(('text',), concat_tokens=2048, tokenizer=sys.argv[2])
+shards._tokenizer(sys.argv[2], 2048)
 import streaming
 start = time.perf_counter()
-part = conversion.convert(conversion.Job(sys.argv[3], 0, file, options))
+part = parts.convert(parts.Job(sys.argv[3], 0, file, options))
 seconds = time.perf_counter() - start
 print(f'one process, one file, all loaded: {part["tokens"] / seconds:,.0f} tokens/s, {spent / seconds:.1%} in the tokenizer')
 """

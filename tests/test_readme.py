@@ -457,7 +457,7 @@ def test_the_guides_loader(mds_root, tmp_path, monkeypatch, capfd):
         rng.integers(0, 512, n * 32 + 1).astype(np.uint16).tofile(tmp_path / f'my-bins/{split}.bin')
     code, line = (next(b for b in blocks('python', DOCS['src/README.md']) if b.startswith(start)) for start in (
         '"""Rows of flat files', 'from src.token_file'))
-    assert line.replace('token_file', 'data_c4') in (ROOT / 'main.py').read_text()
+    assert line.replace('token_file', 'data_c4') in (ROOT / 'src/training/data.py').read_text()
     namespace: dict = {'__name__': 'token_file'}
     exec(code, namespace)
     monkeypatch.setattr(data, 'build_c4_dataloader', namespace['build_c4_dataloader'])
@@ -607,7 +607,7 @@ FOREIGN = {  # symptoms that others print
 def messages() -> list[str]:
     """Every string in the code, in which a gap stands for what an f-string puts there."""
     found = []
-    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/*.py')]:
+    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/**/*.py')]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append(''.join(str(part.value) if isinstance(part, ast.Constant) else '\0' for part in node.values))

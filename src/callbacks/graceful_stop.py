@@ -1,6 +1,5 @@
 """Saves and stops after the batch at hand, when a stop was requested."""
 
-import logging
 from collections.abc import Callable
 from typing import Optional
 
@@ -11,8 +10,6 @@ from composer.utils import dist
 
 from src.ranks.stop import Stopped, StopRequest
 
-log = logging.getLogger('src')
-
 
 class GracefulStop(Callback):
     """Carries out a requested stop: saves after the batch at hand and raises `Stopped`.
@@ -21,8 +18,8 @@ class GracefulStop(Callback):
 
     Args:
         stop: Which signals set, at another moment on every rank.
-        save: Saves a checkpoint; called on all ranks, after a batch that this process has trained on. It may be called for
-            a batch that is saved already, and while the model is in evaluation mode.
+        save: Saves a checkpoint; called on all ranks, after a batch that this process has trained on. It may be called
+            for a batch that is saved already, and while the model is in evaluation mode.
     """
 
     def __init__(self, stop: StopRequest, save: Optional[Callable[[State, Logger], None]] = None):
@@ -38,14 +35,13 @@ class GracefulStop(Callback):
 
     def _end(self, state: State, logger: Logger) -> None:
         batch = int(state.timestamp.batch)
-        if self._save is not None and self._trained_from is not None and batch > self._trained_from:
+        if self._save and self._trained_from is not None and batch > self._trained_from:
             self._save(state, logger)
         raise Stopped(f'stopped on request after batch {batch}')
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._trained_from = int(state.timestamp.batch)
-        if self._agree(state):
-            self._end(state, logger)
+        self.eval_batch_end(state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._agree(state):

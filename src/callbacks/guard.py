@@ -25,7 +25,7 @@ def gradient_copies(model: torch.nn.Module) -> int:
     for p in model.parameters():
         if isinstance(p, DTensor):
             mesh = p.device_mesh
-            replicas = math.prod(mesh.size(i) for i, placement in enumerate(p.placements) if isinstance(placement, Replicate))
+            replicas = math.prod(mesh.size(i) for i, part in enumerate(p.placements) if isinstance(part, Replicate))
             return dist.get_world_size() // mesh.size() * replicas
     return dist.get_world_size()
 
@@ -34,13 +34,13 @@ class NonFiniteGuard(Algorithm):
     """Skips the update of a batch whose loss or gradient is nan or infinite, on all ranks alike.
 
     The batch counts and the schedule advances; weights, momentum and clipping see nothing of it. Logs
-    `trainer/skipped_batches` when it changes and, before clipping, `trainer/grad_norm`.
+    `trainer/skipped_batches` when it changes and, before clipping, `trainer/grad_norm`. Under amp_fp16 only the loss
+    counts: there gradients overflow as a matter of course, and the scaler skips them.
 
     Ends a run whose optimizer computes no loss: Composer would go on, and save untrained weights.
 
-    The last of the algorithms: Composer runs them backwards at `AFTER_TRAIN_BATCH`, and clipping by an infinite norm would
-    turn the gradients into zeros and nans. Under amp_fp16 only the loss counts: there gradients overflow as a matter of
-    course, and the scaler skips them.
+    The last of the algorithms: Composer runs them backwards at `AFTER_TRAIN_BATCH`, and clipping by an infinite norm
+    would turn the gradients into zeros and nans.
 
     Args:
         max_in_a_row: After so many skipped batches in a row the run ends with a `UserError`.
@@ -62,13 +62,13 @@ class NonFiniteGuard(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
-            assert state.algorithms[-1] is self, f'NonFiniteGuard is the last algorithm, not before {state.algorithms[-1]}'
             self._copies = gradient_copies(state.model)
             logger.log_metrics({'trainer/skipped_batches': self.total})
-        elif event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH):  # the second again, where a microbatch did not fit
+        elif event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH):  # again, where a microbatch did not fit
             self._losses: list[torch.Tensor] = []
         elif event == Event.AFTER_LOSS:
-            self._losses.append(torch.stack([loss.detach().float().mean() for loss in ensure_tuple(state.loss)]).sum())
+            losses = [loss.detach().float().mean() for loss in ensure_tuple(state.loss)]
+            self._losses.append(torch.stack(losses).sum())
         elif event == Event.AFTER_TRAIN_BATCH:
             self._judge(state, logger)
         elif not self._losses:
@@ -90,11 +90,12 @@ class NonFiniteGuard(Algorithm):
         what = f'batch {int(state.timestamp.batch) + 1}: loss {loss:.4g}, gradient norm {norm:.4g}'
         log.warning('%s: update skipped (%d in a row, at most %d)', what, self.in_a_row, self.max_in_a_row)
         if self.in_a_row >= self.max_in_a_row:
-            raise UserError(f'{what}; {self.in_a_row} batches in a row had a loss or gradient that is not finite: lower '
-                            'optimizer.lr, lengthen scheduler.t_warmup, use precision=amp_bf16 or fp32, or look into the data')
+            raise UserError(f'{what}; {self.in_a_row} batches in a row had a loss or gradient that is not finite: '
+                            'lower optimizer.lr, lengthen scheduler.t_warmup, use precision=amp_bf16 or fp32, or look '
+                            'into the data')
 
     def _loss_and_norm(self, state: State) -> tuple[float, float]:
-        """The mean loss of all microbatches and the gradient norm of the model; not finite if they are so on any rank."""
+        """The mean loss of all microbatches and the gradient norm of the model; not finite if so on any rank."""
         grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
                  for p in state.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).float()

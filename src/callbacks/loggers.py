@@ -1,4 +1,4 @@
-"""Composer's loggers, mended: what they are given is kept exactly, and no start of a run empties what another wrote."""
+"""Composer's loggers, mended: what they are given is kept exactly, and no start empties what another wrote."""
 
 import json
 import os
@@ -19,13 +19,15 @@ from src.config.schema import Plugins
 
 def _json(value: Any, indent: Optional[int] = None) -> str:
     """What a logger is given, exactly: a tensor as its number, what JSON does not know as text."""
-    return json.dumps(value, indent=indent, ensure_ascii=False, default=lambda v: v.item() if hasattr(v, 'item') else str(v))
+    return json.dumps(value, indent=indent, ensure_ascii=False,
+                      default=lambda v: v.item() if hasattr(v, 'item') else str(v))
 
 
 class FileLogger(loggers.FileLogger):
-    """Composer's, which would empty the file of the start before: each start writes one of its own, `log.2.txt`, `log.3.txt`.
+    """Composer's, which would empty the file of the start before: each start writes its own, `log.2.txt`, `log.3.txt`.
 
-    A line for each value, in JSON, where Composer's would round to four decimals: `[metric][batch=5]: loss/train/total: 3.25`.
+    A line for each value, in JSON, where Composer's would round to four decimals, as in
+    `[metric][batch=5]: loss/train/total: 3.25`.
     """
 
     def log_metrics(self, metrics: dict[str, float], step: Optional[int] = None) -> None:
@@ -36,11 +38,13 @@ class FileLogger(loggers.FileLogger):
         for name, value in hyperparameters.items():
             self._line(f'[hyperparameter]: {name}: {_json(value)}')
 
-    def log_table(self, columns: list[str], rows: list[list[Any]], name: str = 'Table', step: Optional[int] = None) -> None:
+    def log_table(self, columns: list[str], rows: list[list[Any]], name: str = 'Table',
+                  step: Optional[int] = None) -> None:
         self._line(f'[table][batch={step}]: {name}: {_json([dict(zip(columns, row)) for row in rows])}')
 
     def _line(self, text: str) -> None:
-        self.write('', ('' if self._is_newline else '\n') + text + '\n')  # what is printed may stop in the middle of a line
+        # What is printed may stop in the middle of a line
+        self.write('', ('' if self._is_newline else '\n') + text + '\n')
 
     def init(self, state: State, logger: Logger) -> None:
         stem, ending = os.path.splitext(self.filename_format)
@@ -61,7 +65,7 @@ class FileLogger(loggers.FileLogger):
 
 
 class TensorboardLogger(loggers.TensorboardLogger):
-    """Composer's, whose hyperparameters are rounded and wait for an evaluation; here they and tables are texts of JSON too."""
+    """Composer's, whose hyperparameters are rounded and wait for an evaluation; here they and tables are JSON too."""
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         super().log_hyperparameters(hyperparameters)
@@ -70,12 +74,14 @@ class TensorboardLogger(loggers.TensorboardLogger):
             self._text('hyperparameters', self._waiting, 0)
             self._waiting = {}
 
-    def log_table(self, columns: list[str], rows: list[list[Any]], name: str = 'Table', step: Optional[int] = None) -> None:
+    def log_table(self, columns: list[str], rows: list[list[Any]], name: str = 'Table',
+                  step: Optional[int] = None) -> None:
         self._text(name, [dict(zip(columns, row)) for row in rows], step)
 
     def _text(self, name: str, value: Any, step: Optional[int]) -> None:
         if self.writer is not None and not (self.rank_zero_only and dist.get_global_rank()):
-            self.writer.add_text(name, textwrap.indent(_json(value, indent=1), '    '), step)  # indented: Markdown's code
+            code = textwrap.indent(_json(value, indent=1), '    ')  # indented, as Markdown has it
+            self.writer.add_text(name, code, step)
 
 
 class WandBLogger(loggers.WandBLogger):
@@ -100,7 +106,8 @@ def resume_wandb(chosen: Plugins, run_name: str, save_folder: str) -> Plugins:
     if wandb is False:
         return chosen
     save_folder = save_folder if '://' in save_folder else os.path.abspath(save_folder)
-    identity = f'{re.sub(r"[^A-Za-z0-9_-]", "-", run_name)[:48]}-{sha256(save_folder.encode()).hexdigest()[:8]}'
+    shown_name = re.sub(r'[^A-Za-z0-9_-]', '-', run_name)[:48]
+    own = {'id': f'{shown_name}-{sha256(save_folder.encode()).hexdigest()[:8]}', 'resume': 'allow'}
     kwargs: dict[str, Any] = dict(wandb or {})
-    kwargs['init_kwargs'] = {'id': identity, 'resume': 'allow'} | (kwargs.get('init_kwargs') or {})
+    kwargs['init_kwargs'] = own | (kwargs.get('init_kwargs') or {})
     return {**chosen, 'wandb': kwargs}

@@ -1,21 +1,18 @@
-"""Callbacks that look into a run: Composer's profiler, and what records a GPU's memory. No start writes over another's files."""
+"""What looks into a run: torch's profiler, and what records a GPU's memory. No start writes over another's files."""
 
 import logging
 import os
 import pickle
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import composer.profiler
 import torch
 from composer import callbacks
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import format_name_with_dist, format_name_with_dist_and_time
 from torch.cuda import _memory_viz
-
-from src.common.errors import UserError
+from torch.profiler import ProfilerAction
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +24,13 @@ def unused(folder: str, run_name: str) -> str:
         start += 1
         name = f'{folder.rstrip("/")}.{start}'
     return name
+
+
+def new_folder(folder: str, run_name: str) -> Path:
+    """Makes the folder of this start."""
+    path = Path(format_name_with_dist(unused(folder, run_name), run_name))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 class MemorySnapshot(callbacks.MemorySnapshot):
@@ -49,20 +53,20 @@ class OOMObserver(Callback):
         filename: What their names begin with.
     """
 
-    def __init__(self, max_entries: int = 100000, folder: str = '{run_name}/oom_traces', filename: str = 'rank{rank}_oom'):
+    def __init__(self, max_entries: int = 100000, folder: str = '{run_name}/oom_traces',
+                 filename: str = 'rank{rank}_oom'):
         self.max_entries, self.folder, self.filename = max_entries, folder, filename
 
     def init(self, state: State, logger: Logger) -> None:
-        folder = Path(format_name_with_dist(unused(self.folder, state.run_name), state.run_name))
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = new_folder(self.folder, state.run_name)
 
         def observe(device: int, asked: int, allocated: int, free: int) -> None:
             name = folder / format_name_with_dist_and_time(self.filename, state.run_name, state.timestamp)
             try:
                 snapshot: Any = torch.cuda.memory._snapshot()
                 Path(f'{name}.pickle').write_bytes(pickle.dumps(snapshot))
-                for kind, plot in (('trace', _memory_viz.trace_plot), ('segment', _memory_viz.segment_plot)):
-                    Path(f'{name}.{kind}.html').write_text(plot(snapshot), 'utf-8')
+                Path(f'{name}.trace.html').write_text(_memory_viz.trace_plot(snapshot), 'utf-8')
+                Path(f'{name}.segment.html').write_text(_memory_viz.segment_plot(snapshot), 'utf-8')
                 log.warning('callbacks.oom_observer: %s.* have what lay in memory', name)
             except Exception as e:  # nothing may pass into the allocator
                 log.warning('callbacks.oom_observer: %s: %s', name, e)
@@ -72,64 +76,60 @@ class OOMObserver(Callback):
         attach(observe)
 
 
-class TorchProfiler(composer.profiler.TorchProfiler):
-    """Composer's, without the metadata that torch would warn of after each batch that is not profiled."""
+class Profiler(Callback):
+    """Writes torch's Chrome traces, one a rank and cycle, with `forward`, `loss` and `backward` in them.
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        assert self.profiler
-        self.profiler.step()
-
-
-class NoMarker(nullcontext):
-    """In place of Composer's marks of events, which nothing writes."""
-
-    def start(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-class Profiler(composer.profiler.Profiler):
-    """Composer's, which writes torch's Chrome traces, one a rank and cycle, with `forward`, `loss` and `backward` in them.
-
-    Composer's own handler is left out: it merges clocks that are decades apart, and drops the batch that it saves after.
+    Composer's profiler is left out: it merges clocks that are decades apart, and drops the batch that it saves after.
 
     Args:
         folder: Where they go; each start of a run has one of its own.
         skip_first: Batches of each epoch, or of what a resumed run has left of one, before the first cycle.
-        wait: Batches of a cycle that are not looked at.
-        warmup: Batches after them that are profiled and thrown away.
-        active: Batches after those that are kept.
+        wait, warmup, active: Batches of a cycle: not looked at, then profiled and thrown away, then kept.
         repeat: Cycles in each epoch; 0: until it ends.
-        record_shapes: Of each operator's inputs.
-        profile_memory: What each operator takes and gives back.
+        record_shapes, profile_memory: Of each operator's inputs; what each operator takes and gives back.
         with_stack: Where in the code each was called; slow.
     """
 
-    def __init__(self, folder: str = 'traces/{run_name}', skip_first: int = 10, wait: int = 0, warmup: int = 1, active: int = 3,
-                 repeat: int = 1, record_shapes: bool = False, profile_memory: bool = False, with_stack: bool = False):
-        counts = {'skip_first': skip_first, 'wait': wait, 'warmup': warmup, 'active': active, 'repeat': repeat}
-        for name, value in counts.items():
-            if value < (name in ('warmup', 'active')):
-                raise UserError(f'{name}: {value} must be at least {int(name in ("warmup", "active"))}')
-        super().__init__(composer.profiler.cyclic_schedule(**counts), [], sys_prof_cpu=False)
-        self.torch_profiler = TorchProfiler(folder, remote_file_name=None, record_shapes=record_shapes,
-                                            profile_memory=profile_memory, with_stack=with_stack)
-        self._callbacks = [self.torch_profiler]
-        self._ranges: dict[str, torch.profiler.record_function] = {}
-
-    def marker(self, *args: Any, **kwargs: Any) -> Any:
-        return NoMarker()  # Composer's own fail where a resumed run drops batches that it has seen
+    def __init__(self, folder: str = 'traces/{run_name}', skip_first: int = 10, wait: int = 0, warmup: int = 1,
+                 active: int = 3, repeat: int = 1, record_shapes: bool = False, profile_memory: bool = False,
+                 with_stack: bool = False):
+        self.folder = folder
+        self.action_at = torch.profiler.schedule(skip_first=skip_first, wait=wait, warmup=warmup, active=active,
+                                                 repeat=repeat)
+        self.options: Any = {'record_shapes': record_shapes, 'profile_memory': profile_memory, 'with_stack': with_stack}
+        self.batch = 0  # of the epoch, or of what a resumed run has left of it
+        self.ranges: dict[str, torch.profiler.record_function] = {}
 
     def init(self, state: State, logger: Logger) -> None:
-        self.torch_profiler.folder = unused(self.torch_profiler.folder, state.run_name)
+        folder = new_folder(self.folder, state.run_name)
+
+        def write(profiler: torch.profiler.profile) -> None:
+            name = format_name_with_dist_and_time('rank{rank}.{batch}.pt.trace.json', state.run_name, state.timestamp)
+            profiler.export_chrome_trace(str(folder / name))
+
+        def action(step: int) -> ProfilerAction:
+            found = self.action_at(self.batch)
+            ends_epoch = state.dataloader_len == int(state.timestamp.batch_in_epoch) + 1
+            return ProfilerAction.RECORD_AND_SAVE if found == ProfilerAction.RECORD and ends_epoch else found
+
+        self.profiler = torch.profiler.profile(schedule=action, on_trace_ready=write, with_flops=True, **self.options)
+        self.profiler.start()
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         super().run_event(event, state, logger)
         name = event.canonical_name
         if name in ('forward', 'loss', 'backward') and event.is_before_event:
-            self._ranges[name] = torch.profiler.record_function(name)
-            self._ranges[name].__enter__()
-        elif name in self._ranges and event.is_after_event:
-            self._ranges.pop(name).__exit__(None, None, None)
+            self.ranges[name] = torch.profiler.record_function(name)
+            self.ranges[name].__enter__()
+        elif name in self.ranges and event.is_after_event:
+            self.ranges.pop(name).__exit__(None, None, None)
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self.batch = 0
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.batch += 1
+        self.profiler.step()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.profiler.stop()

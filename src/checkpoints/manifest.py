@@ -10,16 +10,26 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from composer.core import Time, Timestamp
 
+from src.common.errors import UserError, first_line
 from src.common.storage import Folder
 
 log = logging.getLogger('src')
 
 STEP = re.compile(r'ep\d+-ba(\d+)')
 UNFINISHED = '.unfinished'  # ep0-ba400.unfinished lies there until the manifest does
+
+
+class RunInfo(NamedTuple):
+    """What the weights alone do not tell of their run."""
+
+    model: dict[str, Any]  # section `model` of the config
+    tokenizer_name: str
+    tokenizer_hash: str
+    settings: dict[str, Any]  # see src/checkpoints/resume.py
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,10 @@ class Manifest:
     token: int
     world_size: int
     files: dict[str, int]  # relative to the folder: bytes
-    # What the weights alone do not tell, for whoever uses them: section `model` of the config, and the tokenizer.
+    # The fields of RunInfo; an earlier version of the kit left them out
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer_name: str = ''
-    tokenizer_hash: str = ''  # empty: of an earlier version of the kit, or of a tokenizer that has none
-    # For a run that goes on with other settings: those of this run (see src/checkpoints/resume.py), and its place in the epoch.
+    tokenizer_hash: str = ''  # empty too where the tokenizer has none
     settings: dict[str, Any] = field(default_factory=dict)
     sample_in_epoch: int = 0
 
@@ -52,8 +61,9 @@ class Manifest:
 
     def reaches(self, max_duration: str) -> bool:
         """Whether a run of this length is over."""
-        unit = Time.from_timestring(max_duration)
-        return Timestamp(epoch=self.epoch, batch=self.batch, sample=self.sample, token=self.token).get(unit.unit) >= unit
+        end = Time.from_timestring(max_duration)
+        now = Timestamp(epoch=self.epoch, batch=self.batch, sample=self.sample, token=self.token)
+        return now.get(end.unit) >= end
 
 
 def read_manifest(folder: Folder, name: str) -> Optional[Manifest]:
@@ -76,11 +86,23 @@ def manifests(folder: Folder) -> Iterator[Manifest]:
             yield manifest
 
 
-def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:
-    """The names of the checkpoints in a folder, whole or not, and of the saves that were interrupted.
+def delete_old(folder: Folder, keep: int) -> None:
+    """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older."""
+    whole = 0
+    try:
+        for saved in list(manifests(folder)):
+            if whole >= keep:  # the manifest first: half of what it lists is no checkpoint
+                folder.delete([f'{saved.name}.json'])
+                folder.delete(saved.files)
+            elif saved.is_whole(folder):
+                whole += 1
+    except OSError as e:
+        raise UserError(f'save_folder: {folder} has older checkpoints, which cannot be deleted: {first_line(e)}; '
+                        'delete them yourself, or set save_num_checkpoints_to_keep=-1') from e
 
-    An interrupted save is no checkpoint. One that was whole once and is not now is a loss, which has to be said.
-    """
+
+def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:
+    """The names of the checkpoints in a folder, also of those that lost a file, and of the saves that were cut off."""
     files = folder.names()
     half = {file[:-len(UNFINISHED)] for file in files if file.endswith(UNFINISHED)} - {file[:-5] for file in files}
     return sorted({match[0] for file in files if (match := STEP.match(file))} - half), sorted(half)

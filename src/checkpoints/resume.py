@@ -1,6 +1,6 @@
 """A run that goes on with other settings than its checkpoint's: what takes effect, what is refused, what is said."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from composer.utils import dist
@@ -22,23 +22,24 @@ NO_ORDER = {'remote', 'pin_memory', 'prefetch_factor', 'persistent_workers', 'ti
 NO_ORDER_OF_COUNTED = {'num_workers', 'max_seq_len', 'tokenizer_name', 'sequence_ids'}
 KEPT_BY_COUNTED = {'train_loader.dataset.shuffle_seed', 'train_loader.dataset.num_canonical_nodes'}
 
+UNKNOWN = ('changed since the checkpoint: not known, for no manifest says what settings its run had. Data that is '
+           'packed on the fly goes on at the right place only with the same batch size, devices, workers and data')
+MOVED = ('{} lies within an epoch whose place is a number of batches, as where text is packed on the fly. These '
+         'settings change the samples of a batch, so some would come twice and others not at all: {}. Go on with the '
+         "values that the checkpoint's run had, or start a new run from its weights: load_path=FILE "
+         'load_weights_only=true. With packed tokens (convert_c4.py --concat_tokens) a run can go on with another '
+         'batch size, other devices and other workers')
+
 
 def run_settings(c: Config, data: Mapping[str, str]) -> dict[str, Any]:
-    """What a manifest says of its run, for a later run to compare with.
+    """What a manifest says of its run, for a later run to compare with: dotted keys to JSON values, secrets masked.
 
     Args:
         c: The config.
         data: Digests of the data sets, by the setting that names each.
-
-    Returns:
-        Dotted keys to JSON values, secrets masked; `devices` and `nodes` as well.
     """
     world_size = dist.get_world_size()
     return {**config.flat(c), 'devices': world_size, 'nodes': world_size // dist.get_local_world_size(), **data}
-
-
-UNKNOWN = ('changed since the checkpoint: not known, for no manifest says what settings its run had. Data that is '
-           'packed on the fly goes on at the right place only with the same batch size, devices, workers and data')
 
 
 class Changes(NamedTuple):
@@ -62,32 +63,29 @@ def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Chang
     """
     if start.kind != 'resume':
         return Changes([], False)
-    then = start.manifest.settings if start.manifest else {}
-    if start.manifest is None or not then:
+    if start.manifest is None or not start.manifest.settings:
         return Changes([UNKNOWN], False)
-    before, after = ({key: settings.get(key, 'unset') for key in [*now, *(then.keys() - now.keys())]}
-                     for settings in (then, now))
-    changed = {key: f'{key} {before[key]} → {value}' for key, value in after.items()
-               if value != before[key] and key.split('.')[0] not in ELSEWHERE}
+    then, place = start.manifest.settings, start.manifest.sample_in_epoch
+    changed = {}
+    for key in [*now, *(then.keys() - now.keys())]:
+        before, after = (settings.get(key, 'unset') for settings in (then, now))
+        if before != after and key.split('.')[0] not in ELSEWHERE:
+            changed[key] = f'{key} {before} → {after}'
+
+    def listed(keys: Iterable[str]) -> str:
+        return ', '.join(changed[key] for key in keys)
+
     moved = [key for key in changed if key in then and key in now and _moves_samples(key, now, counts_samples)]
-    in_epoch = start.manifest.sample_in_epoch > 0
-    if moved and in_epoch and not counts_samples:
-        raise UserError(
-            f'{start.setting}: {start.path} lies within an epoch whose place is a number of batches, as '
-            f'where text is packed on the fly. These settings change the samples of a batch, '
-            f'so some would come twice and others not at all: '
-            f'{", ".join(changed[key] for key in moved)}. Go on with the values that the checkpoint\'s run had, or start a '
-            'new run from its weights: load_path=FILE load_weights_only=true. With packed tokens (convert_c4.py '
-            '--concat_tokens) a run can go on with another batch size, other devices and other workers')
+    if moved and place and not counts_samples:
+        raise UserError(MOVED.format(f'{start.setting}: {start.path}', listed(moved)))
     no_effect = [key for key in changed if key in AT_THE_START or counts_samples and key in KEPT_BY_COUNTED]
-    in_effect = [text for key, text in changed.items() if key not in no_effect]
-    lines = [f'changed since the checkpoint: {", ".join(in_effect)}'] if in_effect else []
+    in_effect = [key for key in changed if key not in no_effect]
+    lines = [f'changed since the checkpoint: {listed(in_effect)}'] if in_effect else []
     if no_effect:
-        lines.append(f'changed without effect, since a resumed run keeps what its checkpoint has: '
-                     f'{", ".join(changed[key] for key in no_effect)}')
-    if in_epoch and (moved := [key for key in moved if key not in no_effect]):
-        lines.append(f'data: {", ".join(changed[key] for key in moved)}: this epoch goes on at its sample '
-                     f'{start.manifest.sample_in_epoch:,} in another order: it may repeat samples and leave out some')
+        lines.append('changed without effect, since a resumed run keeps what its checkpoint has: ' + listed(no_effect))
+    if place and (moved := [key for key in moved if key not in no_effect]):
+        lines.append(f'data: {listed(moved)}: this epoch goes on at its sample {place:,} in another order: it may '
+                     'repeat samples and leave out some')
     in_duration = any(str(now.get(key)).endswith('dur') for key in ('scheduler.t_warmup', 'scheduler.t_max'))
     return Changes(lines, any(key.startswith('scheduler.') or key == 'max_duration' and in_duration for key in changed))
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.torch_version import TorchVersion
 
+from src.checkpoints.start import Start
 from src.common.errors import UserError, first_line, is_out_of_memory
 
 ONLY_WEIGHTS = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # by which torch.load ignores `weights_only=False`
@@ -59,13 +61,12 @@ def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadat
 @contextmanager
 def no_code() -> Iterator[None]:
     """Lets torch read tensors and plain values alone, also where a library asks for any object."""
-    forced, read = os.environ.get(ONLY_WEIGHTS), FileSystemReader.read_metadata
+    forced = os.environ.get(ONLY_WEIGHTS)
     os.environ[ONLY_WEIGHTS] = '1'
-    FileSystemReader.read_metadata = _read_metadata
     try:
-        yield
+        with patch.object(FileSystemReader, 'read_metadata', _read_metadata):
+            yield
     finally:
-        FileSystemReader.read_metadata = read
         if forced is None:
             del os.environ[ONLY_WEIGHTS]
         else:
@@ -73,17 +74,13 @@ def no_code() -> Iterator[None]:
 
 
 @contextmanager
-def readable(setting: str, path: str, purpose: str, trust: str = '') -> Iterator[None]:
+def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
     """Says in one message why a checkpoint cannot be read.
 
     Args:
-        setting: Names the checkpoint, for the message.
-        path: Where the checkpoint lies.
+        start: Names the checkpoint.
         purpose: What it cannot be loaded as.
         trust: What to do where an object other than tensors and plain values is meant to be there.
-
-    Raises:
-        UserError: The checkpoint is damaged, of another model, out of reach, or holds such objects.
     """
     try:
         yield
@@ -98,37 +95,15 @@ def readable(setting: str, path: str, purpose: str, trust: str = '') -> Iterator
         detail = re.search(r'WeightsUnpickler error: (.+)', str(cause))
         why = (f'it holds {unsafe[1]}, and loading that would run code' if unsafe
                else f'{type(cause).__name__}: {detail[1] if detail else first_line(cause)}')
-        raise UserError(f'{setting}: {path} cannot be loaded {purpose}: {why}; take another checkpoint'
+        raise UserError(f'{start.setting}: {start.path} cannot be loaded {purpose}: {why}; take another checkpoint'
                         f'{trust if isinstance(cause, pickle.UnpicklingError) else ""}') from None
 
 
-def read_weights(local: str, setting: str, path: str) -> dict[str, Any]:
-    """The model's state dict out of a full checkpoint, without running code that the file may hold.
-
-    Args:
-        local: The file.
-        setting: Where the checkpoint is named, for messages.
-        path: Where it lies; `local` may be a copy.
-
-    Returns:
-        Tensors on the CPU, mapped from the file.
-
-    Raises:
-        UserError: The file is no checkpoint, or holds objects other than tensors and plain values.
-    """
-    with readable(setting, path, 'as the weights of a checkpoint'):
-        return weights_in(torch.load(local, map_location='cpu', weights_only=True, mmap=True), setting, path)
-
-
-def weights_in(checkpoint: Any, setting: str, path: str) -> dict[str, Any]:
-    """The model's state dict out of what a file holds.
-
-    Raises:
-        UserError: It is nothing that Composer has saved.
-    """
+def weights_in(checkpoint: Any, start: Start) -> dict[str, Any]:
+    """The model's state dict out of what a file holds; refuses what Composer has not saved."""
     state = checkpoint.get('state') if isinstance(checkpoint, dict) else None
     weights = state.get('model') if isinstance(state, dict) else None
     if not isinstance(weights, dict):
-        raise UserError(f'{setting}: {path} is no checkpoint of the kit: it holds no weights under state.model; take '
-                        'another file')
+        raise UserError(f'{start.setting}: {start.path} is no checkpoint of the kit: it holds no weights under '
+                        'state.model; take another file')
     return weights

@@ -26,6 +26,7 @@ class Start:
     sharded: bool = False
     manifest: Optional[Manifest] = None
     own: bool = False  # from this run's own save_folder
+    setting: str = 'load_path'  # what names it
 
     @property
     def weights_of_a_file(self) -> bool:
@@ -37,10 +38,6 @@ class Start:
         """What Composer's Trainer takes as `load_path`."""
         return None if self.weights_of_a_file else self.path
 
-    @property
-    def setting(self) -> str:
-        return 'autoresume' if self.own else 'load_path'
-
     def __str__(self) -> str:
         if self.kind == 'fresh':
             return 'fresh'
@@ -49,13 +46,6 @@ class Start:
 
 
 FRESH = Start('fresh')
-
-
-def run_folder(save_folder: str, name: Optional[str]) -> Optional[Folder]:
-    """The folder of a run; None where its name is not known yet, so that it cannot be there."""
-    if name is None and '{run_name}' in save_folder:
-        return None
-    return open_folder(format_name_with_dist(save_folder, name or ''))
 
 
 @contextmanager
@@ -77,8 +67,8 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
     """Decides, on rank 0 for all ranks, what a run starts from.
 
     Raises:
-        UserError: `load_path` is not there or not whole; `save_folder` holds checkpoints that this run would mix with, or
-            only halves of them; or it cannot be reached.
+        UserError: `load_path` is not there or not whole; `save_folder` holds checkpoints that this run would mix with,
+            or only halves of them.
     """
     answer: list[Any] = [None]
     if dist.get_global_rank() == 0:
@@ -95,15 +85,16 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
 def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool, load_path: Optional[str],
                 weights_only: bool) -> Start:
     folder, there = None, []
-    if save_folder:
+    if save_folder and (name is not None or '{run_name}' not in save_folder):  # else the folder is a new one
         with reachable('save_folder', save_folder):
-            folder = run_folder(save_folder, name)
-            there, half = saved_steps(folder) if folder else ([], [])
+            folder = open_folder(format_name_with_dist(save_folder, name or ''))
+            there, half = saved_steps(folder)
             if half and autoresume:
                 log.info('autoresume: %s in %s is an interrupted save; it is ignored', ', '.join(half), folder)
-            if folder and autoresume and there:
+            if there and autoresume:
                 if manifest := newest_whole(folder, 'autoresume'):
-                    return Start('resume', folder.uri(manifest.path), manifest.sharded, manifest, own=True)
+                    path = folder.uri(manifest.path)
+                    return Start('resume', path, manifest.sharded, manifest, own=True, setting='autoresume')
                 raise UserError(f'autoresume: {folder} holds {", ".join(there)}, and none is whole: each lacks its '
                                 'manifest, or a file that the manifest lists. To load one all the same give its file '
                                 'as load_path, with another run_name; to start afresh move them away')
@@ -129,9 +120,6 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
         kind: What it is for.
         own: The folder of the run.
         setting: Where it is named, for messages.
-
-    Raises:
-        UserError: It is not there, or not whole.
     """
     path = path.replace('{rank}', '0').rstrip('/') or '/'
     parent, _, name = path.rpartition('/')
@@ -145,12 +133,12 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
                             'whole checkpoints; give one of them')
         log.info('%s: %s: the newest whole checkpoint there is %s', setting, path, run.uri(newest.path))
         return given_start(run.uri(newest.path), kind, own, setting)
-    step = STEP.match(name)
+    local, step = '://' not in path, STEP.match(name)
     manifest = read_manifest(folder, step[0]) if step else None
-    if manifest is None and '://' not in path and os.path.islink(path):  # the manifest lies beside what it points to
+    if manifest is None and local and os.path.islink(path):  # the manifest lies beside what it points to
         return given_start(os.path.realpath(path), kind, own, setting)
     if manifest and not manifest.is_whole(folder):
         raise UserError(f'{setting}: {path} is not whole: its files are not those that {manifest.name}.json lists')
-    where = own and os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)
-    is_own = where == (os.path.realpath(parent or '.') if '://' not in path else parent)
-    return Start(kind, path, sharded, manifest, is_own)
+    where = os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)
+    is_own = where == (os.path.realpath(parent or '.') if local else parent)
+    return Start(kind, path, sharded, manifest, is_own, setting)

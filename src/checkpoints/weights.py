@@ -1,64 +1,95 @@
-"""The weights out of any checkpoint of the kit, for programs that use a model rather than train it.
+"""The weights out of any checkpoint of the kit, without running code that it may hold.
 
-Full or sharded, saved by any number of ranks, on a disk or in an object store; on one process, without a process group,
-and without running code that a checkpoint may hold.
+Full or sharded, saved by any number of ranks, on a disk or in an object store.
 """
 
 import os
 import tempfile
 import warnings
-from typing import Optional
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
 
 import torch
-from composer.utils import get_file
+from composer.utils import dist, get_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from src.checkpoints.loading import WEIGHTS
 from src.checkpoints.manifest import Manifest
-from src.checkpoints.safe_reading import no_code, read_weights, readable
+from src.checkpoints.safe_reading import no_code, readable, weights_in
 from src.checkpoints.start import Start, given_start, reachable
 from src.common.storage import open_folder
 
+WEIGHTS = 'state.model.'  # the prefix of the weights' names in a sharded checkpoint
+AS_WEIGHTS = 'as the weights of a checkpoint'
 
-def read_sharded_weights(local: str, setting: str, path: str) -> dict[str, Tensor]:
-    """The model's state dict out of a sharded checkpoint; the optimizer's state is not read.
 
-    Args:
-        local: The folder.
-        setting: Where the checkpoint is named, for messages.
-        path: Where it lies; `local` may be a copy.
+@contextmanager
+def on_disk(start: Start, name: str = '') -> Iterator[str]:
+    """Where a checkpoint lies on this node's disk, which may be a copy. Every rank has to call it.
 
-    Returns:
-        Whole tensors on the CPU.
-
-    Raises:
-        UserError: A file is missing or damaged, or holds objects other than tensors and plain values.
+    With a `name` that file alone of a sharded checkpoint is there for sure.
     """
-    reader = FileSystemReader(local)
-    with readable(setting, path, 'as the weights of a checkpoint'), no_code(), warnings.catch_warnings():
+    assert start.path
+    if '://' not in start.path:
+        yield start.path
+        return
+    with tempfile.TemporaryDirectory() as temp:
+        first_of_node = dist.get_global_rank() - dist.get_local_rank()
+        local = os.path.join(dist.all_gather_object(temp)[first_of_node], 'checkpoint')
+        if dist.get_local_rank() == 0:
+            with reachable(start.setting, start.path):
+                _download(start.path, start.sharded, name, local)
+        with dist.local_rank_zero_download_and_wait(local):  # a download may take longer than a barrier waits
+            dist.barrier()
+        yield local
+        dist.barrier()
+
+
+def _download(path: str, sharded: bool, name: str, local: str) -> None:
+    if not sharded:
+        get_file(path, local)
+        return
+    part, folder = f'{local}.part', open_folder(path)
+    os.mkdir(part)
+    for file in [name] if name else folder.names():
+        get_file(folder.uri(file), os.path.join(part, file))
+    os.rename(part, local)
+
+
+def _described(local: str) -> dict[str, Any]:
+    """What a sharded checkpoint says of its weights, by name."""
+    with no_code():
+        there = FileSystemReader(local).read_metadata().state_dict_metadata
+    return {key.removeprefix(WEIGHTS): part for key, part in there.items() if key.startswith(WEIGHTS)}
+
+
+def shapes_in_shards(start: Start) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in a sharded checkpoint. Every rank has to call it."""
+    with on_disk(start, '.metadata') as local:
+        return {name: tuple(getattr(part, 'size', ())) for name, part in _described(local).items()}
+
+
+def read_full(local: str, start: Start) -> dict[str, Any]:
+    """The model's state dict out of a full checkpoint: tensors on the CPU, mapped from the file, which they outlive."""
+    with readable(start, AS_WEIGHTS):
+        return weights_in(torch.load(local, map_location='cpu', weights_only=True, mmap=True), start)
+
+
+def read_sharded(local: str, start: Start) -> dict[str, Tensor]:
+    """The model's state dict out of a sharded checkpoint, whole tensors on the CPU; the optimizer's is not read."""
+    with readable(start, AS_WEIGHTS), no_code(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that it is a single process
-        there = reader.read_metadata().state_dict_metadata
-        weights = {name: torch.empty(part.size, dtype=part.properties.dtype) for name, part in there.items()
-                   if name.startswith(WEIGHTS) and isinstance(part, TensorStorageMetadata)}
-        load(weights, storage_reader=reader, no_dist=True)
+        weights = {WEIGHTS + name: torch.empty(part.size, dtype=part.properties.dtype)
+                   for name, part in _described(local).items() if isinstance(part, TensorStorageMetadata)}
+        load(weights, storage_reader=FileSystemReader(local), no_dist=True)
     return {name.removeprefix(WEIGHTS): weight for name, weight in weights.items()}
 
 
-def find(path: str, setting: str) -> Start:
-    """A checkpoint, or of a run's folder its newest whole one.
-
-    Raises:
-        UserError: There is none, it is not whole, or the object store is out of reach.
-    """
-    with reachable(setting, path):
-        return given_start(path, 'weights', setting=setting)
-
-
 def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Optional[Manifest], str]:
-    """The weights of a checkpoint.
+    """The weights of a checkpoint, for programs that use a model rather than train it; on one process.
 
     Args:
         path: The file of a full checkpoint, the folder of a sharded one, or that of a run; local or a URI.
@@ -68,19 +99,11 @@ def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Opt
         The state dict of the ComposerModel, on the CPU; the manifest, if there is one; where the checkpoint lies.
 
     Raises:
-        UserError: As in `find`, or it is damaged, or holds objects other than tensors and plain values.
+        UserError: There is none, it is not whole or damaged, it holds objects other than tensors and plain values, or
+            the object store is out of reach.
     """
-    start = find(path, setting)
+    with reachable(setting, path):
+        start = given_start(path, 'weights', setting=setting)
     assert start.path
-    read_local = read_sharded_weights if start.sharded else read_weights
-    if '://' not in start.path:
-        return read_local(start.path, setting, start.path), start.manifest, start.path
-    with tempfile.TemporaryDirectory() as temp:  # the tensors of a file that is mapped outlive its name
-        local = os.path.join(temp, 'checkpoint')
-        folder = open_folder(start.path)
-        with reachable(setting, start.path):
-            if start.sharded:
-                os.mkdir(local)
-            for name in folder.names() if start.sharded else ['']:
-                get_file(folder.uri(name) if name else start.path, os.path.join(local, name) if name else local)
-        return read_local(local, setting, start.path), start.manifest, start.path
+    with on_disk(start) as local:
+        return (read_sharded if start.sharded else read_full)(local, start), start.manifest, start.path

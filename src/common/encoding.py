@@ -51,6 +51,11 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
     return [np.concatenate([*arrays, eos]) for arrays in parts]
 
 
+def n_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id. A vocabulary with gaps has fewer tokens than this."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def _calls(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
     call, size = [], 0
     for piece in pieces:

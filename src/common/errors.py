@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says of a mistake, in one line: its first, and the second where the first ends in a colon."""
+    """What another library says of a mistake: its first line, and the second where the first ends in a colon."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     return f'{first} {more[0].strip()}' if first.endswith(':') and more else first
 

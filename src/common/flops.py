@@ -1,14 +1,14 @@
-"""FLOPs of training, and what GPUs can do at most."""
+"""FLOPs of training, and the table of devices: their memory, and the FLOPs that they can do at most."""
 
 import re
-from typing import Optional
+from typing import NamedTuple, Optional
 
 
 def train_flops_per_token(n_params: int, n_layers: int, d_model: int, seq_len: int, causal: bool = False) -> float:
     """FLOPs per token of a forward and a backward pass: 6 N + 12 L d S (Chowdhery et al. 2022, PaLM, appendix B).
 
-    Recomputation for activation checkpointing is not counted: this is the numerator of MFU. Attention counts as if every
-    token saw S tokens, though it is causal and may stay within documents.
+    Recomputation for activation checkpointing is not counted: this is the numerator of MFU. Attention counts as if
+    every token saw S tokens, though it is causal and may stay within documents.
 
     Args:
         n_params: Parameters N, tied ones once.
@@ -20,29 +20,57 @@ def train_flops_per_token(n_params: int, n_layers: int, d_model: int, seq_len: i
     return 6 * n_params + (6 if causal else 12) * n_layers * d_model * seq_len
 
 
-# Dense (no sparsity) peak of matrix products in TFLOP/s: fp16 and bf16 with fp32 accumulation. Linear layers in fp8 are held
-# against it too, so that runs compare.
-# The pattern is the whole name that the driver gives, so that a part of a GPU (MIG), a laptop's or an unknown kin has no figure.
-PEAKS: list[tuple[str, float]] = [
-    # NVIDIA A100 Tensor Core GPU datasheet, 2021: 312
-    (r'(NVIDIA )?A100-(SXM4|PCIE|PCIe)-(40|80)GB|NVIDIA A100 80GB PCIe', 312),
+# Of a card's memory; the rest is for an allocator in fragments, and for a prediction that is within 5% of what tensors
+# take. What CUDA and NCCL take is in the prediction. GB are 10^9 bytes: HBM has up to 7% more, a reserve; of GDDR6, ECC
+# takes as much.
+USABLE = 0.95
+
+
+class Card(NamedTuple):
+    """What a device is.
+
+    Attributes:
+        name: For people.
+        memory: In bytes.
+        peak: FLOP/s of matrix products in fp16 or bf16; None: nobody knows.
+        driver: A pattern of the whole name that the driver gives, so that a part of a GPU (MIG), a laptop's or an
+            unknown kin has no figure.
+        is_gpu: Whether it is one.
+    """
+
+    name: str
+    memory: float
+    peak: Optional[float]
+    driver: str = ''
+    is_gpu: bool = True
+
+    @property
+    def usable(self) -> float:
+        return USABLE * self.memory
+
+
+# Dense (no sparsity) peaks with fp32 accumulation. Linear layers in fp8 are held against them too: runs compare.
+CARDS = {card.name: card for card in (
+    # NVIDIA A100 Tensor Core GPU datasheet, 2021
+    Card('a100-40gb', 40e9, 312e12, r'(NVIDIA )?A100-(SXM4|PCIE|PCIe)-40GB'),
+    Card('a100-80gb', 80e9, 312e12, r'(NVIDIA )?A100-(SXM4|PCIE|PCIe)-80GB|NVIDIA A100 80GB PCIe'),
     # NVIDIA H100 Tensor Core GPU datasheet, 2024, halved (it counts sparsity): SXM 1,979, NVL 1,671; in 2022 PCIe 1,513
-    (r'NVIDIA H100 80GB HBM3|NVIDIA H100 SXM5?( 80GB)?', 989.4),
-    (r'NVIDIA H100 PCIe', 756.5),
-    (r'NVIDIA H100 NVL', 835.5),
+    Card('h100-sxm', 80e9, 989.4e12, r'NVIDIA H100 80GB HBM3|NVIDIA H100 SXM5?( 80GB)?'),
+    Card('h100-pcie', 80e9, 756.5e12, r'NVIDIA H100 PCIe'),
+    Card('h100-nvl', 94e9, 835.5e12, r'NVIDIA H100 NVL'),
     # NVIDIA H200 Tensor Core GPU datasheet, 2024, halved: SXM 1,979; NVL 1,671
-    (r'NVIDIA H200', 989.4),
-    (r'NVIDIA H200 NVL', 835.5),
-    # NVIDIA DGX B200 datasheet, 2024: 72 PFLOP/s of FP8 with sparsity for 8 GPUs; dense bf16 a quarter of it
-    (r'NVIDIA B200', 2250),
+    Card('h200', 141e9, 989.4e12, r'NVIDIA H200'),
+    Card('h200-nvl', 141e9, 835.5e12, r'NVIDIA H200 NVL'),
+    # NVIDIA DGX B200 datasheet, 2024, for 8 GPUs: 1,440 GB; 72 PFLOP/s of FP8 with sparsity, dense bf16 a quarter of it
+    Card('b200', 180e9, 2250e12, r'NVIDIA B200'),
     # NVIDIA L4 and L40S datasheets, 2023: 242 with sparsity; 362 without
-    (r'NVIDIA L4', 121),
-    (r'NVIDIA L40S', 362),
+    Card('l4', 24e9, 121e12, r'NVIDIA L4'),
+    Card('l40s', 48e9, 362e12, r'NVIDIA L40S'),
     # NVIDIA Ada GPU architecture whitepaper, 2022, appendix A: with fp32 accumulation
-    (r'NVIDIA GeForce RTX 4090', 165.2),
-    # AMD Instinct MI300X data sheet, 2023: 1,307.4
-    (r'AMD Instinct MI300X( OAM| VF)?', 1307.4),
-]
+    Card('rtx-4090', 24e9, 165.2e12, r'NVIDIA GeForce RTX 4090'),
+    # AMD Instinct MI300X data sheet, 2023
+    Card('mi300x', 192e9, 1307.4e12, r'AMD Instinct MI300X( OAM| VF)?'),
+)}
 
 
 def peak_flops(device_name: str, precision: str) -> Optional[float]:
@@ -52,5 +80,5 @@ def peak_flops(device_name: str, precision: str) -> Optional[float]:
         device_name: As `torch.cuda.get_device_name()` has it.
         precision: Composer's name: fp32, amp_fp16 or amp_bf16.
     """
-    found = next((row for row in PEAKS if re.fullmatch(row[0], device_name)), None)
-    return None if found is None or precision == 'fp32' else found[1] * 1e12
+    known = (card.peak for card in CARDS.values() if re.fullmatch(card.driver, device_name))
+    return None if precision == 'fp32' else next(known, None)

@@ -7,6 +7,7 @@ import faulthandler
 import getpass
 import multiprocessing.util
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -14,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-from src.common.errors import DISK_FULL, UserError
+from src.common.errors import UserError
 
 SHARED_MEMORY = Path('/dev/shm')
 LOW = 32 << 20  # bytes: with less free than this, shared memory is the likely cause of a crash
@@ -26,24 +27,12 @@ ENLARGE = ('start the container with docker run --shm-size=16g or --ipc=host (Ku
 
 
 def prepare_environment() -> None:
-    """Sets variables that libraries read when they are imported.
-
-    USER and HOME are set where the system knows neither, as in `docker run --user 12345`: without a name torch.compile
-    raises a KeyError, and without a home the import of matplotlib a RuntimeError. TORCH_WARM_POOL is set where shared
-    memory is full: the processes that torch starts for later compilation would end in a traceback of their own.
-    """
+    """Sets variables that libraries read when they are imported."""
     os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's 3 are few for a run of weeks
-    if shared_memory_is_low():
-        os.environ.setdefault('TORCH_WARM_POOL', '0')
-    uid = os.getuid()
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # OSError from Python 3.13 on
-        os.environ['USER'] = f'user-{uid}'
-    if os.path.expanduser('~') == '~':
-        home = Path(tempfile.gettempdir(), f'home-of-user-{uid}')
-        home.mkdir(mode=0o700, exist_ok=True)
-        os.environ['HOME'] = str(home)
+    except (KeyError, OSError):  # as in `docker run --user 12345`; OSError from Python 3.13 on
+        os.environ['USER'] = f'user-{os.getuid()}'  # torch.compile asks for it
 
 
 def set_up_output() -> None:
@@ -62,22 +51,14 @@ def shorten_socket_paths() -> None:
     """Gives multiprocessing a short folder for its sockets where TMPDIR is too long for them.
 
     Loader workers hand over batches by such sockets. Without one the run would wait for its first batch for ever.
-
-    Raises:
-        UserError: TMPDIR is too long, and no other folder can be written.
     """
     folder = tempfile.gettempdir()
-    if len(os.fsencode(folder)) <= MAX_SOCKET_FOLDER:
-        return
-    kept, tempfile.tempdir = tempfile.tempdir, SOCKETS
-    try:
-        multiprocessing.util.get_temp_dir()  # this process and its workers keep it; removed at the end
-    except OSError as e:
-        raise UserError(f'TMPDIR: {folder!r} has {len(os.fsencode(folder))} bytes, and the sockets of loader workers '
-                        f'allow {MAX_SOCKET_FOLDER}; {SOCKETS} cannot be used instead ({e.strerror}). Set TMPDIR to a '
-                        'folder with a shorter path') from e
-    finally:
-        tempfile.tempdir = kept
+    if len(os.fsencode(folder)) > MAX_SOCKET_FOLDER:
+        tempfile.tempdir = SOCKETS
+        try:
+            multiprocessing.util.get_temp_dir()  # this process and its workers keep it; removed at the end
+        finally:
+            tempfile.tempdir = folder
 
 
 def compiler_errors(has_gpu: bool) -> list[str]:
@@ -138,6 +119,20 @@ def shared_memory_is_low() -> str:
     return f'; {SHARED_MEMORY} (shared memory) is full, {megabytes(free)} are free: {ENLARGE}'
 
 
+# What torch says of a lost loader worker (a pattern), and what is then said of `{setting}`.
+LOST = {
+    r'^\[Errno 28\]|Bus error|/torch_.*No space left':
+        f'its workers found no room in {SHARED_MEMORY} (shared memory), through which they hand over batches; '
+        f'{ENLARGE}; or set {{setting}}.num_workers=0',
+    'killed by signal: Killed':
+        'a loader worker was killed (SIGKILL), most likely by the system, which has no memory left; set a smaller '
+        '{setting}.num_workers, or give the run more memory',
+    'Too many open files|ancdata':  # a batch comes as file descriptors
+        'the process has as many files open as it may; raise the limit (ulimit -n 65536), or set a smaller '
+        '{setting}.num_workers or prefetch_factor',
+}
+
+
 def explain_lost_worker(error: Exception, setting: str) -> Optional[str]:
     """What torch says when a loader worker is lost, in the words of the settings; None: it says something else.
 
@@ -145,20 +140,14 @@ def explain_lost_worker(error: Exception, setting: str) -> Optional[str]:
         error: From the rank's DataLoader.
         setting: `train_loader` or `eval_loader`.
     """
-    text, e = '', error
+    said, e = [], error
     while e is not None:
-        text, e = f'{text} {e}', e.__cause__ or e.__context__
-    low = shared_memory_is_low()
-    if 'Bus error' in text or ('No space left' in text and '/torch_' in text) \
-            or (isinstance(error, OSError) and error.errno in DISK_FULL):
-        return (f'{setting}: its workers found no room in {SHARED_MEMORY} (shared memory), through which they hand '
-                f'over batches{low or f"; {ENLARGE}"}; or set {setting}.num_workers=0')
-    if 'exited unexpectedly' in text and low:
+        said.append(str(e))
+        e = e.__cause__ or e.__context__
+    text = ' '.join(said)
+    for pattern, advice in LOST.items():
+        if re.search(pattern, text):
+            return f'{setting}: {advice.format(setting=setting)}'
+    if 'exited unexpectedly' in text and (low := shared_memory_is_low()):
         return f'{setting}: a loader worker has ended{low}; or set {setting}.num_workers=0'
-    if 'killed by signal: Killed' in text:
-        return (f'{setting}: a loader worker was killed (SIGKILL), most likely by the system, which has no memory '
-                f'left; set a smaller {setting}.num_workers, or give the run more memory')
-    if 'Too many open files' in text or 'ancdata' in text:  # a batch comes as file descriptors
-        return (f'{setting}: the process has as many files open as it may; raise the limit (ulimit -n 65536), or set a '
-                f'smaller {setting}.num_workers or prefetch_factor')
     return None

@@ -10,7 +10,7 @@ from src.common.machine import set_up_output
 
 
 def run(main: Callable[[Namespace], Any], parse_args: Callable[[list[str]], Namespace]) -> None:
-    """Parses the command line and calls `main` with it; leaves the process with status 1 after a mistake of the user."""
+    """Calls `main` with the parsed command line; leaves the process with status 1 after a mistake of the user."""
     set_up_output()
     try:
         main(parse_args(sys.argv[1:]))

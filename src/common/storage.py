@@ -1,17 +1,50 @@
-"""Where checkpoints lie: a folder on a disk or a prefix in an object store, with the same few operations."""
+"""Where files lie: a folder on a disk or a prefix in an object store, with the same few operations.
+
+Nothing slow is imported before a store is opened: the conversion reads its command line with this module.
+"""
 
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Union
-
-from composer.utils import ObjectStore, S3ObjectStore, parse_uri, retry
-from composer.utils import maybe_create_object_store_from_uri as object_store
+from typing import Any, Union
 
 
-class LocalFolder:
+class AnyFolder:
+    """What is the same wherever files lie.
+
+    Attributes:
+        root: The path or the URL.
+        remote: Whether it is a URL.
+        deletes: Whether files can be removed.
+    """
+
+    root: Any
+    remote = deletes = False
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def uri(self, name: str) -> str:
+        return f'{self.root}/{name}'
+
+    def read(self, name: str) -> str:
+        """The text of a file. Raises FileNotFoundError where there is none."""
+        return self.read_bytes(name).decode()
+
+    def read_bytes(self, name: str) -> bytes:
+        raise NotImplementedError
+
+    @staticmethod
+    def ask(call: Callable[[], Any]) -> Any:
+        """What an object store answers, in one of three attempts."""
+        from streaming.base.util import retry
+
+        return retry(num_attempts=3)(call)()
+
+
+class LocalFolder(AnyFolder):
     """A folder on a disk that all nodes share."""
 
     deletes = True
@@ -19,23 +52,18 @@ class LocalFolder:
     def __init__(self, root: Union[str, Path]):
         self.root = Path(root)
 
-    def __str__(self) -> str:
-        return str(self.root)
-
-    def uri(self, name: str) -> str:
-        return str(self.root / name)
-
     def names(self) -> list[str]:
         """Files, and those of the folders in it, relative to it."""
-        return [str(p.relative_to(self.root)) for pattern in ('*', '*/*') for p in self.root.glob(pattern) if p.is_file()]
+        paths = [*self.root.glob('*'), *self.root.glob('*/*')]
+        return [str(path.relative_to(self.root)) for path in paths if path.is_file()]
 
     def size(self, name: str) -> int:
         """Bytes; -1 where there is no such file."""
         path = self.root / name
         return path.stat().st_size if path.is_file() else -1
 
-    def read(self, name: str) -> str:
-        return (self.root / name).read_text('utf-8')
+    def read_bytes(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
 
     def write(self, name: str, text: str) -> None:
         part = self.root / f'{name}.part'
@@ -52,56 +80,52 @@ class LocalFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class RemoteFolder:
+class RemoteFolder(AnyFolder):
     """A prefix in an object store, through Composer's client for it."""
 
+    remote = True
+
     def __init__(self, uri: str):
+        from composer.utils import ObjectStore, S3ObjectStore, maybe_create_object_store_from_uri, parse_uri
+
         self.root = uri.rstrip('/')
-        store = object_store(uri)
+        store = maybe_create_object_store_from_uri(uri)
         assert isinstance(store, ObjectStore)
         self.store, self.prefix = store, parse_uri(self.root)[2]
         self.deletes = isinstance(store, S3ObjectStore)  # no ObjectStore of Composer's can: here its client does
 
-    def __str__(self) -> str:
-        return self.root
-
-    def uri(self, name: str) -> str:
-        return f'{self.root}/{name}'
-
     def key(self, name: str) -> str:
         return f'{self.prefix}/{name}' if self.prefix else name
 
-    @retry(num_attempts=3)
     def names(self) -> list[str]:
-        skip = len(self.key(''))
-        return [name[skip:] for name in self.store.list_objects(self.key(''))]
+        return [name[len(self.key('')):] for name in self.ask(lambda: self.store.list_objects(self.key('')))]
 
-    @retry(num_attempts=3)
     def size(self, name: str) -> int:
-        try:
-            return self.store.get_object_size(self.key(name))
-        except FileNotFoundError:
-            return -1
+        def look() -> int:
+            try:
+                return self.store.get_object_size(self.key(name))
+            except FileNotFoundError:
+                return -1
+        return self.ask(look)
 
-    @retry(num_attempts=3)
-    def read(self, name: str) -> str:
+    def read_bytes(self, name: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
-            self.store.download_object(self.key(name), os.path.join(folder, 'file'))
-            return Path(folder, 'file').read_text('utf-8')
+            file = Path(folder, 'file')
+            self.ask(lambda: self.store.download_object(self.key(name), str(file), overwrite=True))
+            return file.read_bytes()
 
     def write(self, name: str, text: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, 'file').write_text(text, 'utf-8')
             self.upload(name, Path(folder, 'file'))
 
-    @retry(num_attempts=3)
     def upload(self, name: str, file: Path) -> None:
-        self.store.upload_object(self.key(name), str(file))
+        self.ask(lambda: self.store.upload_object(self.key(name), str(file)))
 
-    @retry(num_attempts=3)
     def delete(self, names: Collection[str]) -> None:
-        for name in names:
-            self.store.client.delete_object(Bucket=self.store.bucket, Key=self.key(name))  # pyright: ignore
+        store: Any = self.store
+        for key in map(self.key, names):
+            self.ask(lambda key=key: store.client.delete_object(Bucket=store.bucket, Key=key))
 
 
 Folder = Union[LocalFolder, RemoteFolder]

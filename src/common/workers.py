@@ -24,11 +24,9 @@ SETTLE_S = 0.05
 
 def _die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
     parent = os.getppid()
-    prctl = getattr(ctypes.CDLL(None), 'prctl', None)
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(by))
-        if os.getppid() != parent:  # it died before the kernel knew
-            os._exit(1)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(by))
+    if os.getppid() != parent:  # it died before the kernel knew
+        os._exit(1)
 
 
 def stop_with_parent() -> None:
@@ -46,7 +44,7 @@ def die_with_launcher() -> None:
 
 
 def let_threads_settle() -> None:
-    """Gives gloo's threads the time to drop the tensors of the last collective, for which they enter the interpreter.
+    """Gives gloo's threads time to drop the tensors of the last collective, for which they enter the interpreter.
 
     A loader worker that is forked in that moment never starts, up to Python 3.10.14 and 3.11.9:
     https://github.com/python/cpython/issues/112275
@@ -56,7 +54,6 @@ def let_threads_settle() -> None:
         time.sleep(SETTLE_S)
 
 
-
 def init_loader_worker(worker_id: int) -> None:
     """A DataLoader's `worker_init_fn`: the worker ends with its rank, and only when its rank says so.
 
@@ -64,9 +61,8 @@ def init_loader_worker(worker_id: int) -> None:
     """
     signal.set_wakeup_fd(-1)  # inherited: signals of the worker would arrive as the rank's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_told, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_when_told, daemon=True).start()
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_unsent)  # pyright: ignore
     _die_with_parent()
 
@@ -82,7 +78,8 @@ def init_conversion_worker(temporary: str) -> None:
     """A process pool's `initializer`: the worker ends with its parent, and Ctrl-C is the parent's to answer.
 
     Args:
-        temporary: The folder for temporary files, for the parent to remove: libraries leave theirs when a worker is ended.
+        temporary: The folder for temporary files, for the parent to remove: of a worker that is ended libraries leave
+            theirs.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

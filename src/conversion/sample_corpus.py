@@ -67,7 +67,8 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def identities(line: str) -> set[str]:
-    """What makes a paragraph a repetition of another: its plain lower-case words, or those of one of its long sentences.
+    """What makes a paragraph a repetition of another: its plain lower-case words, or those of one of its long
+    sentences.
 
     Words that hold a capital, digit or sign do not count: the docstrings of sibling classes differ in those alone.
     """
@@ -93,8 +94,7 @@ def sources() -> Iterator[tuple[str, list[str]]]:
 def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
     """The corpus as C4-shaped documents (`text`, `timestamp`, `url`) under `train` and `val`.
 
-    The texts of one file make one document or, about every 3,000 characters, a further one. The hash of a document's text
-    puts one in 16 into `val`.
+    The hash of a document's text puts one in 16 into `val`.
 
     Args:
         max_bytes: Gathering ends with the source that reaches this many bytes of text.
@@ -103,17 +103,7 @@ def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
     seen: set[str] = set()
     total, bar = 0, progress('sample', max_bytes)
     for name, texts in sources():
-        chunks: list[list[str]] = [[]]
-        for text in texts:
-            for line in paragraphs(text):
-                keys = identities(line)
-                if seen.isdisjoint(keys):
-                    chunks[-1].append(line)
-                seen |= keys
-            if sum(map(len, chunks[-1])) >= FULL_DOCUMENT:
-                chunks.append([])
-        for number, chunk in enumerate(chunks):
-            text = '\n'.join(chunk)
+        for number, text in enumerate(_join(texts, seen)):
             if len(text) >= MIN_DOCUMENT:
                 total += len(text.encode())
                 bar.update(len(text.encode()))
@@ -126,8 +116,23 @@ def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
     return splits
 
 
+def _join(texts: list[str], seen: set[str]) -> list[str]:
+    """What is new in the texts of one file: one document or, about every 3,000 characters, a further one."""
+    chunks: list[list[str]] = [[]]
+    for text in texts:
+        for line in paragraphs(text):
+            keys = identities(line)
+            if seen.isdisjoint(keys):
+                chunks[-1].append(line)
+            seen |= keys
+        if sum(map(len, chunks[-1])) >= FULL_DOCUMENT:
+            chunks.append([])
+    return ['\n'.join(chunk) for chunk in chunks]
+
+
 def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 4096) -> int:
-    """Trains a byte-level BPE (as GPT-2's, https://openai.com/research/better-language-models) and saves it to `folder`.
+    """Trains a byte-level BPE (as GPT-2's, https://openai.com/research/better-language-models) and saves it to
+    `folder`.
 
     The folder loads with `AutoTokenizer.from_pretrained(folder)`. `<|endoftext|>` is the one special token.
 

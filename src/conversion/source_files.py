@@ -28,18 +28,11 @@ READABLE = '.jsonl, .json, .ndjson or .txt, also with .gz or .zst, or in .parque
 
 
 class SourceFile(NamedTuple):
-    """A file of documents: the unit of work of a conversion.
-
-    Attributes:
-        path: On this disk, or `hf://datasets/REPOSITORY@REVISION/PATH`.
-        size: In bytes, of all its paths.
-        digest: A hash of the ends of the file, where no revision names its content.
-        more: Further paths: small text files are converted together.
-    """
-    path: str
-    size: int
-    digest: str = ''
-    more: tuple[str, ...] = ()
+    """A file of documents: the unit of work of a conversion."""
+    path: str  # on this disk, or `hf://datasets/REPOSITORY@REVISION/PATH`
+    size: int  # in bytes, of all its paths
+    digest: str = ''  # a hash of the ends of the file, where no revision names its content
+    more: tuple[str, ...] = ()  # further paths: small text files are converted together
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -61,8 +54,8 @@ class FolderSource:
         out_root: Where the shards will lie. What lies there is not read.
 
     Attributes:
+        paths: Of the files, relative to `folder`, by split.
         unread: The files and folders that are not read, relative to `folder`: path → reason.
-        read: Those of the splits that were asked for, each alone, by path.
 
     Raises:
         UserError: There is no such folder, or the splits of its files are not clear.
@@ -70,36 +63,25 @@ class FolderSource:
 
     revision = None
 
-    def __init__(self, folder: str, out_root: str = '') -> None:
+    def __init__(self, folder: str, out_root: str) -> None:
         if not Path(folder).is_dir():
             is_file = ' (it is a file: name its folder)' if Path(folder).exists() else ''
             raise UserError(f'--source: {folder} is neither hub nor sample nor a FOLDER that exists{is_file}; a FOLDER '
                             f"holds files of documents: C4's own, or others that end in {READABLE}")
-        out = None if is_url(out_root) or not out_root else Path(out_root).resolve()
         self.folder, self.name = Path(folder), folder
-        self.read: dict[str, SourceFile] = {}
-        if out == self.folder.resolve():
-            raise UserError(f'--out_root: {out_root} is the folder of --source too, so that the shards would lie among '
-                            'the documents; name another folder, which may lie below --source')
-        try:
-            paths, self.unread = _list_files(self.folder, out)
-            self.paths = self._assign(paths)
-        except OSError as error:
-            raise _unreadable(error) from error
-        others = [p for of in self.paths.values() for p in of if not re.match(r'c4-(train|validation)\.', Path(p).name)]
-        found = sum(map(len, self.paths.values()))
-        self.is_c4 = found > 0 and not others
-        if 0 < len(others) < found:
-            print(f'note: beside the files of C4 there are others: {listing(others)}; so the text alone is written. To '
-                  'keep timestamp and url, move the others to a folder of their own')
+        self.read: dict[str, SourceFile] = {}  # those of the splits that were asked for, each alone, by path
+        paths, self.unread = _list_files(self.folder, None if is_url(out_root) else Path(out_root).resolve())
+        self.paths = self._assign(paths)
+        found = [Path(path).name for of_split in self.paths.values() for path in of_split]
+        self.is_c4 = bool(found) and all(re.match(r'c4-(train|validation)\.', name) for name in found)
         self.columns = C4_COLUMNS if self.is_c4 else C4_COLUMNS[:1]
 
     def _assign(self, paths: list[str]) -> dict[str, list[str]]:
         """Gives each file to a split, once."""
-        if not all(path.lower().endswith(TXT) for path in paths):
-            for path in [path for path in paths if path.lower().endswith(TXT)]:
-                paths.remove(path)
-                self.unread[path] = 'text files are read from a folder that has no JSON or parquet files'
+        texts = [path for path in paths if path.lower().endswith(TXT)]
+        if len(texts) < len(paths):
+            paths = [path for path in paths if path not in {*texts}]
+            self.unread |= dict.fromkeys(texts, 'text files are read from a folder that has no JSON or parquet files')
         splits: dict[str, list[str]] = {'train': [], 'val': [], 'test': [], '': []}
         for path in paths:
             splits[_split_of(path)].append(path)
@@ -118,14 +100,13 @@ class FolderSource:
 
     def _drop_second_names(self, splits: dict[str, list[str]]) -> None:
         """Keeps one name of a file that has several, by symbolic or hard links."""
-        first: dict[object, tuple[str, str]] = {}
+        first: dict[tuple[int, int], tuple[str, str]] = {}
         inside = self.folder.resolve()
-        names = [(os.path.realpath(self.folder / path), path, split) for split, of in splits.items() for path in of]
-        names.sort(key=lambda name: (name[0] != str(inside / name[1]), name[1]))  # links last
-        for real, path, split in names:
-            info = os.stat(real)
-            file = (info.st_dev, info.st_ino) if info.st_nlink > 1 else real
-            known_split, known = first.setdefault(file, (split, path))
+        names = [(path, split) for split, of_split in splits.items() for path in of_split]
+        # links last
+        for path, split in sorted(names, key=lambda name: ((inside / name[0]).resolve() != inside / name[0], name)):
+            info = os.stat(self.folder / path)
+            known_split, known = first.setdefault((info.st_dev, info.st_ino), (split, path))
             if known_split != split:
                 raise UserError(f'--source: {self.folder / known} ({known_split}) and {self.folder / path} ({split}) '
                                 'are one file; delete one of the names, or copy the file if both splits are to have it')
@@ -145,14 +126,13 @@ class FolderSource:
                 f'--source: {self.folder} holds no files for the split {split}: expected c4-{words[0]}.*.json.gz, or '
                 f'the word {" or ".join(words)} in the path of a file that ends in {READABLE}. Move some files to '
                 f'{self.folder / words[0]}, or leave the split out of --splits', *self.unread_lines()]))
-        names = [Path(p).name for p in found]
-        if self.is_c4 and (twice := next((p for p in found if names.count(Path(p).name) > 1), None)):
-            others = ' and '.join(str((self.folder / p).parent) for p in found if Path(p).name == Path(twice).name)
-            raise UserError(f'--source: {Path(twice).name} lies in {others}; name the folder of one of them')
-        try:
-            files = [_local_file(str(self.folder / p)) for p in found]
-        except OSError as error:
-            raise _unreadable(error) from error
+        by_name: dict[str, str] = {}
+        for path in map(Path, found):
+            other = by_name.setdefault(path.name, str(self.folder / path.parent))
+            if self.is_c4 and other != str(self.folder / path.parent):
+                raise UserError(f'--source: {path.name} lies in {other} and {self.folder / path.parent}; name the '
+                                'folder of one of them')
+        files = [_local_file(str(self.folder / p)) for p in found]
         self.read |= {file.path: file for file in files}
         return _grouped(files)
 
@@ -178,14 +158,8 @@ def doubles(files: Iterable[SourceFile]) -> list[str]:
             for key in (file.size, file.digest), stem:
                 alike.setdefault(key, []).append(file.path)
     same = dict.fromkeys(tuple(paths) for paths in alike.values() if len(paths) > 1)
-    notes = [f'note: these files seem to hold the same documents, and all of them are read: {listing(list(paths))}'
-             for paths in same]
-    more = [f'note: so do the files of {len(notes) - SHOWN} more such groups'] if len(notes) > SHOWN else []
-    return notes[:SHOWN] + more
-
-
-def _unreadable(error: OSError) -> UserError:
-    return UserError(f'--source: {error.filename} cannot be read ({error.strerror}); mend its permissions or the disk')
+    return [f'note: these files seem to hold the same documents, and all of them are read: {listing(list(paths))}'
+            for paths in same][:SHOWN]
 
 
 def _raise(error: OSError) -> None:
@@ -235,10 +209,7 @@ def _why_skip_file(name: str, path: Path) -> str:
         return 'hidden'
     if not name.lower().endswith(FORMATS):
         return f'the name does not end in {READABLE}'
-    try:
-        return '' if stat.S_ISREG(path.stat().st_mode) else 'no regular file'
-    except FileNotFoundError as error:
-        raise UserError(f'--source: {path} is a link to a file that is not there; mend or delete the link') from error
+    return '' if stat.S_ISREG(path.stat().st_mode) else 'no regular file'  # says so of a link to nowhere
 
 
 def _split_of(path: str) -> str:

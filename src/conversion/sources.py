@@ -1,6 +1,11 @@
 """Where documents come from: C4 or another data set on the Hugging Face hub, a folder of files, the embedded sample.
 
-A split is a list of files. A file is the unit of work of a conversion: one process reads it, from its beginning to its end.
+A split is a list of files. A file is the unit of work of a conversion: one process reads it, from its beginning to its
+end. Every source has:
+    name, revision: For the manifest; the commit of the hub's repository, None for files.
+    columns: What each document is stored with; the first holds the text.
+    is_c4: Whether it is C4's config `en`, whose files and documents are counted.
+    files(split): The files of `train` or `val`, sorted. Raises UserError where there are none.
 """
 
 import errno
@@ -10,38 +15,30 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Protocol
+from typing import Any, Optional, Union
 
 from src.common.errors import DISK_FULL, UserError, first_line
 from src.config.data_places import is_url
 from src.conversion.documents import Bad, Document, documents
-from src.conversion.source_files import C4_COLUMNS, FORMATS, READABLE, SPLIT_WORDS, SourceFile
+from src.conversion.source_files import C4_COLUMNS, FORMATS, READABLE, SPLIT_WORDS, FolderSource, SourceFile
 
 C4 = 'allenai/c4'
 C4_COUNTS = {'train': (1024, 364_868_892), 'val': (8, 364_608)}  # files, documents of its config `en`
 ATTEMPTS = 10  # to fetch a file; the waits between them, 1 s to 1 min, sum to about 4 minutes
 DISK = (*DISK_FULL, errno.EROFS)  # of an OSError: this machine's fault, not the network's
 
-class Source(Protocol):
-    """What `convert_c4.py --source` names.
 
-    Attributes:
-        name: For the manifest.
-        revision: The commit of the hub's repository; None for files.
-        columns: What each document is stored with; the first holds the text.
-        is_c4: Whether it is C4's config `en`, whose files and documents are counted.
-    """
-    name: str
-    revision: Optional[str]
-    columns: tuple[str, ...]
-    is_c4: bool
+class SampleSource:
+    """The embedded sample: documents in memory, one part a split."""
+    name, revision, columns, is_c4 = 'sample', None, C4_COLUMNS, False
+
+    def __init__(self) -> None:
+        from src.conversion.sample_corpus import gather
+        print('gathering the sample corpus (about 15 seconds)')
+        self.corpus = gather()
 
     def files(self, split: str) -> list[SourceFile]:
-        """The files of `train` or `val`, sorted. Raises UserError where there are none."""
-        ...
-
-
-# ---------------------------------------------------------------- the hub
+        return [SourceFile(f'sample {split}', sum(len(document['text'].encode()) for document in self.corpus[split]))]
 
 
 class HubSource:
@@ -67,8 +64,9 @@ class HubSource:
         urls = [url for files in self.splits.values() for url in files]
         wrong = [url for url in urls if not (url.lower().endswith(FORMATS) and url.startswith('hf://datasets/'))]
         if wrong or not urls:
-            raise UserError(f'--dataset: {self.name} consists of files such as {public((wrong or ["none"])[0])}; those that '
-                            f'convert are on the hub and end in {READABLE}; files on this machine are --source FOLDER')
+            raise UserError(f'--dataset: {self.name} consists of files such as {public((wrong or ["none"])[0])}; those '
+                            f'that convert are on the hub and end in {READABLE}; files on this machine are --source '
+                            'FOLDER')
         self.revision = _hub_parts(urls[0])[1]
 
     def files(self, split: str) -> list[SourceFile]:
@@ -85,6 +83,9 @@ class HubSource:
             listed = retried(lambda tree=tree: list(tree()), self.name)
             sizes |= {f'hf://datasets/{repo}@{revision}/{e.path}': getattr(e, 'size', 0) for e in listed}
         return [SourceFile(url, sizes.get(url, 0)) for url in urls]
+
+
+Source = Union[SampleSource, HubSource, FolderSource]
 
 
 def _hub_parts(url: str) -> tuple[str, str, str]:
@@ -109,62 +110,53 @@ def _status(error: Optional[BaseException]) -> Optional[int]:
     return None
 
 
-def _nobody_there(error: Optional[BaseException]) -> bool:
-    """Whether no connection came about, which is no matter of a bad moment."""
-    from httpx import ConnectError, ConnectTimeout  # of huggingface-hub from 1.0 on, which has left requests
-    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
-
-    while error is not None and not isinstance(error, (ConnectTimeoutError, NewConnectionError, ConnectError, ConnectTimeout)):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
 def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, setting: str = '--source hub') -> Any:
     """Calls the hub until it answers, waiting longer each time.
 
     Args:
         call: What to do.
         what: Its object, for messages.
-        attempts: Where nobody answers at all; a hub that answers 5xx or 429, or hangs up, is asked ATTEMPTS times.
+        attempts: How often a hub is asked that does not answer, answers 5xx or 429, or hangs up.
         setting: Which one `what` belongs to.
 
     Raises:
         UserError: It did not, or says that there is no such thing, or not for this user.
         OSError: This machine's disk is full or cannot be written.
     """
-    from datasets.config import HF_ENDPOINT
     from httpx import HTTPError
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
-    attempt = 0
-    while True:
-        attempt += 1
+    for attempt in range(1, attempts + 1):
         try:
             return call()
-        except (OSError, EOFError, HFValidationError, HTTPError) as error:  # every one of requests, the hub and datasets too
-            if getattr(error, 'errno', None) in DISK:
+        # OSErrors are every one of requests, the hub and datasets too; hf_xet has no class of its own
+        except (OSError, EOFError, HFValidationError, HTTPError, RuntimeError) as error:
+            if getattr(error, 'errno', None) in DISK or 'scripts are no longer supported' in str(error):
                 raise
-            reason, status = error, _status(error)
-        except RuntimeError as error:  # of hf_xet, which has no class of its own
-            if 'scripts are no longer supported' in str(error):
-                raise
-            reason, status = error, None
-        missing = isinstance(reason, (FileNotFoundError, HFValidationError)) and not isinstance(reason, LocalEntryNotFoundError)
-        if missing or (status is not None and 400 <= status < 500 and status not in (408, 429)):
-            raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for a private '
-                            f'or gated data set log in with `hf auth login` or set HF_TOKEN\n{_said(reason)}') from reason
-        limit = attempts if status is None and _nobody_there(reason) else ATTEMPTS
-        if constants.HF_HUB_OFFLINE or attempt >= limit:
-            raise UserError(f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
-                            f"({public(HF_ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; or use --source FOLDER "
-                            f"with C4's own files, or --source sample, which needs no network\n{_said(reason)}") from reason
-        print(f'note: {what}: {_said(reason)}; attempt {attempt} of {limit}', flush=True)
-        time.sleep(min(2 ** (attempt - 1), 60))
+            _refuse_missing(error, what, setting)
+            said = f'{type(error).__name__}: {public(first_line(error))}'
+            if constants.HF_HUB_OFFLINE or attempt == attempts:
+                raise UserError(
+                    f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
+                    f'({public(constants.ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; or use '
+                    '--source FOLDER '
+                    f"with C4's own files, or --source sample, which needs no network\n{said}") from error
+            print(f'note: {what}: {said}; attempt {attempt} of {attempts}', flush=True)
+            time.sleep(min(2 ** (attempt - 1), 60))
+    return None
 
 
-def _said(error: Exception) -> str:
-    return f'{type(error).__name__}: {public(first_line(error))}'
+def _refuse_missing(error: Exception, what: str, setting: str) -> None:
+    """Raises UserError where the hub has answered that there is no such thing, or not for this user."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    status = _status(error)
+    missing = isinstance(error, (FileNotFoundError, HFValidationError)) and not isinstance(error, LocalEntryNotFoundError)
+    if missing or (status is not None and 400 <= status < 500 and status not in (408, 429)):
+        raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for a '
+                        f'private or gated data set log in with `hf auth login` or set HF_TOKEN\n'
+                        f'{type(error).__name__}: {public(first_line(error))}') from error
 
 
 def fetched(path: str, folder: Path, quiet: bool = True) -> Path:

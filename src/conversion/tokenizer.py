@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -15,7 +14,8 @@ from src.common.errors import UserError
 from src.config.data_places import is_url
 from src.conversion.documents import good_documents
 from src.conversion.manifest import TRAINED
-from src.conversion.parts import Place, folder_info
+from src.conversion.parts import folder_info
+from src.conversion.place import found, open_place, unfinished
 from src.conversion.source_files import SourceFile
 from src.conversion.sources import read, retried
 
@@ -40,44 +40,28 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
             total += len(document['text'])
             if total >= TOKENIZER_BYTES:
                 break
-    if not total:
-        raise UserError('--train_tokenizer: the files hold no text to train it on; check --source and --text_column')
-    if counts['bad_documents']:
-        print(f'--train_tokenizer: {counts["bad_documents"]:,} bad documents were left out')
 
 
 def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:
     """Trains a tokenizer, unless there is one already, since splits may be tokenized with it."""
     from src.conversion.sample_corpus import train_tokenizer
 
-    place = Place(out_root)
-    if place.read('tokenizer/tokenizer.json') is not None:
-        trained = place.read_bytes(f'tokenizer/{TRAINED}')
-        try:
-            asked = vocab_size if trained is None else json.loads(trained).get('vocab_size', vocab_size)
-        except (ValueError, AttributeError):
-            raise UserError(f'--train_tokenizer: {out_root}/tokenizer/{TRAINED} is no whole JSON object; delete '
-                            f'{out_root}/tokenizer and what was tokenized with it') from None
+    place, folder = open_place(out_root), Path(out_root, 'tokenizer')
+    if found(place, 'tokenizer/tokenizer.json') is not None:
+        trained = found(place, f'tokenizer/{TRAINED}')
+        asked = json.loads(trained)['vocab_size'] if trained else vocab_size
         if asked != vocab_size:
-            raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set that, '
-                            'delete the folder and what was tokenized with it, or name another --out_root')
+            raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set '
+                            'that, delete the folder and what was tokenized with it, or name another --out_root')
         print(f'{out_root}/tokenizer: kept, it was there before')
         return
-    staging, folder = None, Path(out_root, 'tokenizer')
-    try:
-        if not place.remote and (folder.is_file() or folder.is_dir() and os.listdir(folder)):
-            raise UserError(f'--out_root: {folder} is there, and holds something else than a trained tokenizer; move '
-                            'it away, or name another --out_root')
-        staging = place.staging('tokenizer')
+    if not place.remote and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f'--out_root: {folder} is there, and holds something else than a trained tokenizer; move '
+                        'it away, or name another --out_root')
+    with unfinished(place, 'tokenizer') as staging:
         n_tokens = train_tokenizer(texts, staging, vocab_size)
         (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}), 'utf-8')
         place.commit(staging, 'tokenizer', 'tokenizer.json')
-    except OSError as error:
-        raise UserError(f'--out_root: cannot write {out_root}/tokenizer: {error.strerror or error}; free space or mend the disk, '
-                        'then run again') from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     print(f'{out_root}/tokenizer: trained')
     if n_tokens < vocab_size:
         print(f'note: --train_tokenizer: {vocab_size}, and the text gives no more than {n_tokens} tokens')
@@ -99,12 +83,12 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
 
     name = args.tokenizer or f'{args.out_root}/tokenizer'
     given = args.tokenizer or '../tokenizer'  # from each split, wherever they lie
-    if args.tokenizer is None and all(Place(name).read(file) is None for file in STORED_TOKENIZER[:2]):
-        raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a folder, or '
-                        'add --train_tokenizer VOCAB')
+    if args.tokenizer is None and all(found(open_place(name), file) is None for file in STORED_TOKENIZER[:2]):
+        raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a '
+                        'folder, or add --train_tokenizer VOCAB')
     if is_url(name):
         for file in STORED_TOKENIZER:
-            if (data := Place(name).read_bytes(file)) is not None:
+            if (data := found(open_place(name), file)) is not None:
                 (folder / file).write_bytes(data)
         name = str(folder)
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():

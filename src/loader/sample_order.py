@@ -1,19 +1,19 @@
-"""The order of samples in an epoch, the same on any number of nodes, devices and loader workers."""
+"""Which samples are read, in which order: the same on any number of nodes, devices and loader workers."""
 
 from typing import Any, Optional
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming.base.batching import batching_methods
 from streaming.base.batching.stratified import generate_work_stratified_batching
-from streaming.base.partition import algos
 from streaming.base.world import World
+from torch.utils.data import Dataset
 
 from src.common.errors import UserError
 
 
-def whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes: int, ranks_per_node: int, workers_per_rank: int,
-                  batch_size: int, drop_first: int = 0, initial_physical_nodes: Optional[int] = None) -> NDArray[np.int64]:
+def whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes: int, ranks_per_node: int,
+                  workers_per_rank: int, batch_size: int, drop_first: int = 0,
+                  initial_physical_nodes: Optional[int] = None) -> NDArray[np.int64]:
     """The samples of an epoch from `drop_first` on, dealt to devices and workers: streaming's order, each sample once.
 
     What fills no global batch is left out. Streaming's own partition algorithms repeat samples until each canonical
@@ -35,9 +35,6 @@ def whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes
     return by_worker.transpose(0, 1, 3, 2, 4)
 
 
-algos[whole_batches.__name__] = whole_batches  # where StreamingDataset looks for its `partition_algo`
-
-
 def stratified(dataset: Any, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
     """Streaming's `stratified`, arranged as for one device and then dealt: every global batch has each stream's share.
 
@@ -55,9 +52,6 @@ def stratified(dataset: Any, world: World, epoch: int, sample_in_epoch: int) -> 
     batches = np.pad(batches, ((0, -len(batches) % world.workers_per_rank), (0, 0)), constant_values=-1)
     shape = (-1, world.workers_per_rank, world.num_nodes, world.ranks_per_node, device_batch_size)
     return batches.reshape(shape).transpose(2, 3, 1, 0, 4)
-
-
-batching_methods['stratified'] = stratified  # where StreamingDataset looks for its `batching_method`
 
 
 def batches_in_epoch(dataset: Any, global_batch_size: int) -> int:
@@ -80,9 +74,45 @@ def batches_in_epoch(dataset: Any, global_batch_size: int) -> int:
         part[:] = global_batch_size
     for stream, samples, n in zip(dataset.streams, chosen, part):
         if not 0 < n <= samples:
-            raise UserError(f'{stream.setting}: gives {samples} samples to an epoch and {n} to a batch of global_train_batch_size'
-                            f' {global_batch_size}, with batching_method {dataset.batching_method!r}, which needs 1 or more in a '
-                            'batch and a whole batch in an epoch. Set a larger weight or another global_train_batch_size, or '
-                            'batching_method random')
+            raise UserError(f'{stream.setting}: gives {samples} samples to an epoch and {n} to a batch of '
+                            f'global_train_batch_size {global_batch_size}, with batching_method '
+                            f'{dataset.batching_method!r}, which needs 1 or more in a batch and a whole batch in an '
+                            'epoch. Set a larger weight or another global_train_batch_size, or batching_method random')
     batches = chosen // part
     return int(batches.sum() if dataset.batching_method == 'per_stream' else batches.min())
+
+
+class EvalView(Dataset):
+    """The first samples of a StreamingC4 by index, each of them once; of several streams, the first of each.
+
+    As a StreamingDataset iterates, it repeats samples until every rank has as many. Composer drops those that a
+    DistributedSampler repeats, so an evaluation over this view counts every sample once, on any number of ranks.
+
+    Args:
+        dataset: One that does not pack on the fly.
+        eval_samples: How many; -1: all. Streams have shares in proportion to their sizes.
+    """
+
+    def __init__(self, dataset: Any, eval_samples: int = -1) -> None:
+        self.dataset = dataset
+        n = dataset.size if eval_samples == -1 else min(eval_samples, dataset.size)
+        ends = n * dataset.samples_per_stream.cumsum() // dataset.size  # of the streams' shares in the view
+        self.indices = np.concatenate([begin + np.arange(share) for begin, share in
+                                       zip(dataset.sample_offset_per_stream, np.diff(ends, prepend=0))])
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the dataset."""
+        return self.dataset.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """What a DataLoader calls for a batch."""
+        if not all(0 <= i < len(self) for i in indices):
+            raise IndexError(f'{indices} are not all in 0 to {len(self) - 1}')
+        return self.dataset.samples([self.dataset[self.indices[i]] for i in indices])

@@ -8,7 +8,6 @@ own `clean_stale_shared_memory()` also removes the blocks of jobs that are still
 
 import fcntl
 import gc
-import mmap
 import os
 import re
 import signal
@@ -16,55 +15,23 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing.shared_memory import SharedMemory as Block
-from multiprocessing.util import Finalize
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Optional
 from weakref import WeakKeyDictionary
 
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank, get_local_world_size, get_world_size
-from streaming.base.shared import SharedMemory, memory, prefix
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
-from src.common.errors import DISK_FULL
 from src.common.machine import SHARED_MEMORY as BLOCKS
 from src.common.machine import check_shared_memory, megabytes
 
-NAME = re.compile(rf'(\d{{6}})_(?:{"|".join([*SHM_TO_CLEAN, BARRIER_FILELOCK, CACHE_FILELOCK])})')
+LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
+NAME = re.compile(rf'(\d{{6}})_(?:{"|".join([*SHM_TO_CLEAN, *LOCKS])})')
 
 _opened: set[str] = set()  # prefixes of the datasets of this process
 _needs: WeakKeyDictionary[DataLoader, int] = WeakKeyDictionary()  # bytes that the loaders of this process take
-
-
-def _attach_briefly(name: str, create: bool, size: int = 0) -> SharedMemory:
-    return SharedMemory(name, create, size, auto_cleanup=create)
-
-
-# In its search for a free prefix, streaming attaches to the blocks of every other job, and holds them until this process
-# ends: a killed job's blocks then look as if they were in use.
-prefix.SharedMemory = _attach_briefly  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
-
-
-class _AllocatedBlock(Block):
-    """A block whose pages exist from its creation on: else a write to a full `/dev/shm` ends the process by SIGBUS."""
-
-    def __init__(self, name: Optional[str] = None, create: bool = False, size: int = 0) -> None:
-        super().__init__(name, create, size)
-        if create:
-            try:
-                os.posix_fallocate(self._fd, 0, size)  # pyright: ignore[reportAttributeAccessIssue]
-            except OSError as e:
-                self.close()
-                self.unlink()
-                if e.errno in DISK_FULL:
-                    check_shared_memory(max(size, mmap.PAGESIZE), 'the places and the order of the samples')
-                raise
-
-
-memory.BuiltinSharedMemory = _AllocatedBlock  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -80,19 +47,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _mapped_prefixes() -> set[str]:
-    """The prefixes that any process maps, as far as this user may look."""
-    mapped = set()
-    for maps in Path('/proc').glob('[0-9]*/maps'):
-        try:
-            # To the end of the line: a block that was removed is listed as "(deleted)", and its prefix may have a new owner.
-            mapped |= set(re.findall(r'/dev/shm/(\d{6})_\w+$', maps.read_text(errors='replace'), re.MULTILINE))
-        except (PermissionError, FileNotFoundError, ProcessLookupError):  # another user's, or it has just ended
-            continue
-    return mapped
-
-
-def _is_open_elsewhere(path: Path) -> bool:
+def _is_unused(path: Path) -> bool:
     """Asks the kernel, which also knows the processes of other containers that share `/dev/shm`.
 
     A write lease is refused while anyone else has the file open or mapped: from its creation on, so that a block whose
@@ -102,40 +57,38 @@ def _is_open_elsewhere(path: Path) -> bool:
         with path.open('rb') as f:
             fcntl.fcntl(f, fcntl.F_SETSIG, signal.SIGURG)  # the default, SIGIO, would end this process
             fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except BlockingIOError:
+    except FileNotFoundError:
         return True
-    except OSError:  # gone, or a kernel without leases: /proc alone decides
+    except OSError:  # in use, or a kernel without leases
         return False
-    return False
-
-
-def _remove(paths: list[Path]) -> list[str]:
-    for path in paths:
-        path.unlink(missing_ok=True)
-    return [path.name for path in paths]
+    return True
 
 
 def remove_stale() -> list[str]:
-    """Removes this user's blocks and lock files whose processes are gone.
+    """Removes this user's blocks and lock files whose processes are gone. Does nothing where there is no `/dev/shm`.
 
-    A block is stale when no living process has it open or mapped, which `/proc` and the kernel must both agree to; a
-    lock file is stale when no block has its prefix. Does nothing where there is no `/proc` or no `/dev/shm`.
+    The blocks of a prefix are stale when no process has one open or mapped, lock files when no block has their prefix.
 
     Returns:
         The names of the files removed.
     """
-    if not (BLOCKS.is_dir() and Path('/proc/self/maps').exists()):
+    if not BLOCKS.is_dir():
         return []
-    locks, blocks = _files(Path(gettempdir())), _files(BLOCKS)
-    mapped = _mapped_prefixes() if blocks else set()
-    removed = []
-    for number, paths in blocks.items():
-        if number not in mapped and not any(_is_open_elsewhere(path) for path in paths):
-            removed += _remove(paths)
+    locks, stale = _files(Path(gettempdir())), []
+    for paths in _files(BLOCKS).values():
+        if all(map(_is_unused, paths)):
+            stale += paths
+            _remove(paths)
     for number, paths in locks.items():
         if not any(BLOCKS.glob(f'{number}_*')):
-            removed += _remove(paths)
-    return removed
+            stale += paths
+            _remove(paths)
+    return [path.name for path in stale]
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -159,8 +112,9 @@ def _locked(folder: Path, seconds: float = 60) -> Iterator[None]:
 def opening_a_dataset() -> Iterator[None]:
     """What a StreamingDataset must be created in: stale files are gone, and no other job of this kit takes its prefix.
 
-    Each node's first rank cleans up and holds a lock on `/dev/shm`; the other ranks wait until it has both. Streaming looks
-    for a free prefix and takes it in two steps, so of two jobs that start at once one could fail with `FileExistsError`.
+    Each node's first rank cleans up and holds a lock on `/dev/shm`; the other ranks wait until it has both. Streaming
+    looks for a free prefix and takes it in two steps, so of two jobs that start at once one could fail with
+    `FileExistsError`.
     """
     gc.collect()  # a dataset of this process that nothing refers to any more gives up its `local`
     several = dist.is_available() and dist.is_initialized()
@@ -198,16 +152,12 @@ def check_loader(setting: str, loader: DataLoader, batch_bytes: int, order_bytes
 
 
 def remove_locks_at_exit(number: int) -> None:
-    """Has the lock files of an open dataset, by its prefix, removed at the end of this process, or of the node's last to end."""
+    """Has the lock files of an open dataset, by its prefix, removed at the end of this process."""
     _opened.add(f'{number:06}')
 
 
-def _remove_own_locks() -> None:
+def remove_own_locks() -> None:
+    """Removes the lock files of this process's datasets, but those that another process still uses."""
     for number in _opened:
         if not any(BLOCKS.glob(f'{number}_*')):
-            _remove([Path(gettempdir()) / f'{number}_{name}' for name in (BARRIER_FILELOCK, CACHE_FILELOCK)])
-
-
-# With a negative priority this runs after streaming has removed the blocks and after the DataLoader's workers, which make
-# lock files anew, have ended. A rank that ends while another still holds the blocks leaves the lock files to that one.
-Finalize(None, _remove_own_locks, exitpriority=-1)
+            _remove([Path(gettempdir(), f'{number}_{name}') for name in LOCKS])

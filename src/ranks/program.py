@@ -1,4 +1,4 @@
-"""The shell of a program that runs in every rank: ranks fail together, and a mistake of the user ends in one message."""
+"""The shell of a program that runs in every rank: ranks fail together, a mistake of the user ends in one message."""
 
 import logging
 import sys

@@ -64,7 +64,7 @@ class StopRequest:
         self._reader.close()
 
     def watch_siblings(self, pids: Sequence[int], on_death: Optional[Callable[[int], None]] = None) -> None:
-        """Names the processes of this node's ranks, by local rank; `on_death(local_rank)` is called before this one ends."""
+        """Names the processes of this node's ranks; `on_death(local_rank)` is called before this one ends."""
         if os.path.exists('/proc/self/stat'):
             self._on_death = on_death
             self._siblings = [(pid, _start_time(pid)) for pid in pids]

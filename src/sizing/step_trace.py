@@ -8,35 +8,31 @@ import logging
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple, Optional
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from composer.distributed.activation_checkpointing import apply_ac, generate_composer_model_check_fn
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from src.causal_lm import ComposerCausalLM
 from src.common.errors import UserError, first_line
 from src.model_registry import COMPOSER_MODEL_REGISTRY
+from src.sizing.gpu_rules import rules_of_gpus
 
 FORWARD, LOSS, START = 'in the forward pass', 'in the loss', 'at the start of the backward pass'
 BACKWARD, UNIT_END = 'in the backward pass', 'at the end of the backward pass'
 EMBEDDINGS, END = "in the embeddings' backward pass", "at the end of the embeddings' backward pass"
 
 ATEN: Any = torch.ops.aten
-# Operators that autocast computes in fp32 on a GPU, and in the type of their input on a CPU.
-FP32_ON_GPUS = ('layer_norm', 'softmax.int', 'log_softmax.int', 'pow.Tensor_Scalar', 'rsqrt', 'exp')
 
 
-class Settings(NamedTuple):
+class Step(NamedTuple):
     """What the memory of a step depends on, besides the number of devices."""
 
     model: Any  # section `model` of the config
@@ -72,34 +68,39 @@ class Trace(NamedTuple):
     peaks: dict[Phase, Counter[str]]
     units: tuple[int, ...]
 
+    @property
+    def root(self) -> int:
+        """The number of parameters outside of the units."""
+        return self.model.n_params - sum(self.units)
+
 
 _traces: dict[str, Trace] = {}
 
 
-def trace(settings: Settings) -> Trace:
+def trace(step: Step) -> Trace:
     """The memory of a step; one that was asked for before is not run again.
 
     Raises:
         UserError: The model cannot run on tensors without data.
     """
-    key = f'{COMPOSER_MODEL_REGISTRY[settings.model.name]} {settings}'
+    key = f'{COMPOSER_MODEL_REGISTRY[step.model.name]} {step}'
     if key not in _traces:
         try:
-            _traces[key] = _run(settings)
+            _traces[key] = _run(step)
         except UserError:
             raise
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-            # A model's own code and kernels, on tensors that they do not take
+        except Exception as e:  # a model's own code and kernels, on tensors that they do not take
             where = traceback.extract_tb(e.__traceback__)[-1]
             raise UserError(
-                f'model.name: the memory of {settings.model.name!r} cannot be predicted. Its step without data '
-                f'ended with {type(e).__name__}: {first_line(e)} ({where.filename}, line {where.lineno}). Measure the '
-                'memory with src/tools/benchmark.py, or have the model use operators of PyTorch') from e
+                f'model.name: the memory of {step.model.name!r} cannot be predicted. Its step without data ended '
+                f'with {type(e).__name__}: {first_line(e)} ({where.filename}, line {where.lineno}). Measure the memory '
+                'with src/tools/benchmark.py, or have the model use operators of PyTorch') from e
     return _traces[key]
 
 
-def _run(s: Settings) -> Trace:
+def _run(s: Step) -> Trace:
     on_host = saved_tensors_hooks(lambda x: x.to('meta'), lambda x: torch.empty_like(x, device='cpu'))
+    offload = mock.patch('torch.distributed.algorithms._checkpoint.checkpoint_wrapper.save_on_cpu', lambda **_: on_host)
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         model = _build(s.model, s.has_gpu)
         params = list(model.parameters())
@@ -107,10 +108,9 @@ def _run(s: Settings) -> Trace:
             p.data = p.data.to(s.weights)
         if s.checkpointing or s.offload:
             apply_ac(model, s.checkpointing, s.offload, generate_composer_model_check_fn(model))
-        stack.enter_context(mock.patch('torch.distributed.algorithms._checkpoint.checkpoint_wrapper.save_on_cpu',
-                                       lambda **_: on_host))
+        stack.enter_context(offload)
         if s.has_gpu:
-            stack.enter_context(_rules_of_gpus())
+            stack.enter_context(rules_of_gpus())
         live = stack.enter_context(LiveBytes({p.untyped_storage()._cdata for p in params}))
         units = _follow(model, live, s)
         columns = ['input_ids', 'labels', *['sequence_id'] * model.attn_within_document]
@@ -140,7 +140,7 @@ def _build(section: Any, has_gpu: bool) -> ComposerCausalLM:
         logging.disable(before)
 
 
-def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Settings) -> list[list[nn.Parameter]]:
+def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn.Parameter]]:
     """Has hooks tell `live` the phase of the step, and free gradients as FSDP does.
 
     Returns:
@@ -237,43 +237,7 @@ class LiveBytes(TorchDispatchMode):
             self.held[storage._cdata] = kind, storage.nbytes()
             self.now[kind] += storage.nbytes()
             weakref.finalize(storage, self.remove, storage._cdata)
-            # Where two gradients meet, autograd adds in place, but not on tensors without data: do not count both places.
+            # Where two gradients meet, autograd adds in place, but not on tensors without data: count one place.
             if func is not ATEN.add.Tensor or torch.is_grad_enabled():
                 self.note_peak()
         return out
-
-
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(x, p, training)[0] if training and p else x
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor] = None, dropout_p: float = 0.0, *args: Any,
-               **kwargs: Any) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, *args, **kwargs)
-
-
-class DropoutOfGPUs(TorchFunctionMode):
-    """Has dropout keep a mask of bytes, and fused attention no mask, as on a GPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replaced = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention}.get(func, func)
-        return replaced(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _rules_of_gpus() -> Iterator[None]:
-    """Has operators on CPU tensors return the types that they return on a GPU, and keep what they keep there."""
-    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-
-    def in_fp32(operator: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(autocast):
-                return operator(*(x.float() if isinstance(x, Tensor) else x for x in args), **kwargs)
-        return run
-
-    with torch.library._scoped_library('aten', 'IMPL') as library, DropoutOfGPUs():
-        for name in FP32_ON_GPUS:
-            packet, _, overload = name.partition('.')
-            operator = getattr(getattr(ATEN, packet), overload or 'default')
-            library.impl(name, in_fp32(operator), 'AutocastCPU')
-        yield

@@ -1,8 +1,8 @@
-"""Times training: `python src/tools/benchmark.py YAML [key=value ...] [--steps 20] [--sweep key=a,b] [--against hf] [--profile]`.
+"""Times training: `python src/tools/benchmark.py YAML [key=value ...] [--steps 20] [--sweep key=a,b] [--against hf]`.
 
-What is timed is a run as `main.py` makes it, through Composer's Trainer, with the YAML's batch, precision, sharding and loader.
-Its data are random tokens in a temporary folder (--real_data: the YAML's own), it saves and logs nothing. The same command after
-`composer` times several devices. Rates are of the median step after the warm-up.
+What is timed is a run as `main.py` makes it, through Composer's Trainer, with the YAML's batch, precision, sharding and
+loader. Its data are random tokens in a temporary folder (--real_data: the YAML's own), it saves and logs nothing. The
+same command after `composer` times several devices. Rates are of the median step after the warm-up.
 """
 # ruff: noqa: E402
 
@@ -20,16 +20,15 @@ import argparse
 import atexit
 import gc
 import json
-import os
-import platform
 import re
+import resource
 import shlex
 import shutil
 import statistics
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any, Optional
 
@@ -37,26 +36,28 @@ import numpy as np
 import torch
 from composer.core import Engine
 from composer.utils import dist
+from composer.utils.collect_env import get_cpu_model
 from omegaconf import DictConfig, OmegaConf
-from torch import version as torch_version
+from streaming import MDSWriter
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from src.training import plugins
-from src.config import load as config
-from src.ranks import rendezvous
+from main import main as train
 from src.attention import CausalAttention
 from src.common.errors import UserError, positive
 from src.common.flops import peak_flops, train_flops_per_token
-from src.hf_causal_lm import build_hf_config
-from src.sizing.memory import GPU_WORKSPACE, predict
-from src.ranks.failure_watch import FailureWatch
+from src.config import load as config
 from src.config.schema import Config, HFCausalLMConfig
+from src.hf_causal_lm import build_hf_config
+from src.ranks import program, rendezvous
+from src.ranks.failure_watch import FailureWatch
+from src.sizing.memory import GPU_WORKSPACE, predict
+from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals
 from src.training.data import has_kits_loader
+from src.training.report import environment
 from src.training.setup import check_config
-from src.ranks import program
-from main import main as train
-from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals, peak_memory
 
-PACKAGES = ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers', 'flash-attn')
+VERSIONS = ('python', 'torch', 'mosaicml', 'mosaicml-streaming', 'transformers')
 VOCAB_SIZE = 50257  # of random tokens for a model that does not say how many it has
 DOCUMENT = 512  # random tokens to an end of a document, on average
 SYNTHETIC_BYTES = 64_000_000  # of random tokens, at most; they are read again where the steps need more
@@ -68,14 +69,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('yaml', metavar='YAML')
     add('overrides', nargs='*', metavar='key=value', help='as for main.py')
     add('--steps', type=positive, default=20, help='timed, after the warm-up; default: %(default)s')
-    add('--warmup', type=positive, default=5, help='steps before, in which everything is compiled; default: %(default)s')
+    add('--warmup', type=positive, default=5, help='steps before, which compile everything; default: %(default)s')
     add('--real_data', action='store_true', help="the YAML's data in place of random tokens")
-    add('--sweep', action='append', default=[], metavar='key=a,b,c', help='a run for each value; several: for each combination')
-    add('--against', action='append', choices=['hf', 'bare'], default=[], help='time in the same run, alternating, hf: Hugging '
-        "Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that loop, which shows what the Trainer "
-        'costs; may be given twice')
+    add('--sweep', action='append', default=[], metavar='key=a,b,c', help='a run for each value or combination')
+    add('--against', action='append', choices=['hf', 'bare'], default=[], help='time in the same run, alternating, hf: '
+        "Hugging Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that loop, which shows "
+        'what the Trainer costs; may be given twice')
     add('--profile', action='store_true', help=f'{PROFILED} more steps under the profiler: a Chrome trace and a table')
-    add('--out', type=Path, default=Path('benchmark'), metavar='PATH', help='PATH.json and PATH.md; default: %(default)s')
+    add('--out', default='benchmark', metavar='PATH', help='PATH.json and PATH.md; default: %(default)s')
     add('--append', action='store_true', help='keep what the two files hold')
     return parser.parse_intermixed_args(argv)
 
@@ -90,28 +91,25 @@ def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, st
     Yields:
         The settings that name them.
     """
-    made: list[Any] = [tempfile.mkdtemp(prefix='benchmark-') if dist.get_global_rank() == 0 else None]
-    dist.broadcast_object_list(made)  # one name on all nodes, which compare their settings
-    folder, mine = Path(made[0]), dist.get_global_rank() == 0
-    if dist.get_local_rank() == 0 and not mine:
-        with suppress(FileExistsError):  # node 0's, where they share a disk
-            folder.mkdir()
+    names = [f'benchmark-{uuid.uuid4().hex}']
+    dist.broadcast_object_list(names)  # one name on all nodes, which compare their settings
+    folder, mine = Path(tempfile.gettempdir(), names[0]), False
+    if dist.get_local_rank() == 0:
+        with suppress(FileExistsError):  # another node's, where they share a disk
+            folder.mkdir(mode=0o700)
             mine = True
     try:
         if mine:
-            from streaming import MDSWriter
-            from tokenizers import Tokenizer, models
-            from transformers import PreTrainedTokenizerFast
-
             vocabulary = {f'<{i}>': i for i in range(vocab_size)}
             PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, '<0>')), eos_token='<0>',
                                     pad_token='<0>').save_pretrained(str(folder / 'tokenizer'))
             rng, dtype = np.random.default_rng(0), np.min_scalar_type(vocab_size - 1)
             fitting = max(1, min(rows, SYNTHETIC_BYTES // (seq_len * dtype.itemsize)))
-            with MDSWriter(out=str(folder / 'train'), columns={'tokens': f'ndarray:{dtype.name}:{seq_len}'}) as writer:
+            columns = {'tokens': f'ndarray:{dtype.name}:{seq_len}'}
+            with MDSWriter(out=str(folder / 'train'), columns=columns) as writer:
                 for _ in range(fitting):
-                    tokens = rng.integers(1, vocab_size, seq_len) * (rng.random(seq_len) > 1 / DOCUMENT)  # 0 ends a document
-                    writer.write({'tokens': tokens.astype(dtype)})
+                    ends = rng.random(seq_len) < 1 / DOCUMENT  # of documents, with token 0
+                    writer.write({'tokens': np.where(ends, 0, rng.integers(1, vocab_size, seq_len)).astype(dtype)})
         dist.barrier()
         yield {'data_remote': str(folder), 'data_local': str(folder), 'tokenizer_name': str(folder / 'tokenizer')}
     finally:
@@ -121,21 +119,21 @@ def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, st
 
 def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
     """The run that is timed: the YAML's, but that it ends after `steps`, evaluates, saves, logs and resumes nothing."""
-    changed: dict[str, Any] = {'max_duration': f'{steps}ba', 'scheduler.t_warmup': '1ba', 'scheduler.t_max': '1dur',
-                               'eval_loader': None, 'save_folder': None, 'load_path': None, 'load_weights_only': False,
-                               'autoresume': False, 'loggers': {}, 'callbacks': {}, 'progress_bar': False,
-                               'log_to_console': False, **data}
+    changed: dict[str, Any] = {
+        'max_duration': f'{steps}ba', 'scheduler.t_warmup': '1ba', 'scheduler.t_max': '1dur', 'eval_loader': None,
+        'save_folder': None, 'load_path': None, 'load_weights_only': False, 'autoresume': False, 'loggers': {},
+        'callbacks': {}, 'progress_bar': False, 'log_to_console': False, **data}
+    if data:
+        dataset = {'remote': data['data_remote'], 'local': data['data_local'], 'split': 'train', 'shuffle': False,
+                   'num_canonical_nodes': 1, 'tokenizer_name': data['tokenizer_name'],
+                   'epoch_size': steps * cfg.global_train_batch_size}
+        changed |= {f'train_loader.dataset.{key}': value for key, value in dataset.items()}
+        for key in 'streams', 'cache_limit', 'validate_hash':  # which belong to the YAML's data
+            cfg.train_loader.dataset.pop(key, None)
+        if cfg.get('tokenizer'):  # null: main.py says whether the loader does without
+            changed['tokenizer.tokenizer_name'] = data['tokenizer_name']
     for key, value in changed.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-    if data:
-        dataset = cfg.train_loader.dataset
-        dataset.update(remote=data['data_remote'], local=data['data_local'], split='train', shuffle=False,
-                       num_canonical_nodes=1, tokenizer_name=data['tokenizer_name'],
-                       epoch_size=steps * cfg.global_train_batch_size)
-        for key in 'streams', 'cache_limit', 'validate_hash':  # which belong to the YAML's data
-            dataset.pop(key, None)
-        if cfg.get('tokenizer'):  # null: main.py says whether the loader does without
-            cfg.tokenizer.tokenizer_name = data['tokenizer_name']
     return cfg
 
 
@@ -159,20 +157,20 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
     """
     cfg = config.load([args.yaml, *overrides])
     c = check_config(cfg, nodes=1)
-    steps = args.warmup + args.steps + (PROFILED if args.profile else 0)
-    trace = args.out.with_name(f'{args.out.name}.{number}.trace.json') if args.profile and dist.get_global_rank() == 0 else None
     rendezvous.initialize(c.dist_timeout)
     if failures:
         failures.start()
-    vocab_size = getattr(c.model, 'vocab_size', None) or (
-        build_hf_config(c.model).vocab_size if isinstance(c.model, HFCausalLMConfig) else VOCAB_SIZE)
-    rows = steps * c.global_train_batch_size
-    made = nullcontext({}) if reads_real_data(args) else synthetic(vocab_size, c.train_loader.dataset.max_seq_len, rows)
+    steps, trace = args.warmup + args.steps, None
+    if args.profile:
+        steps += PROFILED
+        trace = Path(f'{args.out}.{number}.trace.json') if dist.get_global_rank() == 0 else None
+    shape = build_hf_config(c.model) if isinstance(c.model, HFCausalLMConfig) else c.model
+    made = nullcontext({}) if reads_real_data(args) else synthetic(
+        getattr(shape, 'vocab_size', VOCAB_SIZE), c.train_loader.dataset.max_seq_len, steps * c.global_train_batch_size)
     with made as data:
         watch = Stopwatch(args.warmup, args.steps, build_rivals(args.against, c), trace)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # else pieces of what the run before held make this one run out of memory
+        torch.cuda.empty_cache()  # else pieces of what the run before held make this one run out of memory
         torch._dynamo.reset()  # else what the run before compiled serves this one, or keeps it from compiling
         try:
             trainer = train(prepare(cfg, steps, data), failures, [watch])
@@ -183,39 +181,46 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
     return record
 
 
-def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Config, watch: Stopwatch) -> dict[str, Any]:
-    model, devices, gpu = trainer.state.model, dist.get_world_size(), torch.cuda.is_available()
-    model = getattr(model, 'module', model)  # DDP's
-    step = watch.milliseconds()
-    ms = {name: statistics.median(s[name] for s in step) for name in ('total', *PARTS)}
-    seq_len = c.train_loader.dataset.max_seq_len
+def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Config,
+             watch: Stopwatch) -> dict[str, Any]:
+    """The record of a run that has ended."""
+    state, devices, gpu = trainer.state, dist.get_world_size(), torch.cuda.is_available()
+    model = getattr(state.model, 'module', state.model)  # DDP's
+    versions = {name: value for name, value in environment(c, model).items() if name in VERSIONS}
+    seq_len, precision = c.train_loader.dataset.max_seq_len, str(state.precision.value)
+    device = torch.cuda.get_device_name() if gpu else get_cpu_model()
+    steps = watch.milliseconds()
+    ms = {part: statistics.median(step[part] for step in steps) for part in ('total', *PARTS)}
     rate = 1000 * c.global_train_batch_size * seq_len / ms['total']
-    precision = str(trainer.state.precision.value)
-    peak = peak_flops(torch.cuda.get_device_name(), precision) if gpu else None
+    peak = peak_flops(device, precision)
+    mfu, mfu_causal = (peak and rate / devices / peak * train_flops_per_token(
+        model.n_params, model.n_layers, model.d_model, seq_len, causal) for causal in (False, True))
     hf = getattr(getattr(model.model, 'hf', None), 'config', None)
-    fp8 = ', linear layers fp8' if getattr(c.model, 'linear_impl', 'plain') == 'fp8' else ''
     kernels = {m.kernel for m in model.modules() if isinstance(m, CausalAttention)}
-
-    def mfu(causal: bool) -> Optional[float]:
-        flops = train_flops_per_token(model.n_params, model.n_layers, model.d_model, seq_len, causal)
-        return peak and flops * rate / devices / peak
-
+    fp8 = ', linear layers fp8' if getattr(c.model, 'linear_impl', 'plain') == 'fp8' else ''
     launcher = ['python'] if devices == 1 else ['composer', '-n', str(dist.get_local_world_size())]
     return {
-        'yaml': args.yaml, 'overrides': overrides, 'command': shlex.join([*launcher, 'src/tools/benchmark.py', *sys.argv[1:]]),
-        'device': torch.cuda.get_device_name() if gpu else cpu_name(), 'devices': devices, 'threads': torch.get_num_threads(),
-        'versions': {'python': platform.python_version(), 'cuda': torch_version.cuda if gpu else None} | packages(),
-        'parameters': model.n_params, 'seq_len': seq_len, 'global_batch': c.global_train_batch_size,
-        'microbatch': trainer.state.device_train_microbatch_size, 'precision': precision + fp8,
-        'attention': ', '.join(kernels) or getattr(hf, '_attn_implementation', 'its own'),
-        'data': 'real' if reads_real_data(args) else 'random tokens', 'warmup': args.warmup, 'steps': len(step),
-        'ms': ms, 'ms_fastest': min(s['total'] for s in step), 'ms_slowest': max(s['total'] for s in step),
-        'tokens_per_second': rate, 'mfu': mfu(False), 'mfu_causal': mfu(True),
-        # Not with the rivals' own, nor of a process that has grown with earlier runs
-        'peak_memory': None if args.against or not gpu and args.sweep else peak_memory(),
-        'predicted_memory': predicted(c, devices, trainer.state.device_train_microbatch_size) if gpu else None,
-        'against': {name: statistics.median(ms) for name, ms in watch.rival_ms.items()}, 'profile': watch.table,
-    }
+        'yaml': args.yaml, 'overrides': overrides,
+        'command': shlex.join([*launcher, 'src/tools/benchmark.py', *sys.argv[1:]]),
+        'device': device, 'devices': devices, 'threads': torch.get_num_threads(),
+        'versions': versions, 'parameters': model.n_params, 'seq_len': seq_len,
+        'global_batch': c.global_train_batch_size, 'microbatch': state.device_train_microbatch_size,
+        'precision': precision + fp8, 'attention': ', '.join(kernels) or getattr(hf, '_attn_implementation', 'its own'),
+        'data': 'real' if reads_real_data(args) else 'random tokens', 'warmup': args.warmup, 'steps': len(steps),
+        'ms': ms, 'ms_fastest': min(s['total'] for s in steps), 'ms_slowest': max(s['total'] for s in steps),
+        'tokens_per_second': rate, 'mfu': mfu, 'mfu_causal': mfu_causal,
+        'peak_memory': peak_memory(args),
+        'predicted_memory': predicted(c, devices, state.device_train_microbatch_size) if gpu else None,
+        'against': {name: statistics.median(times) for name, times in watch.rival_ms.items()}, 'profile': watch.table}
+
+
+def peak_memory(args: argparse.Namespace) -> Optional[int]:
+    """Bytes: allocated on the GPU, or of this process on a CPU. None: it would be the rivals' or earlier runs' too."""
+    if args.against or args.sweep and not torch.cuda.is_available():
+        return None
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def predicted(c: Config, devices: int, microbatch: int) -> Optional[int]:
@@ -223,47 +228,36 @@ def predicted(c: Config, devices: int, microbatch: int) -> Optional[int]:
         return predict(c, devices, True, microbatch).total - GPU_WORKSPACE  # which the allocator does not count
 
 
-def packages() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def cpu_name() -> str:
-    with suppress(OSError):
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), platform.machine())
-    return platform.processor() or platform.machine()
-
-
 # ---------------------------------------------------------------- results
 
 
-COLUMNS = ('run', 'parameters', 'batch × seq', 'precision', 'attention', 'tokens/s', 'MFU', 'causal MFU', 'ms/step', *PARTS,
-           'peak GiB', 'predicted', 'against')
+COLUMNS = ('run', 'parameters', 'batch × seq', 'precision', 'attention', 'tokens/s', 'MFU', 'causal MFU', 'ms/step',
+           *PARTS, 'peak GiB', 'predicted', 'against')
+
+
+def cells(r: dict[str, Any]) -> list[str]:
+    """Of a record, after its name."""
+    if 'error' in r:
+        return [r['error'], *['–'] * (len(COLUMNS) - 2)]
+    against = [f'{name} {ms:.0f} ms, ratio {ms / r["ms"]["total"]:.3f}' for name, ms in r['against'].items()]
+    return [f'{r["parameters"]:,}', f'{r["global_batch"]} ({r["microbatch"]} at a time) × {r["seq_len"]}',
+            r['precision'], r['attention'], f'{r["tokens_per_second"]:,.0f}',
+            *(f'{r[key]:.1%}' if r[key] else '–' for key in ('mfu', 'mfu_causal')),
+            *(f'{r["ms"][part]:.1f}' for part in ('total', *PARTS)),
+            *(f'{r[key] / 2**30:.2f}' if r[key] else '–' for key in ('peak_memory', 'predicted_memory')),
+            ', '.join(against) or '–']
 
 
 def table(records: list[dict[str, Any]], first: int = 1) -> str:
     """A row for each record, then where and how each was made."""
     rows, made = [list(COLUMNS), ['---'] * len(COLUMNS)], {}
     for i, r in enumerate(records, first):
-        name = f'{i}. {Path(r["yaml"]).stem} {" ".join(r["overrides"])}'.strip()
-        if 'error' in r:
-            rows.append([name, r['error'], *['–'] * (len(COLUMNS) - 2)])
-            continue
-        against = [f'{name} {ms:.0f} ms, ratio {ms / r["ms"]["total"]:.3f}' for name, ms in r['against'].items()]
-        rows.append([name, f'{r["parameters"]:,}', f'{r["global_batch"]} ({r["microbatch"]} at a time) × {r["seq_len"]}',
-                     r['precision'], r['attention'], f'{r["tokens_per_second"]:,.0f}',
-                     *(f'{r[key]:.1%}' if r[key] else '–' for key in ('mfu', 'mfu_causal')), f'{r["ms"]["total"]:.1f}',
-                     *(f'{r["ms"][part]:.1f}' for part in PARTS),
-                     *(f'{r[key] / 2**30:.2f}' if r[key] else '–' for key in ('peak_memory', 'predicted_memory')),
-                     ', '.join(against) or '–'])
-        says = ', '.join(f'{name} {v}' for name, v in r['versions'].items() if v)
-        how = (f'`{r["command"]}` on {r["devices"]} × {r["device"]}, {r["threads"]} threads; {says}; {r["data"]}; median of '
-               f'{r["steps"]} steps after {r["warmup"]}')
-        made.setdefault(how, []).append(str(i))
+        rows.append([f'{i}. {Path(r["yaml"]).stem} {" ".join(r["overrides"])}'.strip(), *cells(r)])
+        if 'error' not in r:
+            says = ', '.join(f'{name} {v}' for name, v in r['versions'].items() if v)
+            how = (f'`{r["command"]}` on {r["devices"]} × {r["device"]}, {r["threads"]} threads; {says}; {r["data"]}; '
+                   f'median of {r["steps"]} steps after {r["warmup"]}')
+            made.setdefault(how, []).append(str(i))
     lines = [' | '.join(cell.replace('|', '\\|') for cell in row) for row in rows]
     return '\n'.join([*(f'| {line} |' for line in lines), '',
                       *(f'- {", ".join(numbers)}: {how}' for how, numbers in made.items())])
@@ -271,12 +265,26 @@ def table(records: list[dict[str, Any]], first: int = 1) -> str:
 
 def page(records: list[dict[str, Any]]) -> str:
     """The records as Markdown."""
-    parts = ['# Benchmarks', 'Written by `src/tools/benchmark.py`. MFU counts 6 N + 12 L d S FLOPs a token, causal '
-             'MFU half the attention. Times are milliseconds; a ratio above 1 says that the run is the faster. A dash: unknown.',
-             table(records)]
+    parts = ['# Benchmarks', 'Written by `src/tools/benchmark.py`. MFU counts 6 N + 12 L d S FLOPs a token, causal MFU '
+             'half the attention. Times are milliseconds; a ratio above 1 says that the run is the faster. A dash: '
+             'unknown.', table(records)]
     parts += [f'Profile of run {i}, {PROFILED} steps:\n\n```text\n{r["profile"].rstrip()}\n```'
               for i, r in enumerate(records, 1) if r.get('profile')]
     return '\n\n'.join(parts) + '\n'
+
+
+# ---------------------------------------------------------------- the program
+
+
+def combinations(sweeps: list[str]) -> list[tuple[str, ...]]:
+    """The overrides of each run."""
+    swept = []
+    for sweep in sweeps:
+        key, _, values = sweep.partition('=')
+        if not key or not values:
+            raise UserError(f'--sweep: {sweep!r} is not of the form key=a,b,c')
+        swept.append([f'{key}={value}' for value in re.split(r',(?![^\[{]*[\]}])', values)])  # not within brackets
+    return list(product(*swept))
 
 
 def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> list[dict[str, Any]]:
@@ -285,24 +293,13 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
     Raises:
         UserError: A mistake that all runs have. One that a single run of a sweep has is its record.
     """
-    swept = []
-    for sweep in args.sweep:
-        key, _, values = sweep.partition('=')
-        if not key or not values:
-            raise UserError(f'--sweep: {sweep!r} is not of the form key=a,b,c')
-        swept.append([f'{key}={value}' for value in re.split(r',(?![^\[{]*[\]}])', values)])  # not within brackets
-    target, records = args.out.with_name(f'{args.out.name}.json') if args.out.name else args.out, []
+    runs, target = combinations(args.sweep), Path(f'{args.out}.json')
     try:
-        if args.append and target.exists():
-            records = json.loads(target.read_text('utf-8'))
+        records = json.loads(target.read_text('utf-8')) if args.append and target.exists() else []
         target.parent.mkdir(parents=True, exist_ok=True)
-        files = target, target.with_suffix('.md')
-        known = isinstance(records, list) and all(isinstance(record, dict) and 'yaml' in record for record in records)
-        if not known or any(file.is_dir() for file in files) or not os.access(target.parent, os.W_OK):
-            raise ValueError('a folder that may not be written, or another file')
     except (OSError, ValueError) as error:
         raise UserError(f'--out: {target} cannot be read or made: {error}; name another') from None
-    for chosen in product(*swept):
+    for chosen in runs:
         try:
             record = run(args, [*args.overrides, *chosen], len(records) + 1, failures)
         except UserError as error:
@@ -312,9 +309,9 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
             record = {'yaml': args.yaml, 'overrides': [*args.overrides, *chosen], 'error': said[0].strip(' -')}
         records.append(record)
         if dist.get_global_rank() == 0:
-            target.write_text(json.dumps(records, indent=1) + '\n', 'utf-8')
-            target.with_suffix('.md').write_text(page(records), 'utf-8')
             print(table([record], len(records)), flush=True)
+            target.write_text(json.dumps(records, indent=1) + '\n', 'utf-8')
+            Path(f'{args.out}.md').write_text(page(records), 'utf-8')
     return records
 
 

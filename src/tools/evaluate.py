@@ -44,12 +44,14 @@ from src.config.derived import resolve_precision
 from src.config.schema import Config, HFCausalLMConfig
 from src.data_c4 import StreamingC4
 from src.ranks import program
-from src.ranks.environment import agree, check_environment
+from src.ranks.agreement import agree
+from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
-from src.tokenizer import HFTokenizer, bytes_per_token
+from src.tokenizer import HFTokenizer
+from src.tools.bits_per_byte import bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
-from src.training.failures import explained, outside_failures_explained
+from src.training.failures import explained, lost_workers_explained
 from src.training.report import log
 from src.training.setup import check_config, meet
 
@@ -117,7 +119,7 @@ class Totals(Metric):
         return self.sums
 
 
-@outside_failures_explained('eval_loader')
+@lost_workers_explained('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """The figures of one split, of a checked config with an `eval_loader`.
 

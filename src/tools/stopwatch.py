@@ -2,33 +2,61 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from composer.core import Callback, Precision, State, get_precision_context
+from composer.core import Callback, Event, Precision, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
+from transformers import GPT2LMHeadModel
 
+from src.checkpoints.hf_layout import gpt2_config
 from src.common.errors import UserError
 from src.common.progress import progress
 from src.config.derived import resolve_precision
 from src.config.schema import Config, MosaicGPTConfig
+from src.loader.batch_form import split
 from src.model_registry import COMPOSER_MODEL_REGISTRY
-from src.training.data import split
 
 PARTS = ('data', 'forward', 'backward', 'update', 'rest')
+BEGINS = {Event.BEFORE_DATALOADER: 'data', Event.BEFORE_FORWARD: 'forward', Event.BEFORE_BACKWARD: 'backward',
+          Event.AFTER_BACKWARD: 'update'}
+ENDS = {Event.AFTER_DATALOADER: 'data', Event.AFTER_FORWARD: 'forward', Event.AFTER_BACKWARD: 'backward',
+        Event.BATCH_END: 'update'}
 PROFILED = 3  # steps
+
+
+def now(part: str = '') -> Any:
+    """A moment: of the clock, or in the GPU's queue. For data the host waits, not the GPU."""
+    if part == 'data' or not torch.cuda.is_available():
+        return time.perf_counter()
+    event: Any = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(begin: Any, end: Any) -> float:
+    return begin.elapsed_time(end) if isinstance(begin, torch.cuda.Event) else 1000 * (end - begin)
+
+
+def milliseconds_of(call: Callable[[], Any]) -> float:
+    """Until the GPU has finished too."""
+    start = now()
+    call()
+    end = now()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return milliseconds(start, end)
 
 
 class Stopwatch(Callback):
     """Times the steps of a run and their parts: by the clock on a CPU, by events in the GPU's own queue on a GPU.
 
-    A step begins where the one before ended. `data` is what the host waits for the loader; `forward` and `backward` are sums
-    over the microbatches; `update` is from the last backward pass to the end of the step: clipping, guard, optimizer, logs;
-    `rest` is what remains. The last of the callbacks.
+    A step begins where the one before ended. `data` is what the host waits for the loader; `forward` and `backward` are
+    sums over the microbatches; `update` is from the last backward pass to the end of the step: clipping, guard,
+    optimizer, logs; `rest` is what remains. The last of the callbacks.
 
     Args:
         warmup: Steps that are not kept.
@@ -39,131 +67,64 @@ class Stopwatch(Callback):
 
     def __init__(self, warmup: int, steps: int, rivals: dict[str, 'BareLoop'], trace: Optional[Path] = None):
         self.warmup, self.steps, self.rivals, self.trace = warmup, steps, rivals, trace
-        self.timed: list[dict[str, list[tuple[Any, Any]]]] = []  # for each step, the beginning and the end of each part
+        self.timed: list[dict[str, list[tuple[Any, Any]]]] = []  # for each step, the begin and the end of each part
         self.rival_ms: dict[str, list[float]] = {name: [] for name in rivals}
         self.table = ''
         self._begun: dict[str, Any] = {}
         self._step: dict[str, list[tuple[Any, Any]]] = {}
         self._profiler: Any = None
 
-    def _begin(self, part: str) -> None:
-        self._begun[part] = time.perf_counter() if part == 'data' else now()  # for data the host waits, not the GPU
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event in ENDS:
+            self._end(ENDS[event])
+        if event in BEGINS:
+            self._begun[BEGINS[event]] = now(BEGINS[event])
+        super().run_event(event, state, logger)
 
     def _end(self, part: str) -> None:
-        self._step.setdefault(part, []).append((self._begun[part], time.perf_counter() if part == 'data' else now()))
-
-    def before_dataloader(self, state: State, logger: Logger) -> None:  # once more where an epoch ends
-        if 'total' not in self._begun:
-            self._begin('total')
-        self._begin('data')
-
-    def after_dataloader(self, state: State, logger: Logger) -> None:
-        self._end('data')
-
-    def before_train_batch(self, state: State, logger: Logger) -> None:  # once more after a microbatch that did not fit
-        self._step = {'data': self._step.get('data', [])}
-
-    def before_forward(self, state: State, logger: Logger) -> None:
-        self._begin('forward')
-
-    def after_forward(self, state: State, logger: Logger) -> None:
-        self._end('forward')
-
-    def before_backward(self, state: State, logger: Logger) -> None:
-        self._begin('backward')
-
-    def after_backward(self, state: State, logger: Logger) -> None:
-        self._end('backward')
-        self._begin('update')
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self._end('update')
-        self._end('total')
-        self._bar.update()  # between two steps, as the rivals are
-        done = int(state.timestamp.batch)
-        timed = self.warmup < done <= self.warmup + self.steps
-        if timed:
-            self.timed.append(self._step)
-        if done <= self.warmup + self.steps:
-            for name, rival in self.rivals.items():
-                ms = milliseconds_of(lambda rival=rival: rival.step(state.batch))
-                self.rival_ms[name] += [ms] if timed else []
-        if done == self.warmup:
-            reset_peak_memory()
-        if done == self.warmup + self.steps and self.trace:
-            self._profiler = torch.profiler.profile()
-            self._profiler.start()
-        self._step = {}
-        self._begin('total')
+        self._step.setdefault(part, []).append((self._begun[part], now(part)))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
         self._bar = progress('steps', int(state.max_duration.value), ' steps')
+        self._begun['total'] = now()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._end('total')
+        self._bar.update()  # between two steps, as the rivals are
+        done, last = int(state.timestamp.batch), self.warmup + self.steps
+        if done <= last:
+            rival_ms = {name: milliseconds_of(lambda rival=rival: rival.step(state.batch))
+                        for name, rival in self.rivals.items()}
+            if done > self.warmup:
+                self.timed.append(self._step)
+                for name, ms in rival_ms.items():
+                    self.rival_ms[name].append(ms)
+        if done == self.warmup and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if done == last and self.trace:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        self._step = {}
+        self._begun['total'] = now()
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._bar.close()
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self.trace))
-            kind = 'cuda' if torch.cuda.is_available() else 'cpu'
-            self.table = self._profiler.key_averages().table(f'self_{kind}_time_total', row_limit=20, max_name_column_width=60)
+            order = f'self_{"cuda" if torch.cuda.is_available() else "cpu"}_time_total'
+            self.table = self._profiler.key_averages().table(order, row_limit=20, max_name_column_width=60)
 
     def milliseconds(self) -> list[dict[str, float]]:
         """For each step `total` and the PARTS."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return [_parts(step) for step in self.timed]
-
-
-def now() -> Any:
-    """A moment: of the clock, or in the GPU's queue."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event: Any = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _parts(step: dict[str, list[tuple[Any, Any]]]) -> dict[str, float]:
-    def between(a: Any, b: Any) -> float:
-        return a.elapsed_time(b) if isinstance(a, torch.cuda.Event) else 1000 * (b - a)
-
-    out = {part: sum(between(*pair) for pair in pairs) for part, pairs in step.items()}
-    out['rest'] = 2 * out['total'] - sum(out.values())
-    return out
-
-
-def milliseconds_of(call: Callable[[], Any]) -> float:
-    """Until the GPU has finished too."""
-    def seconds() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    start = seconds()
-    call()
-    return 1000 * (seconds() - start)
-
-
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with suppress(OSError):  # Linux alone has it
-            Path('/proc/self/clear_refs').write_text('5')
-
-
-def peak_memory() -> Optional[int]:
-    """Bytes: allocated on the GPU, or of this process on a CPU, where the rivals count too; None where nobody knows."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with suppress(OSError):
-        found = [line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM')]
-        return int(found[0].split()[1]) * 1024
-    return None
-
-
-# ---------------------------------------------------------------- rivals
+        out = []
+        for step in self.timed:
+            ms = {part: sum(milliseconds(*pair) for pair in pairs) for part, pairs in step.items()}
+            out.append(ms | {'rest': 2 * ms['total'] - sum(ms.values())})
+        return out
 
 
 class BareLoop:
@@ -181,7 +142,8 @@ class BareLoop:
         self.microbatch = int(c.device_train_microbatch_size)
         self.precision = Precision(resolve_precision(c.precision, torch.cuda.is_available()))
         o = c.optimizer
-        self.optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(model.parameters(), o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay,
+                                           fused=True)
 
     def step(self, batch: Any) -> None:
         rows = len(batch['input_ids'])
@@ -195,35 +157,28 @@ class BareLoop:
         self.optimizer.zero_grad()
 
 
+def hf_loss(model: Any, part: Any) -> torch.Tensor:
+    ids = part['input_ids']
+    return model(input_ids=ids, labels=part['labels'][:, :ids.shape[1]], attention_mask=part.get('attention_mask'),
+                 use_cache=False).loss
+
+
 def build_rivals(names: list[str], c: Config) -> dict[str, BareLoop]:
     """`bare`: the run's own model; `hf`: Hugging Face GPT-2 of its shape.
 
     Raises:
         UserError: The run does what a bare loop does not, or has no like.
     """
-    if not names:
-        return {}
-    if dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.compile_config or c.fsdp_config:
+    rivals, m = {}, c.model
+    if names and (dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.compile_config
+                  or c.fsdp_config):
         raise UserError('--against: a bare loop has one device, a number as device_train_microbatch_size, and neither '
                         'compile_config nor fsdp_config; set both to null')
-    rivals, m = {}, c.model
     if 'hf' in names:
         if type(m) is not MosaicGPTConfig or m.attn_within_document:
-            raise UserError('--against hf: Hugging Face has no like of this model; of mosaic_gpt without attn_within_document '
-                            'it has')
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        shape = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_seq_len, n_embd=m.d_model, n_layer=m.n_layers,
-                           n_head=m.n_heads, n_inner=m.mlp_ratio * m.d_model, initializer_range=m.init_std,
-                           activation_function='gelu' if m.mlp_act == 'gelu' else 'gelu_pytorch_tanh',
-                           attn_pdrop=m.attn_pdrop, resid_pdrop=m.resid_pdrop, embd_pdrop=m.emb_pdrop, use_cache=False,
-                           attn_implementation='sdpa', bos_token_id=0, eos_token_id=0)
-
-        def loss(model: Any, part: Any) -> torch.Tensor:
-            ids = part['input_ids']
-            return model(input_ids=ids, labels=part['labels'][:, :ids.shape[1]], attention_mask=part.get('attention_mask')).loss
-
-        rivals['hf'] = BareLoop(GPT2LMHeadModel(shape), loss, c)
+            raise UserError('--against hf: Hugging Face has no like of this model; of mosaic_gpt without '
+                            'attn_within_document it has')
+        rivals['hf'] = BareLoop(GPT2LMHeadModel(gpt2_config(m)), hf_loss, c)
     if 'bare' in names:
         model = COMPOSER_MODEL_REGISTRY[m.name](m.model_copy(update={'device': 'cpu'}) if hasattr(m, 'device') else m)
         rivals['bare'] = BareLoop(model, lambda model, part: model(part)['loss'], c)

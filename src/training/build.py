@@ -8,9 +8,9 @@ from composer.core import Callback, DataSpec, Evaluator
 
 from src.callbacks.graceful_stop import GracefulStop
 from src.callbacks.metrics import StepCounters
-from src.callbacks.profiling import Profiler
 from src.causal_lm import ComposerCausalLM
 from src.checkpoints.loading import check_model, check_place
+from src.checkpoints.manifest import RunInfo
 from src.checkpoints.resume import Changes, changes, run_settings
 from src.checkpoints.start import Start
 from src.checkpoints.writer import CheckpointWriter
@@ -20,7 +20,7 @@ from src.config.schema import Config
 from src.initialisation import weights_come_later
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.optimizers import OptimizerSettings
-from src.ranks.environment import agree
+from src.ranks.agreement import agree
 from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 from src.training import data, plugins, sharding
 from src.training.failures import explained
@@ -36,8 +36,8 @@ def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
     if c.tokenizer:
         return load_tokenizer(c, of_loaders=data.has_kits_loader())
     if data.has_kits_loader():
-        raise UserError("tokenizer: null is for a loader of your own, and build_c4_dataloader in src/training/data.py is "
-                        "the kit's, which reads with a tokenizer; name one")
+        raise UserError('tokenizer: null is for a loader of your own, and build_c4_dataloader in src/training/data.py '
+                        "is the kit's, which reads with a tokenizer; name one")
     return None
 
 
@@ -52,17 +52,17 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
     with explained(c), weights_come_later(start.kind != 'fresh'):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     if not isinstance(model, ComposerCausalLM):
-        raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, which has '
-                        'what the run asks of a model (src/README.md, "The contract")')
+        raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, '
+                        'which has what the run asks of a model (src/README.md, "The contract")')
     sharding.check_blocks(c.fsdp_config, model.model, has_gpu)
     if tokenizer:
         check_vocab(tokenizer, model.vocab_size)
     check_seq_len(c, model.max_seq_len)
-    if any(p.is_meta for p in model.parameters()) and not (sharding.build_parallelism(c.fsdp_config, has_gpu) and has_gpu):
+    shards_on_gpu = has_gpu and sharding.build_parallelism(c.fsdp_config, has_gpu)
+    if any(p.is_meta for p in model.parameters()) and not shards_on_gpu:
         inner: Any = model.model
         inner.materialize('cpu')  # Composer's FSDP would give it GPU memory
-    if c.compile_config and c.compile_config.scope == 'block':
-        sharding.compile_blocks(model.model, sharding.compile_keywords(c.compile_config))
+    sharding.compile_blocks(c.compile_config, model.model)
     return model
 
 
@@ -124,14 +124,14 @@ def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFToke
     if not c.save_folder:
         return None
     interval = in_units_of_the_run(c.save_interval, c.max_duration)
-    return CheckpointWriter(c.save_folder, interval, c.save_num_checkpoints_to_keep, run.start,
-                            model.described_by or c.model.model_dump(), tokenizer.tokenizer_name if tokenizer else '',
-                            getattr(tokenizer, 'hash', ''), settings)
+    info = RunInfo(model.described_by or c.model.model_dump(), tokenizer.tokenizer_name if tokenizer else '',
+                   getattr(tokenizer, 'hash', ''), settings)
+    return CheckpointWriter(c.save_folder, interval, c.save_num_checkpoints_to_keep, run.start, info)
 
 
 def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: bool, writer: Optional[CheckpointWriter],
-                    more: Iterable[Callback]) -> tuple[list[Callback], Optional[Profiler]]:
-    """All callbacks, in the order in which they are called, and the profiler, which the Trainer takes by itself.
+                    more: Iterable[Callback]) -> list[Callback]:
+    """All callbacks, in the order in which they are called.
 
     Args:
         run: What is built.
@@ -140,7 +140,7 @@ def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: 
         writer: Saves checkpoints; None: nothing does.
         more: Callbacks that are not the config's.
     """
-    chosen, profiler = plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer)
+    chosen = plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer)
     return [StepCounters(run.device_batch), OptimizerSettings(new_schedule), *sharding.build_callbacks(run.c.fsdp_config),
             *chosen, *more, *filter(None, [writer]),
-            GracefulStop(run.stop, writer.save_and_wait if writer else None)], profiler
+            GracefulStop(run.stop, writer.save_and_wait if writer else None)]

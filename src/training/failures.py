@@ -1,6 +1,5 @@
-"""What is said where a run fails: out of memory, a lost loader worker, the service of a logger, a mistake of the user."""
+"""What is said where a run fails: out of memory, a lost loader worker, a mistake of the user."""
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Optional
@@ -11,8 +10,8 @@ from composer.utils import dist
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError, first_line, is_out_of_memory
 from src.common.machine import explain_lost_worker
+from src.config.remedies import remedies
 from src.config.schema import Config
-from src.training.plugins import LOGGERS, PACKAGES
 
 
 @contextmanager
@@ -32,57 +31,33 @@ def explained(c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[
 
 def out_of_memory(c: Config, e: BaseException) -> UserError:
     """The settings to change, those first that cost least."""
-    steps, micro, f = [], c.device_train_microbatch_size, c.fsdp_config
-    if micro != 1:
-        steps.append(f'device_train_microbatch_size: {micro}; set {micro // 2}' if isinstance(micro, int) else
-                     "device_train_microbatch_size: 'auto'; set 1")
-        steps[0] += ' (the maths stays the same), and device_eval_batch_size likewise'
-    if getattr(c.model, 'loss_impl', None) == 'plain':
-        steps.append("model.loss_impl: 'plain'; set chunked, which never holds all logits")
-    elif (chunk := getattr(c.model, 'loss_chunk_tokens', 0)) > 256:
-        steps.append(f'model.loss_chunk_tokens: {chunk}; set {chunk // 4}')
-    if f is None or f.sharding_strategy != 'FULL_SHARD':
-        steps.append('fsdp_config.sharding_strategy: set FULL_SHARD, which divides the weights and all that belongs to them')
-    whole = c.compile_config is not None and c.compile_config.scope == 'model'  # which takes no checkpointed activations
-    if (f is None or not f.activation_checkpointing) and not whole:
-        steps.append('fsdp_config.activation_checkpointing: set true (slower)')
-    if f is None or not f.activation_cpu_offload:
-        steps.append('fsdp_config.activation_cpu_offload: set true (slower still)')
-    steps.append(f'more than {dist.get_world_size()} devices, a shorter max_seq_len, or a smaller model')
-    gpus = torch.cuda.device_count()
+    steps, micro, gpus = [], c.device_train_microbatch_size, torch.cuda.device_count()
     if gpus > dist.get_local_world_size():
-        steps.insert(0, f'start with `composer main.py ...`, which uses all {gpus} GPUs of this machine; this run uses '
+        steps.append(f'start with `composer main.py ...`, which uses all {gpus} GPUs of this machine; this run uses '
                      f'{dist.get_local_world_size()}')
+    if micro != 1:
+        smaller = micro // 2 if isinstance(micro, int) else 1
+        steps.append(f'device_train_microbatch_size: {micro!r}; set {smaller} (the maths stays the same), and '
+                     'device_eval_batch_size likewise')
+    steps += [f'{remedy.key}: set {remedy.shown}{remedy.effect}' for remedy in remedies(c)]
+    steps.append(f'more than {dist.get_world_size()} devices, a shorter max_seq_len, or a smaller model')
     listed = '\n'.join(f'  {i}. {step}' for i, step in enumerate(steps, 1))
     return UserError(f'out of memory: {first_line(e)}\nChange, in this order:\n{listed}')
 
 
 @contextmanager
-def outside_failures_explained(loader: str = 'train_loader') -> Iterator[None]:
-    """Says what failed outside of the run: the store of a logger, or a loader worker that the system has ended.
+def lost_workers_explained(loader: str = 'train_loader') -> Iterator[None]:
+    """Says why a loader worker was lost, which torch tells the rank at any moment.
 
     Args:
         loader: The section of the loader that is most likely the worker's.
 
     Raises:
-        UserError: A logger's folder cannot be written, its server does not answer, or its service refuses; or a worker
-            is lost, which torch tells the rank at any moment.
+        UserError: A worker is lost for a reason that can be mended.
     """
     try:
         yield
-    except Exception as e:  # the service of each logger has error classes of its own; all others are raised again
-        if (name := _refusing_logger(e)) is not None:
-            raise UserError(f'loggers.{name}: {type(e).__name__}: {first_line(e)}. Change the keys of loggers.{name} '
-                            f'or the variables that its service reads, or switch it off: loggers.{name}=false') from e
+    except Exception as e:
         if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, loader)):
             raise UserError(why) from e
         raise
-
-
-def _refusing_logger(e: BaseException) -> Optional[str]:
-    own = type(e).__module__.split('.')[0] in ('builtins', 'composer', 'torch', 'src')
-    if own and not isinstance(e, OSError):
-        return None
-    senders = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
-    stock = (*PACKAGES, 'file')  # an error of another logger may be a bug: it keeps its traceback
-    return next((name for sender in senders for name in stock if type(sender) is LOGGERS.get(name)), None)

@@ -14,10 +14,11 @@ from composer.utils import dist
 from src.callbacks.metrics import NO_BATCH
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError, masked
+from src.common.flops import Card, peak_flops
 from src.config import load
 from src.config.schema import Config
 from src.ranks.stop import Stopped
-from src.sizing.cards import Card, estimate
+from src.sizing.estimate import estimate
 from src.sizing.report import report
 from src.tokenizer import HFTokenizer
 from src.training import sharding
@@ -74,12 +75,13 @@ def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[Checkpoi
 def this_machine() -> Card:
     """A device of this run: rank 0's GPU, or a rank's part of the memory that a CPU has."""
     if torch.cuda.is_available():
-        return Card(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name())
-    return Card('CPU', psutil.virtual_memory().total / dist.get_local_world_size(), 'CPU', is_gpu=False)
+        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+        return Card(name, memory, peak_flops(name, 'amp_bf16'))
+    return Card('CPU', psutil.virtual_memory().total / dist.get_local_world_size(), None, is_gpu=False)
 
 
 def rehearsal(c: Config, train: DataSpec, tokenizer: Any) -> str:
-    """The estimate for as many devices as there are, and the first batch; every rank must call this, as they share the data.
+    """The estimate for as many devices as there are, and the first batch; all ranks, which share the data, call this.
 
     Args:
         c: The config as it was given.

@@ -1,19 +1,18 @@
-"""Algorithms, callbacks and loggers by name, and what is said where one of them fails."""
+"""Algorithms, callbacks and loggers by name."""
 
 import importlib.util
 import logging
-from typing import Any, Optional
+from typing import Any
 
 from composer import algorithms, callbacks, loggers
 from composer.core import Algorithm, Callback
-from composer.utils import MissingConditionalImportError
 
 from src.callbacks import profiling
 from src.callbacks.guard import NonFiniteGuard
 from src.callbacks.loggers import FileLogger, TensorboardLogger, WandBLogger
 from src.callbacks.metrics import SpeedMonitor, UnigramBaseline
 from src.callbacks.text_samples import TextSamples
-from src.common.errors import UserError, first_line
+from src.common.errors import UserError
 from src.config.schema import Config, Plugins
 
 log = logging.getLogger('src')
@@ -49,31 +48,23 @@ LOGGERS = {
     'file': FileLogger,
 }
 REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGERS}
-PACKAGES = {'wandb': 'wandb', 'tensorboard': 'tensorboard', 'cometml': 'comet_ml', 'mlflow': 'mlflow', 'neptune': 'neptune'}
+PACKAGES = {'cometml': 'comet_ml', **{name: name for name in ('wandb', 'tensorboard', 'mlflow', 'neptune')}}
 
 
 def build_all(section: str, chosen: Plugins) -> list[Any]:
     """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
 
     Raises:
-        UserError: A package is missing or broken, or a class refuses a value by a UserError, or a ValueError of
-            Composer's.
+        UserError: A package is missing, or a class refuses a value by a UserError, or a ValueError of Composer's.
     """
     built = []
     for name, kwargs in chosen.items():
         if kwargs is False:
             continue
+        _check_package(section, name)
         cls = REGISTRIES[section][name]
         try:
             built.append(cls(**(kwargs or {})))
-        except (ImportError, MissingConditionalImportError) as e:
-            if name not in PACKAGES:
-                raise
-            broken = importlib.util.find_spec(PACKAGES[name]) is not None
-            why = f'cannot be imported: {first_line(e.__cause__ or e)}' if broken else 'is not installed'
-            raise UserError(f'{section}.{name}: its package {why}; pip install '
-                            f'{"--force-reinstall " * broken}{PACKAGES[name]}, or remove {name} from '
-                            f'{section}') from None
         except (ValueError, TypeError) as e:
             if not isinstance(e, UserError) and not cls.__init__.__module__.startswith('composer.'):
                 raise  # in another class it may be a bug
@@ -81,26 +72,27 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
     return built
 
 
+def _check_package(section: str, name: str) -> None:
+    package = PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f'{section}.{name}: its package is not installed; pip install {package}, or remove {name} from '
+                        f'{section}')
+
+
 def build_algorithms(c: Config) -> list[Algorithm]:
     """The algorithms, the guard last."""
     return [*build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)]
 
 
-def build_callbacks(c: Config, tokenizer: Any) -> tuple[list[Callback], Optional[profiling.Profiler]]:
-    """The callbacks, and the profiler, which the Trainer takes by itself.
-
-    Args:
-        c: The config.
-        tokenizer: Hugging Face's own.
-    """
+def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
+    """The callbacks; the tokenizer is Hugging Face's own."""
     built = build_all('callbacks', c.callbacks)
     for callback in built:
         if isinstance(callback, TextSamples):
             callback.prepare(tokenizer, c.train_loader.dataset.max_seq_len)
             if c.eval_loader is None:
                 log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each evaluation')
-    profiler = next((cb for cb in built if isinstance(cb, profiling.Profiler)), None)
-    return [cb for cb in built if cb is not profiler], profiler
+    return built
 
 
 def check_plugins(c: Config, tokenizer: Any) -> None:
@@ -110,7 +102,8 @@ def check_plugins(c: Config, tokenizer: Any) -> None:
         UserError: One of them cannot be built.
     """
     build_callbacks(c, tokenizer)
-    build_all('loggers', {name: kwargs for name, kwargs in c.loggers.items() if name not in MAKE_EXPERIMENTS})
-    for name in MAKE_EXPERIMENTS:
-        if c.loggers.get(name, False) is not False and importlib.util.find_spec(PACKAGES[name]) is None:
-            build_all('loggers', {name: c.loggers[name]})  # which says so
+    for name, kwargs in c.loggers.items():
+        if name not in MAKE_EXPERIMENTS:
+            build_all('loggers', {name: kwargs})
+        elif kwargs is not False:
+            _check_package('loggers', name)

@@ -63,9 +63,11 @@ def _sharding(c: Config) -> str:
     version = fsdp_version(f, torch.cuda.is_available())
     if f is None or version == 0:
         return 'none' if world_size == 1 else f'none: each of {world_size} devices holds the whole model (DDP)'
-    text = f'FSDP{version} {f.sharding_strategy} on {world_size} device{"s" * (world_size > 1)}, {f.state_dict_type} checkpoints'
-    unused = {'backward_prefetch', 'backward_prefetch_limit', 'forward_prefetch', 'forward_prefetch_limit', 'limit_all_gathers',
-              'keep_low_precision_grads', 'sync_module_states', 'use_orig_params', 'activation_checkpointing_reentrant'}
+    text = (f'FSDP{version} {f.sharding_strategy} on {world_size} device{"s" * (world_size > 1)}, {f.state_dict_type} '
+            'checkpoints')
+    unused = {'backward_prefetch', 'backward_prefetch_limit', 'forward_prefetch', 'forward_prefetch_limit',
+              'limit_all_gathers', 'keep_low_precision_grads', 'sync_module_states', 'use_orig_params',
+              'activation_checkpointing_reentrant'}
     given = [key for key in sorted(unused & f.model_fields_set) if getattr(f, key) != type(f).model_fields[key].default]
     return text + (f'; without effect in FSDP2: {", ".join(given)}' if version == 2 and given else '')
 
@@ -74,17 +76,17 @@ def summary(trainer: Trainer, c: Config, checkpoint: Optional[str], seconds: flo
     """What a finished run came to."""
     state = trainer.state
     train = float(state.train_metric_values.get('LanguageCrossEntropy', float('nan')))
-    lines = ['', '=' * 72, f'run {state.run_name}: {int(state.timestamp.batch)} batches, '
-             f'{int(state.timestamp.token):,} tokens trained on in {seconds:.0f} s{" with evaluation" if c.eval_loader else ""}',
-             f'  train loss     {train:.4f} (last batch)']
+    tokens = int(state.timestamp.token)
+    evaluated = ' with evaluation' if c.eval_loader else ''
+    lines = ['', '=' * 72, f'run {state.run_name}: {int(state.timestamp.batch)} batches, {tokens:,} tokens trained on '
+             f'in {seconds:.0f} s{evaluated}', f'  train loss     {train:.4f} (last batch)']
     if c.eval_loader:
         loss = float(state.eval_metric_values['LanguageCrossEntropy'])
         lines.append(f'  eval loss      {loss:.4f}   perplexity {float(state.eval_metric_values["Perplexity"]):.2f}')
-        baseline: Optional[UnigramBaseline] = next((cb for cb in state.callbacks if isinstance(cb, UnigramBaseline)), None)
-        if baseline and baseline.entropy:
-            lines.append(f'  unigram        {baseline.entropy:.4f}   the eval loss of the best model that ignores context')
+        lines += [f'  unigram        {callback.entropy:.4f}   the eval loss of the best model that ignores context'
+                  for callback in state.callbacks if isinstance(callback, UnigramBaseline) and callback.entropy]
     train_seconds = state.timestamp.total_wct.total_seconds()
-    lines.append(f'  throughput     {int(state.timestamp.token) / max(train_seconds, 1e-9):,.0f} tokens/s in training')
+    lines.append(f'  throughput     {tokens / max(train_seconds, 1e-9):,.0f} tokens/s in training')
     lines += [f'  checkpoint     {checkpoint or "none (set save_folder)"}',
               'next: train longer (max_duration=...), your own data (python convert_c4.py --help),',
               '      or a larger model: composer main.py yamls/mosaic_gpt/125m.yaml', '=' * 72]

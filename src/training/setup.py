@@ -19,8 +19,10 @@ from src.config.checks import check_save_folder, run_name
 from src.config.derived import device_batch_size, microbatch_size, resolve_precision
 from src.config.schema import Config
 from src.ranks import rendezvous
-from src.ranks.environment import agree, check_environment, preflight
+from src.ranks.agreement import agree
+from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
+from src.ranks.preflight import preflight
 from src.ranks.program import log_to_stderr
 from src.ranks.stop import StopRequest
 from src.training import sharding
@@ -31,27 +33,14 @@ log = logging.getLogger('src')
 
 
 class Setup(NamedTuple):
-    """A run that is about to be built.
+    """A run that is about to be built."""
 
-    Attributes:
-        asked: The config as it was given.
-        c: The config that is built: that of a dry run, or of a run that is over, writes nothing.
-        start: Where the run starts.
-        over: Whether the checkpoint has reached `max_duration` already.
-        device_batch: Samples per optimizer step on one device.
-        microbatch: Samples per forward pass on one device, or `auto`.
-        precision: Of the forward and backward passes.
-        has_gpu: Whether devices are GPUs.
-        dry_run: Whether the run is described in place of training.
-        stop: Signals, as a request to stop.
-    """
-
-    asked: Config
-    c: Config
+    asked: Config  # as it was given
+    c: Config  # that is built: of a dry run, or of a run that is over, it writes nothing
     start: Start
-    over: bool
-    device_batch: int
-    microbatch: Union[int, str]
+    over: bool  # whether the checkpoint has reached `max_duration` already
+    device_batch: int  # samples per optimizer step on one device
+    microbatch: Union[int, str]  # samples per forward pass on one device, or `auto`
     precision: Precision
     has_gpu: bool
     dry_run: bool
@@ -95,6 +84,7 @@ def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
     machine.shorten_socket_paths()
     c, has_gpu = check_config(cfg, dist.get_world_size() // dist.get_local_world_size()), torch.cuda.is_available()
     log_to_stderr()
+    sharding.check_microbatch_search(c, has_gpu)
     device_batch = device_batch_size(c.global_train_batch_size, dist.get_world_size())
     microbatch = microbatch_of(c, device_batch)
     check_save_folder(c)
@@ -102,7 +92,8 @@ def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
     start = find_start(c.save_folder, run_name(c), c.autoresume, c.load_path, c.load_weights_only)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu), c.trust_checkpoint)
     if dry_run:
-        log.info('dry run: nothing is trained, saved or logged\nconfig:\n%s', textwrap.indent(load.shown(c), '  ').rstrip())
+        log.info('dry run: nothing is trained, saved or logged\nconfig:\n%s',
+                 textwrap.indent(load.shown(c), '  ').rstrip())
     over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
     return Setup(c, c.model_copy(update=_changed(c, over or dry_run)), start, over, device_batch, microbatch,
                  Precision(resolve_precision(c.precision, has_gpu)), has_gpu, dry_run,
@@ -115,8 +106,8 @@ def microbatch_of(c: Config, device_batch: int) -> Union[int, str]:
     if isinstance(asked, str):
         return asked
     if asked > device_batch:
-        log.warning('device_train_microbatch_size: %d is more than the %d samples that each of %d devices has; using %d',
-                    asked, device_batch, dist.get_world_size(), device_batch)
+        log.warning('device_train_microbatch_size: %d is more than the %d samples that each of %d devices has; using '
+                    '%d', asked, device_batch, dist.get_world_size(), device_batch)
     return microbatch_size(device_batch, asked)
 
 

@@ -1,6 +1,5 @@
 """FSDP in both versions: what Composer's Trainer is given, and what it leaves to do."""
 
-import importlib
 from contextlib import ExitStack
 from typing import Any, Optional
 
@@ -25,37 +24,31 @@ def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Option
     if cfg is None or version == 0:
         return None
     if version == 1:
-        complete_composers_patches()
         return {'fsdp': FSDPConfig(**cfg.model_dump(exclude={'version', 'reduce_every_microbatch'}))}
     shared = cfg.model_dump(include=FSDP2Config.settable_attrs())
     return {'fsdp': FSDP2Config(reshard_after_forward=cfg.sharding_strategy == 'FULL_SHARD', **shared)}
 
 
-def check_blocks(cfg: Optional[schema.FSDPConfig], model: nn.Module, has_gpu: bool) -> None:
-    """Raises UserError where a block stands in the model several times, and FSDP2 would save what no run can load."""
-    if fsdp_version(cfg, has_gpu) != 2:
-        return
+def check_microbatch_search(c: schema.Config, has_gpu: bool) -> None:
+    """Raises UserError where Composer cannot search the microbatch: under FSDP1 it has changed torch for that."""
+    if (c.device_train_microbatch_size == 'auto' and fsdp_version(c.fsdp_config, has_gpu) == 1
+            and not hasattr(_patch_pytorch, 'unshard_with_sync')):
+        raise UserError("device_train_microbatch_size: Composer cannot search for 'auto' under fsdp_config.version 1 "
+                        f'with torch {torch.__version__}; set a number, or install torch 2.7.0')
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the model's `fsdp_wrap_fn` calls blocks, one that stands in several places under each name."""
     is_block = getattr(model, 'fsdp_wrap_fn', lambda module: False)
-    blocks = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_block(module)}
-    if len(blocks) > len({*blocks.values()}):
-        raise UserError(f'fsdp_config: some of the blocks {", ".join(blocks)} are one and the same module, which version 2 '
-                        'cannot load again from a checkpoint; set fsdp_config=null')
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_block(module)}
 
 
-def complete_composers_patches() -> None:
-    """Has Composer define what `device_train_microbatch_size: auto` needs of FSDP1 also where torch is above 2.7.0.
-
-    There it leaves the functions out and ends in a NameError. What they replace, `FlatParamHandle.unshard`, is the same up to
-    torch 2.11 at least.
-    """
-    if hasattr(_patch_pytorch, 'unshard_with_sync'):
-        return
-    version = torch.__version__
-    try:
-        torch.__version__ = '2.7.0'
-        importlib.reload(_patch_pytorch)
-    finally:
-        torch.__version__ = version
+def check_blocks(cfg: Optional[schema.FSDPConfig], model: nn.Module, has_gpu: bool) -> None:
+    """Raises UserError where a block stands in the model several times: FSDP2 would save what no run can load."""
+    blocks = _blocks(model)
+    if fsdp_version(cfg, has_gpu) == 2 and len(blocks) > len(set(blocks.values())):
+        raise UserError(f'fsdp_config: some of the blocks {", ".join(blocks)} are one and the same module, which '
+                        'version 2 cannot load again from a checkpoint; set fsdp_config=null')
 
 
 def is_sharded(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> bool:
@@ -67,7 +60,8 @@ def average_gradients(model: nn.Module) -> None:
     """Makes FSDP2 average gradients over gloo, as it does over NCCL.
 
     FSDP2 asks for the average of the ranks' gradients; gloo, at least up to torch 2.7, answers with their sum and says
-    nothing. Adam hides a factor, gradient clipping and weight decay do not. So gloo is asked, and what is missing is divided.
+    nothing. Adam hides a factor, gradient clipping and weight decay do not. So gloo is asked, and what is missing is
+    divided.
     """
     blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not blocks or dist.get_backend() == 'nccl':
@@ -86,32 +80,31 @@ def average_gradients(model: nn.Module) -> None:
             block.set_all_reduce_hook(divide)
 
 
-def compile_keywords(cfg: schema.CompileConfig) -> dict[str, Any]:
-    """What `torch.compile` is called with."""
+def _compile_keywords(cfg: schema.CompileConfig) -> dict[str, Any]:
     return cfg.model_dump(exclude={'scope'})
 
 
 def whole_model_compile(cfg: Optional[schema.CompileConfig]) -> Optional[dict[str, Any]]:
     """What Composer's Trainer takes as `compile_config`; None: nothing is compiled, or each block on its own."""
-    return compile_keywords(cfg) if cfg and cfg.scope == 'model' else None
+    return _compile_keywords(cfg) if cfg and cfg.scope == 'model' else None
 
 
-def compile_blocks(model: Any, keywords: Any) -> None:
-    """Has `torch.compile` take each block on its own, so that all share one graph and wrappers stay outside of it.
+def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
+    """Has `torch.compile` take each block on its own where `scope: block` asks for that.
 
-    Args:
-        model: Its `fsdp_wrap_fn` says what is a block. Names of parameters do not change.
-        keywords: Of `torch.compile`.
+    All blocks then share one graph, wrappers stay outside of it, and names of parameters do not change.
 
     Raises:
-        UserError: The model does not say, or has none.
+        UserError: The model's `fsdp_wrap_fn` names no block.
     """
-    is_block = getattr(model, 'fsdp_wrap_fn', lambda module: False)
-    blocks = [module for module in model.modules() if is_block(module)]
+    if cfg is None or cfg.scope != 'block':
+        return
+    blocks = set(_blocks(model).values())
     if not blocks:
-        raise UserError(f"compile_config.scope: 'block', and no fsdp_wrap_fn of {type(model).__name__} names one; set model")
+        raise UserError(f"compile_config.scope: 'block', and no fsdp_wrap_fn of {type(model).__name__} names one; set "
+                        'model')
     for block in blocks:
-        block.compile(**keywords)
+        block.compile(**_compile_keywords(cfg))
 
 
 class ReduceOncePerStep(Callback):

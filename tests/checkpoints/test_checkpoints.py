@@ -7,25 +7,25 @@ import os
 import resource
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_runs import QUICKSTART, SHARDED, Runs, refusal
 from launch import tiny
 from runs import train
 
 import main
-from src.checkpoints import weights
 from src.checkpoints.loading import check_model
-from src.checkpoints.manifest import Manifest, manifests
-from src.checkpoints.safe_reading import read_weights
-from src.checkpoints.start import find_start
+from src.checkpoints.manifest import Manifest, RunInfo, manifests
+from src.checkpoints.start import FRESH, Start, find_start, given_start
+from src.checkpoints.weights import read_full
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError
 from src.common.storage import Folder, LocalFolder, open_folder
 from src.hf_causal_lm import ComposerHFCausalLM
 
-QUICKSTART = 'yamls/quickstart.yaml'
 EVERY = ('save_interval=4ba', 'run_name=one', 'eval_loader=null', 'max_duration=12ba', 'save_num_checkpoints_to_keep=-1')
 
 
@@ -33,10 +33,7 @@ def run(root: Path, *overrides: str) -> dict:
     return train(QUICKSTART, *tiny(root, *EVERY, *overrides))
 
 
-def refused(root: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as e:
-        run(root, *overrides)
-    return str(e.value)
+refused = partial(refusal, run)
 
 
 def names(folder: Path) -> list[str]:
@@ -161,7 +158,7 @@ def test_retention_holds_across_resumes(mds_root, tmp_path):
 
 def finished(folder: Folder, saved: int, keep: int) -> None:
     """Ends the save of batch `saved`, whose file is there: writes its manifest, and deletes what is old."""
-    writer = CheckpointWriter('', '1ba', keep)
+    writer = CheckpointWriter('', '1ba', keep, FRESH, RunInfo({}, '', '', {}))
     writer.folder = folder
     writer._finish(small_manifest(saved))
 
@@ -344,7 +341,7 @@ def test_the_root_is_a_folder_like_others():
 
 def test_load_path_goes_on_from_the_file_that_it_names(mds_root, folder, saved, tmp_path, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr('src.checkpoints.log.warning', lambda text, *values: said.append(text % values))
+    monkeypatch.setattr('src.checkpoints.manifest.log.warning', lambda text, *values: said.append(text % values))
     quiet = 'callbacks.text_samples=false'
     same(saved[1], run(mds_root, f'load_path={folder}/ep0-ba4-rank0.pt', quiet), 4)
     forget(folder, 8, 12)
@@ -360,7 +357,7 @@ def test_a_folder_or_an_old_link_is_the_newest_whole_checkpoint(folder, name, ca
     assert start.manifest and (start.path, start.manifest.batch) == (f'{folder}/ep0-ba8-rank0.pt', 8)
     assert f'the newest whole checkpoint there is {folder}/ep0-ba8-rank0.pt' in caplog.text
     assert f'load_path: ep0-ba12 in {folder} is not whole' in caplog.text
-    assert weights.find(f'{folder}{name}', 'CHECKPOINT').path == f'{folder}/ep0-ba8-rank0.pt'
+    assert given_start(f'{folder}{name}', 'weights').path == f'{folder}/ep0-ba8-rank0.pt'
     forget(folder, 4, 8)
     with pytest.raises(UserError, match='no such file, and no folder of a sharded checkpoint, or of a run'):
         find_start(None, None, False, f'{folder}{name}', weights_only=False)
@@ -393,19 +390,11 @@ def test_missing_optimizer_state_is_an_error(mds_root, folder):
 
 def test_weights_only_takes_the_weights_and_nothing_else(mds_root, folder, tmp_path):
     path = folder / 'ep0-ba12-rank0.pt'
-    weights = read_weights(str(path), 'load_path', str(path))
+    weights = read_full(str(path), Start('weights', str(path)))
     got = run(mds_root, f'load_path={path}', 'load_weights_only=true', 'max_duration=1ba', 'optimizer.lr=1e-30',
               'scheduler.t_warmup=0ba')
     assert got['batch'] == 1
     assert got['weights'].keys() == weights.keys() and all(torch.equal(got['weights'][k], weights[k]) for k in weights)
-
-
-class Runs:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_weights_only_runs_no_code(mds_root, folder, tmp_path):
@@ -451,9 +440,6 @@ def test_settings_of_hugging_face_models_that_no_weight_tells_are_held_against_t
 
 
 # ---------------------------------------------------------------- sharded, on one device
-
-
-SHARDED = ('fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded')
 
 
 def test_a_sharded_checkpoint_on_one_device(mds_root, saved, tmp_path):

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from checkpoint_runs import SHARDED
 from composer.core import Callback, State
 from composer.loggers import Logger
 from launch import ROOT, tiny
 from runs import Samples
 
 import main
+from src import optimizers
 from src.callbacks.metrics import UnigramBaseline
-from src.checkpoints import resume
 from src.checkpoints.manifest import Manifest
 from src.checkpoints.resume import changes
 from src.checkpoints.start import Start
@@ -25,7 +26,6 @@ from src.config.schema import OptimizerConfig
 EVERY = ('save_interval=4ba', 'run_name=one', 'max_duration=8ba', 'save_num_checkpoints_to_keep=-1',
          'callbacks.text_samples=false', 'log_to_console=false')
 NO_EVALUATION = ('eval_loader=null', 'callbacks.unigram_baseline=false')
-SHARDED = ('fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded')
 
 
 class Groups(Callback):
@@ -86,8 +86,8 @@ def test_settings_of_an_own_optimizer_take_effect_and_what_its_groups_keep_stays
     class Own(OptimizerConfig):
         momentum: float = 0.9
 
-    monkeypatch.setattr(resume, 'OptimizerConfig', Own)
-    callback = resume.OptimizerSettings()
+    monkeypatch.setattr(optimizers, 'OptimizerConfig', Own)
+    callback = optimizers.OptimizerSettings()
     group: dict[str, Any] = dict(lr=0.1, initial_lr=0.1, momentum=0.5, fused=None, steps=0, params=[])
     state: Any = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[group])], schedulers=[])
     callback.before_load(state, Logger(state))

@@ -1,14 +1,15 @@
 """No program runs code that a checkpoint holds."""
 
-import os
 import pickle
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_runs import QUICKSTART, SHARDED, Runs, refusal
 from composer.core import Callback
 from composer.utils.checkpoint import safe_torch_load
 from launch import tiny
@@ -22,29 +23,14 @@ from src.common.errors import UserError
 from src.tools import evaluate
 from src.training import plugins
 
-QUICKSTART = 'yamls/quickstart.yaml'
 EVERY = ('run_name=one', 'eval_loader=null', 'max_duration=2ba', 'scheduler.t_warmup=0ba', 'callbacks.text_samples=false')
-SHARDED = ('fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded')
 
 
 def run(root: Path, *overrides: str) -> dict:
     return train(QUICKSTART, *tiny(root, *EVERY, *overrides))
 
 
-def refused(root: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as e:
-        run(root, *overrides)
-    return str(e.value)
-
-
-class Runs:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
+refused = partial(refusal, run)
 
 
 @pytest.fixture(scope='module')

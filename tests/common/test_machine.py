@@ -1,9 +1,6 @@
-"""What a machine may lack: room in shared memory, a name of the user, a short TMPDIR, UTF-8, a disk to write to."""
+"""Runs on a machine with little shared memory, disks that cannot be written, a long TMPDIR, another `src`."""
 
-import ast
 import errno
-import faulthandler
-import getpass
 import multiprocessing.util
 import os
 import shutil
@@ -17,26 +14,21 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import pytest
-import torch
-from composer.loggers import InMemoryLogger
 from conftest import orphans
 from hosts import need_nodes
-from launch import ROOT, clean_env, tiny
+from launch import ROOT, clean_env
 from streaming import MDSWriter
 from streaming.base import stream as streaming_stream
 from torch.utils.data import DataLoader, Dataset
 
-import main
-from src.callbacks import loggers
 from src.common import machine
 from src.common.errors import UserError
 from src.common.workers import init_loader_worker
 from src.config import load as config
 from src.data_c4 import StreamingC4, build_c4_dataloader
 from src.loader import shared_memory
-from src.ranks import failure_watch
+from src.ranks import rendezvous
 from src.tools import evaluate
-from src.training import failures, plugins
 
 # ---------------------------------------------------------------- shared memory
 
@@ -158,39 +150,11 @@ def test_full_shared_memory_and_disks_that_cannot_be_written_are_messages(tokens
     assert said['copied'] == '4 batches'
 
 
-LOST = {
-    'DataLoader worker (pid 7) is killed by signal: Bus error. It is possible': 'its workers found no room in /dev/shm',
-    'Caught RuntimeError: unable to write to file </torch_7_0_0>: No space left on device (28)': 'no room in /dev/shm',
-    'DataLoader worker (pid 7) is killed by signal: Killed. ': 'killed (SIGKILL), most likely by the system',
-    'unable to open shared memory object </torch_7>: Too many open files (24)': 'raise the limit (ulimit -n 65536)',
-    'received 0 items of ancdata': 'raise the limit (ulimit -n 65536), or set a smaller eval_loader.num_workers',
-}
-
-
-@pytest.mark.parametrize('text', LOST)
-def test_what_ends_a_loader_worker_is_explained(text):
-    error = RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
-    error.__cause__ = RuntimeError(text)
-    said = machine.explain_lost_worker(error, 'eval_loader')
-    assert said and said.startswith('eval_loader: ') and LOST[text] in said
-
-
-def test_other_errors_of_loaders_stay_as_they_are(monkeypatch):
-    lost = RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
-    assert machine.explain_lost_worker(lost, 'train_loader') is None
-    assert machine.explain_lost_worker(RuntimeError('shape mismatch'), 'train_loader') is None
-    monkeypatch.setattr(machine, 'free_shared_memory', lambda: 1 << 20)
-    assert 'train_loader: a loader worker has ended; /dev/shm (shared memory) is full, 1.0 MB are free' in str(
-        machine.explain_lost_worker(lost, 'train_loader'))
-    with pytest.raises(UserError, match='found no room'), failures.outside_failures_explained():
-        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')
-
-
 def test_a_lost_worker_is_explained_in_an_evaluation(monkeypatch):
     def lose(timeout: float) -> None:
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
 
-    monkeypatch.setattr(evaluate.rendezvous, 'initialize', lose)
+    monkeypatch.setattr(rendezvous, 'initialize', lose)
     with pytest.raises(UserError, match='eval_loader: a loader worker was killed'):
         evaluate.evaluate(config.load([f'{ROOT}/yamls/quickstart.yaml', 'dist_timeout=1']))  # pyright: ignore
 
@@ -212,25 +176,6 @@ def test_a_worker_that_cannot_send_its_batch_ends(capfd):
     with pytest.raises(RuntimeError, match='exited unexpectedly'):
         next(iter(batches))
     assert 'pickle' in capfd.readouterr().err
-
-
-def test_the_death_of_a_rank_says_that_shared_memory_is_full(monkeypatch):
-    class Store:
-        def check(self, keys: list[str]) -> bool:
-            return False
-
-    watch = failure_watch.FailureWatch()
-    watch._store = Store()
-    monkeypatch.setattr(watch.stop, 'dead_siblings', lambda: [0])
-    assert (watch._other_failure() or {})['summary'] == 'its process died'
-    monkeypatch.setattr(machine, 'free_shared_memory', lambda: 0)
-    assert (watch._other_failure() or {})['summary'].startswith('its process died; /dev/shm (shared memory) is full')
-
-
-def test_memory_without_a_limit_is_not_full(monkeypatch):
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: (0, 0, 0))
-    machine.check_shared_memory(1, 'a run')
-    assert machine.shared_memory_is_low() == ''
 
 
 # ---------------------------------------------------------------- compressed shards that several jobs read in place
@@ -290,67 +235,7 @@ def test_loader_workers_hand_over_batches_under_a_long_tmpdir(tokens_root, long_
     assert os.listdir(long_tmpdir) and tempfile.tempdir == tmpdir, 'only the sockets are elsewhere'
 
 
-def test_a_tmpdir_that_is_too_long_is_refused_where_nothing_else_can_be_used(tokens_root, long_tmpdir, monkeypatch):
-    monkeypatch.setattr(machine, 'SOCKETS', '/no/such/folder')
-    with pytest.raises(UserError, match=r'TMPDIR: .* has \d+ bytes, and the sockets of loader workers allow 75; /no/'
-                                        r'such/folder cannot be used instead \(No such file or directory\). Set TMPDIR'):
-        loader(tokens_root, 1)
-    loader(tokens_root, 0)
-
-
-def test_a_user_without_a_name_and_a_home_has_both(monkeypatch):
-    for name in ('USER', 'LOGNAME', 'LNAME', 'USERNAME', 'HOME'):
-        monkeypatch.setenv(name, 'someone')
-        machine.prepare_environment()
-        assert os.environ[name] == 'someone', 'what is known stays'
-    for name in ('USER', 'LOGNAME', 'LNAME', 'USERNAME', 'HOME'):
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(os, 'getuid', lambda: 987654)  # no such user: `pwd` raises a KeyError
-    machine.prepare_environment()
-    assert getpass.getuser() == 'user-987654'
-    assert Path.home() == Path(tempfile.gettempdir(), 'home-of-user-987654') and os.access(Path.home(), os.W_OK)
-
-
 # ---------------------------------------------------------------- text, and other packages
-
-
-def test_every_text_file_is_read_and_written_as_utf8():
-    """Else a locale such as LC_ALL=de_DE.ISO-8859-1 decides."""
-    known = ('utf-8', 'os.open(', "'rb'", "'ab'", '/proc/', 'maps.read_text')
-    for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/*.py')]:
-        for call in ast.walk(ast.parse(path.read_text('utf-8'))):
-            name = ast.unparse(call.func).split('.')[-1] if isinstance(call, ast.Call) else ''
-            if name in ('read_text', 'write_text', 'open'):
-                assert any(word in ast.unparse(call) for word in known), f'{path.name}: {ast.unparse(call)}: encoding?'
-
-
-def test_any_text_is_printed_in_any_encoding(tmp_path, monkeypatch):
-    with open(tmp_path / 'output', 'w', encoding='ascii') as file:
-        monkeypatch.setattr(sys, 'stdout', file)
-        monkeypatch.setattr(sys, 'stderr', file)
-        monkeypatch.setattr(faulthandler, 'enable', lambda: print('signals are reported'))
-        machine.set_up_output()
-        print('naïve', os.fsdecode(b'\xff.mds'))
-    assert (tmp_path / 'output').read_text('ascii') == 'signals are reported\nna\\xefve \\udcff.mds\n'
-
-
-def test_the_file_logger_writes_utf8_in_any_locale(mds_root, tmp_path, monkeypatch):
-    opened = open
-
-    def in_ascii(file: Any, mode: str = 'r', buffering: int = -1, encoding: Any = 'ascii', **kwargs: Any) -> Any:
-        return opened(file, mode, buffering, None if 'b' in mode else encoding, **kwargs)
-
-    from composer.loggers import file_logger
-    monkeypatch.setattr(file_logger, 'open', in_ascii, raising=False)
-    run = loggers.FileLogger(filename=str(tmp_path / 'log.txt'), capture_stdout=False, capture_stderr=False)
-    run.log_hyperparameters({'before': 'naïve'})
-    state: Any = type('State', (), {'run_name': 'r'})()
-    run.init(state, None)  # pyright: ignore[reportArgumentType]
-    run.log_hyperparameters({'after': '漢字'})
-    assert run.file is not None
-    run.file.close()
-    text = (tmp_path / 'log.txt').read_text('utf-8')
-    assert '[hyperparameter]: before: "naïve"\n' in text and '[hyperparameter]: after: "漢字"\n' in text
 
 
 def test_another_package_called_src_is_not_taken(tmp_path):
@@ -363,54 +248,3 @@ def test_another_package_called_src_is_not_taken(tmp_path):
     said = {program: process.communicate()[1] for program, process in started.items()}
     for program, message in programs.items():
         assert message in said[program], said[program]
-
-
-# ---------------------------------------------------------------- loggers and GPUs
-
-
-def test_a_logger_whose_store_refuses_is_named(mds_root, tmp_path):
-    (tmp_path / 'file').touch()
-    overrides = [f'loggers.tensorboard.log_dir={tmp_path}/file/logs', 'log_to_console=false', 'max_duration=1ba',
-                 'scheduler.t_warmup=0ba', 'eval_loader=null']
-    with pytest.raises(UserError, match='loggers.tensorboard: NotADirectoryError: .*/file/logs.*tensorboard=false'):
-        main.main(config.load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(mds_root, *overrides)]))
-
-
-class MlflowException(Exception):
-    """As that of mlflow, whose newer versions refuse a folder as their store."""
-
-
-class Store(InMemoryLogger):
-    def __init__(self, error: str) -> None:
-        super().__init__()
-        if error:
-            raise {'mlflow': MlflowException, 'own': KeyError, 'file': FileNotFoundError}[error](f'{error}\nmore')
-
-
-def test_what_a_logger_s_service_raises_is_named_and_its_bugs_stay(monkeypatch):
-    class Mlflow(Store):
-        pass
-
-    monkeypatch.setitem(plugins.LOGGERS, 'mlflow', Mlflow)
-    with pytest.raises(UserError) as e, failures.outside_failures_explained():
-        plugins.build_all('loggers', {'mlflow': {'error': 'mlflow'}})
-    assert str(e.value).startswith('loggers.mlflow: MlflowException: mlflow. Change the keys of loggers.mlflow or the')
-    with pytest.raises(KeyError, match='own'), failures.outside_failures_explained():
-        plugins.build_all('loggers', {'mlflow': {'error': 'own'}})
-    monkeypatch.setitem(plugins.LOGGERS, 'mine', Store)
-    for error, kind in (('mlflow', MlflowException), ('file', FileNotFoundError)):  # of a logger that is no stock one
-        with pytest.raises(kind), failures.outside_failures_explained():
-            plugins.build_all('loggers', {'mine': {'error': error}})
-    with pytest.raises(OSError, match='of something else'), failures.outside_failures_explained():
-        raise OSError('of something else')
-
-
-def test_an_out_of_memory_on_one_of_several_gpus_advises_the_launcher_first(monkeypatch):
-    c = config.check(config.load([str(ROOT / 'yamls/quickstart.yaml')]), plugins.REGISTRIES, 1, False)
-    first = [str(failures.out_of_memory(c, MemoryError())).split('  1. ')[1]]
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
-    first.append(str(failures.out_of_memory(c, MemoryError())).split('  1. ')[1])
-    launch = 'start with `composer main.py ...`, which uses all 8 GPUs of this machine; this run uses 1'
-    assert first[1].splitlines()[0] == launch and first[1].splitlines()[1] == f'  2. {first[0].splitlines()[0]}'
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
-    assert 'composer' not in str(failures.out_of_memory(c, MemoryError()))

@@ -114,7 +114,7 @@ def test_a_resumed_run_shows_how_far_it_has_read(batches: int, tmp_path: Path, m
         trainer.fit()
         trainer.close()
         options = {'load_path': str(tmp_path / f'ep0-ba{batches}-rank0.pt')}
-    monkeypatch.setattr(progress, 'progress', bar)
+    monkeypatch.setattr(metrics, 'progress', bar)
     trainer = train(5, callbacks=[Counters()], **options)
     trainer.fit()
     trainer.close()

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from composer.trainer import _patch_pytorch, trainer
 from composer.utils import FSDP2Config
 from composer.utils import FSDPConfig as ComposerFSDPConfig
 from omegaconf import OmegaConf
-from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from src.common.errors import UserError
 from src.config import load as config
@@ -577,18 +575,6 @@ def test_fsdp_keys_are_composers():
     theirs = {f.name for f in dataclasses.fields(ComposerFSDPConfig)}
     assert set(FSDPConfig.model_fields) - theirs == {'version', 'reduce_every_microbatch'}
     assert FSDP2Config.settable_attrs() - set(FSDPConfig.model_fields) == {'device_mesh', 'reshard_after_forward'}
-
-
-def test_microbatches_are_searched_with_a_torch_that_composer_does_not_know(monkeypatch):
-    unshard, version = FlatParamHandle.unshard, torch.__version__
-    monkeypatch.setattr(FlatParamHandle, 'unshard', unshard)  # which has it back after the test
-    for name in ('unshard_with_sync', 'original_unshard'):
-        monkeypatch.delattr(_patch_pytorch, name, raising=False)
-    build_parallelism(FSDPConfig(version=1), has_gpu=True)
-    trainer.patch_unshard_for_automicrobatching(auto_microbatch_size_found=False)
-    assert FlatParamHandle.unshard is _patch_pytorch.unshard_with_sync is not unshard
-    trainer.patch_unshard_for_automicrobatching(auto_microbatch_size_found=True)
-    assert FlatParamHandle.unshard is unshard and torch.__version__ == version
 
 
 def test_secrets_are_masked_everywhere():

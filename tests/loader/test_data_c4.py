@@ -28,7 +28,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from src.common.errors import UserError
-from src.data_c4 import EvalView, StreamingC4, build_c4_dataloader, get_num_tokens_in_batch
+from src.common.targets import get_num_tokens_in_batch
+from src.data_c4 import EvalView, StreamingC4, build_c4_dataloader
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ = 64
@@ -215,7 +216,7 @@ def test_only_text_is_packed_on_the_fly(open_c4):
 
 
 def test_tokens_are_not_tokenized(tokens_root: Path, monkeypatch):
-    monkeypatch.setattr('src.data_c4.encode_documents', None)
+    monkeypatch.setattr('src.loader.samples.encode_documents', None)
     dataset = open_tokens(tokens_root)
     ids = next(iter(dataset))['input_ids']
     assert dataset.tokenizer.decode(ids).startswith(documents('val')[0][:60])
@@ -406,7 +407,8 @@ import json, sys, torch, torchmetrics
 from composer import ComposerModel, Trainer
 from composer.core import DataSpec
 from composer.utils import dist
-from src.data_c4 import build_c4_dataloader, get_num_tokens_in_batch
+from src.common.targets import get_num_tokens_in_batch
+from src.data_c4 import build_c4_dataloader
 
 class Sums(torchmetrics.Metric):
     def __init__(self):

@@ -14,7 +14,7 @@ import convert_c4
 from src.common.errors import UserError
 from src.conversion.sample_corpus import train_tokenizer
 from src.data_c4 import StreamingC4
-from src.loader.provenance import check_tokenizer
+from src.loader.contents import check_tokenizer
 from src.tokenizer import HFTokenizer
 
 

@@ -37,7 +37,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('src.loader.streams.BACKOFF_S', 0.01)
+    monkeypatch.setattr('src.loader.fetching.BACKOFF_S', 0.01)
 
 
 @pytest.fixture
@@ -214,22 +214,6 @@ def test_compressed_shards(build, data: Path, whole, tmp_path: Path, keep_zip: b
     shutil.rmtree(tmp_path / 'copy')
     with pytest.raises(UserError, match=f'{SHARD}.zstd of .* could not be had in 3 attempts: its xxh64 is'):
         rows(build(num_workers, keep_zip=keep_zip))
-
-
-def test_a_zip_that_was_damaged_on_its_way_is_fetched_again(build, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with_hashes(data, [], 'zstd')
-    whole, download, came = rows(build()), LocalDownloader.download, []
-    shutil.rmtree(tmp_path / 'copy')
-
-    def damaging(self: LocalDownloader, remote: str, local: str, *args: Any) -> None:
-        download(self, remote, local, *args)
-        came.append(remote)
-        if remote.endswith('.zstd') and came.count(remote) == 1:
-            Path(local).write_bytes(b'x' * Path(local).stat().st_size)
-
-    monkeypatch.setattr(LocalDownloader, 'download', damaging)
-    assert rows(build()) == whole
-    assert max(map(came.count, came)) == 2
 
 
 def test_a_zip_that_is_none(build, data: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.causal_lm import IGNORE, chunked_cross_entropy
 from src.common.errors import UserError
-from src.data_c4 import get_num_tokens_in_batch
+from src.common.targets import get_num_tokens_in_batch
 from src.hf_causal_lm import ComposerHFCausalLM
 from src.mosaic_gpt import ComposerMosaicGPT
 

@@ -32,16 +32,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from src import mosaic_gpt, optimizers
 from src.common.errors import UserError
+from src.common.flops import CARDS
 from src.config import load as config
 from src.config.checks import fsdp_version
+from src.config.derived import resolve_precision
 from src.config.schema import Config, MosaicGPTConfig
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT
 from src.optimizers import build_optimizer
 from src.sizing import step_trace
-from src.sizing.cards import CARDS, estimate
-from src.sizing.memory import GPU_WORKSPACE, Memory, moments, predict, state_bytes, table
-from src.training.plugins import resolve_precision
+from src.sizing.estimate import estimate
+from src.sizing.gpu_rules import rules_of_gpus
+from src.sizing.memory import GPU_WORKSPACE, Memory, moments, predict, state_bytes
 from src.training.sharding import build_parallelism
 
 
@@ -329,7 +331,7 @@ def live_peak(c: Config, world_size: int, microbatch: int, patch: pytest.MonkeyP
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if has_gpu:
-            stack.enter_context(step_trace._rules_of_gpus())
+            stack.enter_context(rules_of_gpus())
         live = stack.enter_context(LiveBytes())
         kept = two_steps(c.model_copy(update=update), microbatch, has_gpu and c.precision != 'fp32', wrap, live)
     del kept
@@ -403,11 +405,6 @@ def test_what_is_sharded_is_divided_among_those_who_share_it():
     assert step(64, 'fsdp_config=null').gradients == 2 * whole.gradients  # DDP's buckets
 
 
-def test_copies_that_the_devices_do_not_divide_into_are_named():
-    with pytest.raises(UserError, match='data_parallel_replicate_degree: 3 copies of the model do not divide 64 devices'):
-        step(64, 'fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=3')
-
-
 def test_offloaded_activations_do_not_grow_with_depth():
     shallow, deep, kept = (predict(parsed('mosaic_gpt/1b', f'fsdp_config.activation_cpu_offload={x}', f'model.n_layers={n}'),
                                    64, True, 8) for x, n in (('true', 4), ('true', 12), ('false', 12)))
@@ -419,12 +416,3 @@ def test_prefetching_holds_another_block():
     none, one = (next(m for m in moments(parsed('mosaic_gpt/1b', FEW, f'fsdp_config.backward_prefetch={x}'), 64, True, 8)
                       if m.moment == 'in the backward pass of block 4 of 6') for x in ('NONE', 'BACKWARD_PRE'))
     assert one.weights - none.weights == 2 * (12 * 2048**2 + 13 * 2048)
-
-
-def test_the_table_adds_up():
-    memory = Memory("in the loss", *(2**30 * n for n in (1, 2, 3, 4, 5, 6)))
-    lines = table(memory).splitlines()
-    assert 'in the loss' in lines[0]
-    assert [line.split() for line in lines[1:]] == [
-        ['weights', '1.00', 'GiB'], ['gradients', '2.00', 'GiB'], ['optimizer', '3.00', 'GiB'], ['activations', '4.00', 'GiB'],
-        ['logits', '5.00', 'GiB'], ['workspace', '6.00', 'GiB'], ['peak', '21.00', 'GiB']]

@@ -19,9 +19,9 @@ import main
 from src.callbacks.metrics import UnigramBaseline
 from src.common.errors import UserError
 from src.config import load as config
+from src.loader.batch_form import BatchForm, split
 from src.tools import benchmark, estimate
 from src.training import data
-from src.training.data import BatchForm, split
 
 MODEL: Any = SimpleNamespace(vocab_size=512, max_seq_len=None)
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')

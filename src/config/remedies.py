@@ -1,0 +1,48 @@
+"""What to set where memory runs out."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from src.config.schema import Config, FSDPConfig
+
+SMALL_CHUNK = 256  # tokens, with which a chunk's logits are no longer what takes memory
+
+
+class Remedy(NamedTuple):
+    """A setting that saves memory: its dotted key, its value, and what that does, as the end of a sentence."""
+
+    key: str
+    value: Any
+    effect: str = ''
+
+    @property
+    def shown(self) -> str:
+        """The value as a YAML has it."""
+        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
+
+    def applied(self, c: Config) -> Config:
+        """The config with this setting."""
+        section, name = self.key.split('.')
+        part = getattr(c, section) or FSDPConfig()
+        return c.model_copy(update={section: part.model_copy(update={name: self.value})})
+
+
+FSDP = (
+    Remedy('fsdp_config.sharding_strategy', 'FULL_SHARD', ', which divides the weights and all that belongs to them'),
+    Remedy('fsdp_config.activation_checkpointing', True, ' (slower)'),
+    Remedy('fsdp_config.activation_cpu_offload', True, ' (slower still)'),
+)
+
+
+def remedies(c: Config) -> Iterator[Remedy]:
+    """What this config can still set, that first which costs least; a smaller microbatch comes before all."""
+    if getattr(c.model, 'loss_impl', None) == 'plain':
+        yield Remedy('model.loss_impl', 'chunked', ', which never holds all logits')
+    elif getattr(c.model, 'loss_chunk_tokens', 0) > SMALL_CHUNK:
+        yield Remedy('model.loss_chunk_tokens', SMALL_CHUNK)
+    for remedy in FSDP:
+        name = remedy.key.split('.')[1]
+        if name == 'activation_checkpointing' and c.compile_config and c.compile_config.scope == 'model':
+            continue  # they do not go together
+        if c.fsdp_config is None or getattr(c.fsdp_config, name) != remedy.value:
+            yield remedy

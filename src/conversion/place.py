@@ -1,0 +1,178 @@
+"""Where the parts of a split go: a folder or a URL, each of them in one step."""
+
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import psutil
+
+from src.common.errors import DISK_FULL, UserError, first_line
+from src.common.storage import AnyFolder, LocalFolder
+from src.config.data_places import is_missing, is_url
+from src.conversion.sources import public
+
+HOST = socket.gethostname()  # and the namespace of its processes' numbers: containers may share the name
+if os.path.exists('/proc/self/ns/pid'):
+    HOST += f'+{os.stat("/proc/self/ns/pid").st_ino}'
+UNFINISHED = re.compile(r'\..*\.partial-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}')
+
+
+class LocalPlace(LocalFolder):
+    """A folder on a disk."""
+
+    def listed(self, below: str = '') -> Optional[set[str]]:
+        return None
+
+    def send(self, folder: Path, names: Iterable[str]) -> None:
+        """Moves files to this place, in this order."""
+        for name in names:
+            (folder / name).replace(self.root / name)
+
+    def commit(self, staging: Path, name: str, last: str) -> None:
+        """Moves a finished folder to its place; the file `last` says that it is whole."""
+        target, damaged = self.root / name, staging.with_name(f'.old{staging.name}')
+        if (target / last).exists():
+            target.rename(damaged)
+        staging.rename(target)  # fails where the folder has other contents
+        shutil.rmtree(damaged, ignore_errors=True)
+
+
+class RemotePlace(AnyFolder):
+    """A URL of any scheme that streaming writes and reads, by its own clients: Composer knows fewer of them."""
+
+    remote = True
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def reach(self, verb: str, url: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # each store has classes of its own
+            raise UserError(f'--out_root: cannot {verb} {public(url)}: {type(error).__name__}: '
+                            f'{public(first_line(error))}; check the address, the network and the credentials, then '
+                            'run the same command again: it goes on') from error
+
+    def read_bytes(self, name: str) -> bytes:
+        url = f'{self.root}/{name}'
+
+        def download() -> Optional[bytes]:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder, 'file')
+                try:
+                    _downloader(self.root).download(url, str(file))
+                except Exception as error:
+                    if is_missing(error):
+                        return None
+                    raise
+                return file.read_bytes()
+
+        data = self.reach('read', url, lambda: self.ask(download))
+        if data is None:
+            raise FileNotFoundError(url)
+        return data
+
+    def listed(self, below: str = '') -> Optional[set[str]]:
+        """The names of the files that begin with `below`; None where streaming cannot list the store."""
+        if not self.root.startswith(('s3://', 'gs://')):
+            return None
+        with tempfile.TemporaryDirectory() as empty:
+            keys = self.reach('list', self.root, lambda: _uploader(empty, self.root).list_objects(below))
+        prefix = self.root.partition('://')[2].partition('/')[2].rstrip('/') + '/'
+        return {key.removeprefix(prefix) for key in keys}
+
+    def send(self, folder: Path, names: Iterable[str], below: str = '') -> None:
+        """Uploads files to this place, or below it, in this order. Without any, finds out whether the bucket is there."""
+        url = f'{self.root}/{below}' if below else self.root
+
+        def upload() -> None:
+            uploader = _uploader(str(folder), url)
+            for name in names:
+                uploader.upload_file(name)
+        self.reach('write', url, upload)
+
+    def commit(self, staging: Path, name: str, last: str) -> None:
+        self.send(staging, [*sorted({*os.listdir(staging)} - {last}), last], name)
+
+
+@cache  # its client takes a tenth of a second to make
+def _downloader(root: str) -> Any:
+    from streaming.base.storage.download import CloudDownloader
+
+    return CloudDownloader.get(root)
+
+
+def _uploader(folder: str, url: str) -> Any:
+    from streaming.base.storage.upload import CloudUploader
+
+    logging.getLogger('streaming.base.storage.upload').setLevel(logging.ERROR)  # it says that the folder is not empty
+    return CloudUploader.get((folder, url), keep_local=True, retry=5, exist_ok=True)
+
+
+Place = Union[LocalPlace, RemotePlace]
+
+
+def open_place(root: str) -> Place:
+    return RemotePlace(root) if is_url(root) else LocalPlace(root)
+
+
+def found(place: AnyFolder, name: str) -> Optional[bytes]:
+    """A small file; None where there is none."""
+    try:
+        return place.read_bytes(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def disk_of(place: Place) -> Path:
+    """The folder for what is unfinished: the place itself, or this machine's temporary folder."""
+    return Path(tempfile.gettempdir() if place.remote else place.root).absolute()
+
+
+def new_unfinished(folder: Path, name: str) -> Path:
+    """A new, empty folder whose name says which process has it."""
+    path = folder / f'.{name}.partial-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
+    path.mkdir(parents=True)
+    return path
+
+
+@contextmanager
+def unfinished(place: Place, name: str) -> Iterator[Path]:
+    """An empty folder for what is not finished yet, removed in the end.
+
+    Raises:
+        UserError: The disk is full or cannot be written. Sources turn their own OSErrors into UserErrors before.
+    """
+    path, disk = None, disk_of(place)
+    try:
+        path = new_unfinished(disk, name)
+        yield path
+    except OSError as error:
+        mend = 'Free space' if error.errno in DISK_FULL else 'Mend the disk or its permissions'
+        raise UserError(f'--out_root: cannot write {place.root}/{name} on {disk}: {error.strerror or error}; the '
+                        f'unfinished part was removed, what was finished before is untouched. {mend}, then run the '
+                        'same command again: it goes on') from error
+    finally:
+        if path:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep(place: Place, of_all: bool = False) -> None:
+    """Removes what processes of this machine that were killed left unfinished; or what all did, once nothing is missing."""
+    disk = disk_of(place)
+    for path in chain(disk.glob('.*.partial-*'), Path(tempfile.gettempdir()).glob('.*.partial-*')):
+        owner = UNFINISHED.fullmatch(path.name)
+        here = path.parent == disk and not place.remote
+        if owner and (of_all and here or owner['host'] == HOST and not psutil.pid_exists(int(owner['pid']))):
+            shutil.rmtree(path, ignore_errors=True)
+

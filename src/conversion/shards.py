@@ -1,0 +1,116 @@
+"""Documents become samples, and samples shards: text as it is, or tokens that are packed into sequences."""
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.conversion.documents import Document
+
+DOCUMENTS_PER_CALL, TEXT_PER_CALL = 256, 1_000_000  # of the tokenizer: whichever comes first, the latter in characters
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of a part, besides its file."""
+    columns: tuple[str, ...]
+    text_column: str = 'text'
+    concat_tokens: Optional[int] = None  # tokens in a sequence; None: text is stored
+    tokenizer: Optional[str] = None  # a hub name or a local folder
+    tokenizer_name: Optional[str] = None  # as the user names it
+    tokenizer_hash: Optional[str] = None
+    compression: Optional[str] = None
+    hashes: tuple[str, ...] = ()
+    size_limit: Optional[str] = None
+    skip_bad_docs: bool = False
+    txt_lines: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a second run must agree with; where the tokenizer lies is no part of it."""
+        options = asdict(self) | {'columns': list(self.columns), 'hashes': list(self.hashes)}  # as JSON has them
+        left_out = ['tokenizer', 'tokenizer_name', *([] if self.txt_lines else ['txt_lines'])]
+        return {name: value for name, value in options.items() if name not in left_out}
+
+
+def write_shards(documents: Iterator[Document], folder: Path, options: Options, counts: dict[str, int]) -> None:
+    """Writes shards and their index to `folder`, and, of tokens, counts them."""
+    from streaming import MDSWriter
+
+    class ShardWriter(MDSWriter):
+        def encode_sample(self, sample: dict[str, Any]) -> bytes:
+            if options.concat_tokens:
+                return super().encode_sample(sample)
+            # The same bytes; looking each column's encoding up for each sample would be a third of a conversion's time.
+            data = [sample[name].encode() for name in self.column_names]
+            return struct.pack(f'<{len(data)}I', *map(len, data)) + b''.join(data)
+
+        def flush_shard(self) -> None:
+            if self.new_samples:  # else a sample larger than a shard would leave an empty one before it
+                super().flush_shard()
+
+    columns, rows = dict.fromkeys(options.columns, 'str'), documents
+    if options.concat_tokens:
+        tokenizer = _tokenizer(options.tokenizer, options.concat_tokens)
+        columns = {'tokens': f'ndarray:{token_dtype(tokenizer).name}:{options.concat_tokens}'}
+        rows = ({'tokens': row} for row in packed(documents, tokenizer, options.concat_tokens, counts))
+    limit: dict[str, Any] = {'size_limit': options.size_limit} if options.size_limit else {}
+    writer = ShardWriter(out=str(folder), columns=columns, compression=options.compression, hashes=list(options.hashes),
+                         **limit)
+    for row in rows:
+        writer.write(row)
+    writer.finish()  # not `with`, which would end well after an error
+
+
+@cache
+def _tokenizer(name: Optional[str], length: int) -> Any:
+    from src.tokenizer import HFTokenizer
+
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # processes are the parallelism
+    return HFTokenizer(name or '', length).tokenizer
+
+
+def token_dtype(tokenizer: Any) -> np.dtype:
+    """The smallest type that holds every id of a tokenizer, added ones too."""
+    return np.min_scalar_type(max(tokenizer.get_vocab().values()))
+
+
+def packed(documents: Iterator[Document], tokenizer: Any, length: int, counts: dict[str, int]) -> Iterator[NDArray]:
+    """Sequences of `length` tokens, across documents that are each closed by EOS.
+
+    The last one is filled up with EOS, so that no token is dropped.
+    """
+    from src.tokenizer import encode_documents
+
+    counts['tokens'] = 0
+    dtype = token_dtype(tokenizer)
+    rest: NDArray = np.empty(0, dtype)
+    for texts in calls(documents):
+        tokens = encode_documents(tokenizer, texts)
+        counts['tokens'] += sum(map(len, tokens))
+        stream = np.concatenate([rest, *tokens], dtype=dtype, casting='unsafe')
+        del tokens  # of a long document, they are large
+        whole = len(stream) // length * length
+        rest = stream[whole:].copy()  # a view would keep the whole stream
+        yield from stream[:whole].reshape(-1, length)
+    if len(rest):
+        yield np.pad(rest, (0, length - len(rest)), constant_values=tokenizer.eos_token_id)
+
+
+def calls(documents: Iterator[Document]) -> Iterator[list[str]]:
+    """The texts for each call of the tokenizer, which takes a hundred bytes of memory for a byte of text."""
+    texts, size = [], 0
+    for document in documents:
+        texts.append(document['text'])
+        size += len(texts[-1])
+        if len(texts) == DOCUMENTS_PER_CALL or size >= TEXT_PER_CALL:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts

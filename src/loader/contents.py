@@ -1,0 +1,120 @@
+"""What a stream holds: which columns, and tokens of which tokenizer."""
+
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Optional
+
+from numpy.typing import NDArray
+from streaming.base.distributed import get_local_rank
+from streaming.base.storage.download import CloudDownloader
+from streaming.base.util import retry
+
+from src.common.errors import UserError
+from src.config.data_places import explain, is_missing, is_url
+from src.loader.dataset import CheckedDataset
+from src.loader.streams import CheckedStream
+
+
+def column_of(dataset: CheckedDataset, max_seq_len: int) -> str:
+    """`tokens` or `text`: the column that all streams of a dataset hold.
+
+    Raises:
+        UserError: They hold neither, different things, or sequences that do not fit `max_seq_len`.
+    """
+    held = {stream.setting: _held_by(stream, dataset.shards[int(first)], max_seq_len)
+            for stream, first in zip(dataset.streams, dataset.shard_offset_per_stream)}
+    if len(set(held.values())) > 1:
+        raise UserError('dataset.streams: all must hold text, or all tokens of one length, but ' +
+                        '; '.join(f'{name} holds {what}' for name, what in held.items()))
+    return 'text' if 'text' in held.values() else 'tokens'
+
+
+def _held_by(stream: CheckedStream, shard: Any, max_seq_len: int) -> str:
+    """What a stream with this shard holds, in words that are the same for streams that can be read together."""
+    if not hasattr(shard, 'column_encodings'):
+        raise UserError(f'{stream.setting}: {stream.place} holds no shards of the format MDS; write it by MDSWriter')
+    encodings = dict(zip(shard.column_names, shard.column_encodings))
+    if 'tokens' not in encodings:
+        if 'text' not in encodings:
+            raise UserError(f"{stream.setting}: {stream.place} has no column 'text' (documents) and no column 'tokens' "
+                            f'(sequences); its columns are {shard.column_names}')
+        if encodings['text'] not in ('str', 'json'):
+            raise UserError(f"{stream.setting}: column 'text' of {stream.place} is {encodings['text']!r}; it must be "
+                            "'str'")
+        return 'text'
+    # As ndarray:uint16:128; the last two may be missing
+    encoding, dtype, shape = (encodings['tokens'] + '::').split(':')[:3]
+    if encoding != 'ndarray' or (dtype and not dtype.startswith(('int', 'uint'))):
+        raise UserError(f"{stream.setting}: column 'tokens' of {stream.place} is {encodings['tokens']!r}; it must hold "
+                        "arrays of integers, as 'ndarray:uint16' does")
+    if shape:
+        _check_shape(tuple(map(int, shape.split(','))), max_seq_len, stream.place)
+        return f'sequences of {shape} tokens'
+    if Path(shard.dirname, shard.split, shard.raw_data.basename).is_file():
+        check_tokens(shard[0]['tokens'], max_seq_len, stream.place)
+    return 'sequences of tokens'
+
+
+def check_tokens(tokens: NDArray, max_seq_len: int, place: str) -> None:
+    """Raises a UserError where a row of the column `tokens` is no sequence of `max_seq_len` integers, or one more."""
+    if tokens.dtype.kind not in 'iu':
+        raise UserError(f"dataset: column 'tokens' of {place} holds {tokens.dtype}; it must hold integers")
+    _check_shape(tokens.shape, max_seq_len, place)
+
+
+def _check_shape(shape: tuple[int, ...], max_seq_len: int, place: str) -> None:
+    if len(shape) != 1:
+        raise UserError(f"dataset: column 'tokens' of {place} holds arrays of shape {shape}; each must be one sequence, "
+                        f'of shape ({max_seq_len},) or ({max_seq_len + 1},)')
+    if shape[0] not in (max_seq_len, max_seq_len + 1):
+        raise UserError(f'dataset.max_seq_len: {max_seq_len}, but the sequences in {place} have {shape[0]} tokens; set '
+                        f'max_seq_len={shape[0]}, or {shape[0] - 1} (then each has a target at its last position too), '
+                        f'or make the data anew with sequences of {max_seq_len} or {max_seq_len + 1}')
+
+
+# ---------------------------------------------------------------- which tokenizer made the tokens
+
+
+def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
+    """Refuses tokens that another tokenizer made, as the manifest of convert_c4.py beside an index says.
+
+    For data without such a manifest there is nothing to compare. In an object store one process of each node alone
+    looks.
+
+    Raises:
+        UserError: The tokens are of another tokenizer, or the manifest cannot be read.
+    """
+    if is_url(stream.remote) and get_local_rank() != 0:
+        return
+    try:
+        text = _read(os.path.join(stream.place, 'manifest.json'))
+    except Exception as e:  # each object store has error classes of its own
+        raise UserError(explain(e, stream.remote, stream.local, stream.split, stream.setting)) from None
+    if text is None:
+        return
+    try:
+        manifest = json.loads(text)
+    except ValueError:
+        raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole manifest; copy it again, or '
+                        'delete it if it is not of convert_c4.py') from None
+    options = manifest.get('options') if isinstance(manifest, dict) else None  # another tool's has none
+    its_hash = options.get('tokenizer_hash') if isinstance(options, dict) else None
+    if its_hash:
+        tokenizer.check_made(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), str(its_hash))
+
+
+@retry(num_attempts=3)
+def _read(path: str) -> Optional[bytes]:
+    """A small file on a disk or in an object store; None where there is none."""
+    with TemporaryDirectory() as folder:
+        copy = Path(folder, 'file') if is_url(path) else Path(path)
+        try:
+            if is_url(path):
+                CloudDownloader.direct_download(path, str(copy))
+            return copy.read_bytes()
+        except Exception as e:  # as above
+            if is_missing(e, or_forbidden=True):
+                return None
+            raise

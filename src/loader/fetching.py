@@ -1,0 +1,109 @@
+"""Files of a dataset: fetched whole, or not at all."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, Optional
+
+from streaming.base.format import FileInfo
+from streaming.base.hashing import get_hash
+
+from src.common.errors import DISK_FULL, UserError, first_line
+from src.common.machine import not_writable
+from src.config.data_places import is_url
+
+BACKOFF_S = 1.0  # before the second attempt at a file; doubles from one to the next
+PART = '.part'  # a file until it is known to be whole
+
+log = logging.getLogger('src')
+
+
+class Damaged(Exception):
+    """A file is not as the index says."""
+
+
+def check_file(path: str, info: Optional[FileInfo], algorithm: Optional[str] = None) -> None:
+    """Raises Damaged, which says what is wrong with a file.
+
+    Args:
+        path: Of the file.
+        info: What the index says of it; None: it is an index, which must be JSON.
+        algorithm: Of a hash that the index has; None: the size alone is checked.
+    """
+    if not os.path.exists(path):
+        raise Damaged('it is missing')
+    if info is None:
+        try:
+            json.loads(Path(path).read_bytes())
+        except ValueError:
+            raise Damaged('it is no whole JSON') from None
+        return
+    size = os.path.getsize(path)
+    if size != info.bytes:
+        raise Damaged(f'it has {size:,} bytes, and the index says {info.bytes:,}')
+    if algorithm and (found := get_hash(algorithm, Path(path).read_bytes())) != info.hashes[algorithm]:
+        raise Damaged(f'its {algorithm} is {found}, and the index says {info.hashes[algorithm]}')
+
+
+def is_full_disk(e: Optional[BaseException]) -> bool:
+    """Whether a full disk is the cause of an error."""
+    while e is not None and not (isinstance(e, OSError) and e.errno in DISK_FULL):
+        e = e.__cause__ or e.__context__
+    return e is not None
+
+
+def what_happened(e: Exception) -> str:
+    """An error of fetching, in a few words."""
+    if isinstance(e, Damaged):
+        return str(e)
+    return 'it is missing' if isinstance(e, FileNotFoundError) else f'{type(e).__name__}: {first_line(e)}'
+
+
+def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm: Optional[str]) -> None:
+    """Fetches a file of a stream under another name, checks it and renames it, in `1 + download_retry` attempts.
+
+    Args:
+        stream: A CheckedStream.
+        name: Of the file, where the data lies.
+        path: Where it is copied to.
+        info, algorithm: As `check_file` has them.
+
+    Raises:
+        UserError: It could not be had whole.
+    """
+    part, error = path + PART, Exception()
+    for attempt in range(1 + stream.download_retry):
+        if attempt:
+            log.warning('%s of %s: %s; fetching it again (%d of %d)', name, stream.place, what_happened(error), attempt,
+                        stream.download_retry)
+            time.sleep(BACKOFF_S * 2 ** (attempt - 1) * SystemRandom().uniform(1, 1.5))
+        Path(part).unlink(missing_ok=True)  # streaming fetches nothing where there is a file
+        try:
+            stream._downloader.download(os.path.join(stream.place, name), part, stream.download_timeout)
+            check_file(part, info, algorithm)
+            os.replace(part, path)
+            return
+        except Exception as e:  # each object store has error classes of its own
+            error = e
+            stream._downloader.clean_up()
+        for left in Path(path).parent.glob(os.path.basename(part) + '*'):
+            left.unlink(missing_ok=True)
+    raise UserError(_why_not(stream, name, os.path.dirname(path), info, error))
+
+
+def _why_not(stream: Any, name: str, folder: str, info: Optional[FileInfo], error: Exception) -> str:
+    if wrong := not_writable(folder):
+        return (f'{stream.setting}.local: {name} of {stream.place} cannot be copied to {stream.local}: {wrong} cannot be '
+                'written. Set data_local to a folder on a disk of this machine')
+    if is_full_disk(error):
+        free = shutil.disk_usage(folder).free
+        size = f' ({info.bytes:,} bytes)' if info else ''
+        return (f'{stream.setting}.local: the disk of {folder} is full ({free:,} bytes free): no space for {name} of '
+                f'{stream.place}{size}; make room, set cache_limit, or choose a data_local on another disk')
+    where = 'the address, the network and the credentials, and ' if is_url(stream.remote) else ''
+    return (f'{stream.setting}.remote: {name} of {stream.place} could not be had in {1 + stream.download_retry} attempts: '
+            f'{what_happened(error)}. Check {where}that the data is whole there')

@@ -1,0 +1,82 @@
+"""What the ranks of a run tell each other, and where they do not agree."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from composer.utils import dist
+
+from src.common.errors import UserError, first_line
+from src.common.machine import shared_memory_is_low
+from src.ranks.environment import Process, here, this_process
+
+CHECK = ('check that every node is started, each with its own NODE_RANK and all with the same WORLD_SIZE, MASTER_ADDR '
+         'and MASTER_PORT; that MASTER_ADDR is an address of node 0 which the others reach (127.0.0.1 and 0.0.0.0 are '
+         'not) and no firewall closes its ports; and, where a node has several networks, set GLOO_SOCKET_IFNAME and '
+         'NCCL_SOCKET_IFNAME')
+SHOWN = 20  # differences in one message
+
+
+def agree(what: str, settings: Mapping[str, Any]) -> None:
+    """Compares settings among all ranks, which must all call this.
+
+    Args:
+        what: The start of the message, as `config`.
+        settings: Flat, from name to value, with secrets masked: values are shown, and compared as they are shown.
+
+    Raises:
+        UserError: On every rank, where ranks differ: the setting, its values, and where each holds.
+    """
+    errors = differences(gather({name: repr(value) for name, value in settings.items()}))
+    if errors:
+        head = f'{what}: the nodes disagree; start every node with the same YAML, arguments and files:'
+        more = [f'and {len(errors) - SHOWN} more'] if len(errors) > SHOWN else []
+        raise UserError('\n  - '.join([head, *errors[:SHOWN], *more]))
+
+
+def gather(value: Any) -> dict[Process, Any]:
+    """What each rank calls this with, in the order of the ranks."""
+    with explained('the ranks cannot exchange messages'):
+        return dict(dist.all_gather_object((this_process(), value)))
+
+
+def differences(told: Mapping[Process, Mapping[str, str]]) -> list[str]:
+    """The settings that are not the same on all ranks, with their values and where each holds."""
+    errors = []
+    for name in sorted({name for settings in told.values() for name in settings}):
+        at: dict[str, list[Process]] = {}
+        for process, settings in told.items():
+            at.setdefault(settings.get(name, 'not set'), []).append(process)
+        if len(at) > 1:
+            values = (f'{value} on {places(some, told)}' for value, some in at.items())
+            errors.append(f'{name} is {" and ".join(values)}')
+    return errors
+
+
+def places(some: Iterable[Process], ranks: Iterable[Process]) -> str:
+    """Where these ranks are: whole nodes by name, others one by one."""
+    some, names = set(some), {}
+    others = {(other.node, other.host) for other in set(ranks) - some}
+    for process in sorted(some):
+        node = f'node {process.node} ({process.host})'
+        is_part = (process.node, process.host) in others
+        names[f'rank {process.rank} of {node}' if is_part else node] = None
+    return ', '.join(list(names)[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """torch's errors (all of them RuntimeErrors), with the node's settings and what to look at."""
+    started = time.monotonic()
+    try:
+        yield
+    except RuntimeError as e:
+        env = os.environ
+        if 'EADDRINUSE' in str(e):
+            raise UserError(f'MASTER_PORT: {env["MASTER_PORT"]} is in use on {here()}: by another run, or by a second '
+                            'node with NODE_RANK=0; set another, on every node') from e
+        raise UserError(f'{here()}: {what}: {first_line(e)}, after {time.monotonic() - started:.0f} s, with '
+                        f'MASTER_ADDR:MASTER_PORT {env.get("MASTER_ADDR")}:{env.get("MASTER_PORT")} and WORLD_SIZE '
+                        f'{env.get("WORLD_SIZE")}{shared_memory_is_low()}; {CHECK}') from e

@@ -1,0 +1,38 @@
+"""How much text a token stands for, which turns a loss per token into bits per byte."""
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def bytes_per_token(tokenizer: Any, vocab_size: int) -> NDArray[np.float64]:
+    """How many UTF-8 bytes of text each token id stands for: 0 for special tokens, such as EOS.
+
+    In a byte-level BPE every character of a token stands for one byte (Radford et al. 2019, section 2.2), so the lengths
+    are exact, also of tokens that hold part of a character. Of a tokenizer that normalises its text, they are of the
+    result.
+
+    Args:
+        tokenizer: Hugging Face's own object.
+        vocab_size: Ids that the model has embeddings for.
+
+    Returns:
+        Of shape (vocab_size,); NaN where it is not known: ids without a token, added tokens that swallow the spaces beside
+        them, and every token of a tokenizer that is no byte-level BPE, or one that puts a space before each document.
+    """
+    lengths = np.full(vocab_size, np.nan)
+    if not tokenizer.is_fast:
+        return lengths
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, splits = parts['model'], json.dumps(parts['pre_tokenizer'])
+    if (model['type'] != 'BPE' or model['continuing_subword_prefix'] or model['end_of_word_suffix']
+            or '"ByteLevel"' not in splits or '"add_prefix_space": true' in splits):
+        return lengths
+    for token, i in model['vocab'].items():
+        lengths[i] = len(token)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        swallows = token.lstrip or token.rstrip
+        lengths[i] = 0 if token.special else np.nan if swallows else len(token.content.encode())
+    return lengths

@@ -1,0 +1,30 @@
+"""What tests of checkpoints share: refused runs, sharded ones, and an object that runs code."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.common.errors import UserError
+
+QUICKSTART = 'yamls/quickstart.yaml'
+SHARDED = ('fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded')
+
+
+def refusal(run: Callable[..., Any], *args: Any) -> str:
+    """The message that a run ends with."""
+    with pytest.raises(UserError) as e:
+        run(*args)
+    return str(e.value)
+
+
+class Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
