@@ -30,12 +30,9 @@ import torch
 from composer import Trainer
 from composer.core import Evaluator, Precision
 from composer.utils import dist
-from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
-from torchmetrics import Metric
 
-from src.causal_lm import IGNORE, ComposerCausalLM, next_token_targets
+from src.causal_lm import ComposerCausalLM
 from src.checkpoints.loading import check_loadable, finish_loading, reading, same_weights
 from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
@@ -48,7 +45,7 @@ from src.ranks.agreement import agree
 from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
 from src.tokenizer import HFTokenizer
-from src.tools.bits_per_byte import bytes_per_token
+from src.tools.bits_per_byte import Totals, bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
 from src.training.failures import explained, lost_workers_explained
@@ -92,31 +89,6 @@ def load(args: argparse.Namespace) -> DictConfig:
 def _set(cfg: DictConfig, **changed: Any) -> None:
     for key, value in changed.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-
-
-class Totals(Metric):
-    """Sums over the samples that are counted: nats, targets, bytes of text that the targets stand for, and samples."""
-
-    full_state_update = False
-    lengths: Tensor
-    sums: Tensor
-
-    def __init__(self, lengths: NDArray) -> None:
-        super().__init__()
-        self.register_buffer('lengths', torch.from_numpy(lengths), persistent=False)
-        # float64: exact for whole numbers, and the sum of the losses does not depend on how many ranks share it
-        self.add_state('sums', torch.zeros(4, dtype=torch.float64), dist_reduce_fx='sum')
-
-    def update(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        _, targets = next_token_targets(batch)
-        n_targets = outputs['n_targets'].double()
-        self.sums[0] += outputs['loss'].double() * n_targets
-        self.sums[1] += n_targets
-        self.sums[2] += self.lengths[targets[targets != IGNORE]].sum()
-        self.sums[3] += len(targets)
-
-    def compute(self) -> Tensor:
-        return self.sums
 
 
 @lost_workers_explained('eval_loader')

@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 from src.common import program
 from src.common.errors import UserError, first_line, positive
 from src.common.progress import progress
-from src.tools.trained_model import add_arguments, load_checkpoint
+from src.tools.export_hf import add_arguments, load_checkpoint
 
 DEFAULT_TOKENS = 100
 
