@@ -222,8 +222,7 @@ def test_its_arguments_are_valid(command: str):
     elif argv[:1] == ['src/tools/export_hf.py']:
         export_hf.parse_args(argv[1:])
     elif argv[:1] == ['src/tools/generate.py']:
-        args = generate.parse_args(argv[1:])
-        generate.check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+        generate.parse_args(argv[1:])
     elif argv[:1] == ['src/tools/plot_loss.py']:
         plot_loss.parse_args(argv[1:])
     elif argv[:1] == ['src/tools/ladder.py']:

@@ -1,10 +1,16 @@
-"""How much text a token stands for, which turns a loss per token into bits per byte."""
+"""How much text a token stands for, and the sums that turn a loss per token into bits per byte."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import Metric
+
+from src.causal_lm import IGNORE, next_token_targets
 
 
 def bytes_per_token(tokenizer: Any, vocab_size: int) -> NDArray[np.float64]:
@@ -37,3 +43,28 @@ def bytes_per_token(tokenizer: Any, vocab_size: int) -> NDArray[np.float64]:
         swallows = token.lstrip or token.rstrip
         lengths[i] = 0 if token.special else np.nan if swallows else len(token.content.encode())
     return lengths
+
+
+class Totals(Metric):
+    """Sums over the samples that are counted: nats, targets, bytes of text that the targets stand for, and samples."""
+
+    full_state_update = False
+    lengths: Tensor
+    sums: Tensor
+
+    def __init__(self, lengths: NDArray) -> None:
+        super().__init__()
+        self.register_buffer('lengths', torch.from_numpy(lengths), persistent=False)
+        # float64: exact for whole numbers, and the sum of the losses does not depend on how many ranks share it
+        self.add_state('sums', torch.zeros(4, dtype=torch.float64), dist_reduce_fx='sum')
+
+    def update(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        _, targets = next_token_targets(batch)
+        n_targets = outputs['n_targets'].double()
+        self.sums[0] += outputs['loss'].double() * n_targets
+        self.sums[1] += n_targets
+        self.sums[2] += self.lengths[targets[targets != IGNORE]].sum()
+        self.sums[3] += len(targets)
+
+    def compute(self) -> Tensor:
+        return self.sums

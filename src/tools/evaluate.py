@@ -1,8 +1,10 @@
-"""Evaluates a checkpoint: `python src/tools/evaluate.py YAML load_path=FILE [key=value ...] [--split val] [--out PATH.json]`.
+"""Evaluates a checkpoint: loss, perplexity and bits per byte over a whole split.
 
-Loss, perplexity and bits per byte over a whole split, or its first samples (`eval_samples=1000`), with the YAML's model, data,
-precision and sharding, through Composer's own evaluation. The same command after `composer` shares the work among several
-devices: each sample counts once, on any number of them. Nothing is saved or logged.
+    python src/tools/evaluate.py YAML load_path=FILE [key=value ...] [--split val] [--out PATH.json]
+
+With the YAML's model, data, precision and sharding, through Composer's own evaluation; `eval_samples=1000` takes the
+first samples alone. The same command after `composer` shares the work among several devices: each sample counts once,
+on any number of them. Nothing is saved or logged.
 """
 # ruff: noqa: E402
 
@@ -26,14 +28,11 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from composer import Trainer
-from composer.core import Precision
+from composer.core import Evaluator, Precision
 from composer.utils import dist
-from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
-from torchmetrics import Metric
 
-from src.causal_lm import IGNORE, next_token_targets
+from src.causal_lm import ComposerCausalLM
 from src.checkpoints.loading import check_loadable, finish_loading, reading, same_weights
 from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
@@ -46,7 +45,7 @@ from src.ranks.agreement import agree
 from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
 from src.tokenizer import HFTokenizer
-from src.tools.bits_per_byte import bytes_per_token
+from src.tools.bits_per_byte import Totals, bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
 from src.training.failures import explained
@@ -65,7 +64,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace) -> DictConfig:
-    """The YAML as an evaluation reads it: all of the split unless the command line says otherwise, and nothing of training.
+    """The YAML as an evaluation reads it: the whole split unless the command line says otherwise, nothing of training.
 
     Raises:
         UserError: It has no `eval_loader`, or cannot be read.
@@ -76,7 +75,8 @@ def load(args: argparse.Namespace) -> DictConfig:
          compile_config=None)
     given = config.plain(cfg)
     if not given.get('eval_loader'):
-        raise UserError(f'eval_loader: {args.yaml} has none, so there is no data to evaluate on; see yamls/quickstart.yaml')
+        raise UserError(f'eval_loader: {args.yaml} has none, so there is no data to evaluate on; see '
+                        'yamls/quickstart.yaml')
     _set(cfg, load_weights_only=given.get('load_path') is not None,
          **{'eval_loader.drop_last': False, 'eval_loader.eval_samples': given['eval_samples']})
     if given.get('device_eval_batch_size') is not None:  # else its default is the YAML's own microbatch
@@ -91,49 +91,15 @@ def _set(cfg: DictConfig, **changed: Any) -> None:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
-class Totals(Metric):
-    """Sums over the samples that are counted: nats, targets, bytes of text that the targets stand for, and samples.
-
-    Args:
-        lengths: Bytes of each token id, from `bytes_per_token`.
-    """
-
-    full_state_update = False
-    lengths: Tensor
-    sums: Tensor
-
-    def __init__(self, lengths: NDArray) -> None:
-        super().__init__()
-        self.register_buffer('lengths', torch.from_numpy(lengths), persistent=False)
-        # float64: exact for whole numbers, and the sum of the losses does not depend on how many ranks share it
-        self.add_state('sums', torch.zeros(4, dtype=torch.float64), dist_reduce_fx='sum')
-
-    def update(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        _, targets = next_token_targets(batch)
-        n_bytes = self.lengths[targets[targets != IGNORE]].sum()
-        n_targets = outputs['n_targets'].double()
-        self.sums += torch.stack([outputs['loss'].double() * n_targets, n_targets, n_bytes,
-                                  torch.full_like(n_bytes, len(targets))])
-
-    def compute(self) -> Tensor:
-        return self.sums
-
-
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
-    """The figures of one split.
-
-    Args:
-        c: A checked config with an `eval_loader`.
-        watch: Ends this process when another rank fails.
+    """The figures of one split, of a checked config with an `eval_loader`.
 
     Raises:
         UserError: The checkpoint or the data is missing, is of another model, or holds nothing to predict.
     """
     meet(c, watch)
-    has_gpu = torch.cuda.is_available()
-
     start = find_start(None, None, False, c.load_path, weights_only=True)
-    check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu))
+    check_loadable(start, sharding.is_sharded(c.fsdp_config, torch.cuda.is_available()))
     tokenizer = build.build_tokenizer(c)
     if start.manifest and start.manifest.tokenizer_hash and isinstance(tokenizer, HFTokenizer):
         tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name,
@@ -143,9 +109,24 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     agree('data', fingerprints(None, evaluators[0].dataloader))
     loader: Any = evaluators[0].dataloader.dataloader
     dataset: Optional[StreamingC4] = loader.dataset.dataset if is_kits(loader) else None
-
     reads_with = dataset.tokenizer if dataset else tokenizer and tokenizer.tokenizer
     totals = Totals(bytes_per_token(reads_with, model.vocab_size) if reads_with else np.full(model.vocab_size, np.nan))
+    nats, targets, n_bytes, samples = sums(c, start, model, evaluators, totals)
+
+    if dataset:
+        assert samples == len(loader.dataset), f'{samples} samples were counted, of {len(loader.dataset)}'
+    place = dataset.place if dataset else 'what eval_loader, a loader of your own, gives'
+    if not targets:
+        raise UserError(f'eval_loader.dataset: {place} holds no token to predict')
+    return {'loss': nats / targets, 'perplexity': float(np.exp(nats / targets)),
+            'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes > 0 else None,  # NaN is not above 0
+            'documents' if dataset and dataset.column == 'text' else 'sequences': int(samples), 'tokens': int(targets),
+            'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': place, 'weights': weights(c, start)}
+
+
+def sums(c: Config, start: Start, model: ComposerCausalLM, evaluators: list[Evaluator], totals: Totals) -> list[float]:
+    """Loads the weights, and evaluates: what `totals` has summed on all ranks."""
+    has_gpu = torch.cuda.is_available()
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
     with reading(start), explained(c):
@@ -167,21 +148,13 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
         trainer.eval()
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
-            raise UserError(f'out of memory: {first_line(e)}\nset device_eval_batch_size below {c.device_eval_batch_size}, or '
-                            'fsdp_config.sharding_strategy=FULL_SHARD on more devices') from e
+            raise UserError(f'out of memory: {first_line(e)}\nset device_eval_batch_size below '
+                            f'{c.device_eval_batch_size}, or fsdp_config.sharding_strategy=FULL_SHARD on more '
+                            'devices') from e
         raise
-    nats, targets, n_bytes, samples = trainer.state.eval_metrics['eval']['totals'].compute().tolist()
+    found = trainer.state.eval_metrics['eval']['totals'].compute().tolist()
     trainer.engine.close()
-    if dataset:
-        assert samples == len(loader.dataset), f'{samples} samples were counted, of {len(loader.dataset)}'
-    place = dataset.place if dataset else 'what eval_loader, a loader of your own, gives'
-    if not targets:
-        raise UserError(f'eval_loader.dataset: {place} holds no token to predict')
-    loss = nats / targets
-    return {'loss': loss, 'perplexity': math.inf if loss > 709 else math.exp(loss),  # more has no float
-            'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes > 0 else None,  # NaN is not above 0
-            'documents' if dataset and dataset.column == 'text' else 'sequences': int(samples), 'tokens': int(targets),
-            'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': place, 'weights': weights(c, start)}
+    return found
 
 
 def weights(c: Config, start: Start) -> str:
@@ -195,15 +168,16 @@ def weights(c: Config, start: Start) -> str:
 def text(found: Mapping[str, Any]) -> str:
     """The figures for people."""
     rows = 'documents' if 'documents' in found else 'sequences'
-    bits = found['bits_per_byte']
+    bits = 'unknown: no tokenizer_name, or one that is no byte-level BPE, or not that of the tokens'
+    if found['bits_per_byte'] is not None:
+        bits = f'{found["bits_per_byte"]:.4f}'
     n_bytes = '' if found['bytes'] is None else f', {found["bytes"]:,} bytes of text'
-    return '\n'.join([
-        f'evaluation on {found["data"]}', f'  weights        {found["weights"]}',
-        f'  loss           {found["loss"]:.4f}   nats per token', f'  perplexity     {found["perplexity"]:.2f}',
-        f'  bits per byte  {bits:.4f}' if bits is not None else
-        '  bits per byte  unknown: the text that the tokens stand for cannot be counted; there is no tokenizer, or '
-        'tokenizer_name is no byte-level BPE, or not that of the tokens',
-        f'  predicted      {found["tokens"]:,} tokens of {found[rows]:,} {rows}{n_bytes}'])
+    return (f'evaluation on {found["data"]}\n'
+            f'  weights        {found["weights"]}\n'
+            f'  loss           {found["loss"]:.4f}   nats per token\n'
+            f'  perplexity     {found["perplexity"]:.2f}\n'
+            f'  bits per byte  {bits}\n'
+            f'  predicted      {found["tokens"]:,} tokens of {found[rows]:,} {rows}{n_bytes}')
 
 
 def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
@@ -214,7 +188,7 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
     """
     check_environment(os.environ)
     if args.out and dist.get_global_rank() == 0:  # which writes it
-        if not args.out.absolute().parent.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
+        if not os.access(args.out.absolute().parent, os.W_OK):
             raise UserError(f'--out: {args.out}: there is no folder {args.out.parent} that may be written')
         if args.out.exists():
             raise UserError(f'--out: {args.out} is there already; name another, or move it away')
@@ -224,8 +198,7 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
     if dist.get_global_rank() == 0:
         print(text(found), flush=True)
         if args.out:
-            no_json = {key: None for key, x in found.items() if isinstance(x, float) and not math.isfinite(x)}
-            args.out.write_text(json.dumps({**found, **no_json}, indent=1) + '\n', 'utf-8')
+            args.out.write_text(json.dumps(found, indent=1) + '\n', 'utf-8')
     return found
 
 

@@ -11,23 +11,30 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
+from src.checkpoints import weights as checkpoint
+from src.checkpoints.hf_layout import hf_model
+from src.checkpoints.loading import check_model
+from src.checkpoints.manifest import Manifest
 from src.common import program
 from src.common.errors import UserError, first_line
+from src.config.load import load, plain
+from src.tokenizer import HFTokenizer, check_vocab, n_ids
 
 
-def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
-                    yaml: Optional[list[str]] = None, setting: str = 'CHECKPOINT') -> tuple[PreTrainedModel, Tokenizer, str]:
-    """A checkpoint as a Hugging Face model in memory.
+def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optional[list[str]] = None,
+                    setting: str = 'CHECKPOINT') -> tuple[PreTrainedModel, Tokenizer, str]:
+    """Reads a checkpoint as a Hugging Face model.
 
     Args:
         path: The file of a full checkpoint, the folder of a sharded one or of a run; local or a URI.
@@ -36,64 +43,56 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None,
         setting: Where the path is named, for messages.
 
     Returns:
-        The model on the CPU, in fp32, embeddings for the tokenizer's ids alone; the tokenizer; where the checkpoint lies.
+        The model on the CPU, in fp32, embeddings for the tokenizer's ids alone; the tokenizer; the checkpoint's path.
 
     Raises:
         UserError: All that the user can mend.
     """
     if sys.stderr.isatty():
         print(f'reading {path}', file=sys.stderr)
-    from src.checkpoints import weights as checkpoint
-    from src.checkpoints.hf_layout import hf_model
-    from src.checkpoints.loading import check_model
-    from src.config.load import load, plain
-    from src.tokenizer import HFTokenizer, check_vocab
-
     hf_logging.set_verbosity_error()
-    cfg = plain(load(yaml)) if yaml else {}
-    for section in ('model', 'tokenizer'):
-        if not isinstance(cfg.get(section) or {}, dict):
-            raise UserError(f'{section}: {cfg[section]!r} must be a section with keys of its own, as in the YAMLs')
     weights, manifest, path = checkpoint.read(path, setting)
-    model = cfg.get('model') or (manifest and manifest.model)
-    if model and (overrides := (cfg.get('model') or {}).get('config_overrides')):  # null: the model's own value
-        model['config_overrides'] = {key: value for key, value in overrides.items() if value is not None}
-    name = tokenizer_name or (cfg.get('tokenizer') or {}).get('tokenizer_name') or (manifest and manifest.tokenizer_name)
-    if model and not name:
-        raise UserError(f'--tokenizer: none given, and the run of {path} had none; name a hub name or a folder')
-    if not model or not name:
-        raise UserError(f'--yaml: none given, and no manifest beside {path} says what its model and tokenizer are; give the '
-                        'YAML and overrides of the run: --yaml YAML key=value ...')
-    if not tokenizer_name and not yaml and name.startswith(('.', '/', '~')) and not Path(name).is_dir():
-        raise UserError(f'--tokenizer: none given, and the run\'s is not here: {name}; name its folder, or start where '
-                        'the run did')
+    model, name = _described(path, manifest, tokenizer_name, yaml)
     check_model(manifest, model, f'--yaml: {path}')
-    try:
-        hf = hf_model(model, weights, '--yaml' if yaml else path)
-    except UserError:
-        raise
-    except ValueError as e:  # transformers' of a shape that cannot be
-        raise UserError(f'model: {first_line(e)}; give section model as the run had it') from None
+    hf = hf_model(model, weights, '--yaml' if yaml else path)
     kit = HFTokenizer(name, 2)
     if manifest and manifest.tokenizer_hash:
         kit.check_made(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash,
                        '--tokenizer' if tokenizer_name else 'tokenizer_name')
-    try:
-        check_vocab(kit, hf.config.vocab_size)
-    except UserError as e:
-        if not tokenizer_name:
-            raise
-        raise UserError(f'--tokenizer: {tokenizer_name} is not that of this model, whose vocabulary has {hf.config.vocab_size} '
-                        'tokens; name the one that it was trained with') from e
-    tokenizer = kit.tokenizer
+    check_vocab(kit, hf.config.vocab_size)
+    _fit_together(hf, kit.tokenizer)
+    return hf, kit.tokenizer, path
+
+
+def _described(path: str, manifest: Optional[Manifest], tokenizer_name: Optional[str],
+               yaml: Optional[list[str]]) -> tuple[dict[str, Any], str]:
+    """Section `model` of the run, and the name of its tokenizer."""
+    cfg = plain(load(yaml)) if yaml else {}
+    model, name = cfg.get('model'), tokenizer_name or (cfg.get('tokenizer') or {}).get('tokenizer_name')
+    if model and (overrides := model.get('config_overrides')):  # null: the model's own value
+        model['config_overrides'] = {key: value for key, value in overrides.items() if value is not None}
+    if manifest:
+        model, name = model or manifest.model, name or manifest.tokenizer_name
+    if model and not name:
+        raise UserError(f'--tokenizer: none given, and the run of {path} had none; name a hub name or a folder')
+    if not model or not name:
+        raise UserError(f'--yaml: none given, and no manifest beside {path} says what its model and tokenizer are; '
+                        'give the YAML and overrides of the run: --yaml YAML key=value ...')
+    if not tokenizer_name and not yaml and name.startswith(('.', '/', '~')) and not Path(name).is_dir():
+        raise UserError(f'--tokenizer: none given, and the run\'s is not here: {name}; name its folder, or start where '
+                        'the run did')
+    return model, name
+
+
+def _fit_together(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Lets each know of the other what Hugging Face's programs ask of them."""
     tokenizer.split_special_tokens = False  # as Hugging Face's are; the kit's own is for documents
-    tokenizer.model_max_length = getattr(hf.config, 'max_position_embeddings', None) or int(1e30)
-    hf.resize_token_embeddings(1 + max(tokenizer.get_vocab().values()), mean_resizing=False)  # no rows beyond its ids
+    tokenizer.model_max_length = getattr(model.config, 'max_position_embeddings', None) or int(1e30)
+    model.resize_token_embeddings(n_ids(tokenizer), mean_resizing=False)  # no rows beyond its ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = {'bos_token_id': eos if bos is None else bos, 'eos_token_id': eos}
-    hf.config.update(ids)
-    hf.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id)
-    return hf, tokenizer, path
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id)
 
 
 def check_out(out: str) -> None:
@@ -111,8 +110,6 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
     Raises:
         UserError: The disk is full, or cannot be written.
     """
-    from safetensors import SafetensorError
-
     path = Path(os.path.realpath(out))
     part = path.with_name(f'.{path.name}.part')
     shutil.rmtree(part, ignore_errors=True)  # what a killed export has left
@@ -137,10 +134,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='A checkpoint as a Hugging Face folder.')
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help="a file, a sharded checkpoint's folder, or a run's; s3:// too")
-    parser.add_argument('out', metavar='OUT', help='a new folder')
-    parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32',
-                        help='of the weights; the two of 16 bits make a file of half the size; default: %(default)s')
+    add = parser.add_argument
+    add('checkpoint', metavar='CHECKPOINT', help="a file, a sharded checkpoint's folder, or a run's; s3:// too")
+    add('out', metavar='OUT', help='a new folder')
+    add('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32',
+        help='of the weights; the two of 16 bits make a file of half the size; default: %(default)s')
     add_arguments(parser)
     return parser.parse_args(argv)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
 from src.common import program
-from src.common.errors import UserError, first_line
+from src.common.errors import UserError, first_line, positive
 from src.common.progress import progress
 from src.tools.export_hf import add_arguments, load_checkpoint
 
@@ -39,33 +39,37 @@ def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
         model, info = load(path, trust_remote_code=False, local_files_only=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # each library that reads a part has error classes of its own, or none
-        raise UserError(f'CHECKPOINT_OR_FOLDER: {path} cannot be loaded as a model: {type(e).__name__}: {first_line(e)}; '
-                        'a folder with config, weights and tokenizer; write one with src/tools/export_hf.py') from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f'CHECKPOINT_OR_FOLDER: the tokenizer in {path} has no EOS token, at which a text ends; set eos_token '
-                        'in its tokenizer_config.json')
+        raise UserError(f'CHECKPOINT_OR_FOLDER: {path} cannot be loaded as a model: {type(e).__name__}: '
+                        f'{first_line(e)}; a folder with config, weights and tokenizer; write one with '
+                        'src/tools/export_hf.py') from None
     if info['missing_keys']:  # which transformers would draw at random
-        raise UserError(f'CHECKPOINT_OR_FOLDER: {path} lacks weights, such as {min(info["missing_keys"])}; a whole model; export '
-                        'or copy it again')
+        raise UserError(f'CHECKPOINT_OR_FOLDER: {path} lacks weights, such as {min(info["missing_keys"])}; a whole '
+                        'model; export or copy it again')
     return model.eval(), tokenizer
 
 
-def check_sampling(max_new_tokens: Optional[int], temperature: float, top_k: Optional[int], top_p: float, seed: int) -> None:
-    """Raises UserError where a value is out of its range."""
-    for name, value, good, allowed in (
-            ('--max_new_tokens', max_new_tokens, max_new_tokens is None or max_new_tokens > 0, 'a whole number above 0'),
-            ('--temperature', temperature, 0 <= temperature < math.inf, 'a number from 0, which takes the likeliest token'),
-            ('--top_k', top_k, top_k is None or top_k > 0, 'a whole number above 0; leave it out for all tokens'),
-            ('--top_p', top_p, 0 < top_p <= 1, 'a number above 0 and up to 1, which is all tokens'),
-            ('--seed', seed, 0 <= seed < 2**63, 'a whole number from 0')):
-        if not good:
-            raise UserError(f'{name}: {value}; {allowed}')
+def room_for(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: Optional[int]) -> int:
+    """How many tokens each prompt is continued by: what was asked for, or DEFAULT_TOKENS, or what fits the context.
+
+    Raises:
+        UserError: A prompt has no tokens, or does not fit the context.
+    """
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)['input_ids']]  # pyright: ignore
+    if 0 in lengths:
+        raise UserError(f'PROMPT: number {lengths.index(0) + 1} is empty; a text of at least one token to go on from')
+    context = getattr(model.config, 'max_position_embeddings', None) or math.inf
+    room = context - max(lengths)
+    if room < (max_new_tokens or 1):
+        mend = f'shorten it, or set --max_new_tokens={room} or less' if room > 0 else 'shorten it'
+        raise UserError(f'PROMPT: number {lengths.index(max(lengths)) + 1} has {max(lengths)} tokens, and the model '
+                        f'takes {context}, new ones included; {mend}')
+    return max_new_tokens or int(min(DEFAULT_TOKENS, room))
 
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: Optional[int] = None,
              temperature: float = 1.0, top_k: Optional[int] = None, top_p: float = 1.0, seed: int = 17,
-             use_cache: bool = True, streamer: Any = None) -> list[list[int]]:
+             streamer: Any = None) -> list[list[int]]:
     """Continues prompts, as one batch, with padding on the left and its positions masked.
 
     Args:
@@ -77,33 +81,23 @@ def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], m
         top_k: Sample from so many likeliest tokens; None: from all.
         top_p: Sample from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         seed: Of the sampling: the same batch and seed give the same text on one machine.
-        use_cache: Keep keys and values; without it, every step computes the whole text anew.
         streamer: Takes tokens as they come; transformers' own is for one prompt.
 
     Returns:
         Of each prompt the new token ids, up to EOS, which is left out.
 
     Raises:
-        UserError: A value out of its range, a prompt without tokens, or one that does not fit the context.
+        UserError: A prompt has no tokens, or does not fit the context.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)['input_ids']]  # pyright: ignore
-    if 0 in lengths:
-        raise UserError(f'PROMPT: number {lengths.index(0) + 1} is empty; a text of at least one token to go on from')
-    context = getattr(model.config, 'max_position_embeddings', None) or math.inf
-    if (room := context - max(lengths)) < (max_new_tokens or 1):
-        mend = f'shorten it, or set --max_new_tokens={room} or less' if room > 0 else 'shorten it'
-        raise UserError(f'PROMPT: number {lengths.index(max(lengths)) + 1} has {max(lengths)} tokens, and the model takes '
-                        f'{context}, new ones included; {mend}')
+    n_new = room_for(model, tokenizer, prompts, max_new_tokens)
     tokenizer.padding_side = 'left'
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batch: Any = tokenizer(prompts, add_special_tokens=False, return_tensors='pt', padding=True).to(model.device)
-    sampling = {'temperature': temperature, 'top_k': top_k or 0, 'top_p': top_p} if temperature else {}
-    config = GenerationConfig(do_sample=temperature > 0, max_new_tokens=max_new_tokens or int(min(DEFAULT_TOKENS, room)),
-                              use_cache=use_cache, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                              **sampling)
-    own, model.generation_config = model.generation_config, config  # from which transformers fills in what it takes for unset
+    sampling = {'do_sample': True, 'temperature': temperature, 'top_k': top_k or 0, 'top_p': top_p}
+    config = GenerationConfig(max_new_tokens=n_new, pad_token_id=tokenizer.pad_token_id,
+                              eos_token_id=tokenizer.eos_token_id, **(sampling if temperature else {}))
+    own, model.generation_config = model.generation_config, config  # transformers fills in from it what is unset
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -131,13 +125,14 @@ class TokenBar:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Continue prompts.')
-    parser.add_argument('model', metavar='CHECKPOINT_OR_FOLDER', help='as for src/tools/export_hf.py, or what that wrote')
-    parser.add_argument('prompts', nargs='+', metavar='PROMPT')
-    parser.add_argument('--max_new_tokens', type=int, metavar='N', help='per prompt; default: 100, or what fits the context')
-    parser.add_argument('--temperature', type=float, default=1.0, metavar='T', help='0: the likeliest token each time')
-    parser.add_argument('--top_k', type=int, metavar='K', help='sample from the K likeliest tokens; default: all')
-    parser.add_argument('--top_p', type=float, default=1.0, metavar='P', help='from those that together have probability P')
-    parser.add_argument('--seed', type=int, default=17, metavar='N', help='default: %(default)s')
+    add = parser.add_argument
+    add('model', metavar='CHECKPOINT_OR_FOLDER', help='as for src/tools/export_hf.py, or what that wrote')
+    add('prompts', nargs='+', metavar='PROMPT')
+    add('--max_new_tokens', type=positive, metavar='N', help='per prompt; default: 100, or what fits the context')
+    add('--temperature', type=float, default=1.0, metavar='T', help='0: the likeliest token each time')
+    add('--top_k', type=positive, metavar='K', help='sample from the K likeliest tokens; default: all')
+    add('--top_p', type=float, default=1.0, metavar='P', help='from those that together have probability P')
+    add('--seed', type=int, default=17, metavar='N', help='default: %(default)s')
     add_arguments(parser)
     return parser.parse_args(argv)
 
@@ -148,7 +143,6 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: All that the user can mend.
     """
-    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     if Path(args.model, 'config.json').is_file():
         for option, given in (('--tokenizer', args.tokenizer), ('--yaml', args.yaml)):
             if given:
@@ -157,11 +151,11 @@ def main(args: argparse.Namespace) -> None:
     else:
         model, tokenizer, _ = load_checkpoint(args.model, args.tokenizer, args.yaml, 'CHECKPOINT_OR_FOLDER')
     model.to('cuda' if torch.cuda.is_available() else 'cpu')  # pyright: ignore
-    streamer: Any = (TokenBar(args.max_new_tokens) if len(args.prompts) > 1 else
-                     TextStreamer(tokenizer, skip_special_tokens=True))  # pyright: ignore
-    texts = generate(model, tokenizer, args.prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-                     streamer=streamer)
-    if len(args.prompts) > 1:
+    several = len(args.prompts) > 1
+    streamer: Any = TextStreamer(tokenizer, skip_special_tokens=True)  # pyright: ignore
+    texts = generate(model, tokenizer, args.prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                     args.seed, TokenBar(args.max_new_tokens) if several else streamer)
+    if several:
         for i, (prompt, ids) in enumerate(zip(args.prompts, texts), 1):
             print(f'[{i}] {prompt}{tokenizer.decode(ids, skip_special_tokens=True)}')
 

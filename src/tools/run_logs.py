@@ -79,18 +79,15 @@ def read_run(path: str) -> Run:
     if not root.exists():
         raise UserError(f'{path}: no such file or folder; a run logs to loggers.tensorboard.log_dir or '
                         'loggers.file.filename')
-    folders, starts = _tensorboard_folders(root), {}
-    if not folders:
-        starts = _log_files(root)
-    places = sorted(folders or starts)
-    if not places:
+    runs = _tensorboard_runs(root) or _log_runs(root)
+    if not runs:
         raise UserError(f'{path}: holds no logs of TensorBoard or the file logger; train with '
                         'loggers.tensorboard.log_dir=./runs')
-    if len(places) > 1:
-        raise UserError(f'{path}: holds {len(places)} runs; name one or more of them: '
-                        f'{", ".join(map(str, places[:4]))}')
-    place = places[0]
-    scalars, hparams = _joined(_tensorboard(place) if folders else _lines(starts[place]))
+    if len(runs) > 1:
+        raise UserError(f'{path}: holds {len(runs)} runs; name one or more of them: '
+                        f'{", ".join(map(str, sorted(runs)[:4]))}')
+    place, events = runs.popitem()
+    scalars, hparams = _joined(events)
     if TRAIN not in scalars:
         raise UserError(f'{path}: has no {TRAIN}: the run has not logged a batch yet')
     return Run(place.name if place.is_dir() else place.stem, place, scalars, hparams)
@@ -114,13 +111,14 @@ def _joined(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[
 # ---------------------------------------------------------------- TensorBoard
 
 
-def _tensorboard_folders(root: Path) -> set[Path]:
+def _tensorboard_runs(root: Path) -> dict[Path, Iterator[Event]]:
     files = [root] if root.is_file() and 'tfevents' in root.name else root.rglob('events.out.tfevents*')
     folders = {file.parent for file in files}
-    return {folder for folder in folders if folder.parent not in folders}  # Composer has one of its own in a run's
+    # Below a run's folder lies one of Composer's own, for hyperparameters.
+    return {folder: _tensorboard_events(folder) for folder in folders if folder.parent not in folders}
 
 
-def _tensorboard(folder: Path) -> Iterator[Event]:
+def _tensorboard_events(folder: Path) -> Iterator[Event]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -139,15 +137,16 @@ def _tensorboard(folder: Path) -> Iterator[Event]:
 LINE = re.compile(r'\[(?P<kind>metric|hyperparameter)\](?:\[batch=(?P<batch>\d+)\])?: (?P<name>.+?): (?P<value>.*)')
 
 
-def _log_files(root: Path) -> dict[Path, list[Path]]:
-    """The files of each run's starts, in their order; by the folder, if it holds one run, or by the first file."""
+def _log_runs(root: Path) -> dict[Path, Iterator[Event]]:
+    """By the folder, if it holds one run, or by the file of the first start."""
     if root.is_file():
         found = [root] if _is_log(root) else []
     else:  # all ranks log the same
         found = [file for file in root.rglob('*') if _is_log(file) and not re.search(r'rank[1-9]', file.name)]
-    firsts = {_first_start(file)[0] for file in found}
-    runs = {first: sorted((file for file in first.parent.iterdir() if _first_start(file)[0] == first),
-                          key=lambda file: _first_start(file)[1]) for first in firsts}
+    runs = {}
+    for first in {_first_start(file)[0] for file in found}:
+        starts = [file for file in first.parent.iterdir() if _first_start(file)[0] == first]
+        runs[first] = _log_events(sorted(starts, key=lambda file: _first_start(file)[1]))
     return {root: next(iter(runs.values()))} if root.is_dir() and len(runs) == 1 else runs
 
 
@@ -166,7 +165,7 @@ def _first_start(file: Path) -> tuple[Path, int]:
     return file, 1
 
 
-def _lines(files: list[Path]) -> Iterator[Event]:
+def _log_events(files: list[Path]) -> Iterator[Event]:
     for file in files:
         with open(file, encoding='utf-8', errors='replace') as lines:
             for match in filter(None, map(LINE.match, lines)):

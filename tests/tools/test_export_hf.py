@@ -283,8 +283,6 @@ def test_fine_tuning_begins_with_the_loss_of_the_checkpoint(exported, full, mds_
 
 def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path):
     bare = tmp_path / 'bare.pt'
-    for section in ('tokenizer', 'model'):
-        (tmp_path / f'{section}.yaml').write_text(f'{section}: gpt2')
     bare.write_bytes((full[0] / 'ep0-ba4-rank0.pt').read_bytes())
     assert refused(bare, tmp_path / 'out').startswith('--yaml: none given, and no manifest beside')
     said = refused(bare, tmp_path / 'out', '--yaml', QUICKSTART, f'data_remote={mds_root}')
@@ -293,10 +291,6 @@ def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path
     assert 'layers' not in said and 'h.2' in refused(bare, tmp_path / 'out', '--yaml', QUICKSTART, *overrides, 'model.n_layers=3')
     assert not (tmp_path / 'out').exists()
     yaml = ['--yaml', QUICKSTART, *overrides]
-    assert refused(bare, tmp_path / 'out', *yaml, 'model.n_heads=3').startswith('model: `embed_dim` must be div')
-    for section in ('tokenizer', 'model'):
-        said = refused(bare, tmp_path / 'out', '--yaml', tmp_path / f'{section}.yaml')
-        assert said.startswith(f"{section}: 'gpt2' must be a section")
     saved = full[0] / 'ep0-ba4-rank0.pt'
     assert 'has model.n_heads 2, and here it is 4' in refused(saved, tmp_path / 'out', *yaml, 'model.n_heads=4')
     export(bare, tmp_path / 'out', *yaml)
