@@ -6,11 +6,11 @@ from typing import NamedTuple, Optional
 
 from src.common.errors import UserError
 from src.common.flops import Card, train_flops_per_token
-from src.config import remedies as settings
 from src.config.derived import device_batch_size, microbatch_size, resolve_precision
-from src.config.remedies import Remedy
 from src.config.schema import TIME, Config, FSDPConfig
+from src.sizing import remedies as settings
 from src.sizing.memory import Memory, predict, traced
+from src.sizing.remedies import Remedy
 from src.sizing.step_trace import Trace
 
 # An assumption; src/tools/benchmark.py measures it. Chowdhery et al. 2022 (PaLM), table 3: from 0.21 (GPT-3) to 0.46.

@@ -9,8 +9,8 @@ from composer.utils import dist
 
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError, first_line, is_out_of_memory
-from src.config.remedies import remedies
 from src.config.schema import Config
+from src.sizing.remedies import remedies
 
 
 @contextmanager

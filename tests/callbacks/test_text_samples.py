@@ -148,7 +148,7 @@ def test_values_out_of_range_are_refused(keywords, message):
 
 def test_what_cannot_work_is_refused(mds_root, tokenizer):
     cfg = config.load([QUICKSTART, *tiny(mds_root, 'callbacks.text_samples.prompts=one', 'callbacks.text_samples.seeds=1')])
-    with pytest.raises(UserError, match=r"text_samples.seeds: no such key(.|\n)*prompts: 'one' must be a list"):
+    with pytest.raises(UserError, match=r"prompts: 'one' must be a list(.|\n)*text_samples.seeds: no such key"):
         check(cfg, plugins.REGISTRIES, 1, False)
     with pytest.raises(UserError, match="callbacks.text_samples.prompts: 'The river' has . tokens; 1 to 1 leave room"):
         TextSamples(['The river']).prepare(tokenizer, 2)

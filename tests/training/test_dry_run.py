@@ -114,7 +114,7 @@ def test_a_model_without_an_estimate_is_no_mistake(mds_root, capfd, monkeypatch)
 MISTAKES = {
     'key': ['model.d_modle=3'],
     'callback': ['callbacks.speed_monitor.time_unit=parsecs'],
-    'a GPU': ['callbacks.memory_snapshot={}'],
+    'a GPU': ['precision=amp_bf16'],
     'prompts': ['callbacks.text_samples={prompts: [""]}'],
     'a long prompt': ['callbacks.text_samples={prompts: ["' + 'word ' * 300 + '"]}'],
     'logger': ['loggers.cometml={}'],
@@ -139,7 +139,7 @@ def test_mistakes_are_those_of_a_run(case, mds_root, capfd):
         said = capfd.readouterr().err
         messages.append(said[said.index('error: '):])
     assert messages[0] == messages[1]
-    named = {'callback': 'speed_monitor', 'a GPU': 'callbacks.memory_snapshot: needs a GPU',
+    named = {'callback': 'speed_monitor', 'a GPU': "precision: 'amp_bf16' needs a GPU",
              'prompts': 'callbacks.text_samples: prompts', 'a long prompt': 'leave room for more',
              'vocabulary': 'vocab_size', 'data': 'nowhere', 'flag': "'--dryrun' is not of the form key=value"}
     assert named.get(case, MISTAKES[case][0].split('=')[0].split('.')[-1]) in messages[1]
