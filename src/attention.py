@@ -129,14 +129,10 @@ PACKAGES = {'flash-attn-2': 'flash_attn', 'flash-attn-3': 'flash_attn_interface'
 
 def choose_attention(impl: str, head_dim: int, within_document: bool = False,
                      kernel: str = 'auto') -> tuple[str, AttentionFn, tuple[torch.dtype, ...]]:
-    """Resolves `attn_impl`, when the model is built.
+    """Resolves `attn_impl` and `flash_kernel`, when the model is built.
 
-    Args:
-        impl: `torch`, `sdpa`, `flash` (a FlashAttention kernel or an error) or `auto` (`flash` where the GPU allows
-            it and the inputs are fp16 or bf16, else `sdpa`).
-        head_dim: Width of one head.
-        within_document: The function will be given `Documents`. Every one takes them; this chooses the kernel for it.
-        kernel: `flash_kernel`: which FlashAttention.
+    `flash` is a FlashAttention kernel or an error; `auto` is `flash` where the GPU allows it and the inputs are fp16 or
+    bf16, else `sdpa`. Every function takes `Documents`; `within_document` chooses the kernel for them.
 
     Returns:
         The kernel's name for the log, the function, and of which types it takes documents by `Documents.cu_seqlens`.
@@ -164,11 +160,8 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False,
 def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'auto') -> tuple[str, AttentionFn]:
     """A FlashAttention kernel for this machine, and its name.
 
-    Args:
-        head_dim: Width of one head.
-        within_document: For rows of several documents, by a variable-length kernel.
-        choice: One of PACKAGES, `cudnn` or `pytorch`; `auto`: cuDNN's on Hopper and newer, where it is the faster one,
-            if it can do it; else the package `flash-attn`, version 2, if it is installed; else the one in PyTorch.
+    `auto` takes cuDNN's on Hopper and newer, where it is the faster one, if it can do it; else the package
+    `flash-attn`, version 2, if it is installed; else the one in PyTorch.
 
     Raises:
         UserError: There is no GPU, or not this kernel for it.

@@ -108,17 +108,18 @@ class Initialiser:
         which its user may have changed, and whose initialisation draws no random numbers, stays as it is.
         """
         fresh = copy.copy(module)
-        fresh._parameters, fresh._buffers = {}, {}
+        fresh._parameters, fresh._buffers = {**module._parameters}, {**module._buffers}
         for name, t in tensors.items():
-            blank = t.detach().clone() if self.has_values else _nothing_like(t)
+            nothing = torch.nan if t.is_floating_point() else 0
+            blank = t.detach().clone() if self.has_values else torch.full(t.shape, nothing, dtype=t.dtype)
             if name in module._buffers:
                 fresh._buffers[name] = blank
             else:
                 fresh._parameters[name] = nn.Parameter(blank, t.requires_grad)
         # nn.MultiheadAttention calls it `_reset_parameters`
         initialise = getattr(fresh, 'reset_parameters', None) or getattr(fresh, '_reset_parameters', None)
-        if not self.has_values and initialise is None:
-            _check_none_is_unset(module, path, tensors)
+        if initialise is None:
+            _check_none_is_unset(module, path, () if self.has_values else tensors)
         if not tensors or initialise is None:
             return
         with torch.random.fork_rng(devices=[]):
@@ -133,11 +134,6 @@ class Initialiser:
                 module._buffers[name] = made[name].to(t.device)
             elif name not in tied:
                 copy_whole(t, made[name])
-
-
-def _nothing_like(t: Tensor) -> Tensor:
-    """A whole tensor on the CPU, of NaN where its type has that."""
-    return torch.full(t.shape, torch.nan if t.is_floating_point() else 0, dtype=t.dtype)
 
 
 def _check_none_is_unset(module: nn.Module, path: str, names: Iterable[str]) -> None:

@@ -61,8 +61,9 @@ class DecoupledAdamW(composer.optim.DecoupledAdamW):
 
 def build_optimizer(cfg: OptimizerConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """`decoupled_adamw` (weight decay as a factor of its own) or `adamw` (times the learning rate)."""
-    settings: dict[str, Any] = {'lr': cfg.lr, 'betas': tuple(cfg.betas), 'eps': cfg.eps, 'weight_decay': cfg.weight_decay}
-    optimizer = DecoupledAdamW(params, **settings) if cfg.name == 'decoupled_adamw' else AdamW(params, **settings)
+    cls = DecoupledAdamW if cfg.name == 'decoupled_adamw' else AdamW
+    betas: Any = tuple(cfg.betas)
+    optimizer = cls(params, lr=cfg.lr, betas=betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
     optimizer.fuses = cfg.fused
     return optimizer
 

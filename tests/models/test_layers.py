@@ -191,8 +191,10 @@ def test_subclasses_of_pytorchs_layers():
         model = MosaicGPT(TINY | {'device': device})
         model.blocks[0].own = Eye(4, 4, device=device)
         model.blocks[1].own = nn.Embedding(40, 16, padding_idx=7, device=device)
+        model.blocks[2].own = nn.LayerNorm(4, bias=False, device=device)
         model.materialize('cpu') if device == 'meta' else model.init_weights()
         assert torch.equal(model.blocks[0].own.weight, torch.eye(4)) and (model.blocks[0].own.bias == 1).all()
+        assert (model.blocks[2].own.weight == 1).all() and model.blocks[2].own.bias is None
         embedding = model.blocks[1].own.weight
         assert (embedding[7] == 0).all() and embedding.std().item() == pytest.approx(0.08, rel=0.1)
     model = MosaicGPT(TINY)
