@@ -122,7 +122,8 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
                         f'{base.model_type!r}; take it back, or leave model.pretrained_model_name_or_path out')
     unknown = [key for key in overrides if not hasattr(base, key)]
     if unknown:
-        raise UserError(f'model.config_overrides: {", ".join(unknown)}: no such key in the config of {base.model_type}; '
+        raise UserError(f'model.config_overrides: {", ".join(unknown)}: no such key in the config of '
+                        f'{base.model_type}; '
                         f'take it back (on the command line: model.config_overrides.{unknown[0]}=null); known: '
                         f'{", ".join(sorted(base.attribute_map | base.to_dict()))}')
     try:
@@ -133,8 +134,9 @@ def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> Pretrain
             config.dtype = torch.float32
         if not isinstance(config.dtype, torch.dtype):
             raise TypeError(f'dtype {config.dtype!r} is no type such as float32 or bfloat16')
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:  # the last is transformers' from 5 on
-        raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: {first_line(e)}') from None
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:  # the last: transformers 5's
+        raise UserError(f'model.config_overrides: {overrides} is refused by {base.model_type}: '
+                        f'{first_line(e)}') from None
     never = config.model_type in NEVER_CAUSAL
     if never or config.model_type in ENCODERS and not config.is_decoder:
         way = '' if never else ', or set model.config_overrides.is_decoder=true'
@@ -204,7 +206,8 @@ class ComposerHFCausalLM(ComposerCausalLM):
         super().__init__(HFCausalLM(model), *sizes, max_seq_len=max_seq_len)
         # The shape itself rather than a name: whoever uses a checkpoint may have neither the hub nor the folder.
         known = type(config)()
-        shape = {key: value for key, value in config.to_diff_dict().items() if hasattr(known, key) and key != '_name_or_path'}
+        shape = {key: value for key, value in config.to_diff_dict().items()
+                 if hasattr(known, key) and key != '_name_or_path'}
         self.described_by = cfg.model_copy(update={
             'pretrained_model_name_or_path': None, 'pretrained': False,
             'config_overrides': shape | {'model_type': config.model_type}}).model_dump()
