@@ -47,16 +47,16 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
         UserError: Everything in the config or the data that the user can mend.
         Stopped: SIGTERM or SIGINT came; the batch at hand is finished and saved.
     """
-    run = prepare(cfg, watch, dry_run)
+    run = prepare(cfg, watch, dry_run)  # a dry run builds the same, with nothing that writes
     c, start = run.c, run.start
     tokenizer = build.build_tokenizer(c)
     model = build.build_model(c, tokenizer, start)
     train_data = build.build_train_data(c, model, run.device_batch)
     evaluators = build.build_evaluators(c, model)
-    settings, changed = build.compare(run, model, train_data, evaluators)
+    settings, changed = build.compare_with_checkpoint(run, model, train_data, evaluators)
     writer = build.build_writer(run, model, tokenizer, settings)
-    every = build.build_callbacks(run, tokenizer, changed.schedule, writer, callbacks)
-    with loading.reading(start, c.trust_checkpoint), explained(c):
+    all_callbacks = build.build_callbacks(run, tokenizer, changed.schedule, writer, callbacks)
+    with loading.reading_safely(start, c.trust_checkpoint), explained(c):
         trainer = Trainer(
             model=model,
             train_dataloader=train_data,
@@ -64,7 +64,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             optimizers=optimizers.build_optimizer(c.optimizer, model.parameters()),
             schedulers=optimizers.build_scheduler(c.scheduler),
             algorithms=plugins.build_algorithms(c),
-            callbacks=every,
+            callbacks=all_callbacks,
             loggers=plugins.build_all('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=run.microbatch,
@@ -81,7 +81,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             log_traces=c.log_traces,
             load_path=start.read_by_composer,
             load_weights_only=start.kind == 'weights',
-            load_ignore_keys=loading.same_weights(start, model.state_dict()),
+            load_ignore_keys=loading.same_weights(start, model.state_dict()),  # refuses other weights, ignores none
             load_exclude_algorithms=dir(algorithms),  # Composer would `eval` what a checkpoint says of them
         )
     loading.finish_loading(start, trainer)

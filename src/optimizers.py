@@ -78,7 +78,7 @@ def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
 
 
 class OptimizerSettings(Callback):
-    """Has the config's settings of the optimizer take effect in a resumed run. A checkpoint brings its own run's.
+    """Gives a resumed run the optimizer's settings of its config, where loading brings those of the checkpoint.
 
     Args:
         new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's. Where they are

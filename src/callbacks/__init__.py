@@ -1,1 +1,4 @@
-"""What looks into a running training: figures, guard, stop, profiling, loggers."""
+"""What looks into a running training: figures, guard, stop, profiling, loggers.
+
+The names that a YAML gives them are in src/training/plugins.py.
+"""

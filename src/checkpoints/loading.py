@@ -71,7 +71,7 @@ def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting:
                             'the run had it')
 
 
-def check_place(start: Start, samples: int) -> None:
+def check_sample_in_epoch(start: Start, samples: int) -> None:
     """Refuses to go on behind the end of an epoch, which has so many samples."""
     place = start.manifest.sample_in_epoch if start.kind == 'resume' and start.manifest else 0
     if place > samples:
@@ -84,7 +84,7 @@ def check_place(start: Start, samples: int) -> None:
 
 
 @contextmanager
-def reading(start: Start, trusted: Optional[bool] = None) -> Iterator[None]:
+def reading_safely(start: Start, trusted: Optional[bool] = None) -> Iterator[None]:
     """Has Composer's Trainer read its `load_path` without running code. A fault of the file ends in one message.
 
     Only the functions that read are wrapped. An error of a model, an optimizer or a callback keeps its traceback.

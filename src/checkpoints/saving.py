@@ -76,7 +76,10 @@ class UnfinishedSave:
 
 
 def begin(name: str, folder: Folder, local: str) -> None:
-    """Makes what is left of half a save no checkpoint, until its new manifest is written. On all ranks."""
+    """Marks this step as unfinished and voids an old manifest: a crash now leaves nothing that looks whole.
+
+    All ranks have to call it.
+    """
     if dist.get_local_rank() == 0:  # it may have been written by more ranks
         shutil.rmtree(Path(local, name), ignore_errors=True)
     if dist.get_global_rank() == 0:

@@ -28,7 +28,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def by_death(cls, me: Process, local_rank: int) -> 'Failure':
-        """Of a rank on this node that said nothing."""
+        """The failure of a rank on this node whose process died without a message."""
         rank = me.rank - me.local_rank + local_rank
         return cls(rank, me.node, me.host, f'its process died{shared_memory_is_low()}')
 

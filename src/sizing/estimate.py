@@ -112,7 +112,7 @@ def counts(c: Config) -> list[int]:
 
 
 def needs(c: Config, card: Card, n: int, microbatch: int) -> Memory:
-    """Of each of n devices; a microbatch is never more than what a device has."""
+    """The predicted peak of each of n devices; a microbatch is never more than what a device has."""
     return predict(c, n, card.is_gpu, microbatch_size(device_batch_size(c.global_train_batch_size, n), microbatch))
 
 

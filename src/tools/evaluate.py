@@ -33,7 +33,7 @@ from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
 from src.causal_lm import ComposerCausalLM
-from src.checkpoints.loading import check_loadable, finish_loading, reading, same_weights
+from src.checkpoints.loading import check_loadable, finish_loading, reading_safely, same_weights
 from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
 from src.config import load as config
@@ -129,7 +129,7 @@ def sums(c: Config, start: Start, model: ComposerCausalLM, evaluators: list[Eval
     has_gpu = torch.cuda.is_available()
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
-    with reading(start), explained(c):
+    with reading_safely(start), explained(c):
         trainer = Trainer(
             model=model,
             eval_dataloader=evaluators,

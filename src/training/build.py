@@ -9,7 +9,7 @@ from composer.core import Callback, DataSpec, Evaluator
 from src.callbacks.graceful_stop import GracefulStop
 from src.callbacks.metrics import StepCounters
 from src.causal_lm import ComposerCausalLM
-from src.checkpoints.loading import check_model, check_place
+from src.checkpoints.loading import check_model, check_sample_in_epoch
 from src.checkpoints.manifest import RunInfo
 from src.checkpoints.resume import Changes, changes, run_settings
 from src.checkpoints.start import Start
@@ -96,15 +96,15 @@ def build_evaluators(c: Config, model: ComposerCausalLM) -> list[Evaluator]:
                       device_eval_microbatch_size=c.device_eval_batch_size, dataloader=spec)]
 
 
-def compare(run: Setup, model: ComposerCausalLM, train: DataSpec,
-            evaluators: list[Evaluator]) -> tuple[dict[str, Any], Changes]:
-    """Holds the data against the other ranks, the early stopper and the checkpoint.
+def compare_with_checkpoint(run: Setup, model: ComposerCausalLM, train: DataSpec,
+                            evaluators: list[Evaluator]) -> tuple[dict[str, Any], Changes]:
+    """Checks that all ranks read the same data, and that a resumed run can go on with these settings and data.
 
     Returns:
-        What manifests say of this run, and what has changed since the checkpoint.
+        The settings that manifests of this run hold, and what has changed since the checkpoint.
 
     Raises:
-        UserError: They do not go together.
+        UserError: The ranks, the early stopper or the checkpoint do not go with the data.
     """
     check_early_stopper(run.c, {'train': model.get_metrics(is_train=True),
                                   **{evaluator.label: model.get_metrics() for evaluator in evaluators}})
@@ -115,7 +115,7 @@ def compare(run: Setup, model: ComposerCausalLM, train: DataSpec,
         return settings, Changes([], False)
     changed = changes(run.start, settings, data.counts_samples(train.dataloader))
     if data.has_kits_loader() and data.counts_samples(train.dataloader):
-        check_place(run.start, train.dataloader.dataset.epoch_size)  # pyright: ignore
+        check_sample_in_epoch(run.start, train.dataloader.dataset.epoch_size)  # pyright: ignore
     return settings, changed
 
 
