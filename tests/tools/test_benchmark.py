@@ -129,7 +129,9 @@ def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--sweep: 'lr' is not of the form key=a,b,c"):
         run(tmp_path / 'out', '--sweep', 'lr')
     (tmp_path / 'other.json').write_text('no JSON')
-    for out in tmp_path / 'other', tmp_path / 'other.json' / 'x':
+    (tmp_path / 'numbers.json').write_text('[1, 2]')
+    (tmp_path / 'page.md').mkdir()
+    for out in tmp_path / 'other', tmp_path / 'numbers', tmp_path / 'page', Path('.'), tmp_path / 'other.json' / 'x':
         with pytest.raises(UserError, match='--out: .* cannot be read or made: .*; name another'):
             run(out, '--append')
 
