@@ -77,7 +77,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "Hugging Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that loop, which shows "
         'what the Trainer costs; may be given twice')
     add('--profile', action='store_true', help=f'{PROFILED} more steps under the profiler: a Chrome trace and a table')
-    add('--out', type=Path, default=Path('benchmark'), metavar='PATH', help='PATH.json and PATH.md; default: %(default)s')
+    add('--out', type=Path, default=Path('benchmark'), metavar='PATH',
+        help='PATH.json and PATH.md; default: %(default)s')
     add('--append', action='store_true', help='keep what the two files hold')
     return parser.parse_intermixed_args(argv)
 

@@ -9,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from composer.core import Callback, Precision, State
+from composer.core import Callback, Event, Precision, State
 from composer.loggers import Logger
 from hosts import NODE, need_nodes
 from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
@@ -30,7 +31,7 @@ from src.config import load as config
 from src.config.check import check
 from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
 from src.tools import benchmark
-from src.tools.stopwatch import PARTS, build_rivals
+from src.tools.stopwatch import PARTS, Stopwatch, build_rivals
 from src.training.plugins import REGISTRIES
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
@@ -134,6 +135,13 @@ def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
     for out in tmp_path / 'other', tmp_path / 'numbers', tmp_path / 'page', Path('.'), tmp_path / 'other.json' / 'x':
         with pytest.raises(UserError, match='--out: .* cannot be read or made: .*; name another'):
             run(out, '--append')
+
+
+def test_a_try_that_did_not_fit_is_not_timed() -> None:
+    watch, nothing = Stopwatch(0, 1, {}), MagicMock()
+    for event in ('BEFORE_DATALOADER', 'AFTER_DATALOADER', *['BEFORE_TRAIN_BATCH', 'BEFORE_FORWARD', 'AFTER_FORWARD'] * 2):
+        watch.run_event(Event[event], nothing, nothing)
+    assert {part: len(pairs) for part, pairs in watch._step.items()} == {'data': 1, 'forward': 1}
 
 
 def test_rivals_are_the_same_model(tmp_path: Path) -> None:
