@@ -120,7 +120,7 @@ def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
         [f'model.attn_impl={attn}', f'device_train_microbatch_size={n}'] for attn in ('torch', 'sdpa') for n in (3, 'none')]
     assert [record.get('microbatch') for record in records] == [3, None, 3, None]
     assert [record.get('attention') for record in records] == ['torch (plain maths)', None, 'sdpa (PyTorch)', None]
-    assert records[1]['error'] == "device_train_microbatch_size: 'none' must be a whole number"
+    assert records[1]['error'] == "device_train_microbatch_size: 'none' must be a whole number or 'auto'"
     run(tmp_path / 'out', '--append')
     assert len(json.loads((tmp_path / 'out.json').read_text())) == 5
     page = (tmp_path / 'out.md').read_text()
