@@ -145,6 +145,9 @@ def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn
         The parameters of each FSDP unit, in the order in which the units run: the list fills in the forward pass.
     """
     is_unit = getattr(model.model, 'fsdp_wrap_fn', lambda module: False)
+    modules = [module for module in model.model.modules() if is_unit(module)]
+    owner = {p: module for module in modules for p in module.parameters()}  # the innermost unit, which comes last
+    running: list[int] = []
     units: list[list[nn.Parameter]] = []
 
     def finish_unit_and_enter(name: str, unit: int = -1) -> None:
@@ -164,15 +167,19 @@ def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn
         if live.phase.name in (FORWARD, LOSS):  # else activations are computed again
             if not units:
                 at_gradient_of(inputs, EMBEDDINGS)
-            units.append(list(module.parameters()))
-            live.enter(FORWARD, len(units) - 1)
+            running.append(len(units))
+            units.append([p for p in owner if owner[p] is module])
+            live.enter(FORWARD, running[-1])
 
     def after_forward(module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if live.phase.name == FORWARD:
-            at_gradient_of(outputs, BACKWARD, live.phase.unit)
-            live.enter(LOSS)
+        if live.phase.name in (FORWARD, LOSS):
+            at_gradient_of(outputs, BACKWARD, running.pop())
+            if running:
+                live.enter(FORWARD, running[-1])
+            else:
+                live.enter(LOSS)
 
-    for module in filter(is_unit, model.model.modules()):
+    for module in modules:
         module.register_forward_pre_hook(before_forward, with_kwargs=True)
         module.register_forward_hook(after_forward)
     for p in filter(lambda p: p.requires_grad, model.parameters()):

@@ -20,6 +20,7 @@ import argparse
 import atexit
 import gc
 import json
+import os
 import re
 import resource
 import shlex
@@ -76,7 +77,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "Hugging Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that loop, which shows "
         'what the Trainer costs; may be given twice')
     add('--profile', action='store_true', help=f'{PROFILED} more steps under the profiler: a Chrome trace and a table')
-    add('--out', default='benchmark', metavar='PATH', help='PATH.json and PATH.md; default: %(default)s')
+    add('--out', type=Path, default=Path('benchmark'), metavar='PATH',
+        help='PATH.json and PATH.md; default: %(default)s')
     add('--append', action='store_true', help='keep what the two files hold')
     return parser.parse_intermixed_args(argv)
 
@@ -297,6 +299,10 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
     try:
         records = json.loads(target.read_text('utf-8')) if args.append and target.exists() else []
         target.parent.mkdir(parents=True, exist_ok=True)
+        known = isinstance(records, list) and all(isinstance(r, dict) and 'yaml' in r for r in records)
+        is_folder = not args.out.name or target.is_dir() or Path(f'{args.out}.md').is_dir()
+        if not known or is_folder or not os.access(target.parent, os.W_OK):
+            raise ValueError('a folder that may not be written, or another file')
     except (OSError, ValueError) as error:
         raise UserError(f'--out: {target} cannot be read or made: {error}; name another') from None
     for chosen in runs:

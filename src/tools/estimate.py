@@ -5,6 +5,7 @@ Computed without a GPU, from a step of the model on tensors without data. With n
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def main(args: argparse.Namespace) -> list[Estimate]:
     """
     if not 0 < args.mfu <= 1:
         raise UserError(f'--mfu: {args.mfu:g} must be above 0 and at most 1, as in {MFU}')
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise UserError(f'--price: {args.price:g} must be a number of dollars, 0 or more')
     if args.yaml:
         e = estimate_of(args.yaml, args)
         print(f'{args.yaml} on {args.gpu}\n\n{report(e, args.price)}')

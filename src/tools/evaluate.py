@@ -118,7 +118,8 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     place = dataset.place if dataset else 'what eval_loader, a loader of your own, gives'
     if not targets:
         raise UserError(f'eval_loader.dataset: {place} holds no token to predict')
-    return {'loss': nats / targets, 'perplexity': float(np.exp(nats / targets)),
+    loss = nats / targets
+    return {'loss': loss, 'perplexity': math.inf if loss > 709 else math.exp(loss),  # more has no float
             'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes > 0 else None,  # NaN is not above 0
             'documents' if dataset and dataset.column == 'text' else 'sequences': int(samples), 'tokens': int(targets),
             'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': place, 'weights': weights(c, start)}
@@ -188,7 +189,7 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
     """
     check_environment(os.environ)
     if args.out and dist.get_global_rank() == 0:  # which writes it
-        if not os.access(args.out.absolute().parent, os.W_OK):
+        if not args.out.absolute().parent.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
             raise UserError(f'--out: {args.out}: there is no folder {args.out.parent} that may be written')
         if args.out.exists():
             raise UserError(f'--out: {args.out} is there already; name another, or move it away')
@@ -198,7 +199,8 @@ def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict
     if dist.get_global_rank() == 0:
         print(text(found), flush=True)
         if args.out:
-            args.out.write_text(json.dumps(found, indent=1) + '\n', 'utf-8')
+            no_json = {key: None for key, x in found.items() if isinstance(x, float) and not math.isfinite(x)}
+            args.out.write_text(json.dumps(found | no_json, indent=1) + '\n', 'utf-8')
     return found
 
 

@@ -54,11 +54,19 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
     weights, manifest, path = checkpoint.read(path, setting)
     model, name = _described(path, manifest, tokenizer_name, yaml)
     check_model(manifest, model, f'--yaml: {path}')
-    hf = hf_model(model, weights, '--yaml' if yaml else path)
+    try:
+        hf = hf_model(model, weights, '--yaml' if yaml else path)
+    except UserError:
+        raise
+    except ValueError as e:  # transformers' of a shape that cannot be
+        raise UserError(f'model: {first_line(e)}; give section model as the run had it') from None
     kit = HFTokenizer(name, 2)
     if manifest and manifest.tokenizer_hash:
         kit.check_made(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash,
                        '--tokenizer' if tokenizer_name else 'tokenizer_name')
+    if tokenizer_name and n_ids(kit.tokenizer) > hf.config.vocab_size:
+        raise UserError(f'--tokenizer: {tokenizer_name} is not that of this model, whose vocabulary has '
+                        f'{hf.config.vocab_size} tokens; name the one that it was trained with')
     check_vocab(kit, hf.config.vocab_size)
     _fit_together(hf, kit.tokenizer)
     return hf, kit.tokenizer, path
@@ -68,6 +76,9 @@ def _described(path: str, manifest: Optional[Manifest], tokenizer_name: Optional
                yaml: Optional[list[str]]) -> tuple[dict[str, Any], str]:
     """Section `model` of the run, and the name of its tokenizer."""
     cfg = plain(load(yaml)) if yaml else {}
+    for section in ('model', 'tokenizer'):
+        if not isinstance(cfg.get(section) or {}, dict):
+            raise UserError(f'{section}: {cfg[section]!r} must be a section with keys of its own, as in the YAMLs')
     model, name = cfg.get('model'), tokenizer_name or (cfg.get('tokenizer') or {}).get('tokenizer_name')
     if model and (overrides := model.get('config_overrides')):  # null: the model's own value
         model['config_overrides'] = {key: value for key, value in overrides.items() if value is not None}

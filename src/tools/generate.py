@@ -25,6 +25,10 @@ from src.common.progress import progress
 from src.tools.export_hf import add_arguments, load_checkpoint
 
 DEFAULT_TOKENS = 100
+IN_RANGE = {  # argument: what its value has to be, and how that is said
+    'temperature': (lambda x: 0 <= x < math.inf, 'a number from 0, which takes the likeliest token'),
+    'top_p': (lambda x: 0 < x <= 1, 'a number above 0 and up to 1, which is all tokens'),
+    'seed': (lambda x: 0 <= x < 2**63, 'a whole number from 0')}
 
 
 def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
@@ -42,6 +46,9 @@ def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
         raise UserError(f'CHECKPOINT_OR_FOLDER: {path} cannot be loaded as a model: {type(e).__name__}: '
                         f'{first_line(e)}; a folder with config, weights and tokenizer; write one with '
                         'src/tools/export_hf.py') from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f'CHECKPOINT_OR_FOLDER: the tokenizer in {path} has no EOS token, at which a text ends; set '
+                        'eos_token in its tokenizer_config.json')
     if info['missing_keys']:  # which transformers would draw at random
         raise UserError(f'CHECKPOINT_OR_FOLDER: {path} lacks weights, such as {min(info["missing_keys"])}; a whole '
                         'model; export or copy it again')
@@ -143,6 +150,9 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: All that the user can mend.
     """
+    for name, (is_in_range, allowed) in IN_RANGE.items():
+        if not is_in_range(value := getattr(args, name)):
+            raise UserError(f'--{name}: {value}; {allowed}')
     if Path(args.model, 'config.json').is_file():
         for option, given in (('--tokenizer', args.tokenizer), ('--yaml', args.yaml)):
             if given:

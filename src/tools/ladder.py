@@ -202,13 +202,19 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(layers)
 
 
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f'{text} is not a number above 0')
+    return float(text)
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--out', type=Path, default='./ladder', help='folder of data, logs and checkpoints; default: %(default)s')
     add('--sizes', nargs='+', type=parse_size, default=[parse_size(size) for size in SIZES], metavar='WIDTHxLAYERS',
         help=f'default: {" ".join(SIZES)}')
-    add('--tokens_per_parameter', type=float, default=20.0, metavar='N', help='default: %(default)g')
+    add('--tokens_per_parameter', type=above_zero, default=20.0, metavar='N', help='default: %(default)g')
     add('--jobs', type=positive, default=1 if torch.cuda.is_available() else 2, metavar='N',
         help='runs at a time; default: %(default)s')
     return parser.parse_args(argv)
@@ -221,7 +227,10 @@ def main(args: argparse.Namespace) -> None:
         UserError: A run has failed.
     """
     out = args.out.expanduser().resolve()  # a shell leaves the ~ of --out=~/x as it is
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'--out: {out} cannot be made: {e.strerror}') from None
     rungs = sorted({Rung(width, layers, args.tokens_per_parameter) for width, layers in args.sizes},
                    key=lambda rung: rung.flops)
     try:

@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
+FORMATS = ('.png', '.svg', '.pdf')
 LABELS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'device-days': 'device-days'}
 Array = NDArray[np.float64]
 
@@ -105,13 +106,18 @@ def draw(runs: list[Run], x: str = 'tokens', y: str = 'both', log: bool = False,
     curves = [curve(run, x, smooth) for run in runs]
     if y == 'eval' and not any(len(c.eval_x) for c in curves):
         raise UserError(f'{", ".join(run.name for run in runs)}: no evaluation is logged; take --y train')
+    if log and not any((np.concatenate([c.x, c.eval_x]) > 0).any() for c in curves):
+        raise UserError(f'{", ".join(run.name for run in runs)}: no point with {x} above 0, so none on a '
+                        'logarithmic axis')
     ink = plt.rcParams['text.color']
     for i, (run, c) in enumerate(zip(runs, curves)):
+        # Between two $ matplotlib reads maths, and what begins with _ it leaves out
+        name = ' ' * run.name.startswith('_') + run.name.replace('$', r'\$')
         if y != 'eval':
-            _draw_training(axes, c, f'{run.name}, training', f'C{i}', smooth > 1)
+            _draw_training(axes, c, f'{name}, training', f'C{i}', smooth > 1)
         if y != 'train' and len(c.eval_x):
             axes.plot(c.eval_x, c.eval_loss, 'o', ls='-' if y == 'eval' else '', color=f'C{i}', ms=6,
-                      mec=plt.rcParams['axes.facecolor'], label=f'{run.name}, evaluation')
+                      mec=plt.rcParams['axes.facecolor'], label=f'{name}, evaluation')
     if with_envelope:
         axes.plot(*envelope(curves), color=ink, lw=1.2, ls=':', label='compute-optimal envelope')
     for value in sorted({next(iter(run.scalars[UNIGRAM].values())) for run in runs if UNIGRAM in run.scalars}):
@@ -185,6 +191,8 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: All that the user can mend.
     """
+    if args.out.suffix not in FORMATS:
+        raise UserError(f'--out: {args.out}; its ending says the format: {", ".join(FORMATS)}')
     if args.envelope and args.x != 'flops':
         raise UserError(f'--envelope: is of compute, and --x is {args.x}; add --x flops')
     runs, out = read_runs(args.runs), args.out
@@ -194,8 +202,8 @@ def main(args: argparse.Namespace) -> None:
             figure = draw(runs, args.x, args.y, args.log, args.smooth, args.envelope)
             try:
                 figure.savefig(file, dpi=150)
-            except (OSError, ValueError) as e:  # ValueError: the ending of its name is no format
-                raise UserError(f'--out: {file} cannot be written: {getattr(e, "strerror", e)}') from None
+            except OSError as e:
+                raise UserError(f'--out: {file} cannot be written: {e.strerror}') from None
             finally:
                 plt.close(figure)
         print(f'{file}: loss of {", ".join(run.name for run in runs)}')

@@ -2,12 +2,13 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.common.errors import UserError
+from src.common.errors import UserError, first_line
 
 TRAIN, EVAL, TOKENS, UNIGRAM = (
     'loss/train/total', 'metrics/eval/LanguageCrossEntropy', 'time/token', 'baseline/unigram_entropy')
@@ -119,17 +120,34 @@ def _tensorboard_runs(root: Path) -> dict[Path, Iterator[Event]]:
 
 
 def _tensorboard_events(folder: Path) -> Iterator[Event]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
-    reader = EventAccumulator(str(folder), {'scalars': 0, 'tensors': 0}, purge_orphaned_data=False)  # 0: all
-    reader.Reload()
-    events = [(e.wall_time, (name, e.step, e.value)) for name in reader.Tags()['scalars'] for e in reader.Scalars(name)]
-    text = f'{HPARAMS}/text_summary'
-    for e in reader.Tensors(text) if text in reader.Tags()['tensors'] else []:
-        events.append((e.wall_time, (HPARAMS, e.step, json.loads(make_ndarray(e.tensor_proto).item()))))
+    events: list[tuple[float, Event]] = []
+    for file in sorted(folder.glob('*tfevents*')):
+        n = 0
+        try:
+            for event in EventFileLoader(str(file)).Load():
+                n += 1
+                for value in event.summary.value:
+                    plugin, array = value.metadata.plugin_data.plugin_name, make_ndarray(value.tensor)
+                    if plugin == 'scalars':
+                        events.append((event.wall_time, (value.tag, event.step, float(array.item()))))
+                    elif value.tag == f'{HPARAMS}/text_summary':
+                        events.append((event.wall_time, (HPARAMS, event.step, json.loads(array.item()))))
+            if not n and file.stat().st_size:
+                raise ValueError('no whole record')
+        except Exception as e:  # tensorboard has its own error classes with TensorFlow and without
+            _cut_off(file, e, n)
     # Composer begins a file at every flush, and their names do not always sort as they were written.
     yield from (event for _, event in sorted(events, key=lambda timed: timed[0]))
+
+
+def _cut_off(file: Path, error: Exception, n_read: int) -> None:
+    """A run that is being written, or was killed, may end in the middle of a record; a file without any is no log."""
+    if not n_read:
+        raise UserError(f'{file}: cannot be read as a log: {type(error).__name__}: {first_line(error)}') from None
+    print(f'{file}: cut off or damaged after {n_read} records: what follows is left out', file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the file logger
@@ -140,21 +158,27 @@ LINE = re.compile(r'\[(?P<kind>metric|hyperparameter)\](?:\[batch=(?P<batch>\d+)
 def _log_runs(root: Path) -> dict[Path, Iterator[Event]]:
     """By the folder, if it holds one run, or by the file of the first start."""
     if root.is_file():
-        found = [root] if _is_log(root) else []
+        found = [root] if _is_log(root, named=True) else []
     else:  # all ranks log the same
         found = [file for file in root.rglob('*') if _is_log(file) and not re.search(r'rank[1-9]', file.name)]
     runs = {}
     for first in {_first_start(file)[0] for file in found}:
-        starts = [file for file in first.parent.iterdir() if _first_start(file)[0] == first]
+        starts = [file for file in first.parent.iterdir()
+                  if _first_start(file)[0] == first and _is_log(file, named=root.is_file())]
         runs[first] = _log_events(sorted(starts, key=lambda file: _first_start(file)[1]))
     return {root: next(iter(runs.values()))} if root.is_dir() and len(runs) == 1 else runs
 
 
-def _is_log(file: Path) -> bool:
+def _is_log(file: Path, named: bool = False) -> bool:
     if not file.is_file():
         return False
-    with open(file, 'rb') as opened:
-        return re.match(rb'\[(metric|hyperparameter|table|trace|stdout|stderr)\]', opened.read(40)) is not None
+    try:
+        with open(file, 'rb') as opened:
+            return re.match(rb'\[(metric|hyperparameter|table|trace|stdout|stderr)\]', opened.read(40)) is not None
+    except OSError as e:
+        if named:
+            raise UserError(f'{file}: cannot be read: {e.strerror}') from None
+        return False
 
 
 def _first_start(file: Path) -> tuple[Path, int]:

@@ -77,6 +77,8 @@ class Stopwatch(Callback):
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         if event in ENDS:
             self._end(ENDS[event])
+        if event is Event.BEFORE_TRAIN_BATCH:  # once more after a microbatch that did not fit
+            self._step = {'data': self._step.get('data', [])}
         if event in BEGINS:
             self._begun[BEGINS[event]] = now(BEGINS[event])
         super().run_event(event, state, logger)

@@ -229,6 +229,13 @@ def test_a_changed_block_is_followed_under_fsdp(changed_block, processes, withou
     compare_with_fsdp('mosaic_gpt/125m', 8, 1, processes, without_data)
 
 
+def test_units_within_units_are_counted_once(changed_block, processes, without_data, monkeypatch):
+    monkeypatch.setattr(MosaicGPT, 'fsdp_wrap_fn', lambda self, module: isinstance(module, (GPTBlock, SwiGLU)))
+    e = estimate(small(64, 2, 512, 64, 1, 1), CARDS['l4'], 1)
+    assert e.trace.units == 2 * (4 * 64 * 64 + 4 * 64 + 2 * 64, 3 * 64 * 256) and e.trace.root == (512 + 64 + 2) * 64
+    compare_with_fsdp('mosaic_gpt/125m', 8, 1, processes, without_data)
+
+
 def test_other_hugging_face_models_are_followed():
     overrides = {'model_type': 'llama', 'vocab_size': 512, 'hidden_size': 64, 'num_hidden_layers': 4, 'intermediate_size': 172,
                  'num_attention_heads': 4, 'num_key_value_heads': 2, 'max_position_embeddings': 256}

@@ -9,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from composer.core import Callback, Precision, State
+from composer.core import Callback, Event, Precision, State
 from composer.loggers import Logger
 from hosts import NODE, need_nodes
 from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
@@ -30,7 +31,7 @@ from src.config import load as config
 from src.config.check import check
 from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
 from src.tools import benchmark
-from src.tools.stopwatch import PARTS, build_rivals
+from src.tools.stopwatch import PARTS, Stopwatch, build_rivals
 from src.training.plugins import REGISTRIES
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
@@ -119,7 +120,7 @@ def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
         [f'model.attn_impl={attn}', f'device_train_microbatch_size={n}'] for attn in ('torch', 'sdpa') for n in (3, 'none')]
     assert [record.get('microbatch') for record in records] == [3, None, 3, None]
     assert [record.get('attention') for record in records] == ['torch (plain maths)', None, 'sdpa (PyTorch)', None]
-    assert records[1]['error'] == "device_train_microbatch_size: 'none' must be a whole number"
+    assert records[1]['error'] == "device_train_microbatch_size: 'none' must be a whole number or 'auto'"
     run(tmp_path / 'out', '--append')
     assert len(json.loads((tmp_path / 'out.json').read_text())) == 5
     page = (tmp_path / 'out.md').read_text()
@@ -129,9 +130,18 @@ def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--sweep: 'lr' is not of the form key=a,b,c"):
         run(tmp_path / 'out', '--sweep', 'lr')
     (tmp_path / 'other.json').write_text('no JSON')
-    for out in tmp_path / 'other', tmp_path / 'other.json' / 'x':
+    (tmp_path / 'numbers.json').write_text('[1, 2]')
+    (tmp_path / 'page.md').mkdir()
+    for out in tmp_path / 'other', tmp_path / 'numbers', tmp_path / 'page', Path('.'), tmp_path / 'other.json' / 'x':
         with pytest.raises(UserError, match='--out: .* cannot be read or made: .*; name another'):
             run(out, '--append')
+
+
+def test_a_try_that_did_not_fit_is_not_timed() -> None:
+    watch, nothing = Stopwatch(0, 1, {}), MagicMock()
+    for event in ('BEFORE_DATALOADER', 'AFTER_DATALOADER', *['BEFORE_TRAIN_BATCH', 'BEFORE_FORWARD', 'AFTER_FORWARD'] * 2):
+        watch.run_event(Event[event], nothing, nothing)
+    assert {part: len(pairs) for part, pairs in watch._step.items()} == {'data': 1, 'forward': 1}
 
 
 def test_rivals_are_the_same_model(tmp_path: Path) -> None:

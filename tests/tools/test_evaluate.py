@@ -212,6 +212,12 @@ def test_without_bytes_the_loss_is_still_told(mds_root, tmp_path, capfd):
     assert json.loads((tmp_path / 'found.json').read_text())['bits_per_byte'] is None
 
 
+def test_a_loss_whose_perplexity_is_too_large_for_a_float(mds_root, tmp_path, capfd):
+    found = run(mds_root, 'model.init_std=1000', 'eval_samples=4', out=tmp_path / 'found.json')
+    assert found['loss'] > 710 and found['perplexity'] == math.inf and 'perplexity     inf' in capfd.readouterr().out
+    assert json.loads((tmp_path / 'found.json').read_text()) == {**found, 'perplexity': None}
+
+
 def test_what_an_evaluation_does_not_use_need_not_resolve():
     args = evaluate.parse_args([QUICKSTART, 'save_folder=${oc.env:NOPE}/x', 'load_path=${oc.env:NOPE,null}'])
     assert evaluate.load(args).load_weights_only is False

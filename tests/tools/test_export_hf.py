@@ -291,6 +291,16 @@ def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path
     assert 'layers' not in said and 'h.2' in refused(bare, tmp_path / 'out', '--yaml', QUICKSTART, *overrides, 'model.n_layers=3')
     assert not (tmp_path / 'out').exists()
     yaml = ['--yaml', QUICKSTART, *overrides]
+    assert refused(bare, tmp_path / 'out', *yaml, 'model.n_heads=3').startswith('model: `embed_dim` must be div')
+    for section in ('tokenizer', 'model'):
+        (tmp_path / f'{section}.yaml').write_text(f'{section}: gpt2')
+        said = refused(bare, tmp_path / 'out', '--yaml', tmp_path / f'{section}.yaml')
+        assert said.startswith(f"{section}: 'gpt2' must be a section")
+    larger = AutoTokenizer.from_pretrained(mds_root / 'tokenizer')
+    larger.add_tokens([f'<{i}>' for i in range(999)])
+    larger.save_pretrained(tmp_path / 'larger')
+    said = refused(bare, tmp_path / 'out', '--tokenizer', tmp_path / 'larger', *yaml)
+    assert said.startswith(f'--tokenizer: {tmp_path}/larger is not that of this model, whose vocabulary has ')
     saved = full[0] / 'ep0-ba4-rank0.pt'
     assert 'has model.n_heads 2, and here it is 4' in refused(saved, tmp_path / 'out', *yaml, 'model.n_heads=4')
     export(bare, tmp_path / 'out', *yaml)

@@ -1,5 +1,6 @@
 """Generation: the cache and the batch change nothing, sampling does what it says, and mistakes are named."""
 
+import json
 import subprocess
 import sys
 
@@ -169,6 +170,26 @@ def test_what_is_no_model_is_named(folder, tmp_path):
         for file in folder.iterdir():
             (copy / file.name).write_bytes(change if file.name == name else file.read_bytes())
         assert refused(copy, 'a').startswith(f'CHECKPOINT_OR_FOLDER: {copy} cannot be loaded as a model: '), name
+
+
+@pytest.mark.parametrize('option, value, allowed', [
+    ('--temperature', -1, 'a number from 0'), ('--temperature', 'nan', 'a number from 0'),
+    ('--temperature', 'inf', 'a number'), ('--top_p', 0, 'a number above 0 and up to 1'), ('--top_p', 1.5, 'up to 1'),
+    ('--seed', -1, 'a whole number from 0')])
+def test_a_value_out_of_its_range_is_named(option, value, allowed):
+    said = refused('none', 'a', option, value)
+    assert said.startswith(f'{option}: ') and allowed in said
+
+
+def test_a_folder_without_eos_is_named(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name in 'tokenizer_config.json', 'special_tokens_map.json':
+        if (tmp_path / name).exists():
+            held = json.loads((tmp_path / name).read_text())
+            left = {key: value for key, value in held.items() if key not in ('eos_token', 'pad_token')}
+            (tmp_path / name).write_text(json.dumps(left))
+    assert 'has no EOS token' in refused(tmp_path, 'a', 'b')
 
 
 def test_options_for_checkpoints_are_not_for_folders(folder):

@@ -20,6 +20,20 @@ from src.tools import ladder
 from src.tools.ladder import Rung
 
 
+@pytest.mark.parametrize('number', ['0', '-3', 'nan', 'inf', 'many'])
+def test_a_length_that_is_none_is_refused(number, capsys):
+    with pytest.raises(SystemExit):
+        ladder.parse_args([f'--tokens_per_parameter={number}'])
+    assert re.search(rf"{number} is not a number above 0|invalid above_zero value: '{number}'", capsys.readouterr().err)
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr(ladder, 'prepare', lambda out: pytest.fail(f'{out} is made'))
+    with pytest.raises(UserError, match=f'--out: {tmp_path}/file cannot be made: File exists'):
+        ladder.main(ladder.parse_args([f'--out={tmp_path}/file']))
+
+
 @pytest.mark.parametrize('size', ladder.SIZES)
 def test_a_size_has_the_parameters_that_it_says(size, tmp_path):
     rung = Rung(*ladder.parse_size(size), 20)

@@ -1,5 +1,6 @@
 """Pictures of losses: one run's two kinds of logs give one curve, and the figures that are drawn are the right ones."""
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -8,13 +9,14 @@ import pytest
 from launch import tiny
 from matplotlib import image
 from matplotlib import pyplot as plt
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 import main
 from src.checkpoints.manifest import manifests
 from src.common.errors import UserError
 from src.common.storage import LocalFolder
-from src.tools import plot_loss
+from src.tools import plot_loss, run_logs
 from src.tools.plot_loss import curve, envelope, smoothed
 from src.tools.run_logs import DEVICES, EVAL, SAMPLES, SECONDS, TOKENS, TRAIN, UNIGRAM, Run, read_run
 
@@ -108,7 +110,7 @@ def test_a_file_that_is_being_written_is_read_as_far_as_it_goes(logs, tmp_path):
 @pytest.mark.parametrize(('name', 'content', 'message'), [
     ('', b'', 'holds no logs of TensorBoard or the file logger; train with loggers.tensorboard.log_dir'),
     ('notes.txt', b'nothing', 'holds no logs'),
-    ('events.out.tfevents.1', b'no such record, but long enough for a header', 'has no loss/train/total'),
+    ('events.out.tfevents.1', b'no such record, but long enough for a header', 'cannot be read as a log'),
     ('log.txt', b'[metric][batch=0]: lr: 1.0\n', 'has no loss/train/total: the run has not logged a batch yet'),
 ], ids=['empty', 'notes', 'tensorboard', 'no loss'])
 def test_what_is_no_log_is_one_message(tmp_path, name, content, message):
@@ -116,6 +118,23 @@ def test_what_is_no_log_is_one_message(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         plot(tmp_path, '--out', tmp_path / 'loss.png')
+
+
+def test_a_damaged_or_unreadable_log_is_said(tmp_path, monkeypatch, capsys):
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar(TRAIN, 1.0, 1)
+    [file] = tmp_path.iterdir()
+    with open(file, 'ab') as damaged:
+        RecordWriter(damaged).write(b'no event')  # a record whose checksums are right
+    assert read_run(str(tmp_path)).scalars[TRAIN] == {1: 1.0}
+    assert re.fullmatch(f'{file}: cut off or damaged after [0-9]+ records: what follows is left out\n', capsys.readouterr().err)
+
+    def no_open(*args):
+        raise PermissionError(13, 'Permission denied')
+    log = a_log(tmp_path / 'log.txt', 4.0)
+    monkeypatch.setattr(run_logs, 'open', no_open, raising=False)
+    with pytest.raises(UserError, match='log.txt: cannot be read: Permission denied'):
+        read_run(str(log))
 
 
 def test_a_folder_of_several_runs_asks_which(tmp_path):
@@ -182,13 +201,20 @@ def test_what_is_drawn_is_these_numbers():
 @pytest.mark.parametrize(('run', 'options', 'message'), [
     (a_run([float('nan')] * 3), {}, 'a: none of its 3 training losses is a finite number'),
     (a_run([1.0]), {'y': 'eval'}, 'a: no evaluation is logged; take --y train'),
+    (a_run([1.0]), {'log': True}, 'a: no point with tokens above 0'),
     (a_run([1.0])._replace(hparams={}), {'x': 'flops'}, 'a: its logs have no environment.flops_per_token, so --x flops'),
     (a_run([1.0]), {'x': 'device-days'}, 'a: its logs have no time/train, .*speed_monitor'),
     (a_run([1.0], **{SECONDS: {1: 2.0}}), {'x': 'device-days'}, 'a: its logs have no trainer/devices'),
-], ids=['nan', 'no evaluation', 'no flops', 'no time', 'no devices'])
+], ids=['nan', 'no evaluation', 'one point at 0', 'no flops', 'no time', 'no devices'])
 def test_what_cannot_be_drawn_is_said(run, options, message):
     with pytest.raises(UserError, match=message):
         plot_loss.draw([run], **options)
+    plt.close('all')
+
+
+def test_a_name_is_no_maths_and_is_not_hidden():
+    axes = plot_loss.draw([a_run([2.0, 1.0], '_a$b$')]).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [r' _a\$b\$, training']
     plt.close('all')
 
 
@@ -221,10 +247,11 @@ def test_several_runs_and_svg(run, logs, tmp_path, capsys):
 
 @pytest.mark.parametrize(('argv', 'message'), [
     (['--out', '{tmp}/none/loss.png'], '--out: .*none/loss.png cannot be written: No such file or directory'),
-    (['--out', '{tmp}/loss.gif'], '--out: .*loss.gif cannot be written: Format .gif. is not supported'),
+    (['--out', '{tmp}/loss'], r'--out: .*loss; its ending says the format: .png, .svg, .pdf'),
+    (['--out', '{tmp}/loss.gif'], r'--out: .*loss.gif; its ending says the format: .png, .svg, .pdf'),
     (['--envelope'], '--envelope: is of compute, and --x is tokens; add --x flops'),
     (['{tmp}/nothing'], 'nothing: no such file or folder'),
-], ids=['no folder', 'no format', 'envelope of tokens', 'no run'])
+], ids=['no folder', 'no ending', 'no format', 'envelope of tokens', 'no run'])
 def test_mistakes_of_the_command_line(run, tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
         plot(run, *(arg.format(tmp=tmp_path) for arg in argv))
