@@ -22,6 +22,7 @@ def data_errors(c: Config, num_nodes: int, kits_loader: bool) -> Iterator[str]:
         yield from _loader_errors(c, name, loader)
         if kits_loader:
             yield from (f'{name}.{error}' for error in stream_errors(loader.dataset))
+            yield from _document_errors(c, name, loader.dataset)
     nodes = train.num_canonical_nodes
     if kits_loader and nodes % num_nodes and num_nodes % nodes and packs_on_the_fly(train):
         yield (f'train_loader.dataset.num_canonical_nodes: {nodes} neither divides nor is divided by the {num_nodes} '
@@ -29,6 +30,9 @@ def data_errors(c: Config, num_nodes: int, kits_loader: bool) -> Iterator[str]:
                f'{nodes * num_nodes}')
     if kits_loader and c.eval_loader:
         yield from _split_errors(c, train, c.eval_loader.dataset)
+    if 'eval_samples' in c.train_loader.model_fields_set:
+        yield (f'train_loader.eval_samples: {c.train_loader.eval_samples} bounds an evaluation; set eval_samples for '
+               'that, and train_loader.dataset.epoch_size for training')
     if c.eval_loader and c.eval_loader.eval_samples == 0:
         yield 'eval_samples: 0 would evaluate nothing; set a number above 0, -1 for all, or eval_loader=null'
     if c.eval_loader and c.device_eval_batch_size is None and c.device_train_microbatch_size == 'auto':
@@ -50,6 +54,16 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> Iterator[str]:
         value = getattr(loader, key)
         if value and loader.num_workers == 0:
             yield f'{name}.{key}: {value!r} needs worker processes; set {name}.num_workers above 0, or remove it'
+
+
+def _document_errors(c: Config, name: str, data: DatasetConfig) -> Iterator[str]:
+    within = getattr(c.model, 'attn_within_document', None)  # None: a model without it
+    if within is None and data.sequence_ids:
+        yield (f'{name}.dataset.sequence_ids: true is for model.name: mosaic_gpt, and this is {c.model.name!r}, which '
+               f'would attend across documents; set {name}.dataset.sequence_ids=false')
+    elif within is not None and within != data.sequence_ids:
+        yield (f'model.attn_within_document: {str(within).lower()} does not go with {name}.dataset.sequence_ids '
+               f'{str(data.sequence_ids).lower()}; leave sequence_ids out of both datasets, for it follows the model')
 
 
 def packs_on_the_fly(data: DatasetConfig) -> bool:

@@ -70,12 +70,21 @@ def plain(cfg: Any) -> dict[str, Any]:
     try:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as e:
-        said = str(e).splitlines()[0]
-        if variable := re.search(r"Interpolation key '(\w+)'", said):
-            said += f'; for a variable of the shell write ${{oc.env:{variable[1]}}}'
-        raise UserError(f'config: {said} (key: {e.full_key or "?"})') from None
+        raise UserError(_unresolved(str(e).splitlines()[0], e.full_key, cfg)) from None
     assert isinstance(container, dict)
     return {str(k): v for k, v in _at_home(container).items()}
+
+
+def _unresolved(said: str, key: Any, cfg: DictConfig) -> str:
+    """What to say of an interpolation that OmegaConf does not resolve."""
+    if refers := re.search(r"(?:trying to access |Interpolation key ')(\w+)(\.?)", said):
+        top, raw = refers[1], OmegaConf.to_container(cfg)
+        value = raw.get(top) if isinstance(raw, dict) else None
+        if not refers[2]:
+            said += f'; for a variable of the shell write ${{oc.env:{top}}}'
+        elif not isinstance(value, dict) or not value:
+            return f'{top}: {masked(value, top)!r} must be a section with keys of its own; {key} refers to one'
+    return f'config: {said} (key: {key or "?"})'
 
 
 def _at_home(value: Any) -> Any:

@@ -10,6 +10,9 @@ from src.common.machine import not_writable
 from src.config.derived import device_batch_size, run_name
 from src.config.schema import TIME, Config
 
+SAME_ON_ALL = ('run_name', 'world_size', 'local_world_size')
+FIELDS = {'save_folder': SAME_ON_ALL, 'loggers.file.filename': (*SAME_ON_ALL, 'rank', 'local_rank', 'node_rank')}
+
 
 def schedule_errors(c: Config, packed: bool) -> Iterator[str]:
     """One line for each mistake in durations.
@@ -75,11 +78,28 @@ def machine_errors(c: Config, world_size: int, has_gpu: bool) -> Iterator[str]:
         yield str(e)
     if len(c.optimizer.betas) != 2 or not all(0 <= b < 1 for b in c.optimizer.betas):
         yield f'optimizer.betas: {c.optimizer.betas} must be two numbers from 0 up to, not including, 1'
-    if c.tokenizer is None and c.callbacks.get('text_samples', False) is not False:
-        yield 'callbacks.text_samples: writes with the tokenizer, which is null; set callbacks.text_samples=false'
+    yield from _plugin_errors(c, has_gpu)
     if c.load_weights_only and c.load_path is None:
         yield 'load_weights_only: true does nothing without load_path'
     yield from _saving_errors(c)
+
+
+def _plugin_errors(c: Config, has_gpu: bool) -> Iterator[str]:
+    chosen = {name for name, kwargs in c.callbacks.items() if kwargs is not False}
+    if c.tokenizer is None and 'text_samples' in chosen:
+        yield 'callbacks.text_samples: writes with the tokenizer, which is null; set callbacks.text_samples=false'
+    if not has_gpu:
+        yield from (f'callbacks.{name}: needs a GPU, whose memory it records; set callbacks.{name}=false'
+                    for name in ('memory_snapshot', 'oom_observer') if name in chosen)
+    elif {'memory_snapshot', 'oom_observer'} <= chosen:
+        yield ('callbacks.oom_observer: remembers nothing once callbacks.memory_snapshot has ended; set one of them to '
+               'false')
+    if 'profiler' in chosen and c.device_train_microbatch_size == 'auto':
+        yield ("callbacks.profiler: does not go with device_train_microbatch_size: 'auto'; set a number, or "
+               'callbacks.profiler=false')
+    ema = c.algorithms.get('ema') or {}
+    if ema.get('half_life', '') is None and not ema.get('update_interval'):
+        yield 'algorithms.ema.update_interval: missing; without half_life it has no default; set one, such as 1ba'
 
 
 def _saving_errors(c: Config) -> Iterator[str]:
@@ -96,9 +116,14 @@ def _saving_errors(c: Config) -> Iterator[str]:
     for key, text in places.items():
         if text:
             yield from _place_errors(key, text)
-    if set(re.sub(r'{(run_name|(local_)?world_size)(:[^}]*)?}', '', place)) & set('{}'):
-        yield (f'save_folder: {place!r} has braces around something else than run_name, world_size, local_world_size; '
-               'write one of these, as in {run_name}, or no braces')
+    for key, fields in FIELDS.items():
+        text = places.get(key) or ''
+        if set(re.sub(rf'{{({"|".join(fields)})(:[^}}]*)?}}', '', text)) & set('{}'):
+            yield (f'{key}: {text!r} has braces around something else than {", ".join(fields)}; write one of these, as '
+                   'in {run_name}, or no braces')
+    if set(run_name(c) or '') & set('{}'):
+        yield (f'run_name: {run_name(c)!r} has braces, which stand for a field in the names of files; write it without '
+               '(it may be of $COMPOSER_RUN_NAME)')
 
 
 def _place_errors(key: str, text: str) -> Iterator[str]:

@@ -227,6 +227,9 @@ def _one_value(tree: Tree, yaml: Tree, given: Tree) -> list[str]:
         if top in USED_IN_ALL and tree.get(top) is not None and '${' not in str(tree[top]):
             more, wrong = _differences(tree, given, top)
             notes, errors = notes + more, errors + wrong
+    samples = _get(tree, 'eval_loader.eval_samples')
+    if isinstance(samples, int) and samples != tree.get('eval_samples', samples):
+        notes.append(f'eval_loader.eval_samples: {samples} is used, although eval_samples is {tree["eval_samples"]}')
     if errors:
         raise UserError(masked('\n'.join(errors)))
     return notes

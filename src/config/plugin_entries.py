@@ -1,13 +1,32 @@
 """The keywords of a callback, logger or algorithm, as a section of the schema."""
 
 import inspect
+from collections.abc import Callable
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, create_model
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, create_model
 from pydantic.errors import PydanticSchemaGenerationError
+from pydantic_core import PydanticCustomError
 
 from src.config.schema import Section
+
+
+def _limit(what: str, holds: Callable[[Any], bool]) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if isinstance(value, (int, float, str)) and not holds(value):
+            raise PydanticCustomError('limit', 'must be {what}', {'what': what})
+        return value
+    return AfterValidator(check)
+
+
+# What Composer finds out in mid-run, or never; a class of a fork has limits of its own for the second kind
+_ABOVE_0 = _limit('greater than 0', lambda value: isinstance(value, str) or value > 0)
+LIMITS = dict.fromkeys(('window_size', 'flush_interval', 'buffer_size', 'clipping_threshold'), _ABOVE_0)
+COMPOSERS_LIMITS = {
+    'batch_log_interval': _ABOVE_0, 'dist_aggregate_batch_interval': _ABOVE_0,
+    'skip_batches': _limit('greater than or equal to 0', lambda value: isinstance(value, str) or value >= 0),
+    'clipping_type': _limit("'norm', 'value' or 'adaptive'", lambda value: value in ('norm', 'value', 'adaptive'))}
 
 
 class Keywords(Section):
@@ -28,6 +47,8 @@ def keywords_of(cls: Any) -> type[Section]:
     parameters = inspect.signature(cls).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     hints = _hints(cls)
+    limits = LIMITS | (COMPOSERS_LIMITS if cls.__init__.__module__.startswith('composer.') else {})
+    hints |= {key: Annotated[hints.get(key, Any), limit] for key, limit in limits.items()}
     fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
                               for p in named}
     takes_others = any(p.kind is p.VAR_KEYWORD for p in parameters)

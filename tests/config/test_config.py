@@ -60,9 +60,16 @@ BAD = [
     (['model.name=gpt5'], ["model: its name 'gpt5' must be 'mosaic_gpt' or 'hf_causal_lm'"]),
     (['model.attn_impl=xformers'], ["model.attn_impl: 'xformers' must be 'torch', 'sdpa', 'flash' or 'auto'"]),
     (['model.attn_impl=flash'], ["model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto"]),
+    (['model.attn_within_document=true', 'eval_loader.dataset.sequence_ids=false'],
+     ['1 mistake', 'attn_within_document: true does not go with eval_loader.dataset.sequence_ids false', 'of both datasets']),
+    (['train_loader.dataset.sequence_ids=true'],
+     ['attn_within_document: false does not go with train_loader.dataset.sequence_ids true']),
     (['precision=amp_bf16'], ["precision: 'amp_bf16' needs a GPU; on a CPU set auto or fp32"]),
     (['precision=fp8'], ["precision: 'fp8' must be 'auto'"]),
     (['device_train_microbatch_size=auto'], ["device_train_microbatch_size: 'auto' needs a GPU"]),
+    (['callbacks.memory_snapshot={}', 'callbacks.oom_observer={}', 'callbacks.profiler={}'],
+     ['2 mistakes', 'callbacks.memory_snapshot: needs a GPU, whose memory it records; set callbacks.memory_snapshot=false',
+      'callbacks.oom_observer: needs a GPU']),
     (['callbacks.profiler.active=many'], ["1 mistake", "callbacks.profiler.active: 'many' must be a whole number"]),
     (['callbacks.profiler.actve=1'], ["callbacks.profiler.actve: no such key; did you mean 'active'?"]),
     (['device_train_microbatch_size=0'], ['device_train_microbatch_size: 0 must be greater than 0']),
@@ -71,6 +78,9 @@ BAD = [
     (['fsdp_config.sharding_strategy=FULL'], ["fsdp_config.sharding_strategy: 'FULL' must be 'FULL_SHARD'"]),
     (['fsdp_config.auto_wrap=true'], ['fsdp_config.auto_wrap: no such key; known: activation_checkpointing, ']),
     (['compile_config.moed=default'], ["compile_config.moed: no such key; did you mean 'mode'?"]),
+    (['compile_config.backend=inducter'], ["compile_config.backend: 'inducter' is not one of ", 'inductor']),
+    (['compile_config.mode=default', 'compile_config.options.max_autotune=true'],
+     ['compile_config.mode and options: torch.compile takes one of the two']),
     (['compile_config.mode=reduce-overhead'], ["compile_config.mode: 'reduce-overhead' takes CUDA graphs", 'set scope: model']),
     (['compile_config.scope=layer'], ["compile_config.scope: 'layer' must be 'block' or 'model'"]),
     (['compile_config.mode=fast'], ["compile_config.mode: 'fast' must be 'default', 'reduce-overhead'"]),
@@ -87,6 +97,7 @@ BAD = [
     (['eval_loader.dataset.group_method=concat'], ["eval_loader.dataset.group_method: 'concat'", 'truncate', 'packed tokens']),
     (['train_loader.dataset.group_method=pack'], ["'pack' must be 'truncate' or 'concat'"]),
     (['train_loader.prefetch_factor=2'], ['train_loader.prefetch_factor: 2 needs worker processes', 'num_workers']),
+    (['train_loader.eval_samples=5'], ['train_loader.eval_samples: 5 bounds an evaluation']),
     (['callbacks.speed_monitr={}'], ['callbacks.speed_monitr: no such name', "did you mean 'speed_monitor'"]),
     (['callbacks.speed_monitor.window=3'], ['callbacks.speed_monitor.window: no such key', "did you mean 'window_size'"]),
     (['loggers.wnadb={}'], ['loggers.wnadb', "did you mean 'wandb'"]),
@@ -102,10 +113,12 @@ BAD = [
     (['callbacks=[speed_monitor]'], ['override callbacks=...']),
     (['callbacks.speed_monitor=5'], ['1 mistake', 'callbacks.speed_monitor: must be a section with keys of its own']),
     (['callbacks.speed_monitor.window_size=x'], ["callbacks.speed_monitor.window_size: 'x' must be a whole number"]),
+    (['callbacks.speed_monitor.window_size=0'], ['callbacks.speed_monitor.window_size: 0 must be greater than 0']),
     (['callbacks.early_stopper={}'],
      ['callbacks.early_stopper.monitor: missing', 'callbacks.early_stopper.dataloader_label: missing']),
     (['loggers.tensorboard.log_dir=5'],
      ['loggers.tensorboard.log_dir: 5 must be text: put it in quotes', "loggers.tensorboard.log_dir=\"'5'\" in a shell"]),
+    (['loggers.tensorboard.flush_interval=0'], ['loggers.tensorboard.flush_interval: 0 must be greater than 0']),
     (['loggers.wandb.init_kwargs=5'], ['loggers.wandb.init_kwargs: 5 must be a section']),
     (['algorithms.gradient_clipping.clipping_threshold=x'],
      ["algorithms.gradient_clipping.clipping_threshold: 'x' must be a number"]),
@@ -160,9 +173,10 @@ BAD = [
     (['save_folder=dbfs:/x', 'load_path=s3:/b/x'],
      ['2 mistakes', "save_folder: 'dbfs:/x' would be a folder on the disk", "load_path: 's3:/b/x' would", 's3://b']),
     (['save_folder=./ck/{run_name'], ["save_folder: './ck/{run_name' has braces around something else than run_name"]),
-    (['save_folder=./{foo}'], ['1 mistake', "'./{foo}' has", 'local_world_size; write']),
+    (['save_folder=./{foo}', 'loggers.file.filename=a{foo.txt'], ['2 mistakes', "'./{foo}' has", 'node_rank; write']),
     (['save_folder=./{}'], ["save_folder: './{}' has braces"]),
     (['save_folder=./{rank}'], ["save_folder: './{rank}' has braces around something else"]),
+    (['run_name=a{b'], ["run_name: 'a{b' has braces", '$COMPOSER_RUN_NAME']),
     (['max_nonfinite_in_a_row=0'], ['max_nonfinite_in_a_row: 0 must be greater than 0']),
     (['fsdp_config.cpu_offload=true'], ['fsdp_config.cpu_offload: True must be False']),
     (['train_loader.dataset.download_retry=0'], ['train_loader.dataset.download_retry: 0 must be greater than or equal to 1']),
@@ -180,6 +194,8 @@ BAD = [
      ['3 mistakes', 'dist_timeout: 1e+30 must be less than or equal to 2000000', 'train_loader.timeout: 1', 'download_timeout: 1']),
     (['algorithms.gradient_clipping.clipping_threshold=.nan', 'optimizer.betas=[.nan,0.9]'],
      ['2 mistakes', 'clipping_threshold: nan must be a finite number', 'optimizer.betas.0: nan must be a']),
+    (['algorithms.ema={half_life: null, smoothing: 0.9}'],
+     ['1 mistake', 'algorithms.ema.update_interval: missing; without half_life']),
     (['train_loader.dataset.epoch_size=0', 'eval_loader.dataset.epoch_size=abc'],
      ['2 mistakes', 'train_loader.dataset.epoch_size: 0 must be a number of samples above 0, such as 5000000 or 2.5m',
       "eval_loader.dataset.epoch_size: 'abc' must be"]),
@@ -188,6 +204,10 @@ BAD = [
       "eval_loader.dataset.cache_limit: '0gb' must"]),
     (['seed=017'], ['override seed=...: YAML reads a number that begins with 0 in base 8, and one with colons']),
     (['global_train_batch_size=1:30'], ['override global_train_batch_size=...', 'in base 60; write it in base 10']),
+    (['algorithms.gradient_clipping.clipping_type=foo', 'callbacks.optimizer_monitor.batch_log_interval=0',
+      'callbacks.runtime_estimator.skip_batches=-1', 'callbacks.memory_monitor.dist_aggregate_batch_interval=0'],
+     ['4 mistakes', "clipping_type: 'foo' must be 'norm', 'value' or 'adaptive'", 'batch_log_interval: 0 must be',
+      'skip_batches: -1 must be greater than or equal to 0', 'dist_aggregate_batch_interval: 0 must be greater than 0']),
     (['seed=!!int abc'], ['override seed=...: its value cannot be read as YAML']),
     (['seed=!!bool abc'], ['override seed=...: its value cannot be read as YAML']),
     (['seed=!!timestamp abc'], ['override seed=...: its value cannot be read as YAML']),
@@ -300,6 +320,21 @@ def test_t_max_in_epochs_or_batches_is_held_against_the_run(t_max, run, epoch):
         check_warmup(c, epoch)
 
 
+def test_sizes_of_a_hugging_face_model_are_above_zero():
+    yaml = str(ROOT / 'yamls/hf_causal_lm/gpt2-small.yaml')
+    with pytest.raises(UserError, match='2 mistakes.*\n.*overrides.n_embd: 0 must be greater than 0\n.*n_layer: -1'):
+        check('model.config_overrides.n_embd=0', 'model.config_overrides.n_layer=-1', yaml=yaml)
+    with pytest.raises(UserError, match="train_loader.dataset.sequence_ids: true is for model.name: mosaic_gpt, and this"):
+        check('train_loader.dataset.sequence_ids=true', yaml=yaml)
+
+
+def test_a_section_that_others_refer_to_is_named():
+    cfg = OmegaConf.merge(config.load([QUICKSTART]), {'model': None, 'train_loader': {
+        'dataset': {'sequence_ids': '${model.attn_within_document}'}}})
+    with pytest.raises(UserError, match='^model: None must be a section with keys of its own; train_loader.dataset.seq'):
+        check_config(cfg, plugins.REGISTRIES, 1, False)
+
+
 def test_the_index_is_read_where_the_data_lies(tokens_root, mds_root, s3):
     for root, name in ((tokens_root, 'tokens'), (mds_root, 'text')):
         for split in ('train', 'val'):
@@ -370,18 +405,35 @@ def test_a_typo_does_not_hide_impossible_combinations():
         assert part in str(e.value)
 
 
+def test_fp8():
+    with pytest.raises(UserError, match=r"model.linear_impl: 'fp8' takes multiples of 16, and train_loader.*_seq_len 40"):
+        check('model.linear_impl=fp8', 'max_seq_len=40')
+    assert check('model.linear_impl=fp8').model.linear_impl == 'fp8'
+
+
 @pytest.mark.parametrize('overrides, message', [
+    (['compile_config.options={triton.cudagraphs: true}'], r"compile_config.options: .* takes CUDA graphs"),
+    (['compile_config.backend=cudagraphs'], "compile_config.backend: 'cudagraphs' takes CUDA graphs"),
+    (['compile_config.options={nonsense: 1}'], 'compile_config.options: nonsense: inductor has no such option'),
+    (['model.activation_checkpointing_every=2'], 'activation_checkpointing_every: 2 does nothing'),
+    (['model.loss_impl=plain', 'model.vocab_multiple=8'], 'model.vocab_multiple: 8 is of loss_impl'),
+    (['model.loss_impl=plain', 'model.loss_chunk_tokens=8'], 'model.loss_chunk_tokens: 8 is of'),
     (['compile_config.scope=model', 'fsdp_config.activation_checkpointing=true'], "compile_config.scope: 'model' leaves blocks"),
     (['model.flash_kernel=cudnn'], "model.flash_kernel: 'cudnn' is of attn_impl flash, and that is 'auto'")])
 def test_what_would_not_be_as_asked(overrides, message):
     with pytest.raises(UserError, match=message):
         check(*overrides)
     assert check('compile_config.options={max_autotune: true}').compile_config
+    assert check('model.activation_checkpointing_every=2', 'fsdp_config.activation_cpu_offload=true').fsdp_config
+    assert check('model.loss_impl=plain').model.loss_impl == 'plain'
 
 
 def test_autoresume_takes_the_run_name_of_the_environment(monkeypatch):
     monkeypatch.setenv('COMPOSER_RUN_NAME', 'from-env')
     assert check('autoresume=true').autoresume
+    monkeypatch.setenv('COMPOSER_RUN_NAME', 'a}')
+    with pytest.raises(UserError, match="run_name: 'a}' has braces"):
+        check()
 
 
 def test_the_folder_of_the_run_itself_is_checked(tmp_path):
@@ -486,8 +538,17 @@ ON_GPUS = [
     (['fsdp_config.reduce_every_microbatch=false'], 'reduce_every_microbatch: false would sum the gradients in low precision'),
     (['fsdp_config.reduce_every_microbatch=false', 'device_train_microbatch_size=auto', 'fsdp_config.mixed_precision=FULL'],
      "fsdp_config.reduce_every_microbatch: false needs a number as device_train_microbatch_size, which is 'auto'"),
+    (['callbacks.profiler={}', 'device_train_microbatch_size=auto', 'callbacks.memory_snapshot={}'],
+     "callbacks.profiler: does not go with device_train_microbatch_size: 'auto'; set a number"),
+    (['callbacks.memory_snapshot={}', 'callbacks.oom_observer={}'],
+     'callbacks.oom_observer: remembers nothing once callbacks.memory_snapshot has ended; set one of them to false'),
     (['fsdp_config.version=2', 'fsdp_config.data_parallel_replicate_degree=2'], 'not in version 2, which shards over all'),
     (['fsdp_config.sharding_strategy=HYBRID_SHARD'], "'HYBRID_SHARD' needs data_parallel_replicate_degree"),
+    (['fsdp_config.load_monolith_rank0_only=true'], 'fsdp_config.load_monolith_rank0_only: true needs sync_module_states: true'),
+    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.sync_module_states=true', 'model.device=meta'],
+     'fsdp_config.load_monolith_rank0_only: true needs model.device: cpu'),
+    (['fsdp_config.load_monolith_rank0_only=true', 'fsdp_config.sync_module_states=true', 'fsdp_config.state_dict_type=sharded'],
+     'fsdp_config.load_monolith_rank0_only: true is for state_dict_type: full'),
 ]
 
 

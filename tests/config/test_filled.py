@@ -57,11 +57,12 @@ def test_the_command_line_reaches_every_place():
     assert c.eval_loader.eval_samples == 7
 
 
-def test_a_section_keeps_what_it_says():
+def test_a_section_keeps_what_it_says(capfd):
     c = resolved(QUICKSTART, 'eval_loader.eval_samples=7', 'train_loader.dataset.local=/tmp/x', 'model.init_seed=3',
                  'eval_loader.dataset.sequence_ids=true')
     assert (c.eval_loader.eval_samples, c.model.init_seed, c.eval_loader.dataset.sequence_ids) == (7, 3, True)
     assert (c.train_loader.dataset.remote, c.train_loader.dataset.local) == ('./my-copy-c4', '/tmp/x')
+    assert 'config: eval_loader.eval_samples: 7 is used, although eval_samples is 256' in capfd.readouterr().err
 
 
 def test_data_in_place_is_not_copied_over(tmp_path: Path):
