@@ -26,7 +26,7 @@ from src.conversion.manifest import check_strangers, merge, verify
 from src.conversion.parts import Job, Part, all_done
 from src.conversion.place import open_place, sweep
 from src.conversion.pool import make_parts
-from src.conversion.shards import Options, write_shards
+from src.conversion.shards import Options, check_streaming_options
 from src.conversion.source_files import FolderSource, SourceFile, doubles
 from src.conversion.sources import C4, C4_COUNTS, HubSource, SampleSource, Source
 from src.conversion.tokenizer import first_texts, tokenizer_of, write_tokenizer
@@ -122,16 +122,6 @@ def check_out_root(out_root: str) -> None:
     except OSError as error:
         raise UserError(f'--out_root: {error.filename} is a file or cannot be made ({error.strerror}); '
                         'name a folder that may be written') from error
-
-
-def check_streaming_options(args: argparse.Namespace) -> None:
-    """Has streaming's writer look at the options that are its own."""
-    options = Options(('text',), compression=args.compression, hashes=tuple(args.hashes), size_limit=args.size_limit)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            write_shards(iter(()), Path(folder, 'shards'), options, {})
-    except ValueError as error:
-        raise UserError(f'--compression, --hashes or --size_limit: {error}') from error
 
 
 def check_combinations(args: argparse.Namespace) -> None:
@@ -266,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
     args.splits, args.hashes = list(dict.fromkeys(args.splits)), sorted({*args.hashes})
     args.out_root = args.out_root if args.out_root.endswith('://') else args.out_root.rstrip('/') or '/'
     check_combinations(args)
-    check_streaming_options(args)
+    check_streaming_options(args.compression, args.hashes, args.size_limit)
     check_out_root(args.out_root)
     source = open_source(args)
     listed = {split: source.files(SPLITS[split]) for split in args.splits}  # everything is checked first

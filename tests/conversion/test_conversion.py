@@ -181,6 +181,18 @@ def test_shards_are_those_of_the_plain_writer(source: Path, tmp_path: Path) -> N
     assert len(written) > 3 and written == {name: (part / name).read_bytes() for name in written}
 
 
+def test_gz_shards_do_not_hold_the_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for now in 1e9, 2e9:
+        monkeypatch.setattr('time.time', lambda now=now: now)
+        convert(tmp_path / f'{now}', source, 'val', compression='gz', hashes='sha1')
+        made.append(tree(tmp_path / f'{now}'))
+    assert made[0] == made[1] and 'val/00000/shard.00000.mds.gz' in made[0]
+    monkeypatch.undo()
+    from streaming import StreamingDataset
+    assert len(list(StreamingDataset(local=str(tmp_path / '1000000000.0/val'), batch_size=1, validate_hash='sha1'))) == 90
+
+
 def test_every_token_of_every_document_in_order(source: Path, tokenizer_dir: Path, texts: list[str], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -870,10 +882,11 @@ def test_arguments_that_cannot_be_read(argv: list[str], message: str, capsys: py
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'compression': 'zstd:99'}, '--compression, --hashes or --size_limit: Invalid compression: zstd:99'),
-    ({'hashes': 'sha1 md6'}, '--compression, --hashes or --size_limit: .*md6'),
-    ({'size_limit': '5gb'}, '--size_limit: .*must be less than 2..32'),
-    ({'size_limit': 'big'}, '--size_limit: Unsupported value/suffix big'),
+    ({'compression': 'zstd:99'}, "--compression: 'zstd:99' is none of .*zstd:7.*; set one"),
+    ({'hashes': 'sha1 md6'}, "--hashes: 'md6' is none of .*md5.*; set one"),
+    ({'size_limit': '5gb'}, "--size_limit: '5gb' is no size below 4gb; write 64mb, or a number of bytes"),
+    ({'size_limit': '0'}, "--size_limit: '0' is no size below 4gb"),
+    ({'size_limit': 'big'}, "--size_limit: 'big' is no size below 4gb"),
     ({'tokenizer': 'gpt2'}, '--tokenizer: gpt2 is not used for text; add --concat_tokens N'),
     ({'partition': '0/2', 'max_docs': 5}, '--partition: the first N documents .* are read in order; leave --partition out'),
     ({'partition': '0/2', 'train_tokenizer': 300}, '--partition: with --train_tokenizer each machine would train one'),
