@@ -888,8 +888,13 @@ def test_arguments_that_cannot_be_read(argv: list[str], message: str, capsys: py
     ({'size_limit': '0'}, "--size_limit: '0' is no size below 4gb"),
     ({'size_limit': 'big'}, "--size_limit: 'big' is no size below 4gb"),
     ({'tokenizer': 'gpt2'}, '--tokenizer: gpt2 is not used for text; add --concat_tokens N'),
+    ({'concat_tokens': 1}, '--concat_tokens: 1 leaves nothing to predict'),
+    ({'partition': '0/2', 'merge': True}, '--merge: closes the splits once every --partition is done'),
+    ({'merge': True, 'max_docs': 5}, '--merge: the first N documents .* have no --partition; leave --merge out'),
     ({'partition': '0/2', 'max_docs': 5}, '--partition: the first N documents .* are read in order; leave --partition out'),
     ({'partition': '0/2', 'train_tokenizer': 300}, '--partition: with --train_tokenizer each machine would train one'),
+    ({'train_tokenizer': 300, 'concat_tokens': 8, 'tokenizer': 'gpt2'}, '--train_tokenizer: --tokenizer names one that is there'),
+    ({'train_tokenizer': 256}, '--train_tokenizer: 256 tokens; a byte-level BPE has 257 .* or more'),
     ({'config': 'en'}, '--dataset, --config and --revision are of --source hub; --source is '),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(options: dict[str, object], message: str, source: Path, tmp_path: Path) -> None:
