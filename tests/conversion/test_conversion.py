@@ -30,7 +30,7 @@ from src.conversion.documents import documents
 from src.conversion.manifest import verify
 from src.conversion.shards import token_dtype
 from src.conversion.sources import public
-from src.conversion.tokenizer import tokenizer_of
+from src.conversion.tokenizer import tokenizer_of, write_tokenizer
 
 ODD = ['', f'text that spells {EOS}, twice: {EOS}', ' leading', 'naïve 日本 🙂\x00\r\n\ttab  end ', 'long ' * 40_000]
 
@@ -578,6 +578,15 @@ def test_a_folder_of_the_users_is_no_place_for_a_trained_tokenizer(source: Path,
         with pytest.raises(UserError, match=f'--out_root: {out}/tokenizer is there, and holds something else than'):
             convert(out, source, 'val', train_tokenizer=300)
     assert tree(tmp_path) == {'file/tokenizer': b'{}', 'out/tokenizer/vocab.json': b'{}'}
+
+
+def test_a_damaged_record_of_a_trained_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / 'tokenizer').mkdir()
+    for text in (b'', b'[]', b'{"vocab_size": 3', b'\xff'):
+        (tmp_path / 'tokenizer/tokenizer.json').write_text('{}')
+        (tmp_path / 'tokenizer/trained.json').write_bytes(text)
+        with pytest.raises(UserError, match='--train_tokenizer: .*trained.json is no whole JSON object; delete /'):
+            write_tokenizer(str(tmp_path), [], 300)
 
 
 def test_a_tokenizer_beside_the_splits_without_a_config(tokenizer_dir: Path, tmp_path: Path) -> None:

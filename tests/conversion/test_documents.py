@@ -159,6 +159,10 @@ def test_a_tokenizer_of_little_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert 'note: --train_tokenizer: 1000, and the text gives no more than 260 tokens' in out
     assert out.count('skipped: ') == 2
+    write_jsonl(folder / 'a.jsonl', ['', ''])
+    with pytest.raises(UserError, match='--train_tokenizer: the files hold no text to train it on; check --source'):
+        convert(tmp_path / 'empty', folder, 'train', train_tokenizer=1000)
+    assert os.listdir(tmp_path / 'empty') == []
 
 
 def test_a_home_folder_that_the_shell_leaves_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
