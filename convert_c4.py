@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,13 +22,14 @@ if __name__ == '__main__':
     set_up_output()
 
 from src.common.errors import UserError, positive
+from src.common.machine import not_writable
 from src.config.data_places import is_url
 from src.conversion.manifest import check_strangers, merge, verify
 from src.conversion.parts import Job, Part, all_done
-from src.conversion.place import open_place, sweep
+from src.conversion.place import RemotePlace, open_place, sweep
 from src.conversion.pool import make_parts
-from src.conversion.shards import Options, write_shards
-from src.conversion.source_files import FolderSource, SourceFile, doubles
+from src.conversion.shards import Options, check_streaming_options
+from src.conversion.source_files import TXT, FolderSource, SourceFile, doubles
 from src.conversion.sources import C4, C4_COUNTS, HubSource, SampleSource, Source
 from src.conversion.tokenizer import first_texts, tokenizer_of, write_tokenizer
 
@@ -103,6 +105,8 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """A copy of the arguments, with the defaults of those that are missing."""
     defaults = vars(parse_args(['--out_root', '.'])) | {'out_root': None}
+    if unknown := vars(args).keys() - defaults.keys():
+        raise UserError(f'{", ".join(sorted(unknown))}: no such argument; known are {", ".join(defaults)}')
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return argparse.Namespace(**{**defaults, **given})
 
@@ -110,41 +114,62 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
 # ---------------------------------------------------------------- checks before any work
 
 
-def check_out_root(out_root: str) -> None:
-    """Makes the output folder; finds out whether a bucket is there."""
+def check_out_root(out_root: str, splits: Iterable[str]) -> None:
+    """Makes the output folder and refuses one that cannot be written; finds out whether a bucket is there."""
     place = open_place(out_root)
-    if place.remote:
-        with tempfile.TemporaryDirectory() as empty:
-            place.send(Path(empty), [])
+    if isinstance(place, RemotePlace):
+        place.check()
         return
+    for folder in out_root, *(f'{out_root}/{split}' for split in splits):
+        if wrong := not_writable(folder):
+            raise UserError(f'--out_root: {wrong} is a file or may not be written; change its permissions, or name '
+                            'another folder')
     try:
         Path(out_root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--out_root: {error.filename} is a file or cannot be made ({error.strerror}); '
-                        'name a folder that may be written') from error
-
-
-def check_streaming_options(args: argparse.Namespace) -> None:
-    """Has streaming's writer look at the options that are its own."""
-    options = Options(('text',), compression=args.compression, hashes=tuple(args.hashes), size_limit=args.size_limit)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            write_shards(iter(()), Path(folder, 'shards'), options, {})
-    except ValueError as error:
-        raise UserError(f'--compression, --hashes or --size_limit: {error}') from error
+        raise UserError(f'--out_root: {error.filename} cannot be made ({error.strerror}); name a folder that may be '
+                        'written') from error
 
 
 def check_combinations(args: argparse.Namespace) -> None:
-    if args.concat_tokens is None and args.tokenizer is not None:
-        raise UserError(f'--tokenizer: {args.tokenizer} is not used for text; add --concat_tokens N, or leave it out')
-    if args.partition and (args.max_docs or 'train_small' in args.splits):
-        raise UserError('--partition: the first N documents (--max_docs, train_small) are read in order; leave '
-                        '--partition out')
-    if args.partition and args.train_tokenizer:
-        raise UserError('--partition: with --train_tokenizer each machine would train one; train it on one of them '
-                        'first, by --splits train_small --train_tokenizer and the rest without --partition')
-    if args.source != 'hub' and (args.dataset != C4 or args.config or args.revision):
-        raise UserError(f'--dataset, --config and --revision are of --source hub; --source is {args.source}')
+    """Refuses options that would be ignored, or that have no meaning."""
+    first_n = args.max_docs or 'train_small' in (args.splits or ())
+    of_hub = args.dataset != C4 or args.config or args.revision
+    no_bpe = args.train_tokenizer and not 257 <= args.train_tokenizer <= 10_000_000
+    wrong = {
+        f'--splits: {args.splits!r} is not a list of one or more of {", ".join(SPLITS)}':
+            isinstance(args.splits, str) or not args.splits or {*args.splits} - SPLITS.keys(),
+        '--concat_tokens: 1 leaves nothing to predict; give max_seq_len, or max_seq_len + 1': args.concat_tokens == 1,
+        f'--tokenizer: {args.tokenizer} is not used for text; add --concat_tokens N, or leave it out':
+            args.concat_tokens is None and args.tokenizer is not None,
+        '--merge: the first N documents (--max_docs, train_small) have no --partition; leave --merge out':
+            args.merge and first_n,
+        '--merge: closes the splits once every --partition is done; run it without --partition':
+            args.merge and args.partition,
+        '--partition: the first N documents (--max_docs, train_small) are read in order; leave --partition out':
+            args.partition and first_n,
+        '--partition: with --train_tokenizer each machine would train one; train it on one of them first, by --splits '
+        'train_small --train_tokenizer and the rest without --partition': args.partition and args.train_tokenizer,
+        '--train_tokenizer: --tokenizer names one that is there; leave one of the two out':
+            args.train_tokenizer and args.tokenizer,
+        f'--train_tokenizer: {args.train_tokenizer} tokens; a byte-level BPE has 257 (the bytes and EOS) or more, and '
+        'at most 10,000,000': no_bpe,
+        f'--dataset, --config and --revision are of --source hub; --source is {args.source}':
+            args.source != 'hub' and of_hub,
+    }
+    if message := next((message for message, is_wrong in wrong.items() if is_wrong), None):
+        raise UserError(message)
+
+
+def check_used(args: argparse.Namespace, listed: dict[str, list[SourceFile]]) -> None:
+    """Refuses options of files that are not there."""
+    is_txt = {file.path.lower().endswith(TXT) for files in listed.values() for file in files}
+    if args.txt_lines and True not in is_txt:
+        raise UserError(f'--txt_lines: no .txt file is read from --source {args.source}; leave it out, or name another '
+                        'folder')
+    if args.text_column != 'text' and (False not in is_txt or args.source == 'sample'):
+        raise UserError(f'--text_column: {args.text_column}, and what is read of --source {args.source} has no fields: '
+                        'leave it out')
 
 
 def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
@@ -257,20 +282,23 @@ def main(args: argparse.Namespace) -> None:
             finished stays, and the same command goes on from there.
     """
     args = with_defaults(args)
+    if bool(args.out_root) == bool(args.verify):
+        raise UserError('give --out_root, or --verify alone')
     if args.verify is not None:
         if damage := verify(args.verify):
             raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage,
                                        'Delete the subfolder of each (such as train/00012), then run the command that '
                                        'made them: it makes only those anew']))
         return
+    check_combinations(args)
     args.splits, args.hashes = list(dict.fromkeys(args.splits)), sorted({*args.hashes})
     args.out_root = args.out_root if args.out_root.endswith('://') else args.out_root.rstrip('/') or '/'
-    check_combinations(args)
-    check_streaming_options(args)
-    check_out_root(args.out_root)
+    check_streaming_options(args.compression, args.hashes, args.size_limit)
+    check_out_root(args.out_root, args.splits)
     source = open_source(args)
     listed = {split: source.files(SPLITS[split]) for split in args.splits}  # everything is checked first
     describe(source, listed)
+    check_used(args, listed)
     for split, files in listed.items():
         check_strangers(f'{args.out_root}/{split}', len(files))
         sweep(open_place(f'{args.out_root}/{split}'))

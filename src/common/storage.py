@@ -32,11 +32,11 @@ class AnyFolder:
         raise NotImplementedError
 
     @staticmethod
-    def ask(call: Callable[[], Any]) -> Any:
-        """What an object store answers, in one of three attempts."""
+    def ask(call: Callable[[], Any], attempts: int = 3) -> Any:
+        """What an object store answers, in one of some attempts."""
         from streaming.base.util import retry
 
-        return retry(num_attempts=3)(call)()
+        return retry(num_attempts=attempts)(call)()
 
 
 class LocalFolder(AnyFolder):

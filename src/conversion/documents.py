@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -16,6 +17,9 @@ from src.conversion.source_files import TXT, listing
 
 SHOWN = 5  # documents that --skip_bad_docs names, of each file
 MAX_TEXT = 1 << 30  # bytes of a text file that is one document
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # the first is the start of UTF-32's, too
+# How files begin that are gzip, zstd, Parquet, zip, bzip2 or xz, or zeros that a damaged disk gives
+NOT_TEXT = (b'\x1f\x8b', b'\x28\xb5\x2f\xfd', b'PAR1\x15', b'PK\x03\x04', b'BZh91AY&SY', b'\xfd7zXZ', bytes(4))
 
 Document = dict[str, str]
 
@@ -74,7 +78,7 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
     if name.endswith('.parquet'):
         kind, rows = 'row', _parquet_rows(path, list(fields.values()))
     elif not name.endswith(TXT):
-        kind, rows = 'line', _json_rows(path, where)
+        kind, rows = 'line', _json_rows(path, where, text_column)
     else:
         kind, rows = 'line' if txt_lines else 'document', _texts(path, where, text_column, txt_lines)
     try:
@@ -104,8 +108,7 @@ def _document(row: Any, fields: dict[str, str]) -> Document | Bad:
     document = {column: row.get(field) for column, field in fields.items()}
     if {*map(type, document.values())} != {str}:
         try:
-            document = {column: value.decode() if isinstance(value, bytes) else value
-                        for column, value in document.items()}
+            document = {column: _as_text(value) for column, value in document.items()}
         except UnicodeDecodeError as error:
             return Bad(f'holds bytes that are not UTF-8 ({error.reason}, byte {error.start}); write the file as UTF-8')
         wrong = [field for column, field in fields.items() if not isinstance(document[column], str)]
@@ -123,7 +126,15 @@ def _document(row: Any, fields: dict[str, str]) -> Document | Bad:
     return document
 
 
+def _as_text(value: Any) -> Any:
+    """What C4 has as a string and Parquet may have as something else. Raises UnicodeDecodeError."""
+    if isinstance(value, datetime):  # C4 has 2019-04-25T12:57:54Z
+        return (value.astimezone(timezone.utc) if value.tzinfo else value).strftime('%Y-%m-%dT%H:%M:%SZ')
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def _parquet_rows(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
+    import pyarrow
     from pyarrow import parquet  # its errors are OSError and ValueError
 
     with parquet.ParquetFile(path) as file:
@@ -131,11 +142,19 @@ def _parquet_rows(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
         if names[0] not in known:
             raise UserError(f'--text_column: {path.name} has no column {names[0]!r}; it has: {", ".join(known)}')
         for batch in file.iter_batches(1000, columns=[name for name in names if name in known]):
-            yield from enumerate(batch.to_pylist(), start=number + 1)
+            try:
+                rows = batch.to_pylist()
+            except UnicodeDecodeError:  # of one string: as bytes, they are decoded one by one
+                strings, binary = {pyarrow.string(), pyarrow.large_string()}, pyarrow.large_binary()
+                columns = [column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+                           for column in batch.columns]
+                columns = [column.cast(binary) if column.type in strings else column for column in columns]
+                rows = pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
+            yield from enumerate(rows, start=number + 1)
             number += batch.num_rows
 
 
-def _json_rows(path: Path, where: str) -> Iterator[tuple[int, Any]]:
+def _json_rows(path: Path, where: str, text_column: str) -> Iterator[tuple[int, Any]]:
     first = True
     for number, line in enumerate(_lines(path, where), start=1):
         if line.isspace():
@@ -155,6 +174,12 @@ def _json_rows(path: Path, where: str) -> Iterator[tuple[int, Any]]:
             raise UserError(f'--source: {what} is one JSON array; write an object a line (jq -c .[] does)')
         if first and line.strip() == b'{':
             raise UserError(f'--source: {where} is JSON over several lines; write an object a line (jq -c . does)')
+        if first and isinstance(row, dict) and text_column not in row:
+            for name, value in row.items():
+                if isinstance(value, list) and value and isinstance(value[0], dict):
+                    raise UserError(f'--source: {where} is one JSON object with a list {name!r}; write an object a '
+                                    f"line (jq -c '.{name}[]' does), or, if the text is in another field, set "
+                                    '--text_column')
         first = False
         yield number, row
 
@@ -196,9 +221,19 @@ def _lines(path: Path, where: str) -> Iterator[bytes]:
     try:
         with lines:
             for number, line in enumerate(lines):
-                yield line if number else line.removeprefix(codecs.BOM_UTF8)
+                yield line if number else _checked(line, where)
     except OSError as error:
         if 'too much memory' not in str(error):
             raise
         raise UserError(f'--source: {where} has a zstd window of more than 128 MB, which the program zstd alone reads; '
                         'unpack the file (zstd -d --long=31)') from None
+
+
+def _checked(first: bytes, where: str) -> bytes:
+    """The first line of a file without a byte order mark. Raises UserError where the file is no text in UTF-8."""
+    if first.startswith(NOT_TEXT):
+        raise UserError(f'--source: {where} holds no text: it is damaged, or of a format that its name does not end '
+                        'in, such as .gz, .zst or .parquet; rename, unpack or delete it')
+    if first.startswith(UTF_16) or 0 in first[:4]:
+        raise UserError(f'--source: {where} is UTF-16 or UTF-32 text; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)')
+    return first.removeprefix(codecs.BOM_UTF8)

@@ -59,7 +59,11 @@ def _total(parts: list[Part]) -> dict[str, Any]:
 
 def _shards(place: Place, part: str) -> list[dict[str, Any]]:
     """The shards of a part, as the split's index has them: the same that streaming's `merge_index` makes."""
-    shards = json.loads(place.read(f'{part}/{INDEX}'))['shards']
+    try:
+        shards = json.loads(place.read(f'{part}/{INDEX}'))['shards']
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise UserError(f'--out_root: {place}/{part}/{INDEX} is missing or damaged; delete {place}/{part}, then run '
+                        'the same command again: it makes that part anew') from None
     for file in (shard[key] for shard in shards for key in ('raw_data', 'zip_data') if shard[key]):
         file['basename'] = f'{part}/{file["basename"]}'
     return shards

@@ -55,6 +55,17 @@ class RemotePlace(AnyFolder):
     def __init__(self, root: str) -> None:
         self.root = root
 
+    def check(self) -> None:
+        """Raises UserError where streaming does not write to such a URL, or the bucket is not there."""
+        from streaming.base.storage.upload import UPLOADERS
+
+        scheme, _, bucket = self.root.partition(':/')
+        if scheme not in UPLOADERS or not bucket.strip('/'):
+            known = ', '.join(f'{name}://' for name in UPLOADERS if name and '/' not in name)
+            raise UserError(f'--out_root: {self.root}: must be a folder, or a bucket or the like with one of {known}')
+        with tempfile.TemporaryDirectory() as empty:
+            self.send(Path(empty), [])
+
     @contextmanager
     def reaching(self, verb: str, url: str) -> Iterator[None]:
         """Has an error of the store, which has classes of its own, say what could not be done."""
@@ -80,7 +91,7 @@ class RemotePlace(AnyFolder):
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, 'file')
             with self.reaching('read', url):
-                there = self.ask(download)
+                there = self.ask(download, 5)
             if not there:
                 raise FileNotFoundError(url)
             return Path(file).read_bytes()

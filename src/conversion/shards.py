@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Optional
 import numpy as np
 from numpy.typing import NDArray
 
+from src.common.errors import UserError
 from src.conversion.documents import Document
 
 DOCUMENTS_PER_CALL, TEXT_PER_CALL = 256, 1_000_000  # of the tokenizer: whichever comes first, the latter in characters
@@ -39,6 +40,24 @@ class Options:
         return {name: value for name, value in options.items() if name not in left_out}
 
 
+def check_streaming_options(compression: Optional[str], hashes: Iterable[str], size_limit: Optional[str]) -> None:
+    """Raises UserError for an option of streaming's writer that it does not know."""
+    from streaming.base.compression import get_compressions, is_compression
+    from streaming.base.hashing import get_hashes, is_hash
+    from streaming.base.util import bytes_to_int
+
+    named = [('compression', compression, is_compression, get_compressions)] if compression is not None else []
+    for setting, name, is_known, known in [*named, *(('hashes', name, is_hash, get_hashes) for name in hashes)]:
+        if not is_known(name):
+            raise UserError(f'--{setting}: {name!r} is none of {", ".join(sorted(known()))}; set one')
+    try:
+        if size_limit is not None and not 0 < bytes_to_int(size_limit) < 2**32:
+            raise ValueError
+    except ValueError:
+        raise UserError(f'--size_limit: {size_limit!r} is no size below 4gb; write 64mb, or a number of '
+                        'bytes') from None
+
+
 def write_shards(documents: Iterator[Document], folder: Path, options: Options, counts: dict[str, int]) -> None:
     """Writes shards and their index to `folder`, and, of tokens, counts them."""
     from streaming import MDSWriter
@@ -54,6 +73,15 @@ def write_shards(documents: Iterator[Document], folder: Path, options: Options, 
         def flush_shard(self) -> None:
             if self.new_samples:  # else a sample larger than a shard would leave an empty one before it
                 super().flush_shard()
+
+        def _process_file(self, raw_data: bytes, raw_basename: str, zip_basename: Optional[str]) -> tuple[dict, Any]:
+            raw, zipped = super()._process_file(raw_data, raw_basename, zip_basename)
+            if zip_basename and zip_basename.endswith('.gz'):  # bytes 4 to 8 are the time
+                path = Path(self.local, zip_basename)
+                data = path.read_bytes()
+                path.write_bytes(data := data[:4] + bytes(4) + data[8:])
+                zipped = self._hash(data, zip_basename)
+            return raw, zipped
 
     columns, rows = dict.fromkeys(options.columns, 'str'), documents
     if options.concat_tokens:

@@ -4,7 +4,8 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -68,12 +69,21 @@ class FolderSource:
             is_file = ' (it is a file: name its folder)' if Path(folder).exists() else ''
             raise UserError(f'--source: {folder} is neither hub nor sample nor a FOLDER that exists{is_file}; a FOLDER '
                             f"holds files of documents: C4's own, or others that end in {READABLE}")
+        out = None if is_url(out_root) else Path(out_root).resolve()
         self.folder, self.name = Path(folder), folder
         self.read: dict[str, SourceFile] = {}  # those of the splits that were asked for, each alone, by path
-        paths, self.unread = _list_files(self.folder, None if is_url(out_root) else Path(out_root).resolve())
-        self.paths = self._assign(paths)
-        found = [Path(path).name for of_split in self.paths.values() for path in of_split]
-        self.is_c4 = bool(found) and all(re.match(r'c4-(train|validation)\.', name) for name in found)
+        if out == self.folder.resolve():
+            raise UserError(f'--out_root: {out_root} is the folder of --source too, so that the shards would lie among '
+                            'the documents; name another folder, which may lie below --source')
+        with _readable():
+            paths, self.unread = _list_files(self.folder, out)
+            self.paths = self._assign(paths)
+        found = [path for of_split in self.paths.values() for path in of_split]
+        others = [path for path in found if not re.match(r'c4-(train|validation)\.', Path(path).name)]
+        self.is_c4 = bool(found) and not others
+        if 0 < len(others) < len(found):
+            print(f'note: beside the files of C4 there are others: {listing(others)}; so the text alone is written. To '
+                  'keep timestamp and url, move the others to a folder of their own')
         self.columns = C4_COLUMNS if self.is_c4 else C4_COLUMNS[:1]
 
     def _assign(self, paths: list[str]) -> dict[str, list[str]]:
@@ -128,7 +138,8 @@ class FolderSource:
             if self.is_c4 and other != str(self.folder / path.parent):
                 raise UserError(f'--source: {path.name} lies in {other} and {self.folder / path.parent}; name the '
                                 'folder of one of them')
-        files = [_local_file(str(self.folder / p)) for p in found]
+        with _readable():
+            files = [_local_file(str(self.folder / p)) for p in found]
         self.read |= {file.path: file for file in files}
         return _grouped(files)
 
@@ -156,6 +167,15 @@ def doubles(files: Iterable[SourceFile]) -> list[str]:
     same = dict.fromkeys(tuple(paths) for paths in alike.values() if len(paths) > 1)
     return [f'note: these files seem to hold the same documents, and all of them are read: {listing(list(paths))}'
             for paths in same][:SHOWN]
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'--source: {error.filename} cannot be read ({error.strerror}); mend its permissions or the '
+                        'disk; of a link, the file that it leads to, or delete it') from error
 
 
 def _raise(error: OSError) -> None:

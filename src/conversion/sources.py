@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -109,13 +110,24 @@ def _status(error: Optional[BaseException]) -> int:
     return status or 0
 
 
+def _nobody_there(error: Optional[BaseException]) -> bool:
+    """Whether no connection came about, which is no matter of a bad moment."""
+    from httpx import ConnectError, ConnectTimeout  # of huggingface-hub from 1.0 on, which has left requests
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
+    kinds = ConnectTimeoutError, NewConnectionError, ConnectError, ConnectTimeout
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, setting: str = '--source hub') -> Any:
     """Calls the hub until it answers, waiting longer each time.
 
     Args:
         call: What to do.
         what: Its object, for messages.
-        attempts: How often a hub is asked that does not answer, answers 5xx or 429, or hangs up.
+        attempts: Where nobody answers at all; a hub that answers 5xx or 429, or hangs up, is asked ATTEMPTS times.
         setting: Which one `what` belongs to.
 
     Raises:
@@ -126,7 +138,7 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    for attempt in range(1, attempts + 1):
+    for attempt in count(1):
         try:
             return call()
         # OSErrors are every one of requests, the hub and datasets too; hf_xet has no class of its own
@@ -140,12 +152,13 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
                 raise UserError(f'{setting}: the hub has no {what}, or not for you: check the name and --revision; for '
                                 'a private or gated data set log in with `hf auth login` or set HF_TOKEN\n'
                                 f'{said}') from error
-            if constants.HF_HUB_OFFLINE or attempt == attempts:
+            limit = attempts if not status and _nobody_there(error) else ATTEMPTS
+            if constants.HF_HUB_OFFLINE or attempt >= limit:
                 raise UserError(f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
                                 f'({public(constants.ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; '
                                 "or use --source FOLDER with C4's own files, or --source sample, which needs no network"
                                 f'\n{said}') from error
-            print(f'note: {what}: {said}; attempt {attempt} of {attempts}', flush=True)
+            print(f'note: {what}: {said}; attempt {attempt} of {limit}', flush=True)
             time.sleep(min(2 ** (attempt - 1), 60))
     return None
 

@@ -43,6 +43,8 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
             total += len(document['text'])
             if total >= TOKENIZER_BYTES:
                 break
+    if not total:
+        raise UserError('--train_tokenizer: the files hold no text to train it on; check --source and --text_column')
 
 
 def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:
@@ -52,7 +54,11 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     place, folder = open_place(out_root), Path(out_root, 'tokenizer')
     if found(place, 'tokenizer/tokenizer.json') is not None:
         trained = found(place, f'tokenizer/{TRAINED}')
-        asked = json.loads(trained)['vocab_size'] if trained else vocab_size
+        try:
+            asked = vocab_size if trained is None else json.loads(trained)['vocab_size']
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'--train_tokenizer: {out_root}/tokenizer/{TRAINED} is no whole JSON object; delete '
+                            f'{out_root}/tokenizer and what was tokenized with it') from None
         if asked != vocab_size:
             raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set '
                             'that, delete the folder and what was tokenized with it, or name another --out_root')

@@ -30,7 +30,7 @@ from src.conversion.documents import documents
 from src.conversion.manifest import verify
 from src.conversion.shards import token_dtype
 from src.conversion.sources import public
-from src.conversion.tokenizer import tokenizer_of
+from src.conversion.tokenizer import tokenizer_of, write_tokenizer
 
 ODD = ['', f'text that spells {EOS}, twice: {EOS}', ' leading', 'naïve 日本 🙂\x00\r\n\ttab  end ', 'long ' * 40_000]
 
@@ -179,6 +179,18 @@ def test_shards_are_those_of_the_plain_writer(source: Path, tmp_path: Path) -> N
             out.write(document)
     written = {path.name: path.read_bytes() for path in (tmp_path / 'plain').iterdir()}
     assert len(written) > 3 and written == {name: (part / name).read_bytes() for name in written}
+
+
+def test_gz_shards_do_not_hold_the_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for now in 1e9, 2e9:
+        monkeypatch.setattr('time.time', lambda now=now: now)
+        convert(tmp_path / f'{now}', source, 'val', compression='gz', hashes='sha1')
+        made.append(tree(tmp_path / f'{now}'))
+    assert made[0] == made[1] and 'val/00000/shard.00000.mds.gz' in made[0]
+    monkeypatch.undo()
+    from streaming import StreamingDataset
+    assert len(list(StreamingDataset(local=str(tmp_path / '1000000000.0/val'), batch_size=1, validate_hash='sha1'))) == 90
 
 
 def test_every_token_of_every_document_in_order(source: Path, tokenizer_dir: Path, texts: list[str], tmp_path: Path) -> None:
@@ -568,6 +580,15 @@ def test_a_folder_of_the_users_is_no_place_for_a_trained_tokenizer(source: Path,
     assert tree(tmp_path) == {'file/tokenizer': b'{}', 'out/tokenizer/vocab.json': b'{}'}
 
 
+def test_a_damaged_record_of_a_trained_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / 'tokenizer').mkdir()
+    for text in (b'', b'[]', b'{"vocab_size": 3', b'\xff'):
+        (tmp_path / 'tokenizer/tokenizer.json').write_text('{}')
+        (tmp_path / 'tokenizer/trained.json').write_bytes(text)
+        with pytest.raises(UserError, match='--train_tokenizer: .*trained.json is no whole JSON object; delete /'):
+            write_tokenizer(str(tmp_path), [], 300)
+
+
 def test_a_tokenizer_beside_the_splits_without_a_config(tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / 'tokenizer').mkdir()
     shutil.copy(tokenizer_dir / 'tokenizer.json', tmp_path / 'tokenizer')
@@ -870,13 +891,19 @@ def test_arguments_that_cannot_be_read(argv: list[str], message: str, capsys: py
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'compression': 'zstd:99'}, '--compression, --hashes or --size_limit: Invalid compression: zstd:99'),
-    ({'hashes': 'sha1 md6'}, '--compression, --hashes or --size_limit: .*md6'),
-    ({'size_limit': '5gb'}, '--size_limit: .*must be less than 2..32'),
-    ({'size_limit': 'big'}, '--size_limit: Unsupported value/suffix big'),
+    ({'compression': 'zstd:99'}, "--compression: 'zstd:99' is none of .*zstd:7.*; set one"),
+    ({'hashes': 'sha1 md6'}, "--hashes: 'md6' is none of .*md5.*; set one"),
+    ({'size_limit': '5gb'}, "--size_limit: '5gb' is no size below 4gb; write 64mb, or a number of bytes"),
+    ({'size_limit': '0'}, "--size_limit: '0' is no size below 4gb"),
+    ({'size_limit': 'big'}, "--size_limit: 'big' is no size below 4gb"),
     ({'tokenizer': 'gpt2'}, '--tokenizer: gpt2 is not used for text; add --concat_tokens N'),
+    ({'concat_tokens': 1}, '--concat_tokens: 1 leaves nothing to predict'),
+    ({'partition': '0/2', 'merge': True}, '--merge: closes the splits once every --partition is done'),
+    ({'merge': True, 'max_docs': 5}, '--merge: the first N documents .* have no --partition; leave --merge out'),
     ({'partition': '0/2', 'max_docs': 5}, '--partition: the first N documents .* are read in order; leave --partition out'),
     ({'partition': '0/2', 'train_tokenizer': 300}, '--partition: with --train_tokenizer each machine would train one'),
+    ({'train_tokenizer': 300, 'concat_tokens': 8, 'tokenizer': 'gpt2'}, '--train_tokenizer: --tokenizer names one that is there'),
+    ({'train_tokenizer': 256}, '--train_tokenizer: 256 tokens; a byte-level BPE has 257 .* or more'),
     ({'config': 'en'}, '--dataset, --config and --revision are of --source hub; --source is '),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(options: dict[str, object], message: str, source: Path, tmp_path: Path) -> None:

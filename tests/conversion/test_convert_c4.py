@@ -163,19 +163,24 @@ def test_empty_folder_of_a_split_is_filled(c4_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize('out_root, message', [
-    ('file', 'is a file or cannot be made'),
-    ('file/below', 'is a file or cannot be made'),
-    ('s4://bucket/c4', 'Invalid Cloud provider prefix: s4'),
-    ('s3://', 'Invalid bucket name'),
+    ('file', 'is a file or may not be written'),
+    ('file/below', 'is a file or may not be written'),
+    ('with', 'is a file or may not be written'),
+    ('link', 'cannot be made .*; name a folder that may be written'),
+    ('s4://bucket/c4', 'must be a folder, or a bucket or the like with one of s3://, gs://'),
+    ('s3://', 'must be a folder, or a bucket or the like with one of s3://, gs://'),
 ])  # fmt: skip
 def test_out_root_that_cannot_be_a_folder(out_root: str, message: str, c4_folder: Path, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path('file').write_text('precious')
-    with pytest.raises(UserError, match=f'--out_root: .*(file|{out_root}).* {message}'):
+    Path('with').mkdir()
+    Path('with/val').write_text('')
+    Path('link').symlink_to('gone/far')
+    with pytest.raises(UserError, match=f'--out_root: .*(file|with/val|{out_root}).* {message}'):
         convert(out_root, c4_folder)
     assert Path('file').read_text() == 'precious'
-    assert sorted(os.listdir()) == ['c4', 'file']
+    assert sorted(os.listdir()) == ['c4', 'file', 'link', 'with']
 
 
 GOOD = json.dumps(c4_documents('train', 1)[0]).encode() + b'\n'
@@ -231,7 +236,7 @@ def test_full_disk_under_the_tokenizer(small_disk: Path) -> None:
 
 def test_disk_that_is_mounted_read_only(c4_folder: Path, small_disk: Path) -> None:
     subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
-    with pytest.raises(UserError, match='--out_root: cannot write .*/val/00000 on .*: Read-only file system; .* Mend the disk or its permissions'):
+    with pytest.raises(UserError, match='--out_root: .*disk is a file or may not be written; change its permissions, or name another'):
         convert(small_disk, c4_folder, 'val')
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from test_convert_c4 import REPO, convert, read_split
 
 import convert_c4
 from src.common.errors import UserError
+from src.conversion.documents import _as_text
 from src.conversion.shards import packed
 
 
@@ -44,6 +46,7 @@ WHOLE = {
     'an array after a byte order mark': ('\ufeff[{"text": "a"}]', 'b.json is one JSON array'),
     'an array of strings': ('["a", "b"]', 'b.json is one JSON array'),
     'an array after a document': ('{"text": "a"}\n[{"text": "b"}]', 'b.json, line 2 is one JSON array'),
+    'documents in an object': ('{"v": 1, "data": [{"text": "a"}]}', "b.json is one JSON object with a list 'data';"),
     'an object over several lines': ('{\n "text": "a"\n}', 'b.json is JSON over several lines; write an object a line'),
     'no document can be used': ('{"text": 1}\n{"text": null}\n{}', 'line 1 has no string text; .*; none of the doc'),
     'columns of pandas': ('{"text": {"0": "a", "1": "b"}}', 'line 1 has no string text; .* a line .df.to_json'),
@@ -62,6 +65,24 @@ def test_a_file_is_not_left_out_as_a_bad_document(data: str, message: str, tmp_p
         convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
 
 
+@pytest.mark.parametrize('data', [gzip.compress(b'{}'), zst_frame(b'{}', 20), bytes(9)], ids=['gzip', 'zstd', 'zeros'])
+@pytest.mark.parametrize('name', ['b.jsonl', 'b.json.gz'])
+def test_files_that_hold_no_text(name: str, data: bytes, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / 'in/a.jsonl', ['good'])
+    (tmp_path / 'in' / name).write_bytes(gzip.compress(data) if name.endswith('.gz') else data)
+    with pytest.raises(UserError, match=f'{name} holds no text: it is damaged, or of a format that its name does not'):
+        convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.txt'])
+def test_files_that_are_not_utf_8(name: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / name).write_text('{"text": "a"}\n{"text": "b"}\n', encoding)
+    with pytest.raises(UserError, match=f'{name} is UTF-16 or UTF-32 text; write it as UTF-8'):
+        convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
+
+
 def test_strings_that_are_not_unicode_are_bad_documents(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import pyarrow
     from pyarrow import parquet
@@ -70,20 +91,21 @@ def test_strings_that_are_not_unicode_are_bad_documents(tmp_path: Path, capsys: 
     lines = [b'\xef\xbb\xbf{"text": "one"}', b'', b'{"text": "\\ud800"}', b'{"\\ud800": "x"}', b'{"text": "\xff"}',
              b'{"text": "two"}']
     (tmp_path / 'in/a.jsonl').write_bytes(b'\r\n'.join(lines))
-    column = pyarrow.array([b'three', b'\xff', None, 'vier\u00e9'.encode()], pyarrow.binary())
-    parquet.write_table(pyarrow.table({'text': column}), tmp_path / 'in/b.parquet')
+    values = [b'three', b'\xff', None, 'vier\u00e9'.encode()]
+    kinds = pyarrow.binary(), pyarrow.string(), pyarrow.large_string(), pyarrow.string()
+    for name, kind in zip('bcde', kinds):
+        binary = pyarrow.array(values, pyarrow.large_binary() if name == 'd' else pyarrow.binary()).view(kind)
+        column = binary.dictionary_encode() if name == 'e' else binary
+        parquet.write_table(pyarrow.table({'text': column}), tmp_path / f'in/{name}.parquet')
     convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
-    assert texts(tmp_path / 'out/train') == ['one', 'two', 'three', 'vier\u00e9']
-    assert manifest(tmp_path / 'out/train')['bad_documents'] == 3 + 2
+    assert texts(tmp_path / 'out/train') == ['one', 'two'] + ['three', 'vier\u00e9'] * 4
+    assert manifest(tmp_path / 'out/train')['bad_documents'] == 3 + 2 * 4
     out = capsys.readouterr().out
     assert 'a.jsonl, line 3 holds characters that are not Unicode' in out
     assert r"a.jsonl, line 4 has no field 'text'; it has: \ud800" in out
-    assert out.count('.parquet, row 2 holds bytes that are not UTF-8 (invalid start byte, byte 0)') == 1
+    assert out.count('.parquet, row 2 holds bytes that are not UTF-8 (invalid start byte, byte 0)') == 4
     with pytest.raises(UserError, match='a.jsonl, line 3 holds .*or leave such documents out with --skip_bad_docs'):
         convert(tmp_path / 'out2', tmp_path / 'in', 'train')
-    parquet.write_table(pyarrow.table({'text': column.view(pyarrow.string())}), tmp_path / 'in/b.parquet')
-    with pytest.raises(UserError, match='b.parquet cannot be read after row 0: it is cut short or damaged .*utf-8'):
-        convert(tmp_path / 'out3', tmp_path / 'in', 'train', skip_bad_docs=True)
 
 
 def test_nul_bytes_in_text_files_are_bad_documents(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -96,6 +118,12 @@ def test_nul_bytes_in_text_files_are_bad_documents(tmp_path: Path, capsys: pytes
     out = capsys.readouterr().out
     for name in 'bc':
         assert f'{name}.txt, document 1 holds NUL bytes: it is damaged or not UTF-8; download the file again, or' in out
+
+
+def test_times_of_parquet_are_written_in_utc() -> None:
+    for zone in None, timezone.utc, timezone(timedelta(hours=2)):
+        time = datetime(2019, 4, 25, 12 + (zone is not None and zone != timezone.utc) * 2, 57, 54, tzinfo=zone)
+        assert _as_text(time) == '2019-04-25T12:57:54Z'
 
 
 def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -113,9 +141,14 @@ def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert 'd.txt, line 2 holds bytes that are not UTF-8' in capsys.readouterr().out
     with pytest.raises(UserError, match="was made with txt_lines None, now True"):
         convert(tmp_path / 'files', folder, 'train', skip_bad_docs=True, txt_lines=True)
+    with pytest.raises(UserError, match='--text_column: body, and what is read of --source .*in has no fields: leave'):
+        convert(tmp_path / 'body', folder, 'train', text_column='body')
     monkeypatch.setattr('src.conversion.documents.MAX_TEXT', 10)
     with pytest.raises(UserError, match='a.txt has more than 10 bytes, and would be one document; add --txt_lines'):
         convert(tmp_path / 'long', folder, 'train')
+    write_jsonl(folder / 'e.jsonl', ['x'])
+    with pytest.raises(UserError, match='--txt_lines: no .txt file is read from --source .*in; leave it out'):
+        convert(tmp_path / 'none', folder, 'train', txt_lines=True)
 
 
 def test_a_tokenizer_of_little_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -126,6 +159,10 @@ def test_a_tokenizer_of_little_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert 'note: --train_tokenizer: 1000, and the text gives no more than 260 tokens' in out
     assert out.count('skipped: ') == 2
+    write_jsonl(folder / 'a.jsonl', ['', ''])
+    with pytest.raises(UserError, match='--train_tokenizer: the files hold no text to train it on; check --source'):
+        convert(tmp_path / 'empty', folder, 'train', train_tokenizer=1000)
+    assert os.listdir(tmp_path / 'empty') == []
 
 
 def test_a_home_folder_that_the_shell_leaves_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +176,15 @@ def test_main_takes_a_namespace_of_some_arguments(tmp_path: Path, monkeypatch: p
     args = argparse.Namespace(out_root=tmp_path / 'out/', splits=['train'], source=folder)
     convert_c4.main(args)
     assert texts(tmp_path / 'out/train') == ['one'] and vars(args).keys() == {'out_root', 'splits', 'source'}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({'out_root': 'x', 'max_doc': '5'}, 'max_doc: no such argument; known are out_root, '),
+        ({'out_root': 'x', 'splits': 'val'}, "--splits: 'val' is not a list of one or more of train, val, train_small"),
+        ({'out_root': 'x', 'splits': ['test']}, r"--splits: \['test'\] is not a list"),
+        ({'out_root': 'x', 'verify': 'x'}, 'give --out_root, or --verify'),
+        ({}, 'give --out_root, or --verify')]
+    for given, message in wrong:
+        with pytest.raises(UserError, match=message):
+            convert_c4.main(argparse.Namespace(**given))
     monkeypatch.setattr(sys, 'argv', ['convert_c4.py', '--out_root', 'from-the-command-line'])
     assert convert_c4.parse_args().out_root == 'from-the-command-line'
 

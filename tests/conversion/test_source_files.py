@@ -84,6 +84,7 @@ def test_files_beside_those_of_c4(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert read_split(tmp_path / 'out/train') == [{'text': row['text']} for row in c4_documents('train', 2)]
     assert texts(tmp_path / 'out', 'val') == [['val.jsonl']]
     out = capsys.readouterr().out
+    assert 'note: beside the files of C4 there are others: val.jsonl; so the text alone is written.' in out
     assert 'val: 1 files in ' in out and 'files of C4 in' not in out
 
 
@@ -118,6 +119,8 @@ def test_files_of_unclear_splits_are_refused(tmp_path: Path) -> None:
     refused(r'in/a.jsonl \(train\) and .*in/val.jsonl \(val\) are one file; delete one', 'val.jsonl')
     os.link(folder / 'a.jsonl', folder / 'test.jsonl')
     refused(r'in/a.jsonl \(train\) and .*in/test.jsonl \(test\) are one file', 'test.jsonl')
+    (folder / 'b.jsonl').symlink_to('gone.jsonl')
+    refused(r'in/b.jsonl cannot be read \(No such file or directory\); mend .* of a link, the file that', 'b.jsonl')
     write_named(folder, 'x/train-val.jsonl')
     refused('x/train-val.jsonl: the name train-val.jsonl has words of several splits, train and', 'x/train-val.jsonl')
     with pytest.raises(UserError, match=r'a.jsonl is neither hub .* exists \(it is a file: name its folder\)'):
@@ -140,8 +143,9 @@ def test_what_the_program_wrote_is_no_source(tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert 'not read: mds/tokenizer/: it holds a tokenizer, which a conversion has made' in out
     assert 'not read: mds/train/00000/, mds/val/: it holds shards, which a conversion has made' in out
-    convert(write_named(tmp_path / 'same', 'a.jsonl'), tmp_path / 'same', 'train')
-    assert sorted(os.listdir(tmp_path / 'same')) == ['a.jsonl', 'train']
+    for same in folder, folder / 'train/..':
+        with pytest.raises(UserError, match='--out_root: .* is the folder of --source too'):
+            convert(same, folder)
     convert(tmp_path, folder, 'val')  # the other way round
     assert texts(tmp_path, 'val') == [['val/a.jsonl']]
 
