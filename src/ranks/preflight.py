@@ -23,7 +23,8 @@ def preflight() -> str:
         doc/PERFORMANCE.md): comparable with the hardware's, for any number n of ranks.
 
     Raises:
-        UserError: A sum is wrong, and whose part of it; the ranks cannot reach each other, or two nodes share one /dev/shm.
+        UserError: A sum is wrong, and whose part of it; or the ranks cannot reach each other; or two nodes share one
+            /dev/shm.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
     told = gather((device, _shared_memory()))
