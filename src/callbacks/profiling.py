@@ -74,7 +74,7 @@ class OOMObserver(Callback):
                 log.warning('callbacks.oom_observer: %s: %s', name, e)
 
         torch.cuda.memory._record_memory_history(stacks='python', max_entries=self.max_entries)
-        attach: Any = getattr(torch._C, '_cuda_attach_out_of_memory_observer')  # noqa: B009  (pyright knows no such name)
+        attach: Any = getattr(torch._C, '_cuda_attach_out_of_memory_observer')  # noqa: B009  (pyright knows none)
         attach(observe)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -51,6 +52,12 @@ def fill_node_rank() -> None:
         os.environ.setdefault('NODE_RANK', os.environ['GROUP_RANK'])
 
 
+def check_numbers() -> None:
+    """Ends this process where a variable of the launcher is no number, with which Composer cannot be imported."""
+    if errors := [error for name, error in _no_numbers(os.environ).items() if name in ALONE]:
+        sys.exit('\n  - '.join([f'error: in the environment of {here()}:', *errors]))
+
+
 def check_environment(env: Mapping[str, str]) -> None:
     """Holds the launcher's variables against each other, before Composer reads any of them.
 
@@ -83,17 +90,20 @@ def _check_alone(env: Mapping[str, str]) -> None:
                             'README, "Several nodes", does. If this process is to train alone, set WORLD_SIZE=1')
 
 
+def _no_numbers(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: f'{name}: {env[name]!r} must be a whole number from {least} to {most}'
+            for name, (least, most) in RANGES.items()
+            if name in env and not (env[name].isdecimal() and least <= int(env[name]) <= most)}
+
+
 def _mistakes(env: Mapping[str, str]) -> Iterator[str]:
     needed = (*ALONE, 'MASTER_ADDR', 'MASTER_PORT')
     if absent := [name for name in needed if not env.get(name)]:
         given = ', '.join(f'{name}={env[name]}' for name in needed if env.get(name))
         yield f'{", ".join(absent)}: not set, although {given} is; a launcher sets all of them: {LAUNCH}'
-    wrong = {name for name, (least, most) in RANGES.items() if env.get(name)
-             and not (env[name].isdecimal() and least <= int(env[name]) <= most)}
-    for name in sorted(wrong):
-        least, most = RANGES[name]
-        yield f'{name}: {env[name]!r} must be a whole number from {least} to {most}'
-    if not wrong.intersection(ALONE) and not set(absent).intersection(ALONE):
+    wrong = {name: error for name, error in _no_numbers(env).items() if name not in absent}
+    yield from wrong.values()
+    if not {*wrong, *absent}.intersection(ALONE):
         yield from _contradictions(*(int(env[name]) for name in ALONE))
     if address := env.get('MASTER_ADDR'):
         try:

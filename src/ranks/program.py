@@ -1,13 +1,11 @@
 """The shell of a program that runs in every rank: ranks fail together, a mistake of the user ends in one message."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from src.common.errors import UserError
 from src.ranks import environment, rendezvous
 from src.ranks.failure_watch import FailureWatch
 from src.ranks.stop import EXIT_STOPPED, Stopped, StopRequest
@@ -34,11 +32,6 @@ def run(work: Callable[[FailureWatch], Any]) -> int:
     from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
     warnings.filterwarnings('ignore', category=UserWarning, module='(composer|torchmetrics)')
-    try:
-        environment.check_environment(os.environ)
-    except UserError as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
     with FailureWatch(StopRequest()) as watch:
         try:
             work(watch)

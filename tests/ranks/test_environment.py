@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from src.common.errors import UserError
-from src.ranks import agreement, environment, preflight, program
+from src.ranks import agreement, environment, preflight
 from src.ranks.environment import Process
 
 HERE = socket.gethostname()
@@ -108,10 +108,12 @@ def test_whole_nodes_are_named_and_parts_by_their_ranks():
         'a is 0 on node 0 (host-0) and 1 on node 1 (host-1)']
 
 
-def test_a_program_says_what_its_launcher_set_wrong(monkeypatch, capsys):
-    monkeypatch.setenv('RANK', 'one')
-    assert program.run(lambda watch: None) == 1
-    assert "RANK: 'one' must be a whole number" in capsys.readouterr().err
+def test_no_module_is_imported_with_a_rank_that_is_no_number(monkeypatch):
+    environment.check_numbers()
+    for value in ('one', ''):
+        monkeypatch.setenv('RANK', value)
+        with pytest.raises(SystemExit, match=f"error: in the environment of .*\n  - RANK: '{value}' must be a whole number"):
+            environment.check_numbers()
 
 
 def test_of_many_differences_the_first_are_told(monkeypatch):
