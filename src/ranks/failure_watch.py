@@ -89,8 +89,6 @@ class FailureWatch:
             self._board.publish(Failure(self.me.rank, self.me.node, self.me.host, f'{kind}: {first_line(error)}', text,
                                         own_stderr()))
             time.sleep(READ_S)  # the board may end with this rank
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, lambda *_: os._exit(1))
 
     def _other_failure(self) -> Optional[Failure]:
         return self._board.other_failure(self.stop.dead_siblings()) if self._board else None
