@@ -29,10 +29,11 @@ from src.checkpoints import loading
 from src.config.load import load
 from src.ranks import program
 from src.training import build, fit, plugins, sharding
-from src.training.failures import explained
+from src.training.failures import explained, outside_failures_explained
 from src.training.setup import prepare
 
 
+@outside_failures_explained()
 def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callbacks: Iterable[Callback] = (),
          dry_run: bool = False) -> Trainer:
     """Trains one model, and returns its Trainer.

@@ -62,6 +62,7 @@ class NonFiniteGuard(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
+            assert state.algorithms[-1] is self, f'NonFiniteGuard is the last algorithm, not {state.algorithms[-1]}'
             self._copies = gradient_copies(state.model)
             logger.log_metrics({'trainer/skipped_batches': self.total})
         elif event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH):  # again, where a microbatch did not fit

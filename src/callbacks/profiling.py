@@ -14,6 +14,8 @@ from composer.utils import format_name_with_dist, format_name_with_dist_and_time
 from torch.cuda import _memory_viz
 from torch.profiler import ProfilerAction
 
+from src.common.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -72,7 +74,7 @@ class OOMObserver(Callback):
                 log.warning('callbacks.oom_observer: %s: %s', name, e)
 
         torch.cuda.memory._record_memory_history(stacks='python', max_entries=self.max_entries)
-        attach: Any = getattr(torch._C, '_cuda_attach_out_of_memory_observer')  # noqa: B009  (pyright has no such name)
+        attach: Any = getattr(torch._C, '_cuda_attach_out_of_memory_observer')  # noqa: B009  (pyright knows none)
         attach(observe)
 
 
@@ -93,6 +95,11 @@ class Profiler(Callback):
     def __init__(self, folder: str = 'traces/{run_name}', skip_first: int = 10, wait: int = 0, warmup: int = 1,
                  active: int = 3, repeat: int = 1, record_shapes: bool = False, profile_memory: bool = False,
                  with_stack: bool = False):
+        least = {'skip_first': (skip_first, 0), 'wait': (wait, 0), 'warmup': (warmup, 1), 'active': (active, 1),
+                 'repeat': (repeat, 0)}
+        for name, (value, lowest) in least.items():
+            if value < lowest:
+                raise UserError(f'{name}: {value} must be at least {lowest}')
         self.folder = folder
         self.action_at = torch.profiler.schedule(skip_first=skip_first, wait=wait, warmup=warmup, active=active,
                                                  repeat=repeat)

@@ -25,10 +25,14 @@ class TextSamples(Callback):
     """
 
     def __init__(self, prompts: list[str], max_new_tokens: int = 64, temperature: float = 0.8, seed: int = 17):
-        if not prompts:
-            raise UserError('prompts: []; a list of texts')
-        if not 0 <= temperature < math.inf:
-            raise UserError(f'temperature: {temperature}; a number from 0, which takes the likeliest token')
+        for name, value, good, allowed in (
+                ('prompts', prompts, prompts, 'a list of texts'),
+                ('max_new_tokens', max_new_tokens, max_new_tokens > 0, 'a whole number above 0'),
+                ('temperature', temperature, 0 <= temperature < math.inf,
+                 'a number from 0, which takes the likeliest token'),
+                ('seed', seed, 0 <= seed < 1 << 63, 'a whole number from 0')):
+            if not good:
+                raise UserError(f'{name}: {value}; {allowed}')
         self.prompts, self.max_new_tokens, self.temperature, self.seed = prompts, max_new_tokens, temperature, seed
 
     def prepare(self, tokenizer: Any, max_seq_len: int) -> None:

@@ -27,12 +27,23 @@ ENLARGE = ('start the container with docker run --shm-size=16g or --ipc=host (Ku
 
 
 def prepare_environment() -> None:
-    """Sets variables that libraries read when they are imported."""
+    """Sets variables that libraries read when they are imported.
+
+    USER and HOME are set where the system knows neither, as in `docker run --user 12345`: without a name torch.compile
+    raises a KeyError, and without a home the import of matplotlib a RuntimeError. TORCH_WARM_POOL is set where shared
+    memory is full: the processes that torch starts for later compilation would end in a traceback of their own.
+    """
+    if shared_memory_is_low():
+        os.environ.setdefault('TORCH_WARM_POOL', '0')
     os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's 3 are few for a run of weeks
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # as in `docker run --user 12345`; OSError from Python 3.13 on
-        os.environ['USER'] = f'user-{os.getuid()}'  # torch.compile asks for it
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        os.environ['USER'] = f'user-{os.getuid()}'
+    if os.path.expanduser('~') == '~':
+        home = Path(tempfile.gettempdir(), f'home-of-user-{os.getuid()}')
+        home.mkdir(mode=0o700, exist_ok=True)
+        os.environ['HOME'] = str(home)
 
 
 def set_up_output() -> None:
@@ -51,12 +62,19 @@ def shorten_socket_paths() -> None:
     """Gives multiprocessing a short folder for its sockets where TMPDIR is too long for them.
 
     Loader workers hand over batches by such sockets. Without one the run would wait for its first batch for ever.
+
+    Raises:
+        UserError: TMPDIR is too long, and no other folder can be written.
     """
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > MAX_SOCKET_FOLDER:
         tempfile.tempdir = SOCKETS
         try:
             multiprocessing.util.get_temp_dir()  # this process and its workers keep it; removed at the end
+        except OSError as e:
+            raise UserError(f'TMPDIR: {folder!r} has {len(os.fsencode(folder))} bytes, and the sockets of loader '
+                            f'workers allow {MAX_SOCKET_FOLDER}; {SOCKETS} cannot be used instead ({e.strerror}). Set '
+                            'TMPDIR to a folder with a shorter path') from e
         finally:
             tempfile.tempdir = folder
 

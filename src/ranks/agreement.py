@@ -31,7 +31,8 @@ def agree(what: str, settings: Mapping[str, Any]) -> None:
     errors = differences(gather({name: repr(value) for name, value in settings.items()}))
     if errors:
         head = f'{what}: the nodes disagree; start every node with the same YAML, arguments and files:'
-        raise UserError('\n  - '.join([head, *errors]))
+        more = [f'and {len(errors) - 20} more'] if len(errors) > 20 else []
+        raise UserError('\n  - '.join([head, *errors[:20], *more]))
 
 
 def gather(value: Any) -> dict[Process, Any]:

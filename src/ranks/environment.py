@@ -2,12 +2,14 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from src.common.errors import UserError
 
 ALONE = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'NODE_RANK': '0'}
+RANGES = {**{name: (int(name.endswith('SIZE')), (1 << 31) - 1) for name in ALONE}, 'MASTER_PORT': (1, (1 << 16) - 1)}
 LAUNCH = 'start the run with `composer main.py ...` on every node (README, "Several nodes"), not with `python main.py`'
 # What starts several processes without the variables of a launcher: how many, by the first of these that is set.
 TASKS = {
@@ -50,6 +52,12 @@ def fill_node_rank() -> None:
         os.environ.setdefault('NODE_RANK', os.environ['GROUP_RANK'])
 
 
+def check_numbers() -> None:
+    """Ends this process where a variable of the launcher is no number, with which Composer cannot be imported."""
+    if errors := [error for name, error in _no_numbers(os.environ).items() if name in ALONE]:
+        sys.exit('\n  - '.join([f'error: in the environment of {here()}:', *errors]))
+
+
 def check_environment(env: Mapping[str, str]) -> None:
     """Holds the launcher's variables against each other, before Composer reads any of them.
 
@@ -75,11 +83,17 @@ def _check_alone(env: Mapping[str, str]) -> None:
     for starter, names in TASKS.items():
         name = next((name for name in names if env.get(name)), None)
         # sbatch's own shell and salloc's have SLURM_NTASKS too: of a task, SLURM_PROCID is set
-        if name and int(env[name]) > 1 and (starter != 'srun' or env.get('SLURM_PROCID')):
+        if name and env[name].isdecimal() and int(env[name]) > 1 and (starter != 'srun' or env.get('SLURM_PROCID')):
             raise UserError(f'WORLD_SIZE: not set, and {name}={env[name]}: each of {env[name]} tasks would train the '
                             f'whole model alone. Start one task on each node with {starter}, and in it `composer '
                             'main.py ...` with WORLD_SIZE, NODE_RANK, MASTER_ADDR and MASTER_PORT, as the script in '
                             'README, "Several nodes", does. If this process is to train alone, set WORLD_SIZE=1')
+
+
+def _no_numbers(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: f'{name}: {env[name]!r} must be a whole number from {least} to {most}'
+            for name, (least, most) in RANGES.items()
+            if name in env and not (env[name].isdecimal() and least <= int(env[name]) <= most)}
 
 
 def _mistakes(env: Mapping[str, str]) -> Iterator[str]:
@@ -87,11 +101,10 @@ def _mistakes(env: Mapping[str, str]) -> Iterator[str]:
     if absent := [name for name in needed if not env.get(name)]:
         given = ', '.join(f'{name}={env[name]}' for name in needed if env.get(name))
         yield f'{", ".join(absent)}: not set, although {given} is; a launcher sets all of them: {LAUNCH}'
-    else:
+    wrong = {name: error for name, error in _no_numbers(env).items() if name not in absent}
+    yield from wrong.values()
+    if not {*wrong, *absent}.intersection(ALONE):
         yield from _contradictions(*(int(env[name]) for name in ALONE))
-    port = env.get('MASTER_PORT')
-    if port and not (port.isdecimal() and 0 < int(port) < 1 << 16):
-        yield f'MASTER_PORT: {port!r} must be a whole number from 1 to 65535'
     if address := env.get('MASTER_ADDR'):
         try:
             socket.getaddrinfo(address, None)
@@ -100,7 +113,9 @@ def _mistakes(env: Mapping[str, str]) -> Iterator[str]:
 
 
 def _contradictions(rank: int, world: int, local: int, per_node: int, node: int) -> Iterator[str]:
-    if world % per_node:  # streaming, too, takes every node to have as many
+    if local >= per_node:
+        yield f'LOCAL_RANK: {local} must be below LOCAL_WORLD_SIZE, which is {per_node}'
+    elif world % per_node:  # streaming, too, takes every node to have as many
         yield (f'WORLD_SIZE: {world}, the processes of all nodes, must be a multiple of LOCAL_WORLD_SIZE, the '
                f'{per_node} of this one: every node needs the same number of processes (composer -n)')
     elif node >= world // per_node:

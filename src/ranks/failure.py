@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, Optional
 
@@ -19,12 +19,14 @@ LEAVE_S = 600.0  # how long ranks that are done wait for each other: a logger ma
 
 
 class Failure(NamedTuple):
-    """Why a rank ended, in one line."""
+    """Why a rank ended: in one line, and what a terminal is to show besides, such as a traceback."""
 
     rank: int
     node: int
     host: str
     summary: str
+    text: str = ''
+    shown: Sequence[int] = ()  # the `own_stderr` on which the text is already
 
     @classmethod
     def by_death(cls, me: Process, local_rank: int) -> 'Failure':
@@ -34,6 +36,12 @@ class Failure(NamedTuple):
 
     def __str__(self) -> str:
         return f'rank {self.rank} on node {self.node} ({self.host}) failed: {self.summary}'
+
+
+def own_stderr() -> list[int]:
+    """Tells what this process writes its errors to from what others do."""
+    status = os.fstat(2)
+    return [status.st_dev, status.st_ino]
 
 
 class Board:

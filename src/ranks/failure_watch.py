@@ -12,7 +12,7 @@ import torch.distributed
 
 from src.common.errors import UserError, first_line
 from src.ranks.environment import this_process
-from src.ranks.failure import Board, Failure
+from src.ranks.failure import Board, Failure, own_stderr
 from src.ranks.stop import Stopped, StopRequest
 
 POLL_S = 1.0
@@ -23,8 +23,8 @@ ALONE_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the s
 class FailureWatch:
     """Ends every rank, on every node, soon after one has failed: the others would wait for it in a collective.
 
-    A rank that fails prints its traceback, which the launcher shows, and leaves one line on the board; every other rank
-    says whom it follows and exits with 1.
+    A rank that fails prints its traceback, and leaves it on the board; local rank 0 of its node, whose stderr is the
+    terminal's, prints it too; every other rank says whom it follows and exits with 1.
 
     A context manager that begins with the process group: on entering, or at `start`. Without several ranks it does
     nothing but `report_crash`. Leaving without an exception is the good end, which all ranks reach together: the
@@ -85,7 +85,9 @@ class FailureWatch:
         print(text, file=sys.stderr, flush=True)
         if self._board is not None:
             kind = 'error' if mistake else type(error).__name__
-            self._board.publish(Failure(self.me.rank, self.me.node, self.me.host, f'{kind}: {first_line(error)}'))
+            self.ignore_signals()  # with the first rank that follows the launcher ends all: its code is to be 1
+            self._board.publish(Failure(self.me.rank, self.me.node, self.me.host, f'{kind}: {first_line(error)}', text,
+                                        own_stderr()))
             time.sleep(READ_S)  # the board may end with this rank
 
     def _other_failure(self) -> Optional[Failure]:
@@ -98,6 +100,9 @@ class FailureWatch:
         with self._lock:  # the main thread, the signal's and the board's may come at once
             if not self._shown:
                 self._shown = True
+                is_here = failure.node == self.me.node and self.me.local_rank == 0
+                if failure.text and is_here and failure.shown != own_stderr():  # torchrun's ranks share one
+                    print(failure.text, file=sys.stderr)
                 me = f'this rank ({self.me.rank} on node {self.me.node})'
                 print(f'{failure}; {me} stops', file=sys.stderr, flush=True)
         if self.me.rank == 0:

@@ -23,7 +23,8 @@ def preflight() -> str:
         doc/PERFORMANCE.md): comparable with the hardware's, for any number n of ranks.
 
     Raises:
-        UserError: A sum is wrong, the ranks cannot reach each other, or two nodes share one /dev/shm.
+        UserError: A sum is wrong, and whose part of it; or the ranks cannot reach each other; or two nodes share one
+            /dev/shm.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
     told = gather((device, _shared_memory()))
@@ -60,18 +61,22 @@ def check_shared_memory_apart(memories: dict[Process, str]) -> None:
 
 
 def check_sum(ranks: list[Process], part: float) -> None:
-    """Adds up `part` of all ranks, which has to be the rank + 1.
+    """Adds up a column for each rank, filled by it with `part`, which has to be its rank + 1.
 
     Raises:
-        UserError: The sum is wrong.
+        UserError: The sum is wrong: whose part of it, and on which ranks.
     """
     n = len(ranks)
-    x = torch.full([1 << 18], float(part), device=_device())
-    _timed_sum(x)
-    is_right = bool((x == n * (n + 1) / 2).all())
-    if wrong := [process for process, right in gather(is_right).items() if not right]:
-        raise UserError(f'all-reduce over {n} ranks is wrong, as seen on {places(wrong, ranks)}; test the devices and '
-                        'the network of the nodes, a few at a time, and leave the faulty one out')
+    columns = torch.zeros(1024, n, device=_device())
+    columns[:, rank()] = part
+    _timed_sum(columns)
+    is_right = (columns == torch.arange(1, n + 1, device=columns.device)).all(dim=0)
+    lost = gather([i for i, right in enumerate(is_right.tolist()) if not right])
+    if wrong := sorted({i for some in lost.values() for i in some}):
+        where = places([process for process, some in lost.items() if some], lost)
+        raise UserError(f'all-reduce over {n} ranks is wrong: the part of {places([ranks[i] for i in wrong], ranks)} '
+                        f'did not arrive as sent, as seen on {where}; leave the node out, and test its devices and '
+                        'network')
 
 
 def _speed(n: int) -> str:

@@ -71,6 +71,8 @@ def _meet(timeout: float, deadline: float) -> Any:
     """Registers this rank with rank 0, waits until that has heard of all ranks, and returns the store."""
     me, address, port = this_process(), os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     make: Any = torch.distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    if me.rank:
+        _wait_for_port(address, port, deadline)
     store = _within(deadline - time.monotonic(), lambda: make(
         address, port, me.world_size, me.rank == 0, wait_for_workers=False, multi_tenant=True))
     number = store.add('meet/joined', 1)
@@ -116,6 +118,19 @@ def _present_and_missing(joined: list[Process], me: Process) -> str:
     missing = sorted({rank // me.local_world_size for rank in set(range(me.world_size)) - {p.rank for p in joined}})
     return (f'{places(joined, joined)}; missing are ranks of node {", ".join(map(str, missing[:8]))}'
             f'{" and more" * (len(missing) > 8)}')
+
+
+def _wait_for_port(address: str, port: int, deadline: float) -> None:
+    """Returns once something listens there; torch would not say why nothing answers."""
+    reason = ''
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            socket.create_connection((address, port), timeout=min(left, 5)).close()
+            return
+        except OSError as e:
+            reason = str(e)
+            time.sleep(min(left, 0.5))
+    raise RuntimeError(f'node 0 does not answer: {reason}')
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:

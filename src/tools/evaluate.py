@@ -48,7 +48,7 @@ from src.tokenizer import HFTokenizer
 from src.tools.bits_per_byte import Totals, bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
-from src.training.failures import explained
+from src.training.failures import explained, outside_failures_explained
 from src.training.report import log
 from src.training.setup import check_config, meet
 
@@ -91,6 +91,7 @@ def _set(cfg: DictConfig, **changed: Any) -> None:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
+@outside_failures_explained('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """The figures of one split, of a checked config with an `eval_loader`.
 

@@ -12,7 +12,7 @@ from src.callbacks.guard import NonFiniteGuard
 from src.callbacks.loggers import FileLogger, TensorboardLogger, WandBLogger
 from src.callbacks.metrics import SpeedMonitor, UnigramBaseline
 from src.callbacks.text_samples import TextSamples
-from src.common.errors import UserError
+from src.common.errors import UserError, first_line
 from src.config.schema import Config, Plugins
 
 log = logging.getLogger('src')
@@ -55,7 +55,8 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
     """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
 
     Raises:
-        UserError: A package is missing, or a class refuses a value by a UserError, or a ValueError of Composer's.
+        UserError: A package is missing or broken, or a class refuses a value by a UserError, or a ValueError of
+            Composer's.
     """
     built = []
     for name, kwargs in chosen.items():
@@ -65,6 +66,12 @@ def build_all(section: str, chosen: Plugins) -> list[Any]:
         cls = REGISTRIES[section][name]
         try:
             built.append(cls(**(kwargs or {})))
+        except ImportError as e:
+            if name not in PACKAGES:
+                raise
+            raise UserError(f'{section}.{name}: its package cannot be imported: {first_line(e.__cause__ or e)}; '
+                            f'pip install --force-reinstall {PACKAGES[name]}, or remove {name} from '
+                            f'{section}') from None
         except (ValueError, TypeError) as e:
             if not isinstance(e, UserError) and not cls.__init__.__module__.startswith('composer.'):
                 raise  # in another class it may be a bug

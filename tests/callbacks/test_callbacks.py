@@ -233,6 +233,13 @@ def test_an_optimizer_that_does_not_call_its_closure_ends_the_run(cls: Any, trai
     trainer.close()
 
 
+def test_the_guard_has_to_run_before_clipping() -> None:
+    trainer = train(1, algorithms=[NonFiniteGuard(1), GradientClipping('norm', 0.1)])
+    with pytest.raises(AssertionError, match='NonFiniteGuard is the last algorithm'):
+        trainer.fit()
+    trainer.close()
+
+
 # GracefulStop
 
 class Ask(Callback):

@@ -139,8 +139,10 @@ def test_two_ranks_say_what_one_does(mds_root, tmp_path):
 
 @pytest.mark.parametrize(('keywords', 'message'), [
     ({'prompts': []}, r'callbacks.text_samples: prompts: \[\]; a list of texts'),
+    ({'prompts': ['a'], 'max_new_tokens': 0}, 'max_new_tokens: 0; a whole number above 0'),
+    ({'prompts': ['a'], 'seed': -1}, 'seed: -1; a whole number from 0'),
     ({'prompts': ['a'], 'temperature': -1.0}, 'temperature: -1.0; a number from 0'),
-], ids=['no prompt', 'temperature'])
+], ids=['no prompt', 'no tokens', 'seed', 'temperature'])
 def test_values_out_of_range_are_refused(keywords, message):
     with pytest.raises(UserError, match=message):
         plugins.build_all('callbacks', {'text_samples': keywords})

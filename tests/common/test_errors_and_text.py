@@ -6,6 +6,8 @@ import getpass
 import os
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,16 +60,30 @@ def test_memory_without_a_limit_is_not_full(monkeypatch):
     assert machine.shared_memory_is_low() == ''
 
 
-def test_a_user_without_a_name_has_one(monkeypatch):
-    for name in ('USER', 'LOGNAME', 'LNAME', 'USERNAME'):
+def test_a_user_without_a_name_and_a_home_has_both(monkeypatch):
+    for name in ('USER', 'LOGNAME', 'LNAME', 'USERNAME', 'HOME'):
         monkeypatch.setenv(name, 'someone')
         machine.prepare_environment()
         assert os.environ[name] == 'someone', 'what is known stays'
-    for name in ('USER', 'LOGNAME', 'LNAME', 'USERNAME'):
+    for name in ('USER', 'LOGNAME', 'LNAME', 'USERNAME', 'HOME'):
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, 'getuid', lambda: 987654)  # no such user: `pwd` raises a KeyError
     machine.prepare_environment()
     assert getpass.getuser() == 'user-987654'
+    assert Path.home() == Path(tempfile.gettempdir(), 'home-of-user-987654') and os.access(Path.home(), os.W_OK)
+
+
+def test_torch_starts_no_processes_for_later_where_shared_memory_is_full(monkeypatch):
+    monkeypatch.delenv('TORCH_WARM_POOL', raising=False)
+    machine.prepare_environment()
+    assert 'TORCH_WARM_POOL' not in os.environ
+    monkeypatch.setattr(machine, 'free_shared_memory', lambda: 0)
+    monkeypatch.setenv('TORCH_WARM_POOL', '1')
+    machine.prepare_environment()
+    assert os.environ['TORCH_WARM_POOL'] == '1', 'what is set stays'
+    monkeypatch.delenv('TORCH_WARM_POOL')
+    machine.prepare_environment()
+    assert os.environ.pop('TORCH_WARM_POOL') == '0'
 
 
 def test_every_text_file_is_read_and_written_as_utf8():

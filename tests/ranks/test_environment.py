@@ -25,6 +25,10 @@ MISTAKES = {
     'empty': (dict(NODE_RANK=''), ['NODE_RANK: not set']),
     'python instead of composer': (ONLY_USER, ['RANK, LOCAL_RANK, LOCAL_WORLD_SIZE: not set, although WORLD_SIZE=16, NODE_RANK=1',
                                                'composer main.py ...', 'not with `python main.py`']),
+    'a word': (dict(NODE_RANK='one'), ["NODE_RANK: 'one' must be a whole number from 0 to"]),
+    'negative': (dict(RANK='-1'), ["RANK: '-1' must be a whole number from 0 to"]),
+    'no process': (dict(WORLD_SIZE='0'), ["WORLD_SIZE: '0' must be a whole number from 1 to"]),
+    'local rank': (dict(LOCAL_RANK='8', RANK='16'), ['LOCAL_RANK: 8 must be below LOCAL_WORLD_SIZE, which is 8']),
     'port': (dict(MASTER_PORT='75010'), ["MASTER_PORT: '75010' must be a whole number from 1 to 65535"]),
     'port 0': (dict(MASTER_PORT='0'), ["MASTER_PORT: '0' must be"]),
     'address': (dict(MASTER_ADDR='no-such.invalid'), ["MASTER_ADDR: 'no-such.invalid' has no address here", '10.0.0.1']),
@@ -32,7 +36,8 @@ MISTAKES = {
     'uneven nodes': (dict(WORLD_SIZE='12'), ['WORLD_SIZE: 12, the processes of all nodes, must be a multiple of '
                                              'LOCAL_WORLD_SIZE, the 8 of this one', 'composer -n']),
     'contradiction': (dict(RANK='8'), ['RANK: 8 must be 9 = NODE_RANK 1 * LOCAL_WORLD_SIZE 8 + LOCAL_RANK 1']),
-    'several': (dict(NODE_RANK='2', MASTER_PORT='x'), ['2 mistakes', 'NODE_RANK: 2', "MASTER_PORT: 'x'"]),
+    'several': (dict(NODE_RANK='x', MASTER_PORT='x', LOCAL_RANK=None),
+                ['3 mistakes', 'LOCAL_RANK: not set', "NODE_RANK: 'x'", "MASTER_PORT: 'x'"]),
 }
 
 
@@ -51,7 +56,8 @@ TASKS = [({'SLURM_NTASKS': '4', 'SLURM_PROCID': '3'}, True), ({'SLURM_NTASKS': '
          ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, False),  # a shell of salloc
          ({'SLURM_NTASKS': '4'}, False), ({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, False),
          ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0', 'WORLD_SIZE': '1'}, False),
-         ({'OMPI_COMM_WORLD_SIZE': '4'}, True), ({'PMI_SIZE': '1'}, False)]
+         ({'OMPI_COMM_WORLD_SIZE': '4'}, True), ({'PMI_SIZE': '1'}, False),
+         ({'PMI_SIZE': 'many'}, False)]
 
 
 @pytest.mark.parametrize(('env', 'several'), TASKS)
@@ -100,3 +106,19 @@ def test_whole_nodes_are_named_and_parts_by_their_ranks():
     assert agreement.places(ranks[:3], ranks) == 'node 0 (host-0), rank 2 of node 1 (host-1)'
     assert agreement.differences({process: {'a': str(process.node)} for process in ranks}) == [
         'a is 0 on node 0 (host-0) and 1 on node 1 (host-1)']
+
+
+def test_no_module_is_imported_with_a_rank_that_is_no_number(monkeypatch):
+    environment.check_numbers()
+    for value in ('one', ''):
+        monkeypatch.setenv('RANK', value)
+        with pytest.raises(SystemExit, match=f"error: in the environment of .*\n  - RANK: '{value}' must be a whole number"):
+            environment.check_numbers()
+
+
+def test_of_many_differences_the_first_are_told(monkeypatch):
+    told = {Process(i, 2, i, 2, 0, 'host', 7 + i): {f's{n}': str(i) for n in range(25)} for i in range(2)}
+    monkeypatch.setattr(agreement, 'gather', lambda settings: told)
+    with pytest.raises(UserError) as e:
+        agreement.agree('config', {})
+    assert str(e.value).count('\n  - ') == 21 and str(e.value).endswith('\n  - and 5 more')

@@ -137,8 +137,8 @@ LR = (f'config: the nodes disagree; start every node with the same YAML, argumen
 SAID = {
     'one /dev/shm': [[f'node 0 ({HERE}), node 1 ({HERE}) share one /dev/shm, and each node needs its own',
                       '(composer -n)', '--ipc=private']] * 2,
-    'unreachable': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time, '
-                     'after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', agreement.CHECK]],
+    'unreachable': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: [Errno 111] '
+                     'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', agreement.CHECK]],
     'missing': [['2 of 3 ranks (WORLD_SIZE) joined at 127.0.0.1:', 'within dist_timeout, 4 s: node 0',
                  'missing are ranks of node 2', agreement.CHECK]] * 2,
     'twins': [[f'2 processes have RANK 1, on NODE_RANK 1 ({HERE}), 1 ({HERE})', ONE_WORLD]] * 3,
@@ -148,7 +148,8 @@ SAID = {
     'another program': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', agreement.CHECK]],
     'agree': [[LR]] * 2,
     'agree in a node': [[f'a is 1 on rank 0 of node 0 ({HERE}) and 2 on rank 1 of node 0 ({HERE})']] * 2,
-    'wrong part': [[f'all-reduce over 2 ranks is wrong, as seen on node 0 ({HERE}), node 1 ({HERE})']] * 2,
+    'wrong part': [[f'all-reduce over 2 ranks is wrong: the part of node 1 ({HERE}) did not arrive as sent, as seen on '
+                    f'node 0 ({HERE}), node 1 ({HERE})']] * 2,
 }
 
 
@@ -201,8 +202,8 @@ def test_hosts_meet_though_their_names_have_no_address(far):
 FAR = {
     'two nodes 0': ['2 processes have RANK 0, on NODE_RANK 0 (host-', ONE_WORLD],
     'no network': ['the ranks have met, but cannot connect to each other (dist_timeout: 15 s): ', 'GLOO_SOCKET_IFNAME'],
-    'no route': ['host-b (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', '10.231.7.9:7504'],
-    'loopback': ['no answer in time', '127.0.0.1:7501', '127.0.0.1 and 0.0.0.0 are not'],
+    'no route': ['host-b (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: ', '10.231.7.9:7504'],
+    'loopback': ['Connection refused', '127.0.0.1:7501', '127.0.0.1 and 0.0.0.0 are not'],
 }
 
 

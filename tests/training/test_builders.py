@@ -23,7 +23,7 @@ from src.config import load as config
 from src.config.derived import resolve_precision
 from src.config.schema import Config, FSDPConfig, OptimizerConfig, SchedulerConfig
 from src.optimizers import DecoupledAdamW
-from src.training import plugins, sharding
+from src.training import failures, plugins, sharding
 
 
 def make(cls, weight_decay: float):
@@ -103,6 +103,61 @@ def test_a_logger_whose_package_is_missing_says_how_to_install_it(name):
         plugins.build_all('loggers', {name: {}})
 
 
+def test_a_logger_whose_package_is_broken_says_why(monkeypatch):
+    def broken() -> None:
+        raise ImportError("cannot import name 'Writer'")
+
+    monkeypatch.setitem(plugins.LOGGERS, 'tensorboard', broken)
+    with pytest.raises(UserError, match="tensorboard: its package cannot be imported: cannot import name 'Writer'; "
+                                        'pip install --force-reinstall tensorboard, or remove'):
+        plugins.build_all('loggers', {'tensorboard': {}})
+
+
+class MlflowException(Exception):
+    """As that of mlflow, whose newer versions refuse a folder as their store."""
+
+
+class Store(plugins.loggers.InMemoryLogger):
+    def __init__(self, error: str) -> None:
+        super().__init__()
+        raise {'mlflow': MlflowException, 'own': KeyError, 'file': FileNotFoundError}[error](f'{error}\nmore')
+
+
+class Mlflow(Store):
+    pass
+
+
+def test_what_a_logger_s_service_raises_is_named_and_its_bugs_stay(monkeypatch):
+    monkeypatch.setattr(plugins, '_check_package', lambda section, name: None)
+    monkeypatch.setitem(plugins.LOGGERS, 'mlflow', Mlflow)
+    with pytest.raises(UserError) as e, failures.outside_failures_explained():
+        plugins.build_all('loggers', {'mlflow': {'error': 'mlflow'}})
+    assert str(e.value).startswith('loggers.mlflow: MlflowException: mlflow. Change the keys of loggers.mlflow or the')
+    with pytest.raises(KeyError, match='own'), failures.outside_failures_explained():
+        plugins.build_all('loggers', {'mlflow': {'error': 'own'}})
+    monkeypatch.setitem(plugins.LOGGERS, 'mine', Store)
+    for error, kind in (('mlflow', MlflowException), ('file', FileNotFoundError)):  # of a logger that is no stock one
+        with pytest.raises(kind), failures.outside_failures_explained():
+            plugins.build_all('loggers', {'mine': {'error': error}})
+    with pytest.raises(OSError, match='of something else'), failures.outside_failures_explained():
+        raise OSError('of something else')
+
+
+def test_a_logger_whose_store_refuses_is_named(mds_root, tmp_path):
+    (tmp_path / 'file').touch()
+    overrides = [f'loggers.tensorboard.log_dir={tmp_path}/file/logs', 'log_to_console=false', 'max_duration=1ba',
+                 'scheduler.t_warmup=0ba', 'eval_loader=null']
+    with pytest.raises(UserError, match='loggers.tensorboard: NotADirectoryError: .*/file/logs.*tensorboard=false'):
+        main.main(config.load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(mds_root, *overrides)]))
+
+
+def test_a_lost_worker_is_explained_at_any_moment():
+    for loader in ('train_loader', 'eval_loader'):
+        found_no_room = pytest.raises(UserError, match=f'^{loader}: its workers found no room')
+        with found_no_room, failures.outside_failures_explained(loader):
+            raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')
+
+
 def test_a_value_that_the_class_refuses_is_named():
     with pytest.raises(UserError, match='callbacks.speed_monitor: Invalid time_unit: parsecs. Must be one of'):
         plugins.build_all('callbacks', {'speed_monitor': {'time_unit': 'parsecs'}})
@@ -143,6 +198,14 @@ def test_microbatches_are_not_searched_with_a_torch_that_composer_does_not_know(
 
 
 # ---------------------------------------------------------------- profiler
+
+
+@pytest.mark.parametrize(('kwargs', 'says'), [
+    ({'active': 0}, 'active: 0 must be at least 1'), ({'warmup': 0}, 'warmup: 0 must be at least 1'),
+    ({'skip_first': -1}, 'skip_first: -1 must be at least 0'), ({'repeat': -2}, 'repeat: -2 must be at least 0')], ids=str)
+def test_a_profiler_that_would_trace_nothing_is_refused(kwargs: dict[str, int], says: str) -> None:
+    with pytest.raises(UserError, match=f'^callbacks.profiler: {says}$'):
+        plugins.build_all('callbacks', {'profiler': kwargs})
 
 
 class Losses(Callback):
