@@ -90,6 +90,8 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
         except Exception as e:  # each object store has error classes of its own
             error = e
             stream._downloader.clean_up()
+            if not_writable(os.path.dirname(path)):
+                break
         for left in Path(path).parent.glob(os.path.basename(part) + '*'):
             left.unlink(missing_ok=True)
     raise UserError(_why_not(stream, name, os.path.dirname(path), info, error))
