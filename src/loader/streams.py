@@ -16,7 +16,7 @@ from streaming.base.world import World
 from src.common.errors import UserError
 from src.common.machine import not_writable
 from src.config.data_places import check_places, explain, how_to_make
-from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, log, what_happened
+from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, warn_of_another, what_happened
 
 
 class CheckedStream(Stream):
@@ -74,11 +74,9 @@ class CheckedStream(Stream):
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
         """Checks what lies in `local`, and counts its bytes.
 
-        Instead of streaming's, which goes by names alone, and where nothing is copied removes shards without their zip
-        form.
+        Instead of streaming's, which goes by names alone, and in place removes shards without their zip form.
         """
-        if self.remote is None:
-            _check_unpacking(self, shards)
+        _check_unpacking(self, shards)
         folder = Path(self.local, self.split)
         for part in folder.rglob(f'*{PART}*') if self.remote is not None else ():  # killed runs have left them
             if str(part.relative_to(folder)).split(PART)[0] in self._infos:
@@ -128,14 +126,12 @@ class CheckedStream(Stream):
         unpacked, what = f'{raw_filename}{PART}-{uuid4().hex}', ''
         for attempt in range(1 + (self.download_retry if self.remote is not None else 0)):
             if attempt:  # damaged on its way, in an index without hashes
-                log.warning('%s of %s: %s; fetching it again (%d of %d)', zip_info.basename, self.place, what, attempt,
-                            self.download_retry)
+                warn_of_another(self, zip_info.basename, what, attempt)
                 Path(zip_filename).unlink(missing_ok=True)
                 self._download_file(zip_info.basename)
             try:
                 super()._decompress_shard_part(zip_info, zip_filename, unpacked, compression)
-                os.replace(unpacked, raw_filename)
-                return
+                return os.replace(unpacked, raw_filename)
             except Exception as e:  # each compression has error classes of its own
                 Path(unpacked + '.tmp').unlink(missing_ok=True)
                 what = 'no space left to unpack it' if is_full_disk(e) else what_happened(e)
@@ -148,7 +144,7 @@ class CheckedStream(Stream):
 def _check_unpacking(stream: CheckedStream, shards: list[Reader]) -> None:
     """Refuses compressed shards that are read in place, from where they cannot be unpacked."""
     unpacked = (os.path.join(stream.local, stream.split, raw.basename)
-                for shard in shards for raw, zipped in shard.file_pairs if zipped)
+                for shard in shards for raw, zipped in shard.file_pairs if zipped and stream.remote is None)
     missing = next((path for path in unpacked if not os.path.exists(path)), None)
     if missing and (wrong := not_writable(os.path.dirname(missing))):
         raise UserError(f'{stream.setting}.local: {stream.place} holds compressed shards, which are unpacked where '
