@@ -123,8 +123,9 @@ AttentionFn = Callable[..., Tensor]  # with the arguments of `torch_attention`
 
 HALF = (torch.float16, torch.bfloat16)
 SDPA = 'sdpa (PyTorch)', sdpa_attention, ()
-# Packages of FlashAttention, by the value of `flash_kernel`, and their modules
-PACKAGES = {'flash-attn-2': 'flash_attn', 'flash-attn-3': 'flash_attn_interface', 'flash-attn-4': 'flash_attn.cute'}
+# Packages of FlashAttention, by the value of `flash_kernel`: the module, and the compute capabilities it is made for
+PACKAGES = {'flash-attn-2': ('flash_attn', range(8, 100)), 'flash-attn-3': ('flash_attn_interface', range(9, 10)),
+            'flash-attn-4': ('flash_attn.cute', range(9, 12))}
 
 
 def choose_attention(impl: str, head_dim: int, within_document: bool = False,
@@ -185,10 +186,11 @@ def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'au
             raise UserError("model.flash_kernel: 'cudnn' has no kernel for head dimensions above 128 or for "
                             'attn_within_document; set auto')
         return 'PyTorch cuDNN', partial(_pytorch_flash, backend=SDPBackend.CUDNN_ATTENTION)
-    kernel = _package_kernel(choice)
-    if kernel is None:
-        raise UserError(f'model.flash_kernel: {choice!r}: its module {PACKAGES[choice]} is not installed; '
-                        'set auto, cudnn or pytorch')
+    kernel, (module, capabilities) = _package_kernel(choice), PACKAGES[choice]
+    if kernel is None or major not in capabilities:
+        why = (f'its module {module} is not installed' if kernel is None else
+               f'it is not made for compute capability {major}.{minor}')
+        raise UserError(f'model.flash_kernel: {choice!r}: {why}; set auto, cudnn or pytorch')
     return choice, kernel
 
 
@@ -213,7 +215,7 @@ def end_to_end(kernel: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _package_kernel(choice: str) -> Optional[AttentionFn]:
     """The kernel of a package; None where it is not installed."""
     try:
-        module: Any = import_module(PACKAGES[choice])
+        module: Any = import_module(PACKAGES[choice][0])
         dense, varlen = _of_any_version(module.flash_attn_func), _of_any_version(module.flash_attn_varlen_func)
     except (ImportError, AttributeError):  # version 4 alone leaves a `flash_attn` without functions
         return None

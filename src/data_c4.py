@@ -90,6 +90,8 @@ class StreamingC4(CheckedDataset):
         sequence_ids: bool = False,
         **streaming: Any,
     ) -> None:
+        if group_method not in ('truncate', 'concat'):
+            raise UserError(f"dataset.group_method: {group_method!r} is not one of 'truncate', 'concat'")
         tokenizer = HFTokenizer(tokenizer_name, max_seq_len)
         self.tokenizer, self.tokenizer_name = tokenizer.tokenizer, tokenizer_name
         self.max_seq_len, self.group_method, self.sequence_ids = max_seq_len, group_method, sequence_ids

@@ -117,6 +117,7 @@ class Initialiser:
             else:
                 fresh._parameters[name] = nn.Parameter(blank, t.requires_grad)
         # nn.MultiheadAttention calls it `_reset_parameters`
+        blanks = own_tensors(fresh)
         initialise = getattr(fresh, 'reset_parameters', None) or getattr(fresh, '_reset_parameters', None)
         if initialise is None:
             _check_none_is_unset(module, path, () if self.has_values else tensors)
@@ -128,12 +129,19 @@ class Initialiser:
             if self.has_values and torch.equal(state, torch.default_generator.get_state()):
                 return
         made = own_tensors(fresh)
-        _check_none_is_unset(module, path, {name for name in tensors if made[name].isnan().any()})
+        if not self.has_values:
+            _check_none_is_unset(module, path, {name for name, t in made.items()
+                                                if name in tensors and _is_unset(t, blanks[name])})
         for name, t in tensors.items():
             if name in module._buffers:
                 module._buffers[name] = made[name].to(t.device)
             elif name not in tied:
                 copy_whole(t, made[name])
+
+
+def _is_unset(made: Tensor, blank: Tensor) -> bool:
+    """Whether a tensor is as `_reset` gave it to an initialisation: NaN, or whole numbers that nobody wrote."""
+    return bool(made.isnan().any()) if made.is_floating_point() else made is blank and not made._version
 
 
 def _check_none_is_unset(module: nn.Module, path: str, names: Iterable[str]) -> None:

@@ -5,6 +5,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any, Optional, Union
 
 import torch
@@ -66,7 +67,7 @@ def compute_in_fp8(blocks: nn.Module) -> str:
         What computes them, for the log.
 
     Raises:
-        UserError: The package is not installed, or the GPU has no such matrix products.
+        UserError: The package is not installed, the GPU has no such matrix products, or there is no `nn.Linear`.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -78,6 +79,9 @@ def compute_in_fp8(blocks: nn.Module) -> str:
         capability = '.'.join(map(str, torch.cuda.get_device_capability()))
         raise UserError("model.linear_impl: 'fp8' needs a GPU of compute capability 8.9 or above, and "
                         f'{torch.cuda.get_device_name()} has {capability}; set plain')
+    if not any(type(module) is nn.Linear for module in blocks.modules()):
+        raise UserError("model.linear_impl: 'fp8': the model's blocks have no nn.Linear to compute in 8 bits; set "
+                        'plain')
     convert_to_float8_training(blocks, config=Float8LinearConfig(emulate=not has_gpu),
                                module_filter_fn=lambda module, name: type(module) is nn.Linear)
     return 'fp8 by torchao' if has_gpu else 'fp8 by torchao, emulated on the CPU'
@@ -106,6 +110,10 @@ class MosaicGPT(nn.Module):
             'blocks': nn.ModuleList([GPTBlock(cfg) for _ in range(cfg.n_layers)]),
             'ln_f': nn.LayerNorm(cfg.d_model, device=cfg.device),
         })
+        for block in self.blocks:
+            if cfg.attn_within_document and len(signature(block.forward).parameters) < 2:
+                raise UserError(f'model.attn_within_document: true, but forward of {type(block).__name__} takes no '
+                                '`documents`; add the argument and keep attention within them, or set false')
         if cfg.linear_impl == 'fp8':
             log.info('linear layers: %s', compute_in_fp8(self.blocks))
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)

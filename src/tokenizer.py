@@ -16,6 +16,11 @@ from src.common.encoding import encode_documents, n_ids
 from src.common.errors import UserError, first_line
 from src.config.schema import Config
 
+# Files that hold a vocabulary and do not say of which tokenizer it is. For each a class of transformers that reads such
+# a file, and the EOS token that goes with it.
+CLASSES = {'tokenizer.model': ('LlamaTokenizer', '</s>'), 'spiece.model': ('T5Tokenizer', '</s>'),
+           'vocab.json': ('GPT2Tokenizer', '<|endoftext|>'), 'vocab.txt': ('BertTokenizer', '[SEP]')}
+ENDS = '</s>', '<|endoftext|>', '<eos>', '[SEP]'  # special tokens that are likely to end a text
 PACKAGES = 'sentencepiece', 'tiktoken', 'protobuf'  # that some tokenizers need, and the kit does not
 SHOWN = 200  # characters of another library's message, or of a list of files
 # Two tokenizers with the same vocabulary are told apart by the ids of this text: case, accents, blanks, digits, ...
@@ -38,7 +43,8 @@ class HFTokenizer:
         tokenizer: Hugging Face's own object. Where it has no pad token, EOS is the pad token.
 
     Raises:
-        UserError: No such tokenizer, or the hub cannot be reached, or it has no EOS token to end a document with.
+        UserError: No such tokenizer, or the hub cannot be reached, or it has no EOS token to end a document with, or
+            the config of a folder names one that is not in its vocabulary.
     """
 
     def __init__(self, tokenizer_name: str, max_seq_len: int) -> None:
@@ -47,6 +53,7 @@ class HFTokenizer:
         self.tokenizer = _load(tokenizer_name)
         if self.tokenizer.eos_token_id is None:
             raise UserError(_no_eos(tokenizer_name, self.tokenizer))
+        _check_eos(Path(tokenizer_name), self.tokenizer)
         _warn_of_gaps(tokenizer_name, self.tokenizer)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -104,22 +111,53 @@ def _load(name: str) -> PreTrainedTokenizerBase:
 
 
 def _open(name: str) -> PreTrainedTokenizerBase:
-    if Path(name).is_file():
-        raise UserError(f'tokenizer_name: {name!r} is a file; name its folder: {str(Path(name).parent)!r}')
     # Documents longer than a sample are the loader's to cut: without the length, no warning about them. A document that
     # spells a special token is text: the id of EOS is where a document ends, and nowhere else. Training has no
     # `token_type_ids`, and GPT-2 adds an embedding for each: a tokenizer makes none.
-    return (PreTrainedTokenizerFast if _names_no_class(Path(name)) else AutoTokenizer).from_pretrained(
+    return _class_for(name).from_pretrained(
         name, trust_remote_code=False, model_max_length=int(1e30), padding_side='right', split_special_tokens=True,
         model_input_names=['input_ids', 'attention_mask'])
 
 
-def _names_no_class(folder: Path) -> bool:
-    """Whether a folder holds `tokenizer.json`, as the library tokenizers saves it, and nothing that names a class."""
-    files = [folder / name for name in ('tokenizer_config.json', 'config.json')]
-    configs = [json.loads(file.read_text('utf-8')) for file in files if file.is_file()]
-    return (folder / 'tokenizer.json').is_file() and not any(
-        config.get('tokenizer_class') or config.get('model_type') in CONFIG_MAPPING for config in configs)
+def _class_for(name: str) -> Any:
+    """The class of transformers that loads a tokenizer; a folder of one file does not name it.
+
+    Raises:
+        UserError: A file; or a folder with a vocabulary alone, which several classes read in different ways.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        raise UserError(f'tokenizer_name: {name!r} is a file; name its folder: {str(folder.parent)!r}')
+    configs = [_json(folder / file) for file in ('tokenizer_config.json', 'config.json')]
+    if not folder.is_dir() or any(config.get('tokenizer_class') or config.get('model_type') in [*CONFIG_MAPPING]
+                                  for config in configs):
+        return AutoTokenizer
+    if (folder / 'tokenizer.json').is_file():  # as the library tokenizers saves
+        return PreTrainedTokenizerFast
+    for file, (cls, eos) in CLASSES.items():
+        if (folder / file).is_file():
+            raise UserError(f'tokenizer_name: folder {name!r} holds {file}, and nothing that says which tokenizer it '
+                            'belongs to; write the name of its class in transformers, and its EOS token, into '
+                            f'{folder}/tokenizer_config.json, such as '
+                            f'{{"tokenizer_class": "{cls}", "eos_token": "{eos}"}}')
+    raise UserError(f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: there is no '
+                    f'tokenizer.json, and no file names the class of another; it holds {_files(folder)}; name the '
+                    'folder of a tokenizer')
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file of a tokenizer; empty where there is none."""
+    try:
+        found = json.loads(path.read_text('utf-8')) if path.is_file() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f'tokenizer_name: {path} is no whole JSON object; copy it again')
+    return found
+
+
+def _files(folder: Path) -> str:
+    return ', '.join(sorted(path.name for path in folder.iterdir()))[:SHOWN] or 'no files'
 
 
 def _why_not(name: str, error: Exception) -> str:
@@ -128,9 +166,10 @@ def _why_not(name: str, error: Exception) -> str:
     if lacking := [package for package in PACKAGES if package in text and package not in installed]:
         return f'tokenizer_name: {name!r} needs packages that are not installed: pip install {" ".join(lacking)}'
     if Path(name).is_dir():
-        files = ', '.join(sorted(path.name for path in Path(name).iterdir()))[:SHOWN] or 'no files'
-        return (f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded, such as tokenizer.json with '
-                f'tokenizer_config.json; it holds {files} ({reason})')
+        if 'PathLike' in reason or "'endswith'" in reason:  # None in place of the path of a file that its class reads
+            reason = ('a file is missing that its class reads, such as tokenizer.json, or merges.txt beside '
+                      f'vocab.json; copy it; the folder holds {_files(Path(name))}')
+        return f'tokenizer_name: folder {name!r} holds no tokenizer that can be loaded: {reason}'
     if name.startswith(('.', '/', '~')) or name.count('/') > 1:
         root = Path(name).parent if Path(name).name == 'tokenizer' else './my-copy-c4'
         return (f'tokenizer_name: no folder {name!r}. Make one with\n'
@@ -143,12 +182,41 @@ def _why_not(name: str, error: Exception) -> str:
 
 
 def _no_eos(name: str, tokenizer: Any) -> str:
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = _special(tokenizer)
+    likely = [*(token for token in ENDS if token in special), *special[-1:], '<|endoftext|>'][0]
     there = f'its special tokens are {", ".join(special[:10])}' if special else 'it has no special tokens'
     mend = (f'write the token that ends a text into {Path(name)}/tokenizer_config.json, such as '
-            '{"eos_token": "<|endoftext|>"}' if Path(name).is_dir() else
+            f'{{"eos_token": "{likely}"}}' if Path(name).is_dir() else
             'choose a tokenizer of a causal language model, such as gpt2')
     return f'tokenizer_name: {name!r} has no EOS token, which every document ends with; {there}: {mend}'
+
+
+def _special(tokenizer: Any) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _check_eos(folder: Path, tokenizer: Any) -> None:
+    """Refuses an EOS token that the config of a folder alone names: transformers makes a new token of a mistyped one.
+
+    Where a tokenizer has no special tokens, the one that its config names may be new.
+    """
+    eos, config = tokenizer.eos_token, _json(folder / 'tokenizer_config.json')
+    named = config.get('eos_token')
+    others = [token for token in _special(tokenizer) if token != eos]
+    known = (tokenizer.backend_tokenizer.model.token_to_id(eos) is not None if tokenizer.is_fast else
+             tokenizer.eos_token_id < tokenizer.vocab_size)
+    if known or not others or eos not in (named, *_contents([named])):
+        return
+    added = [*_json(folder / 'tokenizer.json').get('added_tokens', []),
+             *config.get('added_tokens_decoder', {}).values()]
+    if eos not in {*_contents(added), *_json(folder / 'added_tokens.json')}:
+        raise UserError(f'tokenizer_name: eos_token {eos!r} of {folder}/tokenizer_config.json is no token of it; its '
+                        f'special tokens are {", ".join(others[:10])}: name the one that ends a text, or add a token, '
+                        'with add_special_tokens and save_pretrained of transformers')
+
+
+def _contents(tokens: list[Any]) -> list[str]:
+    return [token['content'] for token in tokens if isinstance(token, dict)]
 
 
 def _warn_of_gaps(name: str, tokenizer: Any) -> None:

@@ -33,8 +33,13 @@ def column_of(dataset: CheckedDataset, max_seq_len: int) -> str:
 
 def _held_by(stream: CheckedStream, shard: Any, max_seq_len: int) -> str:
     """What a stream with this shard holds, in words that are the same for streams that can be read together."""
+    if not hasattr(shard, 'column_encodings'):
+        raise UserError(f'{stream.setting}: {stream.place} holds no shards of the format MDS; write it with MDSWriter')
     encodings = dict(zip(shard.column_names, shard.column_encodings))
     if 'text' in encodings and 'tokens' not in encodings:
+        if encodings['text'] != 'str':
+            raise UserError(f"{stream.setting}: column 'text' of {stream.place} is {encodings['text']!r}; it must be "
+                            "'str'")
         return 'text'
     if not encodings.get('tokens', '').startswith('ndarray'):
         raise UserError(f"{stream.setting}: {stream.place} has no column 'text' of documents and no column 'tokens' of "

@@ -63,6 +63,11 @@ def what_happened(e: Exception) -> str:
     return 'it is missing' if isinstance(e, FileNotFoundError) else f'{type(e).__name__}: {first_line(e)}'
 
 
+def warn_of_another(stream: Any, name: str, what: str, attempt: int) -> None:
+    """Says that a file of a stream is fetched again, and why."""
+    log.warning('%s of %s: %s; fetching it again (%d of %d)', name, stream.place, what, attempt, stream.download_retry)
+
+
 def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm: Optional[str]) -> None:
     """Fetches a file of a stream under another name, checks it and renames it, in `1 + download_retry` attempts.
 
@@ -78,8 +83,7 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
     part, error = path + PART, Exception()
     for attempt in range(1 + stream.download_retry):
         if attempt:
-            log.warning('%s of %s: %s; fetching it again (%d of %d)', name, stream.place, what_happened(error), attempt,
-                        stream.download_retry)
+            warn_of_another(stream, name, what_happened(error), attempt)
             time.sleep(BACKOFF_S * 2 ** (attempt - 1) * SystemRandom().uniform(1, 1.5))
         Path(part).unlink(missing_ok=True)  # streaming fetches nothing where there is a file
         try:
@@ -90,6 +94,8 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
         except Exception as e:  # each object store has error classes of its own
             error = e
             stream._downloader.clean_up()
+            if not_writable(os.path.dirname(path)):
+                break
         for left in Path(path).parent.glob(os.path.basename(part) + '*'):
             left.unlink(missing_ok=True)
     raise UserError(_why_not(stream, name, os.path.dirname(path), info, error))

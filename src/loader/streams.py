@@ -14,8 +14,9 @@ from streaming.base.hashing import is_hash
 from streaming.base.world import World
 
 from src.common.errors import UserError
+from src.common.machine import not_writable
 from src.config.data_places import check_places, explain, how_to_make
-from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, what_happened
+from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, warn_of_another, what_happened
 
 
 class CheckedStream(Stream):
@@ -73,9 +74,9 @@ class CheckedStream(Stream):
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
         """Checks what lies in `local`, and counts its bytes.
 
-        Instead of streaming's, which goes by names alone, and where nothing is copied removes shards without their zip
-        form.
+        Instead of streaming's, which goes by names alone, and in place removes shards without their zip form.
         """
+        _check_unpacking(self, shards)
         folder = Path(self.local, self.split)
         for part in folder.rglob(f'*{PART}*') if self.remote is not None else ():  # killed runs have left them
             if str(part.relative_to(folder)).split(PART)[0] in self._infos:
@@ -122,12 +123,31 @@ class CheckedStream(Stream):
     def _decompress_shard_part(self, zip_info: FileInfo, zip_filename: str, raw_filename: str,
                                compression: Optional[str]) -> None:
         # Under a name of its own: another dataset or job may unpack the same shard in the same folder.
-        unpacked = f'{raw_filename}{PART}-{uuid4().hex}'
-        try:
-            super()._decompress_shard_part(zip_info, zip_filename, unpacked, compression)
-            os.replace(unpacked, raw_filename)
-        except Exception as e:  # each compression has error classes of its own
-            Path(unpacked + '.tmp').unlink(missing_ok=True)
-            what = 'no space left to unpack it' if is_full_disk(e) else what_happened(e)
-            raise UserError(f'{self.setting}.local: {zip_filename}, of {self.place}, cannot be unpacked: {what}. Make '
-                            'room on its disk, or mend the shard where it lies') from None
+        unpacked, what = f'{raw_filename}{PART}-{uuid4().hex}', ''
+        for attempt in range(1 + (self.download_retry if self.remote is not None else 0)):
+            if attempt:  # damaged on its way, in an index without hashes
+                warn_of_another(self, zip_info.basename, what, attempt)
+                Path(zip_filename).unlink(missing_ok=True)
+                self._download_file(zip_info.basename)
+            try:
+                super()._decompress_shard_part(zip_info, zip_filename, unpacked, compression)
+                return os.replace(unpacked, raw_filename)
+            except Exception as e:  # each compression has error classes of its own
+                Path(unpacked + '.tmp').unlink(missing_ok=True)
+                what = 'no space left to unpack it' if is_full_disk(e) else what_happened(e)
+                if is_full_disk(e):
+                    break
+        raise UserError(f'{self.setting}.local: {zip_filename}, of {self.place}, cannot be unpacked: {what}. Make room '
+                        'on its disk, or mend the shard where it lies')
+
+
+def _check_unpacking(stream: CheckedStream, shards: list[Reader]) -> None:
+    """Refuses compressed shards that are read in place, from where they cannot be unpacked."""
+    unpacked = (os.path.join(stream.local, stream.split, raw.basename)
+                for shard in shards for raw, zipped in shard.file_pairs if zipped and stream.remote is None)
+    missing = next((path for path in unpacked if not os.path.exists(path)), None)
+    if missing and (wrong := not_writable(os.path.dirname(missing))):
+        raise UserError(f'{stream.setting}.local: {stream.place} holds compressed shards, which are unpacked where '
+                        f'they lie, and {wrong} cannot be written. Set data_local to a folder on a disk of this '
+                        f'machine, for unpacked copies, and data_remote to {stream.local}; or convert without '
+                        '--compression')

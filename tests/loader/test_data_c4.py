@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import documents, leaves_no_orphans, orphans, write_mds
 from launch import free_port
-from streaming import StreamingDataLoader
+from streaming import JSONWriter, StreamingDataLoader
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -500,8 +500,8 @@ def test_an_epoch_cut_short_lets_go_of_the_dataset(open_c4, mds_root: Path, tmp_
     ({'split': 'tokenizer'}, 'tokenizer.* has no index.json'),
     ({'tokenizer_name': '/nowhere/tokenizer'}, "tokenizer_name: no folder '/nowhere/tokenizer'"),
     ({'cache_limit': '1gb'}, "dataset.cache_limit: '1gb' with no remote would delete the only copy"),
-    ({'epoch_size': 'many'}, "dataset.epoch_size: 'many': must be a number of samples above 0"),
-    ({'group_method': 'join'}, "dataset.group_method: 'join' is not one of"),
+    ({'epoch_size': 'many'}, "dataset.epoch_size: 'many':? must be a number of samples above 0"),
+    ({'group_method': 'join'}, "dataset.group_method: 'join' (is not one of|must be) 'truncate'"),
     ({'splits': 'val'}, 'dataset.splits: no such key'),
 ])
 def test_mistakes_are_named(config, change: dict, says: str):
@@ -554,6 +554,13 @@ def test_datasets_that_are_no_c4(config, tmp_path: Path):
         (tmp_path / split / 'index.json').write_text(index)
         with pytest.raises(UserError, match=f'(?s){says}'):
             build_c4_dataloader(config({'local': str(tmp_path), 'split': split}), 4)
+    write_mds(tmp_path / 'bytes', [{'text': b'x'}], {'text': 'bytes'})
+    with pytest.raises(UserError, match=r"dataset: column 'text' of .*bytes is 'bytes'; it must be 'str'"):
+        build_c4_dataloader(config({'local': str(tmp_path), 'split': 'bytes'}), 4)
+    with JSONWriter(out=str(tmp_path / 'json'), columns={'text': 'str'}) as out:
+        out.write({'text': 'x'})
+    with pytest.raises(UserError, match='dataset: .*json holds no shards of the format MDS'):
+        build_c4_dataloader(config({'local': str(tmp_path), 'split': 'json'}), 4)
 
 
 def test_a_remote_that_streaming_cannot_read(config, tmp_path: Path):

@@ -217,6 +217,22 @@ def test_compressed_shards(build, data: Path, whole, tmp_path: Path, keep_zip: b
         rows(build(num_workers, keep_zip=keep_zip))
 
 
+def test_a_zip_that_was_damaged_on_its_way_is_fetched_again(build, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with_hashes(data, [], 'zstd')
+    whole, download, came = rows(build()), LocalDownloader.download, []
+    shutil.rmtree(tmp_path / 'copy')
+
+    def damaging(self: LocalDownloader, remote: str, local: str, *args: Any) -> None:
+        download(self, remote, local, *args)
+        came.append(remote)
+        if remote.endswith('.zstd') and came.count(remote) == 1:
+            Path(local).write_bytes(b'x' * Path(local).stat().st_size)
+
+    monkeypatch.setattr(LocalDownloader, 'download', damaging)
+    assert rows(build()) == whole
+    assert max(map(came.count, came)) == 2
+
+
 def test_a_zip_that_is_none(build, data: Path, tmp_path: Path):
     with_hashes(data, [], 'zstd')
     path = data / 'train' / f'{SHARD}.zstd'

@@ -66,14 +66,15 @@ def test_no_such_tokenizer(name: str, says: str):
     assert e.value.__suppress_context__
 
 
+MISSING = 'a file is missing that its class reads, .*; the folder holds'
+
+
 @pytest.mark.parametrize(('files', 'says'), [
-    ({}, r'such as tokenizer.json with tokenizer_config.json; it holds no files \('),
-    ({'x.tiktoken': ''}, r'it holds x.tiktoken \('),
-    ({'config.json': '{"model_type": "own"}'}, r'it holds config.json \('),
-    ({'tokenizer_config.json': '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, r'it holds tokenizer_config.json \('),
-    ({'tokenizer_config.json': '{"tokenizer_class": "GPT2Tokenizer"}', 'vocab.json': '{}'}, ''),
-    ({'vocab.txt': 'the'}, r'it holds vocab.txt \('),
-    ({'tokenizer_config.json': '{"eos'}, r'it holds tokenizer_config.json \(JSONDecodeError: .*\)$'),
+    ({}, 'there is no tokenizer.json, and no file names the class of another; it holds no files; name'),
+    ({'x.tiktoken': ''}, 'it holds x.tiktoken; name'),
+    ({'config.json': '{"model_type": "own"}'}, 'it holds config.json; name'),
+    ({'tokenizer_config.json': '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, f'{MISSING} tokenizer_config.json$'),
+    ({'tokenizer_config.json': '{"tokenizer_class": "GPT2Tokenizer"}', 'vocab.json': '{}'}, MISSING),
 ])
 def test_a_folder_that_holds_none(tmp_path: Path, files: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch):
     for name, text in files.items():
@@ -84,9 +85,12 @@ def test_a_folder_that_holds_none(tmp_path: Path, files: dict[str, str], says: s
             HFTokenizer(str(folder), 128)
 
 
-def test_a_file_is_no_folder(tokenizer_dir: Path):
+def test_files_that_are_no_folder_or_no_json(tokenizer_dir: Path, tmp_path: Path):
     said = refused(tokenizer_dir / 'tokenizer.json')
     assert said == f"tokenizer_name: '{tokenizer_dir}/tokenizer.json' is a file; name its folder: '{tokenizer_dir}'"
+    for text in ('', '[]', '{"eos'):
+        (tmp_path / 'tokenizer_config.json').write_text(text)
+        assert refused(tmp_path).endswith(f'{tmp_path}/tokenizer_config.json is no whole JSON object; copy it again')
 
 
 def test_without_eos_is_refused(tokenizer_dir: Path, tmp_path: Path):
@@ -112,6 +116,36 @@ def test_a_folder_with_tokenizer_json_alone_needs_to_name_its_eos(tokenizer: HFT
     assert alone.encode('The river') == tokenizer.encode('The river')
     (tmp_path / 'config.json').write_text('{"model_type": "own"}')  # of a model that transformers does not have
     assert HFTokenizer(str(tmp_path), 128).hash == tokenizer.hash
+
+
+def test_a_likely_token_is_proposed_for_eos(tmp_path: Path):
+    (tmp_path / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the']))
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer"}')
+    assert refused(tmp_path).endswith('such as {"eos_token": "[SEP]"}')
+
+
+def test_an_eos_token_that_the_tokenizer_does_not_have(tokenizer: HFTokenizer, tokenizer_dir: Path, tmp_path: Path):
+    copy = shutil.copytree(tokenizer_dir, tmp_path / 'copy')
+    config = json.loads((copy / 'tokenizer_config.json').read_text())
+    for eos in ('<|endoftxt|>', {'content': '<|endoftxt|>', '__type': 'AddedToken'}):
+        (copy / 'tokenizer_config.json').write_text(json.dumps(config | {'eos_token': eos}))
+        assert refused(copy).startswith(f"tokenizer_name: eos_token '<|endoftxt|>' of {copy}/tokenizer_config.json is "
+                                        f'no token of it; its special tokens are {EOS}: name the one')
+    tokenizer = HFTokenizer(str(tokenizer_dir), 8)
+    tokenizer.tokenizer.add_special_tokens({'eos_token': '<|endoftxt|>'})
+    tokenizer.tokenizer.save_pretrained(copy)
+    assert HFTokenizer(str(copy), 8).eos_token_id == tokenizer.vocab_size - 1, 'one that was added is one of it'
+    (tmp_path / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the']))
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "[SPE]"}')
+    assert "eos_token '[SPE]' of" in refused(tmp_path)
+
+
+@pytest.mark.parametrize('file', ['tokenizer.model', 'spiece.model', 'vocab.json', 'vocab.txt'])
+def test_a_folder_with_a_vocabulary_alone_needs_to_name_its_class(tmp_path: Path, file: str):
+    (tmp_path / file).write_text('{}')
+    said = refused(tmp_path)
+    assert f'holds {file}, and nothing that says which tokenizer it belongs to; write' in said and len(said) < 500
+    assert 'Tokenizer' in json.loads(said.rpartition('such as ')[2])['tokenizer_class']
 
 
 def test_the_files_of_a_byte_level_bpe(tmp_path: Path):

@@ -157,18 +157,19 @@ def test_a_model_of_another_class_is_refused(mds_root, monkeypatch):
         main.main(config.load([QUICKSTART, *tiny(mds_root)]))
 
 
-@pytest.mark.parametrize('forgotten', ['weight', 'table'])
+@pytest.mark.parametrize('forgotten', ['weight', 'mask', 'table'])
 def test_an_initialisation_that_forgets_something_is_an_error_on_meta(forgotten):
     class Forgetful(nn.Module):
         def __init__(self, device):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(4, device=device))
+            self.register_buffer('mask', torch.ones(4, dtype=torch.bool, device=device), persistent=False)
             self.register_buffer('table', torch.ones(4, device=device), persistent=False)
             self.reset_parameters()
 
         def reset_parameters(self):
-            for name in {'weight', 'table'} - {forgotten}:
-                getattr(self, name).data.fill_(1)
+            for name in {'weight', 'mask', 'table'} - {forgotten}:
+                self.mask.fill_(True) if name == 'mask' else getattr(self, name).data.fill_(1)
 
     model = MosaicGPT(TINY | {'device': 'meta'})
     model.blocks[2].own = Forgetful('meta')
@@ -313,11 +314,18 @@ def test_a_tie_of_the_users_own_stays_on_meta():
     assert torch.equal(meta.blocks[0].mlp.mlp_up.weight, MosaicGPT(TINY).blocks[0].mlp.mlp_up.weight)
 
 
+def test_a_block_that_takes_no_documents_cannot_keep_attention_within_them(own_block):
+    with pytest.raises(UserError, match='within_document: true, but forward of OwnBlock takes no `documents`; add'):
+        MosaicGPT(TINY | {'attn_within_document': True})
+
+
 def test_8_bits_leave_layers_of_the_users_own(own_block):
     model = MosaicGPT(TINY | {'linear_impl': 'fp8'})
     assert type(model.blocks[0].linear).__name__ == 'Float8Linear'
     assert type(model.blocks[0].attention.out_proj).__name__ == 'NonDynamicallyQuantizableLinear'
     assert same(model, MosaicGPT(TINY))
+    with pytest.raises(UserError, match="linear_impl: 'fp8': the model's blocks have no nn.Linear to compute in 8 bits"):
+        mosaic_gpt.compute_in_fp8(nn.ModuleList([nn.RMSNorm(4)]))
 
 
 # ---------------------------------------------------------------- drawing

@@ -367,6 +367,9 @@ def test_the_kernel_follows_the_hardware(hopper):
             flash_kernel(head_dim, within, 'cudnn')
     hopper.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
     assert chosen() == 'flash-attn-2' and chosen(choice='cudnn') == 'PyTorch cuDNN'
+    for choice in ('flash-attn-3', 'flash-attn-4'):
+        with pytest.raises(UserError, match=f"flash_kernel: '{choice}': it is not made for compute capability 8.0; set auto"):
+            flash_kernel(64, choice=choice)
     hopper.setitem(sys.modules, 'flash_attn', types.SimpleNamespace())  # what version 4 alone leaves
     assert chosen() == chosen(choice='pytorch') == 'PyTorch FlashAttention'
     with pytest.raises(UserError, match="flash_kernel: 'flash-attn-2': its module flash_attn is not installed; set auto, cudnn"):
