@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import wandb
 from composer.core import Callback, State
 from composer.loggers import Logger
 from launch import composer, console, tiny
@@ -233,6 +234,7 @@ def test_data_that_is_not_there_ends_in_one_message(mds_root, tmp_path, kind, ca
     monkeypatch.setenv('WANDB_MODE', 'online')
     monkeypatch.setenv('WANDB_API_KEY', '')
     monkeypatch.setenv('HOME', str(tmp_path))
+    wandb.teardown()  # it remembers the mode of a test before this one
     overrides, parts = bad_data(mds_root, tmp_path, kind)
     assert in_process(*tiny(mds_root, *overrides)) == 1
     one_error(capfd.readouterr().err, *parts)
