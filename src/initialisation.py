@@ -14,7 +14,6 @@ chunks of whole rows, each with its own seed. So a rank draws only the chunks th
 them.
 """
 
-import copy
 import hashlib
 import math
 import os
@@ -107,8 +106,8 @@ class Initialiser:
         It runs on a copy with whole tensors on the CPU, of which this rank keeps its part. A module that has values,
         which its user may have changed, and whose initialisation draws no random numbers, stays as it is.
         """
-        fresh = copy.copy(module)
-        fresh._parameters, fresh._buffers = {**module._parameters}, {**module._buffers}
+        fresh = object.__new__(type(module))  # not copy.copy, which calls the constructor of an FSDPModule
+        fresh.__dict__ = {**module.__dict__, '_parameters': {**module._parameters}, '_buffers': {**module._buffers}}
         for name, t in tensors.items():
             nothing = torch.nan if t.is_floating_point() else 0
             blank = t.detach().clone() if self.has_values else torch.full(t.shape, nothing, dtype=t.dtype)

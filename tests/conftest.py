@@ -35,8 +35,8 @@ WORDS = """the a of and to in is was that for it with on as by at from river mou
     never perhaps quietly built found carried wrote asked kept opened changed learned grew""".split()  # noqa: SIM905
 # Modules whose tests, but for those that name one of RUNS, start no process and train nothing: `pytest -m unit`.
 UNIT = ('test_errors_and_text', 'test_config', 'test_old_keys', 'test_yamls', 'test_documents', 'test_source_files',
-        'test_encoding', 'test_sample_order', 'test_tokenizer', 'test_causal_lm', 'test_layers', 'test_mosaic_gpt',
-        'test_environment', 'test_memory', 'test_estimate')
+        'test_encoding', 'test_tokenizer', 'test_causal_lm', 'test_layers', 'test_mosaic_gpt',
+        'test_environment')
 RUNS = re.compile(r'subprocess|main\.(main|cli)|\.fit\(|convert_c4\.main|num_workers=[1-9]')
 SEMAPHORES = r'sem\.(mp|loky)-.*'
 

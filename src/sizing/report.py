@@ -18,6 +18,7 @@ class Row(NamedTuple):
     formula: str
     more: str = ''
     column: str = ''  # its head in the table of several runs; '': it has no column
+    cell: str = ''  # the figure in that table, where it is shorter
 
 
 def big(x: Optional[float]) -> str:
@@ -34,7 +35,7 @@ def gigabytes(x: Optional[float]) -> str:
 
 
 def gib(x: float) -> str:
-    return f'{x / 2**30:.2f} GiB'
+    return f'{x / 2**30:.2f} GiB' if x >= 2**27 else f'{x / 2**20:.2f} MiB'
 
 
 def rows(e: Estimate, price: Optional[float]) -> list[Row]:
@@ -44,15 +45,17 @@ def rows(e: Estimate, price: Optional[float]) -> list[Row]:
     if e.hours is not None:
         hours = f'{e.hours:,.0f}' if e.hours >= 99.5 else f'{e.hours:.2g}'
     out = [
-        Row('parameters N', f'{e.n_params / 1e9:.3f}B', 'parameters, tied ones once',
-            f': {e.n_params:,}, of them {sum(e.trace.units):,} in {len(e.trace.units)} blocks', 'N'),
+        Row('parameters N', f'{e.n_params:,}', 'parameters, tied ones once',
+            f': {sum(e.trace.units):,} in {len(e.trace.units)} blocks, and those outside, such as embeddings', 'N',
+            f'{e.n_params / 1e9:.3f}B'),
         Row('fewest devices', str(e.smallest or 'none'),
             f"that divide the batch of {batch} and fit the config's microbatch"),
         Row('devices', str(e.devices), f"the fewest {e.card.name} that divide the global batch and fit the config's "
             'microbatch (micro), or --gpus', column='GPUs'),
         Row('microbatch', str(e.microbatch), '', "the config's; of auto, the largest that fits", 'micro'),
-        Row('peak memory', f'{e.memory.total / 2**30:.2f}{"" if e.fits else "!"}', 'GiB of each device, predicted '
-            f'(src/sizing/memory.py); usable are {USABLE} x {memory} = {gib(e.card.usable)}', column='GiB'),
+        Row('peak memory', gib(e.memory.total), 'of each device, predicted (src/sizing/memory.py); usable are '
+            f'{USABLE} x {memory} = {gib(e.card.usable)}', column='GiB',
+            cell=f'{e.memory.total / 2**30:.2f}{"" if e.fits else "!"}'),
         Row('largest microbatch', str(e.largest_microbatch or 'none'), 'the largest microbatch that fits and divides '
             'the samples of a device, global batch / devices', f' = {batch // e.devices}', 'up to'),
         Row('fewest of 1', str(e.smallest_of_one or 'none'), 'the fewest devices with a microbatch of 1',
@@ -136,7 +139,8 @@ def overview(estimates: dict[str, Estimate], price: Optional[float] = None) -> s
     """A table, and what its columns are computed from."""
     columns = [row for row in rows(next(iter(estimates.values())), price) if row.column]
     lines = [['run', *(row.column for row in columns)]]
-    lines += [[name, *(row.figure for row in rows(e, price) if row.column)] for name, e in estimates.items()]
+    lines += [[name, *(row.cell or row.figure for row in rows(e, price) if row.column)]
+              for name, e in estimates.items()]
     first, *widths = (max(map(len, cells)) for cells in zip(*lines))
     table = [f'| {" | ".join([line[0].ljust(first), *map(str.rjust, line[1:], widths)])} |' for line in lines]
     table.insert(1, f'|{"|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in widths)])}|')

@@ -133,9 +133,13 @@ def _build(section: Any, has_gpu: bool) -> ComposerCausalLM:
             update |= {'attn_impl': 'sdpa', 'attn_within_document': False}
     section = section.model_copy(update={key: value for key, value in update.items() if hasattr(section, key)})
     # The model tells which kernel it has, and these are not the run's. Composer's barrier needs data.
-    with (mock.patch.object(logging.getLogger('src'), 'disabled', True),
-          mock.patch('composer.utils.dist.run_local_rank_zero_first', nullcontext)):
-        return COMPOSER_MODEL_REGISTRY[section.name](section)
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with mock.patch('composer.utils.dist.run_local_rank_zero_first', nullcontext):
+            return COMPOSER_MODEL_REGISTRY[section.name](section)
+    finally:
+        logging.disable(before)
 
 
 def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn.Parameter]]:
