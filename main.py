@@ -11,10 +11,9 @@ from pathlib import Path
 
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # no other package is `src`
-    from src.common import machine, workers  # before torch and Composer, whose import takes seconds
+    from src.ranks import environment  # before torch and Composer, whose import takes seconds
 
-    workers.die_with_launcher()
-    machine.set_up_output()
+    environment.begin()
 
 from collections.abc import Iterable
 from typing import Optional

@@ -11,5 +11,4 @@ from src.ranks import environment
 
 machine.prepare_environment()
 environment.fill_node_rank()
-environment.check_numbers()
 os.register_at_fork(before=workers.let_threads_settle)

@@ -233,11 +233,11 @@ def _package_kernel(choice: str) -> Optional[AttentionFn]:
 
 
 def _of_any_version(function: Callable[..., Any]) -> AttentionFn:
-    """Leaves out the keywords that a version lacks, and the logsumexp that some versions return as well."""
-    known = frozenset(signature(function).parameters)
+    """Leaves out the keywords that a version may lack, and the logsumexp that some versions return as well."""
+    lacks = {'dropout_p', 'max_seqlen_q', 'max_seqlen_k'} - signature(function).parameters.keys()
 
     def call(*qkv: Tensor, **keywords: Any) -> Tensor:
-        out = function(*qkv, **{name: value for name, value in keywords.items() if name in known})
+        out = function(*qkv, **{name: value for name, value in keywords.items() if name not in lacks})
         return out[0] if isinstance(out, tuple) else out
 
     return call

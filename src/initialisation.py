@@ -127,6 +127,8 @@ class Initialiser:
             initialise()
             if self.has_values and torch.equal(state, torch.default_generator.get_state()):
                 return
+        module.__dict__.update({name: value for name, value in fresh.__dict__.items()
+                                if name not in ('_parameters', '_buffers')})  # what it may keep besides tensors
         made = own_tensors(fresh)
         if not self.has_values:
             _check_none_is_unset(module, path, {name for name, t in made.items()

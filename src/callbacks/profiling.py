@@ -4,7 +4,7 @@ import logging
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from composer import callbacks
@@ -106,6 +106,7 @@ class Profiler(Callback):
         self.options: Any = {'record_shapes': record_shapes, 'profile_memory': profile_memory, 'with_stack': with_stack}
         self.batch = 0  # of the epoch, or of what a resumed run has left of it
         self.ranges: dict[str, torch.profiler.record_function] = {}
+        self.profiler: Optional[torch.profiler.profile] = None
 
     def init(self, state: State, logger: Logger) -> None:
         folder = new_folder(self.folder, state.run_name)
@@ -136,7 +137,10 @@ class Profiler(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.batch += 1
+        assert self.profiler is not None
         self.profiler.step()
 
     def close(self, state: State, logger: Logger) -> None:
-        self.profiler.stop()
+        if self.profiler is not None:  # Composer calls this once more as the process ends
+            self.profiler.stop()
+            self.profiler = None

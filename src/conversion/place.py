@@ -80,6 +80,7 @@ class RemotePlace(AnyFolder):
         url = f'{self.root}/{name}'
 
         def download() -> bool:
+            Path(file).unlink(missing_ok=True)  # half a file, of an attempt before
             try:
                 _downloader(self.root).download(url, file)
             except Exception as error:

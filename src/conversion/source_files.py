@@ -110,13 +110,15 @@ class FolderSource:
 
     def _drop_second_names(self, splits: dict[str, list[str]]) -> None:
         """Keeps one name of a file that has several, by symbolic or hard links."""
-        first: dict[tuple[int, int], tuple[str, str]] = {}
+        first: dict[object, tuple[str, str]] = {}
         inside = self.folder.resolve()
         names = [(path, split) for split, of_split in splits.items() for path in of_split]
         # links last
         for path, split in sorted(names, key=lambda name: ((inside / name[0]).resolve() != inside / name[0], name)):
             info = os.stat(self.folder / path)
-            known_split, known = first.setdefault((info.st_dev, info.st_ino), (split, path))
+            # On some network file systems the number of an inode is not its own
+            file = (info.st_dev, info.st_ino) if info.st_nlink > 1 else (inside / path).resolve()
+            known_split, known = first.setdefault(file, (split, path))
             if known_split != split:
                 raise UserError(f'--source: {self.folder / known} ({known_split}) and {self.folder / path} ({split}) '
                                 'are one file; delete one of the names, or copy the file if both splits are to have it')

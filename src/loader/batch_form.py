@@ -83,6 +83,10 @@ class BatchForm:
                 raise UserError(f'{self.setting}: {key} hold {int(ids[key][wrong][0])}, and the model has the token '
                                 f'ids 0 to {self.vocab_size - 1} (labels also {IGNORE}); set a larger vocabulary in '
                                 'section model, or give ids of another tokenizer')
+        mask = ids.get('attention_mask')
+        if mask is not None and not ((mask == 0) | (mask == 1)).all():
+            raise UserError(f'{self.setting}: attention_mask must be 1 at tokens and 0 at padding, and holds '
+                            f'{int(mask.min())} and {int(mask.max())}')
 
 
 def split(batch: Mapping[str, Any], size: Any) -> list[dict[str, Any]]:

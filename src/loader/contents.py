@@ -37,7 +37,7 @@ def _held_by(stream: CheckedStream, shard: Any, max_seq_len: int) -> str:
         raise UserError(f'{stream.setting}: {stream.place} holds no shards of the format MDS; write it with MDSWriter')
     encodings = dict(zip(shard.column_names, shard.column_encodings))
     if 'text' in encodings and 'tokens' not in encodings:
-        if encodings['text'] != 'str':
+        if encodings['text'] not in ('str', 'json'):
             raise UserError(f"{stream.setting}: column 'text' of {stream.place} is {encodings['text']!r}; it must be "
                             "'str'")
         return 'text'

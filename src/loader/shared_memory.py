@@ -58,9 +58,23 @@ def _is_unused(path: Path) -> bool:
             fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except FileNotFoundError:
         return True
-    except OSError:  # in use, or a kernel without leases
+    except BlockingIOError:
         return False
+    except OSError:  # a kernel without leases
+        return not _is_mapped(path)
     return True
+
+
+def _is_mapped(path: Path) -> bool:
+    """Whether any process maps the file, as far as this user may look."""
+    for maps in Path('/proc').glob('[0-9]*/maps'):
+        try:
+            # To the end of the line: a block that was removed is listed as "(deleted)".
+            if f'{path}\n' in maps.read_text(errors='replace'):
+                return True
+        except (PermissionError, FileNotFoundError, ProcessLookupError):  # another user's, or it has just ended
+            continue
+    return False
 
 
 def remove_stale() -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from src.common.errors import UserError
+from src.common.machine import set_up_output
+from src.common.workers import die_with_launcher
 
 ALONE = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'NODE_RANK': '0'}
 RANGES = {**{name: (int(name.endswith('SIZE')), (1 << 31) - 1) for name in ALONE}, 'MASTER_PORT': (1, (1 << 16) - 1)}
@@ -52,6 +54,13 @@ def fill_node_rank() -> None:
         os.environ.setdefault('NODE_RANK', os.environ['GROUP_RANK'])
 
 
+def begin() -> None:
+    """The first thing that a program does in each rank: it ends with its launcher, and prints any text."""
+    die_with_launcher()
+    set_up_output()
+    check_numbers()
+
+
 def check_numbers() -> None:
     """Ends this process where a variable of the launcher is no number, with which Composer cannot be imported."""
     if errors := [error for name, error in _no_numbers(os.environ).items() if name in ALONE]:
@@ -93,7 +102,7 @@ def _check_alone(env: Mapping[str, str]) -> None:
 def _no_numbers(env: Mapping[str, str]) -> dict[str, str]:
     return {name: f'{name}: {env[name]!r} must be a whole number from {least} to {most}'
             for name, (least, most) in RANGES.items()
-            if name in env and not (env[name].isdecimal() and least <= int(env[name]) <= most)}
+            if env.get(name) and not (env[name].isdecimal() and least <= int(env[name]) <= most)}
 
 
 def _mistakes(env: Mapping[str, str]) -> Iterator[str]:

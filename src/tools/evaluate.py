@@ -13,10 +13,9 @@ from pathlib import Path
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
-    from src.common import machine, workers  # before torch and Composer, whose import takes seconds
+    from src.ranks import environment  # before torch and Composer, whose import takes seconds
 
-    workers.die_with_launcher()
-    machine.set_up_output()
+    environment.begin()
 
 import argparse
 import json

@@ -322,7 +322,7 @@ def test_sample_and_tokenizer_are_the_same_in_every_run(tmp_path: Path) -> None:
     here = corpus_and_tokenizer(tmp_path / 'here')
     code = ('import sys; from pathlib import Path; from test_convert_c4 import corpus_and_tokenizer; '
             'print(corpus_and_tokenizer(Path(sys.argv[1])))')
-    env = {**os.environ, 'PYTHONPATH': f'{REPO}:{REPO}/tests', 'PYTHONHASHSEED': '1234', 'LC_ALL': 'C', 'TZ': 'Asia/Tokyo'}
+    env = {**os.environ, 'PYTHONPATH': f'{REPO}:{REPO}/tests:{REPO}/tests/conversion', 'PYTHONHASHSEED': '1234', 'LC_ALL': 'C', 'TZ': 'Asia/Tokyo'}
     there = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'there')], cwd=tmp_path, env=env, text=True,
                            capture_output=True, check=True)
     assert there.stdout.strip() == here
