@@ -391,7 +391,7 @@ def test_an_epoch_that_a_resumed_run_finishes_is_no_empty_epoch(tmp_path: Path) 
 
 TWO_RANKS = """
 import json, logging, os, signal, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {root!r} + '/tests', {tests!r}]
 import torch
 import torch.distributed
 from types import SimpleNamespace
@@ -452,7 +452,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_two_ranks_skip_the_same_batches_and_stop_after_the_same_one(tmp_path: Path) -> None:
     script = tmp_path / 'two_ranks.py'
-    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / 'tests')))
+    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / 'tests/callbacks')))
     port = str(free_port())
     processes = [subprocess.Popen([sys.executable, str(script), str(tmp_path / 'out')], text=True, stderr=subprocess.PIPE,
                               env=clean_env(RANK=str(i), WORLD_SIZE='2', LOCAL_RANK=str(i), LOCAL_WORLD_SIZE='2', NODE_RANK='0',
