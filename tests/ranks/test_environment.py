@@ -108,7 +108,7 @@ def test_whole_nodes_are_named_and_parts_by_their_ranks():
         'a is 0 on node 0 (host-0) and 1 on node 1 (host-1)']
 
 
-def test_no_module_is_imported_with_a_rank_that_is_no_number(monkeypatch):
+def test_no_program_begins_with_a_rank_that_is_no_number(monkeypatch):
     environment.check_numbers()
     for value in ('one', ''):
         monkeypatch.setenv('RANK', value)
