@@ -427,7 +427,7 @@ def test_the_guides_optimizer(mds_root, tmp_path):
     name, lion, build = next(found[i:i + 3] for found in [blocks('python', DOCS['src/README.md'])] for i in range(len(found))
                              if 'lion' in found[i])
     copy_of_the_kit(tmp_path)
-    schema, builder = tmp_path / 'src/config/schema.py', tmp_path / 'src/training/plugins.py'
+    schema, builder = tmp_path / 'src/config/schema.py', tmp_path / 'src/optimizers.py'
     old, line = schema.read_text(), "    name: Literal['decoupled_adamw', 'adamw'] = 'decoupled_adamw'\n"
     assert old.count(line) == 1
     schema.write_text(old.replace(line, textwrap.indent(name, '    ')))
