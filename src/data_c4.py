@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from math import ceil
@@ -170,8 +171,7 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
     Args:
         cfg: A LoaderConfig, or a mapping that is one.
         device_batch_size: Samples in a batch of this device.
-        evaluate: For an evaluation: the first `cfg.eval_samples` samples in order, each once over all ranks, whatever
-            `shuffle`, `epoch_size` and the weights of streams say.
+        evaluate: For an evaluation: the first `cfg.eval_samples` samples in order, each once over all ranks.
 
     Raises:
         UserError: A setting that is wrong, data or a tokenizer that is missing, or too little data.
@@ -204,9 +204,10 @@ def _train_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str,
 
 
 def _eval_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, Any]) -> DataLoader:
-    data = cfg.dataset.model_dump(exclude={'shuffle', 'epoch_size'})
-    for stream in (data['streams'] or {}).values():
-        stream.update(proportion=None, repeat=None, choose=None)
+    data = cfg.dataset.model_dump()
+    _ignore(data, ('shuffle', 'epoch_size'), 'dataset', 'reads its samples in order')
+    for name, stream in (data['streams'] or {}).items():
+        _ignore(stream, ('proportion', 'repeat', 'choose'), f'dataset.streams.{name}', 'reads all')
     if not _copies(cfg).isdisjoint(_copied_for_training):  # streaming refuses two copies of one split in one place
         for place in (data['streams'] or {'': data}).values():
             if is_copied(place['remote'], place['local'], place['split'] or data['split']):
@@ -219,6 +220,12 @@ def _eval_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, 
     loader = EvalLoader(view, sampler=sampler, **settings)
     check_loader('eval_loader', loader, dataset.batch_bytes(device_batch_size))
     return loader
+
+
+def _ignore(settings: dict[str, Any], keys: tuple[str, ...], section: str, how: str) -> None:
+    for key in keys:
+        if settings.pop(key):
+            warnings.warn(f'eval_loader.{section}.{key} is ignored: an evaluation {how}', stacklevel=2)
 
 
 def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:

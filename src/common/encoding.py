@@ -19,6 +19,7 @@ from src.common.errors import UserError
 PIECE = 1_000_000  # characters in one call of a tokenizer, which takes up to 200 bytes of memory for each
 LONGEST = 8 * PIECE  # a text without a safe place to cut may be one piece up to this length
 WINDOW = 256  # characters before and after a place that decide whether a cut there is exact
+NEAR = 10_000  # characters before the end of a piece, where a place is looked for first
 TRIES = 8  # places of one kind that are tried
 # A letter or a digit that a blank follows; else one that any other sign follows.
 PLACES = re.compile(r'[^\W_](?=[ \t\r\n])'), re.compile(r'[^\W_](?=[\W_])')
@@ -172,7 +173,7 @@ def _exact_place(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> O
     between two pieces is left out where the tokenizer puts one before each text.
     """
     end = start + PIECE
-    for low, high in (start, end), (end, start + LONGEST):
+    for low, high in (max(end - NEAR, start), end), (start, end), (end, start + LONGEST):
         for pattern in PLACES:
             places = (found.end() for found in pattern.finditer(text, low, high))
             nearest = islice(places, TRIES) if low == end else reversed(deque(places, TRIES))

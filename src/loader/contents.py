@@ -41,10 +41,11 @@ def _held_by(stream: CheckedStream, shard: Any, max_seq_len: int) -> str:
             raise UserError(f"{stream.setting}: column 'text' of {stream.place} is {encodings['text']!r}; it must be "
                             "'str'")
         return 'text'
-    if not encodings.get('tokens', '').startswith('ndarray'):
+    # As ndarray:uint16:128; the last two may be missing
+    encoding, dtype, shape = (encodings.get('tokens', '') + '::').split(':')[:3]
+    if encoding != 'ndarray' or (dtype and not dtype.startswith(('int', 'uint'))):
         raise UserError(f"{stream.setting}: {stream.place} has no column 'text' of documents and no column 'tokens' of "
                         f"arrays of integers, such as 'ndarray:uint16'; its columns are {encodings}")
-    shape = (encodings['tokens'] + '::').split(':')[2]  # of ndarray:uint16:128; the last two may be missing
     if shape:
         _check_shape(tuple(map(int, shape.split(','))), max_seq_len, stream.place)
         return f'sequences of {shape} tokens'

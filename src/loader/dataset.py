@@ -16,7 +16,7 @@ from src.common.errors import UserError
 from src.common.machine import explain_lost_worker
 from src.config.data_places import explain
 from src.loader.patches import mend_streaming
-from src.loader.shared_memory import opening_a_dataset
+from src.loader.shared_memory import opening_a_dataset, remove_locks_at_exit
 from src.loader.streams import CheckedStream
 
 RETRIES_UNDER_CACHE_LIMIT = 1000
@@ -50,6 +50,7 @@ class CheckedDataset(StreamingDataset):
             raise
         except (OSError, ValueError, RuntimeError, KeyError) as e:
             raise UserError(explain(e, opened[0].remote, opened[0].local, opened[0].split)) from None
+        remove_locks_at_exit(self._shm_prefix_int)
 
     @property
     def fingerprint(self) -> str:

@@ -4,6 +4,7 @@ import mmap
 import os
 from functools import cache
 from multiprocessing.shared_memory import SharedMemory as Block
+from multiprocessing.util import Finalize
 from typing import Optional
 
 from streaming.base.batching import batching_methods
@@ -13,6 +14,7 @@ from streaming.base.shared import SharedMemory, memory, prefix
 from src.common.errors import DISK_FULL
 from src.common.machine import check_shared_memory
 from src.loader.sample_order import stratified, whole_batches
+from src.loader.shared_memory import remove_own_locks
 
 
 @cache
@@ -22,6 +24,9 @@ def mend_streaming() -> None:
     batching_methods['stratified'] = stratified
     prefix.SharedMemory = _attach_briefly  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
     memory.BuiltinSharedMemory = _AllocatedBlock  # pyright: ignore[reportPrivateImportUsage]
+    # With a negative priority this runs after streaming has removed the blocks and after the DataLoader's workers,
+    # which make lock files anew, have ended. A rank that ends while another holds the blocks leaves them to it.
+    Finalize(None, remove_own_locks, exitpriority=-1)
 
 
 def _attach_briefly(name: str, create: bool, size: int = 0) -> SharedMemory:

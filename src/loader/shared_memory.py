@@ -2,9 +2,9 @@
 
 Streaming names both `NNNNNN_name`, with one six-digit prefix for each dataset that is open on the machine: blocks in
 `/dev/shm`, lock files in the temporary folder. It removes the blocks when a process ends normally, the lock files
-never: the next run does it here. After SIGKILL the blocks stay too, and the next run would fail with `FileExistsError`
-or `Reused local directory`. Streaming's own `clean_stale_shared_memory()` also removes the blocks of jobs that are
-still running; this removes none of those.
+never. After SIGKILL both stay, and the next run would fail with `FileExistsError` or `Reused local directory`.
+Streaming's own `clean_stale_shared_memory()` also removes the blocks of jobs that are still running; this removes none
+of those.
 """
 
 import fcntl
@@ -28,8 +28,10 @@ from torch.utils.data import DataLoader
 from src.common.machine import SHARED_MEMORY as BLOCKS
 from src.common.machine import check_shared_memory, megabytes
 
-NAME = re.compile(rf'(\d{{6}})_(?:{"|".join([*SHM_TO_CLEAN, BARRIER_FILELOCK, CACHE_FILELOCK])})')
+LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
+NAME = re.compile(rf'(\d{{6}})_(?:{"|".join([*SHM_TO_CLEAN, *LOCKS])})')
 
+_opened: set[str] = set()  # prefixes of the datasets of this process
 _needs: WeakKeyDictionary[DataLoader, int] = WeakKeyDictionary()  # bytes that the loaders of this process take
 
 
@@ -155,3 +157,16 @@ def check_loader(setting: str, loader: DataLoader, batch_bytes: int, order_bytes
     otherwise = f'; or set a smaller {setting}.num_workers' if loader.num_workers else ''
     check_shared_memory(need + sum(_needs.values()), what, otherwise)
     _needs[loader] = need
+
+
+def remove_locks_at_exit(number: int) -> None:
+    """Has the lock files of an open dataset, by its prefix, removed at the end of this process."""
+    _opened.add(f'{number:06}')
+
+
+def remove_own_locks() -> None:
+    """Removes the lock files of this process's datasets, but those that another process still uses."""
+    for number in _opened:
+        if not any(BLOCKS.glob(f'{number}_*')):
+            for name in LOCKS:
+                Path(gettempdir(), f'{number}_{name}').unlink(missing_ok=True)

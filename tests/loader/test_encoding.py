@@ -82,7 +82,7 @@ def hard_text(seed: int, n: int) -> str:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Pieces of 60 characters; a list of those of each document that is encoded."""
-    for name, value in {'PIECE': 60, 'WINDOW': 12, 'LONGEST': 2000}.items():
+    for name, value in {'PIECE': 60, 'NEAR': 20, 'WINDOW': 12, 'LONGEST': 2000}.items():
         monkeypatch.setattr(encoding, name, value)
     seen, cut = [], encoding._pieces
     monkeypatch.setattr(encoding, '_pieces', lambda *args: seen.append(list(cut(*args))) or seen[-1])

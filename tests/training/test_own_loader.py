@@ -147,6 +147,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     'labels': (batch(12, 8, labels=torch.full((12, 8), -1)), [], 'labels hold -1'),
     'shapes': (batch(12, 8, labels=torch.ones(12, 10).long()), [],
                'labels of shape (12, 10) do not go with input_ids of shape (12, 8); they must have (12, 8) or (12, 9)'),
+    'mask': (batch(12, 8, attention_mask=torch.full((12, 8), 3)), [],
+             'attention_mask must be 1 at tokens and 0 at padding, and holds 3 and 3'),
     'long rows': (batch(12, 64), [], 'input_ids have 64 tokens in a row, and the model has positions for 32'),
     'epochs': (lambda: DataLoader(Stream(), 12), ['max_duration=1ep'],
                "max_duration: '1ep', but the train loader, DataLoader of Stream, does not say how many batches an epoch"),
