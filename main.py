@@ -85,7 +85,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             load_exclude_algorithms=dir(algorithms),  # Composer would `eval` what a checkpoint says of them
         )
     loading.finish_loading(start, trainer)
-    fit.log_start(run, trainer, train_data, changed.lines)
+    fit.log_start(run, trainer, model, train_data, changed.lines)
     fit.fit(run, trainer, train_data, writer, tokenizer)
     return trainer
 

@@ -1,6 +1,5 @@
 """Optimizers and learning-rate schedules."""
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Optional
 
@@ -11,8 +10,6 @@ from composer.loggers import Logger
 from composer.optim import ComposerScheduler
 
 from src.config.schema import OptimizerConfig, SchedulerConfig
-
-log = logging.getLogger('src')
 
 
 def _fuse(optimizer: Any) -> None:

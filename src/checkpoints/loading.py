@@ -71,6 +71,13 @@ def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting:
                             'the run had it')
 
 
+def check_same_tokenizer(manifest: Optional[Manifest], tokenizer: Any, path: str,
+                         setting: str = 'tokenizer_name') -> None:
+    """Refuses another tokenizer than that of the checkpoint at `path`, where its manifest has the hash of one."""
+    if manifest and manifest.tokenizer_hash:
+        tokenizer.check_made(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash, setting)
+
+
 def check_sample_in_epoch(start: Start, samples: int) -> None:
     """Refuses to go on behind the end of an epoch, which has so many samples."""
     place = start.manifest.sample_in_epoch if start.kind == 'resume' and start.manifest else 0

@@ -4,7 +4,6 @@ This module imports nothing that is slow.
 """
 
 import ctypes
-import logging
 import multiprocessing
 import multiprocessing.queues
 import os
@@ -15,8 +14,6 @@ import threading
 import time
 import traceback
 from typing import Any, NoReturn
-
-log = logging.getLogger('src')
 
 PR_SET_PDEATHSIG = 1
 SETTLE_S = 0.05

@@ -90,7 +90,8 @@ def trace(step: Step) -> Trace:
             _traces[key] = _run(step)
         except UserError:
             raise
-        except Exception as e:  # a model's own code and kernels, on tensors that they do not take
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            # A model's own code and kernels, on tensors that they do not take
             where = traceback.extract_tb(e.__traceback__)[-1]
             raise UserError(
                 f'model.name: the memory of {step.model.name!r} cannot be predicted. Its step without data ended '

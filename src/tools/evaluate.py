@@ -19,6 +19,7 @@ if __name__ == '__main__':
 
 import argparse
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
 from src.causal_lm import ComposerCausalLM
-from src.checkpoints.loading import check_loadable, finish_loading, reading_safely, same_weights
+from src.checkpoints.loading import check_loadable, check_same_tokenizer, finish_loading, reading_safely, same_weights
 from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
 from src.config import load as config
@@ -48,8 +49,9 @@ from src.tools.bits_per_byte import Totals, bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
 from src.training.failures import explained, outside_failures_explained
-from src.training.report import log
 from src.training.setup import check_config, meet
+
+log = logging.getLogger('src')
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -101,9 +103,8 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     start = find_start(None, None, False, c.load_path, weights_only=True)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, torch.cuda.is_available()))
     tokenizer = build.build_tokenizer(c)
-    if start.manifest and start.manifest.tokenizer_hash and isinstance(tokenizer, HFTokenizer):
-        tokenizer.check_made(f'the checkpoint {start.path}', start.manifest.tokenizer_name,
-                             start.manifest.tokenizer_hash)
+    if isinstance(tokenizer, HFTokenizer):
+        check_same_tokenizer(start.manifest, tokenizer, str(start.path))
     model = build.build_model(c, tokenizer, start)
     evaluators = build.build_evaluators(c, model)
     agree('data', fingerprints(None, evaluators[0].dataloader))

@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from src.checkpoints import weights as checkpoint
 from src.checkpoints.hf_layout import hf_model
-from src.checkpoints.loading import check_model
+from src.checkpoints.loading import check_model, check_same_tokenizer
 from src.checkpoints.manifest import Manifest
 from src.common import program
 from src.common.errors import UserError, first_line
@@ -61,9 +61,7 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
     except ValueError as e:  # transformers' of a shape that cannot be
         raise UserError(f'model: {first_line(e)}; give section model as the run had it') from None
     kit = HFTokenizer(name, 2)
-    if manifest and manifest.tokenizer_hash:
-        kit.check_made(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash,
-                       '--tokenizer' if tokenizer_name else 'tokenizer_name')
+    check_same_tokenizer(manifest, kit, path, '--tokenizer' if tokenizer_name else 'tokenizer_name')
     if tokenizer_name and n_ids(kit.tokenizer) > hf.config.vocab_size:
         raise UserError(f'--tokenizer: {tokenizer_name} is not that of this model, whose vocabulary has '
                         f'{hf.config.vocab_size} tokens; name the one that it was trained with')

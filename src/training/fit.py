@@ -1,5 +1,6 @@
 """Trains what is built; a dry run describes it in place of training."""
 
+import logging
 import textwrap
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from composer.core import DataSpec
 from composer.utils import dist
 
 from src.callbacks.metrics import NO_BATCH
+from src.causal_lm import ComposerCausalLM
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError, masked
 from src.common.flops import Card, peak_flops
@@ -24,15 +26,15 @@ from src.tokenizer import HFTokenizer
 from src.training import sharding
 from src.training.failures import explained
 from src.training.plugins import check_plugins
-from src.training.report import environment, log, plan, summary
+from src.training.report import environment, plan, summary
 from src.training.setup import Setup
 
+log = logging.getLogger('src')
 SHOWN = 300  # characters of the first sample
 
 
-def log_start(run: Setup, trainer: Trainer, train: DataSpec, changed: Sequence[str]) -> None:
+def log_start(run: Setup, trainer: Trainer, model: ComposerCausalLM, train: DataSpec, changed: Sequence[str]) -> None:
     """Gives the loggers the config, and says the plan."""
-    model: Any = trainer.state.model.module if trainer.state.is_model_ddp else trainer.state.model
     trainer.logger.log_hyperparameters({**masked(load.plain(run.c)), 'environment': environment(run.c, model)})
     log.info('%s', plan(run, model, train.dataloader, changed))
 

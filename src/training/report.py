@@ -1,6 +1,5 @@
 """What a run says of itself: its plan before training, its summary after."""
 
-import logging
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -19,8 +18,6 @@ from src.config.derived import fsdp_version, grad_accum
 from src.config.schema import Config
 from src.training import data
 from src.training.setup import Setup
-
-log = logging.getLogger('src')
 
 
 def plan(run: Setup, model: ComposerCausalLM, train_loader: Any, changed: Sequence[str] = ()) -> str:

@@ -17,6 +17,7 @@ from src.config.schema import Config
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.mosaic_gpt import ComposerMosaicGPT
 from src.sizing.memory import predict
+from src.sizing.report import gib
 from src.training.fit import this_machine
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
@@ -53,7 +54,7 @@ def test_it_says_everything_and_writes_nothing(mds_root, tmp_path, monkeypatch, 
     assert '12 samples of 32 tokens = 384 tokens per step; 1 devices x 3 microbatches of 5' in said
     c = Config.model_validate(shown)
     for name, size in predict(c, 1, False, 5)._replace(moment=0)._asdict().items():
-        assert name == 'moment' or re.search(rf'^    {name} +{size / 2**30:.2f} GiB   ', said, re.MULTILINE)
+        assert name == 'moment' or re.search(rf'^    {name} +{gib(size)}   ', said, re.MULTILINE)
     assert this_machine().usable > 0 and not this_machine().is_gpu and 'no peak of CPU' in said
 
     first = First()
