@@ -25,8 +25,8 @@ from src.common.errors import UserError, positive
 from src.common.machine import not_writable
 from src.config.data_places import is_url
 from src.conversion.manifest import check_strangers, merge, verify
+from src.conversion.output import RemoteOutput, open_output, sweep
 from src.conversion.parts import Job, Part, all_done
-from src.conversion.place import RemotePlace, open_place, sweep
 from src.conversion.pool import make_parts
 from src.conversion.shards import Options, check_streaming_options
 from src.conversion.source_files import TXT, FolderSource, SourceFile, doubles
@@ -116,9 +116,9 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 def check_out_root(out_root: str, splits: Iterable[str]) -> None:
     """Makes the output folder and refuses one that cannot be written; finds out whether a bucket is there."""
-    place = open_place(out_root)
-    if isinstance(place, RemotePlace):
-        place.check()
+    output = open_output(out_root)
+    if isinstance(output, RemoteOutput):
+        output.check()
         return
     for folder in out_root, *(f'{out_root}/{split}' for split in splits):
         if wrong := not_writable(folder):
@@ -301,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     check_used(args, listed)
     for split, files in listed.items():
         check_strangers(f'{args.out_root}/{split}', len(files))
-        sweep(open_place(f'{args.out_root}/{split}'))
+        sweep(open_output(f'{args.out_root}/{split}'))
     make_tokenizer(args, source, listed)
     with tempfile.TemporaryDirectory() as folder:
         jobs = plan(args, source, listed, Path(folder))

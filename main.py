@@ -28,7 +28,7 @@ from src.checkpoints import loading
 from src.config.load import load
 from src.ranks import program
 from src.training import build, fit, plugins, sharding
-from src.training.failures import explained, outside_failures_explained
+from src.training.failures import outside_failures_explained, run_failures_explained
 from src.training.setup import prepare
 
 
@@ -56,7 +56,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
     settings, changed = build.compare_with_checkpoint(run, model, train_data, evaluators)
     writer = build.build_writer(run, model, tokenizer, settings)
     all_callbacks = build.build_callbacks(run, tokenizer, changed.schedule, writer, callbacks)
-    with loading.reading_safely(start, c.trust_checkpoint), explained(c):
+    with loading.reading_safely(start, c.trust_checkpoint), run_failures_explained(c):
         trainer = Trainer(
             model=model,
             train_dataloader=train_data,

@@ -4,11 +4,32 @@ Nothing slow is imported before a store is opened: the conversion reads its comm
 """
 
 import os
+import re
 import shutil
+import socket
 import tempfile
+import uuid
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Union
+
+import psutil
+
+HOST = socket.gethostname()  # and the namespace of its processes' numbers: containers may share the name
+if os.path.exists('/proc/self/ns/pid'):
+    HOST += f'+{os.stat("/proc/self/ns/pid").st_ino}'
+OWNED = re.compile(r'\.part(ial)?-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}')
+
+
+def owner() -> str:
+    """What ends the name of a file or folder that this process has not finished, after `.part-` or `.partial-`."""
+    return f'{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
+
+
+def is_left(name: str, of_all: bool = False) -> bool:
+    """Whether a name has an `owner`, on this machine, that has ended; or, `of_all`, any owner."""
+    owned = OWNED.search(name)
+    return bool(owned) and (of_all or owned['host'] == HOST and not psutil.pid_exists(int(owned['pid'])))
 
 
 class AnyFolder:

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 from src.common.errors import UserError, masked
 from src.config.data_checks import data_errors, packs_on_the_fly
 from src.config.load import plain
-from src.config.machine_checks import machine_errors, schedule_errors
 from src.config.model_checks import model_errors
 from src.config.old_keys import fill_in, what_to_write
 from src.config.plugin_entries import keywords_of
+from src.config.run_checks import machine_errors, schedule_errors
 from src.config.schema import MODEL_CONFIGS, Config, Section, types_below
 
 SectionT = TypeVar('SectionT', bound=Section)

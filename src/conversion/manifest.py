@@ -9,8 +9,8 @@ from typing import Any, Optional
 
 from src.common.errors import UserError
 from src.common.progress import progress
+from src.conversion.output import Output, found, open_output, sweep, unfinished
 from src.conversion.parts import HASH, PART, Job, Part, all_done, file_info
-from src.conversion.place import Place, found, open_place, sweep, unfinished
 from src.conversion.sources import Source
 
 INDEX, MANIFEST, TRAINED = 'index.json', 'manifest.json', 'trained.json'  # the last: of a tokenizer
@@ -25,19 +25,19 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
     Raises:
         UserError: Parts are missing, or none holds a document.
     """
-    place, there = open_place(jobs[0].root), all_done(jobs)
+    output, there = open_output(jobs[0].root), all_done(jobs)
     missing = [job.name for job, part in zip(jobs, there, strict=True) if part is None]
     if missing:
         shown = ', '.join(missing[:10]) + (', ...' if len(missing) > 10 else '')
-        raise UserError(f'--merge: {place}: {len(missing)} of {len(jobs)} parts are missing: {shown}; run their '
+        raise UserError(f'--merge: {output}: {len(missing)} of {len(jobs)} parts are missing: {shown}; run their '
                         '--partition, or the same command without --partition and --merge')
     parts = {job.name: part for job, part in zip(jobs, there, strict=True) if part is not None}
     full = {name: part for name, part in parts.items() if part['documents']}
     if not full:
         raise UserError(f'--source: no documents for {split}')
     with ThreadPoolExecutor(16) as threads:
-        shards = list(chain.from_iterable(threads.map(lambda name: _shards(place, name), full)))
-    with unfinished(place, INDEX) as folder:
+        shards = list(chain.from_iterable(threads.map(lambda name: _shards(output, name), full)))
+    with unfinished(output, INDEX) as folder:
         (folder / INDEX).write_text(json.dumps({'version': 2, 'shards': shards}), 'utf-8')
         files = {INDEX: file_info(folder / INDEX)}
         files |= {f'{name}/{file}': info for name, part in full.items() for file, info in part['files'].items()}
@@ -46,8 +46,8 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
                     'options': {'max_docs': jobs[0].max_docs, **options.identity},
                     'tokenizer_name': options.tokenizer_name, **_total(list(parts.values())), 'files': files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), 'utf-8')
-        place.send(folder, [INDEX, MANIFEST])
-    sweep(place, of_all=True)
+        output.send(folder, [INDEX, MANIFEST])
+    sweep(output, of_all=True)
     return manifest
 
 
@@ -57,12 +57,12 @@ def _total(parts: list[Part]) -> dict[str, Any]:
     return {key: sum(part[key] for part in parts) for key in counted} | {'texts_hash': f'{texts_hash:032x}'}
 
 
-def _shards(place: Place, part: str) -> list[dict[str, Any]]:
+def _shards(output: Output, part: str) -> list[dict[str, Any]]:
     """The shards of a part, as the split's index has them: the same that streaming's `merge_index` makes."""
     try:
-        shards = json.loads(place.read(f'{part}/{INDEX}'))['shards']
+        shards = json.loads(output.read(f'{part}/{INDEX}'))['shards']
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        raise UserError(f'--out_root: {place}/{part}/{INDEX} is missing or damaged; delete {place}/{part}, then run '
+        raise UserError(f'--out_root: {output}/{part}/{INDEX} is missing or damaged; delete {output}/{part}, then run '
                         'the same command again: it makes that part anew') from None
     for file in (shard[key] for shard in shards for key in ('raw_data', 'zip_data') if shard[key]):
         file['basename'] = f'{part}/{file["basename"]}'
@@ -75,19 +75,19 @@ def check_strangers(root: str, n_parts: int) -> None:
     Raises:
         UserError: Names what is there.
     """
-    place, folder = open_place(root), Path(root)
-    if place.remote:
-        names = sorted({name.partition('/')[0] for name in place.listed() or ()})
+    output, folder = open_output(root), Path(root)
+    if output.remote:
+        names = sorted({name.partition('/')[0] for name in output.listed() or ()})
     else:
         names = sorted(path.name for path in folder.iterdir() if path.name[0] != '.') if folder.is_dir() else []
     parts = _parts(names)
     strange = [name for name in names if name not in (INDEX, MANIFEST, *parts)]
     lone_index = INDEX in names and not parts and MANIFEST not in names
-    if strange or lone_index or place.remote and _is_of_others(found(place, INDEX)):
+    if strange or lone_index or output.remote and _is_of_others(found(output, INDEX)):
         raise UserError(f'--out_root: {root} already there and not empty: it holds {(strange or names or [INDEX])[0]}, '
                         'which is not of this program; nothing was written. Leave it out of --splits, name another '
                         '--out_root, or delete it')
-    if f'{n_parts:05}' in parts or place.remote and not names and found(place, f'{n_parts:05}/{PART}'):
+    if f'{n_parts:05}' in parts or output.remote and not names and found(output, f'{n_parts:05}/{PART}'):
         raise UserError(f'--out_root: {root} holds the part {n_parts:05}, and the source has only {n_parts} files for '
                         f'it: it was made from more; use that source, name another --out_root, or delete {root}')
 

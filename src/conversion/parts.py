@@ -17,7 +17,7 @@ from xxhash import xxh3_128_intdigest, xxh128_hexdigest
 
 from src.common.errors import UserError
 from src.conversion.documents import Document, good_documents
-from src.conversion.place import RemotePlace, found, open_place, unfinished
+from src.conversion.output import RemoteOutput, found, open_output, unfinished
 from src.conversion.shards import Options, write_shards
 from src.conversion.source_files import SourceFile
 from src.conversion.sources import read
@@ -55,13 +55,13 @@ def done(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
     Raises:
         UserError: It was made from another file or with other options, or its folder holds something else.
     """
-    place, folder = open_place(job.root), Path(job.root, job.name)
-    listed = place.listed(f'{job.name}/') if listed is None else listed
+    output, folder = open_output(job.root), Path(job.root, job.name)
+    listed = output.listed(f'{job.name}/') if listed is None else listed
     if listed is not None and f'{job.name}/{PART}' not in listed:
         return None
     # This look first: between the two, another machine may finish the part, which moves it here in one step.
-    occupied = not place.remote and folder.is_dir() and any(folder.iterdir())
-    text = found(place, f'{job.name}/{PART}')
+    occupied = not output.remote and folder.is_dir() and any(folder.iterdir())
+    text = found(output, f'{job.name}/{PART}')
     if text is None and occupied:
         raise UserError(f'--out_root: {folder} holds no {PART}, so it is no part that this program finished; delete '
                         'it, or name another --out_root')
@@ -71,10 +71,10 @@ def done(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
     except (ValueError, KeyError, TypeError):
         return None  # missing, or damaged: made anew
     _check_same(job, made_from, bool(part.get('bad_documents')))
-    if isinstance(place, RemotePlace):
+    if isinstance(output, RemoteOutput):
         whole = listed is None or {f'{job.name}/{name}' for name in files} <= listed
     else:
-        whole = all(place.size(f'{job.name}/{name}') == info['bytes'] for name, info in files.items())
+        whole = all(output.size(f'{job.name}/{name}') == info['bytes'] for name, info in files.items())
     return part if whole else None
 
 
@@ -91,7 +91,7 @@ def _check_same(job: Job, old: dict[str, Any], skipped: bool) -> None:
 
 def all_done(jobs: list[Job]) -> list[Optional[Part]]:
     """`done` of each, side by side: on an object store each takes its time."""
-    listed = open_place(jobs[0].root).listed()
+    listed = open_output(jobs[0].root).listed()
     with ThreadPoolExecutor(16) as threads:
         return list(threads.map(lambda job: done(job, listed), jobs))
 
@@ -107,14 +107,14 @@ def convert(job: Job) -> Part:
     """
     if part := done(job):
         return part
-    place = open_place(job.root)
+    output = open_output(job.root)
     try:
-        with unfinished(place, job.name) as folder:
+        with unfinished(output, job.name) as folder:
             counts = _write(job, folder)
             part = {'made_from': job.identity, **counts, 'files': folder_info(folder)}
             (folder / PART).write_text(json.dumps(part, sort_keys=True), 'utf-8')
             if not done(job):  # by another run at the same time
-                place.commit(folder, job.name, PART)
+                output.commit(folder, job.name, PART)
             return part
     except UserError:
         if part := done(job):  # another run was faster and cleared up

@@ -17,8 +17,8 @@ from src.common.errors import UserError
 from src.common.machine import check_shared_memory
 from src.common.workers import init_conversion_worker
 from src.config.data_places import is_url
+from src.conversion.output import new_unfinished, open_output, sweep
 from src.conversion.parts import Job, Part, convert
-from src.conversion.place import new_unfinished, open_place, sweep
 
 
 def make_parts(split: str, jobs: list[Job], there: list[Optional[Part]], num_workers: int, total: Optional[int] = None,
@@ -79,7 +79,7 @@ def _run_in_processes(jobs: list[Job], num_workers: int, report: Callable[[Part]
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        sweep(open_place(jobs[0].root))
+        sweep(open_output(jobs[0].root))
 
 
 def _run_in_order(jobs: list[Job], max_docs: int, report: Callable[[Part], None]) -> list[Job]:

@@ -15,8 +15,8 @@ from src.common.errors import UserError
 from src.config.data_places import is_url
 from src.conversion.documents import good_documents
 from src.conversion.manifest import TRAINED
+from src.conversion.output import found, open_output, unfinished
 from src.conversion.parts import folder_info
-from src.conversion.place import found, open_place, unfinished
 from src.conversion.source_files import SourceFile
 from src.conversion.sources import read, retried
 
@@ -51,9 +51,9 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     """Trains a tokenizer, unless there is one already, since splits may be tokenized with it."""
     from src.conversion.sample_corpus import train_tokenizer
 
-    place, folder = open_place(out_root), Path(out_root, 'tokenizer')
-    if found(place, 'tokenizer/tokenizer.json') is not None:
-        trained = found(place, f'tokenizer/{TRAINED}')
+    output, folder = open_output(out_root), Path(out_root, 'tokenizer')
+    if found(output, 'tokenizer/tokenizer.json') is not None:
+        trained = found(output, f'tokenizer/{TRAINED}')
         try:
             asked = vocab_size if trained is None else json.loads(trained)['vocab_size']
         except (ValueError, KeyError, TypeError):
@@ -64,13 +64,13 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
                             'that, delete the folder and what was tokenized with it, or name another --out_root')
         print(f'{out_root}/tokenizer: kept, it was there before')
         return
-    if not place.remote and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
+    if not output.remote and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
         raise UserError(f'--out_root: {folder} is there, and holds something else than a trained tokenizer; move '
                         'it away, or name another --out_root')
-    with unfinished(place, 'tokenizer') as staging:
+    with unfinished(output, 'tokenizer') as staging:
         n_tokens = train_tokenizer(texts, staging, vocab_size)
         (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}), 'utf-8')
-        place.commit(staging, 'tokenizer', 'tokenizer.json')
+        output.commit(staging, 'tokenizer', 'tokenizer.json')
     print(f'{out_root}/tokenizer: trained')
     if n_tokens < vocab_size:
         print(f'note: --train_tokenizer: {vocab_size}, and the text gives no more than {n_tokens} tokens')
@@ -88,12 +88,12 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
 
     name = args.tokenizer or f'{args.out_root}/tokenizer'
     given = args.tokenizer or '../tokenizer'  # from each split, wherever they lie
-    if args.tokenizer is None and all(found(open_place(name), file) is None for file in STORED_TOKENIZER[:2]):
+    if args.tokenizer is None and all(found(open_output(name), file) is None for file in STORED_TOKENIZER[:2]):
         raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a '
                         'folder, or add --train_tokenizer VOCAB')
     if is_url(name):
         for file in STORED_TOKENIZER:
-            if (data := found(open_place(name), file)) is not None:
+            if (data := found(open_output(name), file)) is not None:
                 (folder / file).write_bytes(data)
         name = str(folder)
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Container
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, Optional
@@ -14,6 +15,7 @@ from streaming.base.hashing import get_hash
 
 from src.common.errors import DISK_FULL, UserError, first_line
 from src.common.machine import not_writable
+from src.common.storage import is_left
 from src.config.data_places import is_url
 
 BACKOFF_S = 1.0  # before the second attempt at a file; doubles from one to the next
@@ -99,6 +101,19 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
         for left in Path(path).parent.glob(os.path.basename(part) + '*'):
             left.unlink(missing_ok=True)
     raise UserError(_why_not(stream, name, os.path.dirname(path), info, error))
+
+
+def remove_parts(folder: Path, names: Container[str], of_all: bool) -> None:
+    """Removes what killed runs have left of files on their way.
+
+    Args:
+        folder: Of the split.
+        names: Of its files, below the folder.
+        of_all: Whether those of other machines, too, and of runs that go on; a run at work makes its own anew.
+    """
+    for part in folder.rglob(f'*{PART}*'):
+        if str(part.relative_to(folder)).split(PART)[0] in names and (of_all or is_left(part.name)):
+            part.unlink(missing_ok=True)
 
 
 def _why_not(stream: Any, name: str, folder: str, info: Optional[FileInfo], error: Exception) -> str:

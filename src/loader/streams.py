@@ -4,7 +4,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,18 @@ from streaming.base.world import World
 
 from src.common.errors import UserError
 from src.common.machine import not_writable
+from src.common.storage import owner
 from src.config.data_places import check_places, explain, how_to_make, is_url
-from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, warn_of_another, what_happened
+from src.loader.fetching import (
+    PART,
+    Damaged,
+    check_file,
+    fetch,
+    is_full_disk,
+    remove_parts,
+    warn_of_another,
+    what_happened,
+)
 
 INDEX_ERRORS = (OSError, ValueError, RuntimeError, KeyError)  # streaming's, of an index that it cannot read
 
@@ -80,9 +89,7 @@ class CheckedStream(Stream):
         """
         _check_unpacking(self, shards)
         folder = Path(self.local, self.split)
-        for part in folder.rglob(f'*{PART}*') if self.remote is not None else ():  # killed runs have left them
-            if str(part.relative_to(folder)).split(PART)[0] in self._infos:
-                part.unlink(missing_ok=True)
+        remove_parts(folder, self._infos, of_all=self.remote is not None)
         with ThreadPoolExecutor() as pool:
             usage = list(pool.map(self._bytes_present, shards))
         cache_usage_per_shard[:] = usage
@@ -125,7 +132,7 @@ class CheckedStream(Stream):
     def _decompress_shard_part(self, zip_info: FileInfo, zip_filename: str, raw_filename: str,
                                compression: Optional[str]) -> None:
         # Under a name of its own: another dataset or job may unpack the same shard in the same folder.
-        unpacked, what = f'{raw_filename}{PART}-{uuid4().hex}', ''
+        unpacked, what = f'{raw_filename}{PART}-{owner()}', ''
         for attempt in range(1 + (self.download_retry if self.remote is not None else 0)):
             if attempt:  # damaged on its way, in an index without hashes
                 warn_of_another(self, zip_info.basename, what, attempt)

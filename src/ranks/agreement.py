@@ -37,7 +37,7 @@ def agree(what: str, settings: Mapping[str, Any]) -> None:
 
 def gather(value: Any) -> dict[Process, Any]:
     """What each rank calls this with, in the order of the ranks."""
-    with explained('the ranks cannot exchange messages'):
+    with network_errors_explained('the ranks cannot exchange messages'):
         return dict(dist.all_gather_object((this_process(), value)))
 
 
@@ -66,7 +66,7 @@ def places(some: Iterable[Process], ranks: Iterable[Process]) -> str:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def network_errors_explained(what: str) -> Iterator[None]:
     """torch's errors (all of them RuntimeErrors), with the node's settings and what to look at."""
     started = time.monotonic()
     try:

@@ -12,7 +12,7 @@ import torch.distributed
 
 from src.common.errors import UserError, first_line
 from src.ranks.environment import this_process
-from src.ranks.failure import Board, Failure, own_stderr
+from src.ranks.failure import ANSWER_S, Board, Failure, own_stderr
 from src.ranks.stop import Stopped, StopRequest
 
 POLL_S = 1.0
@@ -89,6 +89,8 @@ class FailureWatch:
             self._board.publish(Failure(self.me.rank, self.me.node, self.me.host, f'{kind}: {first_line(error)}', text,
                                         own_stderr()))
             time.sleep(READ_S)  # the board may end with this rank
+            self._ended.set()  # a thread that waits for the store's answer while Python ends aborts the process
+            self._thread.join(ANSWER_S)
 
     def _other_failure(self) -> Optional[Failure]:
         return self._board.other_failure(self.stop.dead_siblings()) if self._board else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src.common.errors import UserError
 from src.common.machine import SHARED_MEMORY
-from src.ranks.agreement import explained, gather, places
+from src.ranks.agreement import gather, network_errors_explained, places
 from src.ranks.environment import Process, rank
 
 
@@ -94,7 +94,7 @@ def _device() -> str:
 
 def _timed_sum(x: Tensor) -> float:
     """Sums a tensor over all ranks, in place; returns the seconds that it took."""
-    with explained('the sum over all ranks failed'):
+    with network_errors_explained('the sum over all ranks failed'):
         started = time.perf_counter()
         torch.distributed.all_reduce(x)
         if x.is_cuda:

@@ -15,7 +15,7 @@ import torch
 from composer.utils import dist, get_device
 
 from src.common.errors import UserError
-from src.ranks.agreement import CHECK, differences, explained, places
+from src.ranks.agreement import CHECK, differences, network_errors_explained, places
 from src.ranks.environment import Process, here, this_process
 
 VERDICT = 'meet/verdict'  # in the store: 'ok', or why the ranks do not go together
@@ -44,11 +44,12 @@ def initialize(timeout: float) -> None:
         raise UserError(f'LOCAL_WORLD_SIZE: {dist.get_local_world_size()} processes on {here()}, which has '
                         f'{torch.cuda.device_count()} GPUs; set composer -n to that')
     deadline = time.monotonic() + timeout
-    with explained(f'the ranks do not meet (dist_timeout: {timeout:g} s)'):
+    with network_errors_explained(f'the ranks do not meet (dist_timeout: {timeout:g} s)'):
         # torchrun's agents have already met, and hold the store
         store = None if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else _meet(timeout, deadline)
     _choose_network()
-    with explained(f'the ranks have met, but cannot connect to each other (dist_timeout: {timeout:g} s)'):
+    with network_errors_explained('the ranks have met, but cannot connect to each other '
+                                  f'(dist_timeout: {timeout:g} s)'):
         # `get_device` in both threads, because the current GPU is a thread's own
         _within(max(deadline - time.monotonic(), 5), lambda: dist.initialize_dist(get_device(None), timeout))
     get_device(None)

@@ -8,9 +8,8 @@ from src.common.errors import UserError
 from src.common.flops import Card, train_flops_per_token
 from src.config.derived import device_batch_size, microbatch_size, resolve_precision
 from src.config.schema import TIME, Config, FSDPConfig
-from src.sizing import remedies as settings
 from src.sizing.memory import Memory, predict, traced
-from src.sizing.remedies import Remedy
+from src.sizing.remedies import Remedy, remedies
 from src.sizing.step_trace import Trace
 
 # An assumption; src/tools/benchmark.py measures it. Chowdhery et al. 2022 (PaLM), table 3: from 0.21 (GPT-3) to 0.46.
@@ -161,10 +160,10 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
                     traced(c, n, card.is_gpu, microbatch))
 
 
-def remedies(e: Estimate) -> Iterator[tuple[str, int]]:
+def remedied(e: Estimate) -> Iterator[tuple[str, int]]:
     """What to set where it does not fit, one after another until it does, and the peak with all of them so far."""
     c, peak = e.c, e.memory.total
-    for remedy in [Remedy('device_train_microbatch_size', 1), *settings.remedies(e.c)]:
+    for remedy in [Remedy('device_train_microbatch_size', 1), *remedies(e.c)]:
         c, before = remedy.applied(c) if '.' in remedy.key else c, peak
         peak = needs(c, e.card, e.devices, 1).total
         if peak < before:

@@ -48,7 +48,7 @@ from src.tokenizer import HFTokenizer
 from src.tools.bits_per_byte import Totals, bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, is_kits
-from src.training.failures import explained, outside_failures_explained
+from src.training.failures import outside_failures_explained, run_failures_explained
 from src.training.setup import check_config, meet
 
 log = logging.getLogger('src')
@@ -131,7 +131,7 @@ def sums(c: Config, start: Start, model: ComposerCausalLM, evaluators: list[Eval
     has_gpu = torch.cuda.is_available()
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
-    with reading_safely(start), explained(c):
+    with reading_safely(start), run_failures_explained(c):
         trainer = Trainer(
             model=model,
             eval_dataloader=evaluators,

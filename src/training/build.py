@@ -17,7 +17,7 @@ from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError
 from src.config.data_checks import check_seq_len
 from src.config.derived import in_units_of_the_run
-from src.config.machine_checks import check_early_stopper, check_warmup
+from src.config.run_checks import check_early_stopper, check_warmup
 from src.config.schema import Config
 from src.initialisation import weights_come_later
 from src.model_registry import COMPOSER_MODEL_REGISTRY
@@ -25,7 +25,7 @@ from src.optimizers import OptimizerSettings
 from src.ranks.agreement import agree
 from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 from src.training import data, plugins, sharding
-from src.training.failures import explained
+from src.training.failures import run_failures_explained
 from src.training.setup import Setup
 
 
@@ -51,7 +51,7 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
     """
     has_gpu = torch.cuda.is_available()
     check_model(start.manifest, c.model.model_dump(), f'{start.setting}: {start.path}')
-    with explained(c), weights_come_later(start.kind != 'fresh'):
+    with run_failures_explained(c), weights_come_later(start.kind != 'fresh'):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     if not isinstance(model, ComposerCausalLM):
         raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, '

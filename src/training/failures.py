@@ -17,7 +17,7 @@ from src.training.plugins import LOGGERS, PACKAGES
 
 
 @contextmanager
-def explained(c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
+def run_failures_explained(c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
     """Says which settings save memory where it runs out, and names the last whole checkpoint after a mistake."""
     try:
         yield

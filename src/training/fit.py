@@ -24,7 +24,7 @@ from src.sizing.estimate import estimate
 from src.sizing.report import report
 from src.tokenizer import HFTokenizer
 from src.training import sharding
-from src.training.failures import explained
+from src.training.failures import run_failures_explained
 from src.training.plugins import check_plugins
 from src.training.report import environment, plan, summary
 from src.training.setup import Setup
@@ -58,7 +58,7 @@ def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[Checkpoi
     else:
         sharding.average_gradients(state.model)
         started = time.monotonic()
-        with run.stop, explained(c, writer):
+        with run.stop, run_failures_explained(c, writer):
             try:
                 if writer:
                     writer.check(state)

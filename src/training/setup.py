@@ -17,7 +17,7 @@ from src.common import machine
 from src.config import load
 from src.config.check import check
 from src.config.derived import device_batch_size, microbatch_size, resolve_precision, run_name
-from src.config.machine_checks import check_save_folder
+from src.config.run_checks import check_save_folder
 from src.config.schema import Config
 from src.ranks import rendezvous
 from src.ranks.agreement import agree

@@ -20,7 +20,7 @@ from streaming import MDSWriter
 from streaming.base import stream as streaming_stream
 from torch.utils.data import DataLoader, Dataset
 
-from src.common import machine
+from src.common import machine, storage
 from src.common.errors import UserError
 from src.common.workers import init_loader_worker
 from src.data_c4 import StreamingC4, build_c4_dataloader
@@ -184,6 +184,15 @@ def test_two_jobs_unpack_one_shard_in_place(packed, monkeypatch):
     monkeypatch.setattr(streaming_stream.os, 'rename', rename_late)
     assert (first[0]['tokens'] == second[0]['tokens']).all() and raw.is_file() and renamed
     assert not list(packed.rglob('*.part*')) and not list(packed.rglob('*.tmp'))
+
+
+def test_what_a_killed_job_was_unpacking_in_place_is_removed(packed):
+    dead, ours, elsewhere = (packed / f'train/shard.00000.mds.part-{name}-{"0" * 8}.tmp' for name in
+                             (f'{storage.HOST}-{1 << 30}', f'{storage.HOST}-{os.getpid()}', f'another-{storage.HOST}-7'))
+    for path in (dead, ours, elsewhere):
+        path.touch()
+    loader(packed)
+    assert [path.exists() for path in (dead, ours, elsewhere)] == [False, True, True]
 
 
 # ---------------------------------------------------------------- folders and the user

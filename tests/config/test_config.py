@@ -16,7 +16,7 @@ from src.config import load as config
 from src.config.check import check as check_config
 from src.config.data_places import check_places
 from src.config.derived import device_batch_size, fsdp_version, grad_accum, in_units_of_the_run, microbatch_size
-from src.config.machine_checks import check_early_stopper, check_save_folder, check_warmup
+from src.config.run_checks import check_early_stopper, check_save_folder, check_warmup
 from src.config.schema import FSDPConfig
 from src.tools import evaluate
 from src.training import plugins

@@ -24,8 +24,9 @@ from hub_server import HubServer
 from test_convert_c4 import REPO, c4_documents, convert, fingerprint, read_split, small_disk, start, write_file  # noqa: F401
 from xxhash import xxh3_128_intdigest
 
+from src.common import storage
 from src.common.errors import UserError
-from src.conversion import parts, place, shards
+from src.conversion import output, parts, shards
 from src.conversion.documents import documents
 from src.conversion.manifest import verify
 from src.conversion.shards import token_dtype
@@ -103,7 +104,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.start()
     url = 'http://{}:{}'.format(*server.get_host_and_port())
     monkeypatch.setenv('S3_ENDPOINT_URL', url)
-    place._downloader.cache_clear()  # of an earlier server
+    output._downloader.cache_clear()  # of an earlier server
     client = boto3.client('s3', endpoint_url=url)
     client.create_bucket(Bucket='bucket', CreateBucketConfiguration={'LocationConstraint': 'eu-west-1'})
     yield client
@@ -462,13 +463,13 @@ def test_containers_of_one_name_leave_each_other_alone(tmp_path: Path, monkeypat
     dead = subprocess.Popen(['true'])
     dead.wait()
     monkeypatch.setattr(os, 'getpid', lambda: dead.pid)
-    mine = place.new_unfinished(tmp_path, '00000')
+    mine = output.new_unfinished(tmp_path, '00000')
     with monkeypatch.context() as other:  # the same host, another namespace of process numbers
-        other.setattr(place, 'HOST', f'{place.HOST}1')
-        others = place.new_unfinished(tmp_path, '00001')
+        other.setattr(storage, 'HOST', f'{storage.HOST}1')
+        others = output.new_unfinished(tmp_path, '00001')
     foreign = tmp_path / '.download.partial-1'
     foreign.mkdir()
-    place.sweep(place.open_place(str(tmp_path)))
+    output.sweep(output.open_output(str(tmp_path)))
     assert not mine.exists() and others.exists() and foreign.exists()
 
 
@@ -496,10 +497,10 @@ def test_an_object_store_is_looked_through(s3: Any, source: Path, monkeypatch: p
         with pytest.raises(UserError, match='damaged/val already there and not empty: it holds index.json'):
             convert('s3://bucket/damaged', source, 'val')
     monkeypatch.setenv('S3_ENDPOINT_URL', 'http://127.0.0.1:9')
-    place._downloader.cache_clear()
+    output._downloader.cache_clear()
     with pytest.raises(UserError, match='--out_root: cannot read s3://bucket/404/c4/00404/part.json: .*check the address'):
-        place.open_place('s3://bucket/404/c4').read('00404/part.json')
-    place._downloader.cache_clear()
+        output.open_output('s3://bucket/404/c4').read('00404/part.json')
+    output._downloader.cache_clear()
 
 
 @pytest.mark.slow

@@ -310,7 +310,8 @@ class Launched:
 @pytest.mark.parametrize('culprit', [0, 1])
 def test_the_failure_of_one_rank_ends_all_and_is_shown_on_the_terminal(start, tmp_path: Path, culprit: int) -> None:
     run = Launched(start, tmp_path, CRASH.format(culprit=culprit))
-    assert all(code in ENDED for code in run.codes(5))
+    codes = run.codes(5)
+    assert all(code in ENDED for code in codes), (codes, run.texts())
     texts = run.texts()
     who = f'rank {culprit} on node 0 ({HOST})'
     line = f'{who} failed: ValueError: boom; this rank ({1 - culprit} on node 0) stops\n'
@@ -358,7 +359,8 @@ MISTAKE = """from src.common.errors import UserError
 @pytest.mark.parametrize('ranks', [(0, 1), (1,)], ids=['all', 'one'])
 def test_a_mistake_of_the_user_is_one_message(start, tmp_path: Path, ranks: tuple[int, ...]) -> None:
     run = Launched(start, tmp_path, 'import src.ranks.failure_watch; src.ranks.failure_watch.ALONE_S = 3.0\n        ' + MISTAKE.format(ranks=ranks))
-    assert all(code in ENDED for code in run.codes(5))
+    codes = run.codes(5)
+    assert all(code in ENDED for code in codes), (codes, run.texts())
     texts = run.texts()
     message = 'error: optimizer.lr: -1 is not above 0\n'
     assert texts[0].startswith(message if 0 in ranks else f'rank 1 on node 0 ({HOST}):\n{message}')

@@ -2,11 +2,8 @@
 
 import logging
 import os
-import re
 import shutil
-import socket
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,32 +11,25 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import psutil
-
 from src.common.errors import DISK_FULL, UserError, first_line
-from src.common.storage import AnyFolder, LocalFolder
+from src.common.storage import AnyFolder, LocalFolder, is_left, owner
 from src.config.data_places import is_missing, is_url
 from src.conversion.sources import public
 
-HOST = socket.gethostname()  # and the namespace of its processes' numbers: containers may share the name
-if os.path.exists('/proc/self/ns/pid'):
-    HOST += f'+{os.stat("/proc/self/ns/pid").st_ino}'
-UNFINISHED = re.compile(r'\..*\.partial-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}')
 
-
-class LocalPlace(LocalFolder):
+class LocalOutput(LocalFolder):
     """A folder on a disk."""
 
     def listed(self, below: str = '') -> Optional[set[str]]:
         return None
 
     def send(self, folder: Path, names: Iterable[str]) -> None:
-        """Moves files to this place, in this order."""
+        """Moves files here, in this order."""
         for name in names:
             (folder / name).replace(self.root / name)
 
     def commit(self, staging: Path, name: str, last: str) -> None:
-        """Moves a finished folder to its place; the file `last` says that it is whole."""
+        """Moves a finished folder here; the file `last` says that it is whole."""
         target, damaged = self.root / name, staging.with_name(f'.old{staging.name}')
         if (target / last).exists():
             target.rename(damaged)
@@ -47,7 +37,7 @@ class LocalPlace(LocalFolder):
         shutil.rmtree(damaged, ignore_errors=True)
 
 
-class RemotePlace(AnyFolder):
+class RemoteOutput(AnyFolder):
     """A URL of any scheme that streaming writes and reads, by its own clients: Composer knows fewer of them."""
 
     remote = True
@@ -107,7 +97,7 @@ class RemotePlace(AnyFolder):
         return {key.removeprefix(prefix) for key in keys}
 
     def send(self, folder: Path, names: Iterable[str], below: str = '') -> None:
-        """Uploads files to this place, or below it, in this order. Without any, it looks for the bucket."""
+        """Uploads files here, or below, in this order. Without any, it looks for the bucket."""
         url = f'{self.root}/{below}' if below else self.root
         with self.reaching('write', url):
             uploader = _uploader(str(folder), url)
@@ -132,47 +122,47 @@ def _uploader(folder: str, url: str) -> Any:
     return CloudUploader.get((folder, url), keep_local=True, retry=5, exist_ok=True)
 
 
-Place = Union[LocalPlace, RemotePlace]
+Output = Union[LocalOutput, RemoteOutput]
 
 
-def open_place(root: str) -> Place:
-    return RemotePlace(root) if is_url(root) else LocalPlace(root)
+def open_output(root: str) -> Output:
+    return RemoteOutput(root) if is_url(root) else LocalOutput(root)
 
 
-def found(place: AnyFolder, name: str) -> Optional[bytes]:
+def found(output: AnyFolder, name: str) -> Optional[bytes]:
     """A small file; None where there is none."""
     try:
-        return place.read_bytes(name)
+        return output.read_bytes(name)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def disk_of(place: Place) -> Path:
-    """The folder for what is unfinished: the place itself, or this machine's temporary folder."""
-    return Path(tempfile.gettempdir() if place.remote else place.root).absolute()
+def disk_of(output: Output) -> Path:
+    """The folder for what is unfinished: the output itself, or this machine's temporary folder."""
+    return Path(tempfile.gettempdir() if output.remote else output.root).absolute()
 
 
 def new_unfinished(folder: Path, name: str) -> Path:
     """A new, empty folder whose name says which process has it."""
-    path = folder / f'.{name}.partial-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
+    path = folder / f'.{name}.partial-{owner()}'
     path.mkdir(parents=True)
     return path
 
 
 @contextmanager
-def unfinished(place: Place, name: str) -> Iterator[Path]:
+def unfinished(output: Output, name: str) -> Iterator[Path]:
     """An empty folder for what is not finished yet, removed in the end.
 
     Raises:
         UserError: The disk is full or cannot be written. Sources turn their own OSErrors into UserErrors before.
     """
-    path, disk = None, disk_of(place)
+    path, disk = None, disk_of(output)
     try:
         path = new_unfinished(disk, name)
         yield path
     except OSError as error:
         mend = 'Free space' if error.errno in DISK_FULL else 'Mend the disk or its permissions'
-        raise UserError(f'--out_root: cannot write {place.root}/{name} on {disk}: {error.strerror or error}; the '
+        raise UserError(f'--out_root: cannot write {output.root}/{name} on {disk}: {error.strerror or error}; the '
                         f'unfinished part was removed, what was finished before is untouched. {mend}, then run the '
                         'same command again: it goes on') from error
     finally:
@@ -180,12 +170,10 @@ def unfinished(place: Place, name: str) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def sweep(place: Place, of_all: bool = False) -> None:
+def sweep(output: Output, of_all: bool = False) -> None:
     """Removes what killed processes of this machine left unfinished; or what all did, once nothing is missing."""
-    disk = disk_of(place)
+    disk = disk_of(output)
     for path in chain(disk.glob('.*.partial-*'), Path(tempfile.gettempdir()).glob('.*.partial-*')):
-        owner = UNFINISHED.fullmatch(path.name)
-        here = path.parent == disk and not place.remote
-        if owner and (of_all and here or owner['host'] == HOST and not psutil.pid_exists(int(owner['pid']))):
+        if is_left(path.name, of_all and path.parent == disk and not output.remote):
             shutil.rmtree(path, ignore_errors=True)
 
