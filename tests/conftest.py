@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 from urllib.request import urlopen
 
 import numpy as np
@@ -36,7 +36,7 @@ WORDS = """the a of and to in is was that for it with on as by at from river mou
 # Modules whose tests, but for those that name one of RUNS, start no process and train nothing: `pytest -m unit`.
 UNIT = ('test_errors_and_text', 'test_config', 'test_old_keys', 'test_yamls', 'test_documents', 'test_source_files',
         'test_encoding', 'test_tokenizer', 'test_causal_lm', 'test_layers', 'test_mosaic_gpt',
-        'test_environment')
+        'test_environment', 'test_house')
 RUNS = re.compile(r'subprocess|main\.(main|cli)|\.fit\(|convert_c4\.main|num_workers=[1-9]')
 SEMAPHORES = r'sem\.(mp|loky)-.*'
 
@@ -75,6 +75,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker('gpu'):
                 item.add_marker(pytest.mark.skip(reason='no GPU'))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> Optional[bool]:
+    """Imports no other modules where unit tests alone are asked for."""
+    others = collection_path.suffix == '.py' and collection_path.stem not in UNIT
+    return True if others and config.getoption('markexpr') == 'unit' else None
 
 
 @pytest.fixture(autouse=True)

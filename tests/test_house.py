@@ -2,10 +2,7 @@
 
 import statistics
 
-import pytest
 from house import COLUMNS, measures
-
-pytestmark = pytest.mark.unit
 
 
 def test_files_functions_classes_and_rooms_keep_their_limits():
