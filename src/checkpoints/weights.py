@@ -28,7 +28,7 @@ AS_WEIGHTS = 'as the weights of a checkpoint'
 
 @contextmanager
 def on_disk(start: Start, name: str = '') -> Iterator[str]:
-    """Where a checkpoint lies on this node's disk, which may be a copy. Every rank has to call it.
+    """Where a checkpoint lies on this node's disk, which may be a copy. Every rank of a process group has to call it.
 
     With a `name` that file alone of a sharded checkpoint is there for sure.
     """
@@ -37,15 +37,18 @@ def on_disk(start: Start, name: str = '') -> Iterator[str]:
         yield start.path
         return
     with tempfile.TemporaryDirectory() as temp:
-        first_of_node = dist.get_global_rank() - dist.get_local_rank()
-        local = os.path.join(dist.all_gather_object(temp)[first_of_node], 'checkpoint')
-        if dist.get_local_rank() == 0:
+        ranks = dist.is_initialized()  # else this is one process, whatever a launcher's variables say
+        folders = dist.all_gather_object(temp) if ranks else [temp]
+        local = os.path.join(folders[dist.get_global_rank() - dist.get_local_rank() if ranks else 0], 'checkpoint')
+        if not ranks or dist.get_local_rank() == 0:
             with reachable(start.setting, start.path):
                 _download(start.path, start.sharded, name, local)
-        with dist.local_rank_zero_download_and_wait(local):  # a download may take longer than a barrier waits
-            dist.barrier()
+        if ranks:
+            with dist.local_rank_zero_download_and_wait(local):  # a download may take longer than a barrier waits
+                dist.barrier()
         yield local
-        dist.barrier()
+        if ranks:
+            dist.barrier()
 
 
 def _download(path: str, sharded: bool, name: str, local: str) -> None:

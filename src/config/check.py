@@ -77,18 +77,18 @@ def _entries(section: str, chosen: Mapping[str, Any], classes: Mapping[str, Any]
     for name, kwargs in chosen.items():
         key = f'{section}.{name}'
         if name not in classes:
-            errors.append(f'{key}: no such name; {_nearest(name, list(classes))}')
-        elif kwargs is None or kwargs is False:
+            errors.append(f'{key}: no such name; {_nearest(str(name), list(classes))}')
+        elif kwargs is False:
             valid[name] = kwargs
-        elif not isinstance(kwargs, dict):
+        elif kwargs is not None and not isinstance(kwargs, dict):
             errors.append(f'{key}: must be a section with keys of its own, {{}} for none, or false to switch it off')
         else:
             schema = keywords_of(classes[name])
             try:
-                given = schema.model_validate(kwargs).model_fields_set
-                valid[name] = {key: value for key, value in kwargs.items() if key in given}
+                given = schema.model_validate(kwargs or {}).model_fields_set
+                valid[name] = kwargs and {key: value for key, value in kwargs.items() if key in given}
             except ValidationError as e:
-                errors += _explain(e, schema, kwargs, f'{key}.')
+                errors += _explain(e, schema, kwargs or {}, f'{key}.')
     return valid, errors
 
 

@@ -44,9 +44,9 @@ def load(argv: list[str]) -> DictConfig:
 
 
 def _read(path: Path) -> DictConfig:
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob('*.yaml')], n=1)
-        what = 'a folder, not a YAML file.' if path.is_dir() else 'no such file.'
+        what = 'a folder, not a YAML file.' if os.path.isdir(path) else 'no such file.'
         raise UserError(f'{path}: {what}' + (f' Did you mean {near[0]}?' if near else ''))
     try:
         loaded = OmegaConf.load(path)

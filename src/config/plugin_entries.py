@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, create_model
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, create_model, field_validator
 from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import PydanticCustomError
 
@@ -32,7 +32,9 @@ COMPOSERS_LIMITS = {
 class Keywords(Section):
     """What every such section has in common: a type that only Python can check is taken as it is."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, str_min_length=0)
+    model_config = ConfigDict(arbitrary_types_allowed=True, str_min_length=0, allow_inf_nan=True)
+
+    _is_a_number = field_validator('*')(_limit('a number', lambda value: value == value).func)
 
 
 class SomeKeywords(Keywords):

@@ -83,7 +83,7 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
         kind, rows = 'line' if txt_lines else 'document', _texts(path, where, text_column, txt_lines)
     try:
         for number, row in rows:
-            document = _document(row, fields)
+            document = _document(row, fields, kind == 'line')
             if isinstance(document, Bad):
                 document = document._replace(reason=f'{where}, {kind} {number} {document.reason}')
             yield document
@@ -96,8 +96,8 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
         raise UserError(f'--source: {where} cannot be read after {kind} {number}{why}') from error
 
 
-def _document(row: Any, fields: dict[str, str]) -> Document | Bad:
-    """The columns of a row, a JSON value or a text, by their names in the file."""
+def _document(row: Any, fields: dict[str, str], is_line: bool) -> Document | Bad:
+    """The columns of a row, a JSON value (of a line) or a text, by their names in the file."""
     if isinstance(row, Bad):
         return row
     row = row if isinstance(row, dict) else dict.fromkeys(fields.values())
@@ -113,7 +113,7 @@ def _document(row: Any, fields: dict[str, str]) -> Document | Bad:
             return Bad(f'holds bytes that are not UTF-8 ({error.reason}, byte {error.start}); write the file as UTF-8')
         wrong = [field for column, field in fields.items() if not isinstance(document[column], str)]
         if wrong:
-            in_columns = isinstance(document['text'], (dict, list))  # as pandas writes a table
+            in_columns = is_line and isinstance(document['text'], (dict, list))  # as pandas writes a table
             hint = "; write an object a line (df.to_json(FILE, orient='records', lines=True) does)" * in_columns
             return Bad(f'has no string {", ".join(wrong)}; a document is an object with the strings '
                        f'{", ".join(fields.values())}{hint}', several=in_columns)

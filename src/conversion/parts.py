@@ -116,8 +116,8 @@ def convert(job: Job) -> Part:
             if not done(job):  # by another run at the same time
                 output.commit(folder, job.name, PART)
             return part
-    except UserError:
-        if part := done(job):  # another run was faster and cleared up
+    except UserError as error:
+        if isinstance(error.__cause__, OSError) and (part := done(job)):  # another run was faster and cleared up
             return part
         raise
 

@@ -163,7 +163,7 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
     return None
 
 
-def fetched(path: str, folder: Path) -> Path:
+def fetched(path: str, folder: Path, quiet: bool = True) -> Path:
     """The file on this disk. One of the hub is downloaded below `folder`, and goes on where an earlier attempt was cut.
 
     Raises:
@@ -173,16 +173,16 @@ def fetched(path: str, folder: Path) -> Path:
     if not is_url(path):
         return Path(path)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
-    disable_progress_bars()  # not one for each worker, over one another
+    (disable_progress_bars if quiet else enable_progress_bars)()  # not one for each worker, over one another
     repo, revision, name = _hub_parts(path)
     download = partial(hf_hub_download, repo, name, revision=revision, repo_type='dataset', local_dir=folder)
     return Path(retried(download, path))
 
 
 def read(file: SourceFile, folder: Path, columns: Iterable[str], text_column: str, txt_lines: bool,
-         ) -> Iterator[Document | Bad]:
+         quiet: bool = True) -> Iterator[Document | Bad]:
     """The documents of a file, which is fetched to `folder` first if it is of the hub."""
     for path in file.paths:
-        yield from documents(fetched(path, folder), columns, text_column, path, txt_lines)
+        yield from documents(fetched(path, folder, quiet), columns, text_column, path, txt_lines)

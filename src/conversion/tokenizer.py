@@ -36,7 +36,8 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
     """
     total, counts = 0, {'bad_documents': 0}
     with tempfile.TemporaryDirectory() as folder:
-        of_files = (read(file, Path(folder), ['text'], args.text_column, args.txt_lines) for file in files)
+        of_files = (read(file, Path(folder), ['text'], args.text_column, args.txt_lines, quiet=False)
+                    for file in files)
         found = chain.from_iterable(good_documents(of, args.skip_bad_docs, counts, shown=0) for of in of_files)
         for document in islice(found, args.max_docs):
             yield document['text']
@@ -45,6 +46,8 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
                 break
     if not total:
         raise UserError('--train_tokenizer: the files hold no text to train it on; check --source and --text_column')
+    if counts['bad_documents']:
+        print(f'--train_tokenizer: {counts["bad_documents"]:,} bad documents were left out')
 
 
 def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:

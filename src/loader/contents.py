@@ -8,7 +8,6 @@ from typing import Any, Optional
 
 from numpy.typing import NDArray
 from streaming.base.distributed import get_local_rank
-from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import retry
 
 from src.common.errors import UserError
@@ -86,8 +85,11 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
     if is_url(stream.remote) and get_local_rank() != 0:
         return
     try:
-        text = _read(os.path.join(stream.place, 'manifest.json'))
+        text = _read(stream, 'manifest.json')
         manifest: Any = None if text is None else json.loads(text)
+    except ValueError:
+        raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole manifest; copy it again, or '
+                        'delete it if it is not of convert_c4.py') from None
     except Exception as e:  # each object store has error classes of its own
         why = explain(e, stream.remote, stream.local, stream.split, stream.setting)
         raise UserError(f'{why} (manifest.json)') from None
@@ -97,16 +99,21 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
         tokenizer.check_made(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), str(its_hash))
 
 
-@retry(num_attempts=3)
-def _read(path: str) -> Optional[bytes]:
-    """A small file on a disk or in an object store; None where there is none."""
-    with TemporaryDirectory() as folder:
-        copy = Path(folder, 'file') if is_url(path) else Path(path)
-        try:
-            if is_url(path):
-                CloudDownloader.direct_download(path, str(copy))
-            return copy.read_bytes()
-        except Exception as e:  # as above
-            if is_missing(e, or_forbidden=True):
-                return None
-            raise
+def _read(stream: CheckedStream, name: str) -> Optional[bytes]:
+    """A small file beside the index where the data comes from; None where there is none."""
+    path = os.path.join(stream.place, name)
+
+    @retry(num_attempts=1 + stream.download_retry)
+    def read() -> Optional[bytes]:
+        with TemporaryDirectory() as folder:
+            copy = Path(folder, name) if is_url(path) else Path(path)
+            try:
+                if is_url(path):
+                    stream._downloader.download(path, str(copy), stream.download_timeout)
+                return copy.read_bytes()
+            except Exception as e:  # as above
+                if is_missing(e, or_forbidden=True):
+                    return None
+                raise
+
+    return read()

@@ -21,6 +21,8 @@ from src.loader.streams import INDEX_ERRORS, CheckedStream
 
 RETRIES_UNDER_CACHE_LIMIT = 1000
 
+mend_streaming()  # as this is imported: by the processes of loader workers, too, and before a loader of the user's own
+
 
 class CheckedDataset(StreamingDataset):
     """A StreamingDataset in which a shard that cannot be had is an error of whoever reads it, in every worker and rank.
@@ -39,7 +41,6 @@ class CheckedDataset(StreamingDataset):
     streams: list[CheckedStream]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, streams: Mapping[str, Mapping[str, Any]], **kwargs: Any) -> None:
-        mend_streaming()
         self._failed: dict[int, Exception] = {}  # by shard
         opened = [CheckedStream(name, kwargs.get('cache_limit'), **stream) for name, stream in streams.items()]
         self.place = ', '.join(stream.place for stream in opened)

@@ -102,7 +102,7 @@ def _check_alone(env: Mapping[str, str]) -> None:
 def _no_numbers(env: Mapping[str, str]) -> dict[str, str]:
     return {name: f'{name}: {env[name]!r} must be a whole number from {least} to {most}'
             for name, (least, most) in RANGES.items()
-            if name in env and not (env[name].isdecimal() and least <= int(env[name]) <= most)}
+            if name in env and not (env[name].strip().isdecimal() and least <= int(env[name]) <= most)}
 
 
 def _mistakes(env: Mapping[str, str]) -> Iterator[str]:

@@ -41,10 +41,12 @@ def preflight() -> str:
 
 
 def _shared_memory() -> str:
-    """What tells this process's /dev/shm from all others: the kernel's start, and its number of the file system."""
-    if not SHARED_MEMORY.is_dir():
+    """What tells this process's /dev/shm from all others: the kernel's start, and the folder's numbers; '': unknown."""
+    try:
+        folder = SHARED_MEMORY.stat()
+        return f'{Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")} {folder.st_dev} {folder.st_ino}'
+    except OSError:
         return ''
-    return f'{Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")} {SHARED_MEMORY.stat().st_dev}'
 
 
 def check_shared_memory_apart(memories: dict[Process, str]) -> None:

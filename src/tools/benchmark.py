@@ -29,6 +29,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any, Optional
 
@@ -188,6 +189,9 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
     state, devices, gpu = trainer.state, dist.get_world_size(), torch.cuda.is_available()
     model = getattr(state.model, 'module', state.model)  # DDP's
     versions = {name: value for name, value in environment(c, model).items() if name in VERSIONS}
+    versions['cuda'] = torch.version.cuda if gpu else None  # pyright: ignore[reportAttributeAccessIssue]
+    with suppress(PackageNotFoundError):
+        versions['flash-attn'] = version('flash-attn')
     seq_len, precision = c.train_loader.dataset.max_seq_len, str(state.precision.value)
     device = torch.cuda.get_device_name() if gpu else get_cpu_model()
     steps = watch.milliseconds()

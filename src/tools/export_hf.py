@@ -48,11 +48,12 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
     Raises:
         UserError: All that the user can mend.
     """
+    cfg = _given(yaml)
     if sys.stderr.isatty():
         print(f'reading {path}', file=sys.stderr)
     hf_logging.set_verbosity_error()
     weights, manifest, path = checkpoint.read(path, setting)
-    model, name = _described(path, manifest, tokenizer_name, yaml)
+    model, name = _described(path, manifest, tokenizer_name, cfg)
     check_model(manifest, model, f'--yaml: {path}')
     try:
         hf = hf_model(model, weights, '--yaml' if yaml else path)
@@ -70,13 +71,17 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
     return hf, kit.tokenizer, path
 
 
-def _described(path: str, manifest: Optional[Manifest], tokenizer_name: Optional[str],
-               yaml: Optional[list[str]]) -> tuple[dict[str, Any], str]:
-    """Section `model` of the run, and the name of its tokenizer."""
+def _given(yaml: Optional[list[str]]) -> dict[str, Any]:
     cfg = plain(load(yaml)) if yaml else {}
     for section in ('model', 'tokenizer'):
         if not isinstance(cfg.get(section) or {}, dict):
             raise UserError(f'{section}: {cfg[section]!r} must be a section with keys of its own, as in the YAMLs')
+    return cfg
+
+
+def _described(path: str, manifest: Optional[Manifest], tokenizer_name: Optional[str],
+               cfg: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Section `model` of the run, and the name of its tokenizer; from the config, or else the manifest."""
     model, name = cfg.get('model'), tokenizer_name or (cfg.get('tokenizer') or {}).get('tokenizer_name')
     if model and (overrides := model.get('config_overrides')):  # null: the model's own value
         model['config_overrides'] = {key: value for key, value in overrides.items() if value is not None}
@@ -87,7 +92,7 @@ def _described(path: str, manifest: Optional[Manifest], tokenizer_name: Optional
     if not model or not name:
         raise UserError(f'--yaml: none given, and no manifest beside {path} says what its model and tokenizer are; '
                         'give the YAML and overrides of the run: --yaml YAML key=value ...')
-    if not tokenizer_name and not yaml and name.startswith(('.', '/', '~')) and not Path(name).is_dir():
+    if not tokenizer_name and not cfg and name.startswith(('.', '/', '~')) and not Path(name).is_dir():
         raise UserError(f'--tokenizer: none given, and the run\'s is not here: {name}; name its folder, or start where '
                         'the run did')
     return model, name

@@ -116,15 +116,16 @@ def _tensorboard_runs(root: Path) -> dict[Path, Iterator[Event]]:
     files = [root] if root.is_file() and 'tfevents' in root.name else root.rglob('events.out.tfevents*')
     folders = {file.parent for file in files}
     # Below a run's folder lies one of Composer's own, for hyperparameters.
-    return {folder: _tensorboard_events(folder) for folder in folders if folder.parent not in folders}
+    return {folder: _tensorboard_events([root] if root.is_file() else folder.glob('*tfevents*'))
+            for folder in folders if folder.parent not in folders}
 
 
-def _tensorboard_events(folder: Path) -> Iterator[Event]:
+def _tensorboard_events(files: Iterable[Path]) -> Iterator[Event]:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
     events: list[tuple[float, Event]] = []
-    for file in sorted(folder.glob('*tfevents*')):
+    for file in sorted(files):
         n = 0
         try:
             for event in EventFileLoader(str(file)).Load():

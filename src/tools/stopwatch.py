@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -39,6 +40,15 @@ def now(part: str = '') -> Any:
 
 def milliseconds(begin: Any, end: Any) -> float:
     return begin.elapsed_time(end) if isinstance(begin, torch.cuda.Event) else 1000 * (end - begin)
+
+
+def reset_peak_memory() -> None:
+    """Has the peak count from now on: of the GPU, or of this process, as `ru_maxrss` has it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):  # Linux alone has it
+        Path('/proc/self/clear_refs').write_text('5')
 
 
 def milliseconds_of(call: Callable[[], Any]) -> float:
@@ -102,8 +112,8 @@ class Stopwatch(Callback):
                 self.timed.append(self._step)
                 for name, ms in rival_ms.items():
                     self.rival_ms[name].append(ms)
-        if done == self.warmup and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if done == self.warmup:
+            reset_peak_memory()
         if done == last and self.trace:
             self._profiler = torch.profiler.profile()
             self._profiler.start()

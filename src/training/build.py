@@ -43,6 +43,12 @@ def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
     return None
 
 
+def check_left_out(run: Setup, tokenizer: Optional[HFTokenizer]) -> None:
+    """Refuses callbacks and loggers that cannot be built, where a dry run leaves them out."""
+    if run.dry_run:
+        plugins.check_plugins(run.asked, tokenizer and tokenizer.tokenizer)
+
+
 def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> ComposerCausalLM:
     """The model, on meta until it is sharded.
 

@@ -25,7 +25,6 @@ from src.sizing.report import report
 from src.tokenizer import HFTokenizer
 from src.training import sharding
 from src.training.failures import run_failures_explained
-from src.training.plugins import check_plugins
 from src.training.report import environment, plan, summary
 from src.training.setup import Setup
 
@@ -49,9 +48,7 @@ def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[Checkpoi
     """
     c, state = run.c, trainer.state
     if run.dry_run:
-        hf_tokenizer = tokenizer and tokenizer.tokenizer
-        check_plugins(run.asked, hf_tokenizer)
-        log.info('%s', rehearsal(run.asked, train, hf_tokenizer))
+        log.info('%s', rehearsal(run.asked, train, tokenizer and tokenizer.tokenizer))
     elif state.max_duration is not None and state.timestamp >= state.max_duration:
         log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to go on',
                  c.max_duration)

@@ -103,6 +103,10 @@ BAD = [
     (['loggers.wnadb={}'], ['loggers.wnadb', "did you mean 'wandb'"]),
     (['algorithms.gradient_clipping.threshold=1'],
      ['algorithms.gradient_clipping.threshold', "did you mean 'clipping_threshold'"]),
+    (['callbacks={2: {}, on: {}}'], ['callbacks.2: no such name', 'callbacks.True: no such name']),
+    (['callbacks.early_stopper={monitor: loss, dataloader_label: eval, min_delta: .nan}'],
+     ['callbacks.early_stopper.min_delta: nan must be a number']),
+    (['callbacks.early_stopper=null'], ['callbacks.early_stopper.monitor: missing; it has no default']),
     (['algorithms.dropout=3'], ['algorithms.dropout: no such name']),
     (['autoresume=true'], ['autoresume: true needs save_folder and run_name']),
     (['load_weights_only=true'], ['load_weights_only: true does nothing without load_path']),
@@ -193,7 +197,7 @@ BAD = [
       'eval_loader.dataset.download_timeout=1e7'],
      ['3 mistakes', 'dist_timeout: 1e+30 must be less than or equal to 2000000', 'train_loader.timeout: 1', 'download_timeout: 1']),
     (['algorithms.gradient_clipping.clipping_threshold=.nan', 'optimizer.betas=[.nan,0.9]'],
-     ['2 mistakes', 'clipping_threshold: nan must be a finite number', 'optimizer.betas.0: nan must be a']),
+     ['2 mistakes', 'clipping_threshold: nan must be greater than 0', 'optimizer.betas.0: nan must be a']),
     (['algorithms.ema={half_life: null, smoothing: 0.9}'],
      ['1 mistake', 'algorithms.ema.update_interval: missing; without half_life']),
     (['train_loader.dataset.epoch_size=0', 'eval_loader.dataset.epoch_size=abc'],
@@ -488,6 +492,10 @@ def test_reading_a_yaml_imports_nothing_that_is_slow():
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
+def test_a_threshold_may_be_without_end():
+    assert check('algorithms.gradient_clipping.clipping_threshold=.inf')
+
+
 def test_missing_keys_are_named(tmp_path):
     (tmp_path / 'a.yaml').write_text('data_local: x\n')
     with pytest.raises(UserError) as e:
@@ -500,6 +508,7 @@ def test_missing_keys_are_named(tmp_path):
     ([], 'the first argument must be a YAML file'),
     (['max_duration=1ba'], 'the first argument must be a YAML file'),
     ([QUICKSTART.replace('.yaml', '.yml')], f'no such file. Did you mean {QUICKSTART}?'),
+    (['x' * 300], 'x: no such file'),
     ([str(ROOT / 'yamls')], 'yamls: a folder, not a YAML file'),
     ([QUICKSTART, 'max_duration'], "override 'max_duration' is not of the form key=value"),
     ([QUICKSTART, '--max_duration=3'], "override '--max_duration' is not of the form key=value"),

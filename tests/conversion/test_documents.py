@@ -91,6 +91,7 @@ def test_strings_that_are_not_unicode_are_bad_documents(tmp_path: Path, capsys: 
     lines = [b'\xef\xbb\xbf{"text": "one"}', b'', b'{"text": "\\ud800"}', b'{"\\ud800": "x"}', b'{"text": "\xff"}',
              b'{"text": "two"}']
     (tmp_path / 'in/a.jsonl').write_bytes(b'\r\n'.join(lines))
+    parquet.write_table(pyarrow.table({'text': [['a'], ['b']]}), tmp_path / 'in/lists.parquet')
     values = [b'three', b'\xff', None, 'vier\u00e9'.encode()]
     kinds = pyarrow.binary(), pyarrow.string(), pyarrow.large_string(), pyarrow.string()
     for name, kind in zip('bcde', kinds):
@@ -99,7 +100,7 @@ def test_strings_that_are_not_unicode_are_bad_documents(tmp_path: Path, capsys: 
         parquet.write_table(pyarrow.table({'text': column}), tmp_path / f'in/{name}.parquet')
     convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
     assert texts(tmp_path / 'out/train') == ['one', 'two'] + ['three', 'vier\u00e9'] * 4
-    assert manifest(tmp_path / 'out/train')['bad_documents'] == 3 + 2 * 4
+    assert manifest(tmp_path / 'out/train')['bad_documents'] == 3 + 2 * 4 + 2
     out = capsys.readouterr().out
     assert 'a.jsonl, line 3 holds characters that are not Unicode' in out
     assert r"a.jsonl, line 4 has no field 'text'; it has: \ud800" in out
@@ -158,7 +159,7 @@ def test_a_tokenizer_of_little_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     convert(tmp_path / 'out', folder, 'train', train_tokenizer=1000, skip_bad_docs=True)
     out = capsys.readouterr().out
     assert 'note: --train_tokenizer: 1000, and the text gives no more than 260 tokens' in out
-    assert out.count('skipped: ') == 2
+    assert out.count('skipped: ') == 2 and '--train_tokenizer: 2 bad documents were left out' in out
     write_jsonl(folder / 'a.jsonl', ['', ''])
     with pytest.raises(UserError, match='--train_tokenizer: the files hold no text to train it on; check --source'):
         convert(tmp_path / 'empty', folder, 'train', train_tokenizer=1000)

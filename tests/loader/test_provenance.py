@@ -71,7 +71,7 @@ def test_a_manifest_that_is_not_whole_is_refused(packed: Path, tmp_path: Path):
     other = HFTokenizer(str(packed / 'other'), 32)
     for text in ('', '{"options": ', '{"options": {}, "\xff'):
         manifest.write_text(text, 'latin-1')
-        with pytest.raises(UserError, match=r'^dataset: .*val. cannot be opened: .*Error: .* \(manifest.json\)$'):
+        with pytest.raises(UserError, match='^dataset: manifest.json of .*val is no whole manifest; copy it again'):
             check_tokenizer(stream, other)
     manifest.write_text('{"options": {"tokenizer_hash": 3}}')
     with pytest.raises(UserError, match='is another tokenizer than that of'):

@@ -41,6 +41,10 @@ MISTAKES = {
 }
 
 
+def test_blanks_around_a_number_are_as_int_reads_them():
+    environment.check_environment(launched(RANK=' 9', MASTER_PORT='7501 '))
+
+
 @pytest.mark.parametrize('kind', MISTAKES)
 def test_mistakes_in_the_environment_are_named(kind):
     changes, parts = MISTAKES[kind]

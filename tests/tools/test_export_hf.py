@@ -199,7 +199,8 @@ def test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary(sharded, tmp
 
 
 @pytest.mark.parametrize('kind', ['full', 'sharded'])
-def test_from_s3(s3, kind, full, sharded, tmp_path):
+def test_from_s3(s3, kind, full, sharded, tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')  # as in the shell of a pod whose launcher sets it for ranks
     folder, state = {'full': full, 'sharded': sharded}[kind]
     for file in (p for p in folder.rglob('*') if p.is_file()):
         s3.upload_file(str(file), 'bucket', f'runs/one/{file.relative_to(folder)}')
@@ -208,6 +209,7 @@ def test_from_s3(s3, kind, full, sharded, tmp_path):
     assert difference(tmp_path / 'out', state, **model) < 1e-5
     assert 's3://bucket/none.pt: no such file' in refused('s3://bucket/none.pt', tmp_path / 'none')
     assert 'check the address' in refused('s3://other/none.pt', tmp_path / 'none')
+    assert 'no-such.yaml: no such file' in refused('s3://other/none.pt', tmp_path / 'none', '--yaml', 'no-such.yaml')
     s3.put_object(Bucket='bucket', Key='damaged.pt', Body=b'no checkpoint')
     assert refused('s3://bucket/damaged.pt', tmp_path / 'none').startswith('CHECKPOINT: s3://bucket/damaged.pt cannot be loaded')
 

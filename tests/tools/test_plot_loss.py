@@ -145,6 +145,14 @@ def test_a_folder_of_several_runs_asks_which(tmp_path):
         read_run(str(tmp_path))
 
 
+def test_of_a_folder_with_the_files_of_two_runs_one_is_read_by_its_name(tmp_path):
+    for loss in (1.0, 2.0):
+        with SummaryWriter(str(tmp_path), filename_suffix=f'.{loss:g}') as writer:
+            writer.add_scalar(TRAIN, loss, 1)
+    for file in tmp_path.iterdir():
+        assert read_run(str(file)).scalars[TRAIN] == {1: float(file.suffix[1:])}
+
+
 # ---------------------------------------------------------------- numbers
 
 
