@@ -112,8 +112,6 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- checks before any work
-
-
 def check_out_root(out_root: str, splits: Iterable[str]) -> None:
     """Makes the output folder and refuses one that cannot be written; finds out whether a bucket is there."""
     output = open_output(out_root)
@@ -187,8 +185,6 @@ def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
 
 
 # ---------------------------------------------------------------- the work
-
-
 def open_source(args: argparse.Namespace) -> Source:
     if args.source == 'sample':
         return SampleSource()
@@ -274,12 +270,9 @@ def next_step(args: argparse.Namespace) -> str:
 def main(args: argparse.Namespace) -> None:
     """Converts the splits one after another, or verifies a copy.
 
-    Args:
-        args: From `parse_args`, or a namespace with some of its attributes: the others have their defaults.
-
-    Raises:
-        UserError: A source, an option or an output folder that does not do, a disk that is full, or damage. What is
-            finished stays, and the same command goes on from there.
+    `args` are from `parse_args`, or a namespace with some of its attributes: the others have their defaults. Raises
+    UserError where a source, an option or an output folder does not do, a disk is full, or there is damage. What is
+    finished stays, and the same command goes on from there.
     """
     args = with_defaults(args)
     if bool(args.out_root) == bool(args.verify):

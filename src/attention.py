@@ -133,10 +133,8 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False,
     """Resolves `attn_impl` and `flash_kernel`, when the model is built.
 
     `flash` is a FlashAttention kernel or an error; `auto` is `flash` where the GPU allows it and the inputs are fp16 or
-    bf16, else `sdpa`. Every function takes `Documents`; `within_document` chooses the kernel for them.
-
-    Returns:
-        The kernel's name for the log, the function, and of which types it takes documents by `Documents.cu_seqlens`.
+    bf16, else `sdpa`. Every function takes `Documents`; `within_document` chooses the kernel for them. Returns the
+    kernel's name for the log, the function, and of which types it takes documents by `Documents.cu_seqlens`.
     """
     if impl == 'torch':
         return 'torch (plain maths)', torch_attention, ()
@@ -162,10 +160,8 @@ def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'au
     """A FlashAttention kernel for this machine, and its name.
 
     `auto` takes cuDNN's on Hopper and newer, where it is the faster one, if it can do it; else the package
-    `flash-attn`, version 2, if it is installed; else the one in PyTorch.
-
-    Raises:
-        UserError: There is no GPU, or not this kernel for it.
+    `flash-attn`, version 2, if it is installed; else the one in PyTorch. Raises UserError where there is no GPU, or not
+    this kernel for it.
     """
     if not torch.cuda.is_available():
         raise UserError(FLASH_NEEDS_GPU)

@@ -119,11 +119,8 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def padding_to_the_right(key_padding_mask: Tensor) -> Tensor:
     """The order of positions that moves each row's padding behind its tokens, which keep their order.
 
-    Args:
-        key_padding_mask: (batch, seq), true or 1 at tokens.
-
-    Returns:
-        Indices for `gather` along the sequence, (batch, seq); `.argsort(1)` of them is the way back.
+    `key_padding_mask`, (batch, seq), is true or 1 at tokens. The result, (batch, seq), holds indices for `gather` along
+    the sequence; `.argsort(1)` of them is the way back.
     """
     return key_padding_mask.bool().int().argsort(dim=1, descending=True, stable=True)
 
@@ -139,10 +136,9 @@ def without_mask(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def next_token_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Inputs and what each position has to predict, both (batch, seq), padding moved to the right end.
 
-    Args:
-        batch: `input_ids`, (batch, seq), and `labels`, not shifted, -100 where there is nothing to predict. Labels of
-            shape (batch, seq) leave nothing for the last position to predict; of shape (batch, seq + 1) they give it
-            the token after the inputs. Optionally, with the former, `attention_mask`, (batch, seq).
+    The batch has `input_ids`, (batch, seq), and `labels`, not shifted, -100 where there is nothing to predict. Labels
+    of shape (batch, seq) leave nothing for the last position to predict; of shape (batch, seq + 1) they give it the
+    token after the inputs. Optionally, with the former, it has `attention_mask`, (batch, seq).
     """
     batch = without_mask(batch)
     input_ids, labels = batch['input_ids'], batch['labels']

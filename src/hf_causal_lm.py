@@ -44,13 +44,9 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 class HFCausalLM(nn.Module):
-    """A Hugging Face model that returns logits, or with targets the loss.
+    """A Hugging Face model, `hf`, that returns logits, or with targets the loss.
 
     All ways go through one `forward`, so that FSDP, which gathers parameters around it, sees each of them.
-
-    Attributes:
-        hf: The Hugging Face model.
-        config: Its config.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int = 1024):
@@ -89,14 +85,9 @@ class HFCausalLM(nn.Module):
 def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> PretrainedConfig:
     """The Hugging Face config: the named model's with `config_overrides`, or `config_overrides` alone.
 
-    Its `dtype` is that of the weights to train: float32, unless `config_overrides` name another.
-
-    Args:
-        cfg: Section `model` of the config. A null in `config_overrides` stands for the model's own value.
-        keep_nulls: A null in `config_overrides` is a value, as in what a checkpoint says of its model.
-
-    Raises:
-        UserError: No such model, no such key, or the hub is out of reach.
+    Its `dtype` is that of the weights to train: float32, unless `config_overrides` name another. A null in
+    `config_overrides` stands for the model's own value; with `keep_nulls` it is a value, as in what a checkpoint says
+    of its model. Raises UserError where there is no such model or no such key, or the hub is out of reach.
     """
     name = cfg.pretrained_model_name_or_path
     stored: dict[str, Any] = {}

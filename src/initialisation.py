@@ -51,16 +51,12 @@ def weights_come_later(later: bool) -> Iterator[None]:
 class Initialiser:
     """Gives the modules of a model their initial values, by the table above.
 
-    Attributes:
-        has_values: The modules hold what their constructors set. False: they have come from meta.
-
-    Raises:
-        UserError: A matrix on meta loses what the code around its layer has written into it.
+    Raises UserError where a matrix on meta loses what the code around its layer has written into it.
     """
 
     def __init__(self, model: nn.Module, cfg: MosaicGPTConfig):
         self.model, self.cfg = model, cfg
-        self.has_values = False
+        self.has_values = False  # whether modules hold what their constructors set; False: they have come from meta
         self.draws = not _loads_weights.get()
         self.by_hand = set_by_hand(model)
         if lost := [name for name in self.by_hand if model.get_parameter(name).is_meta]:
@@ -72,8 +68,7 @@ class Initialiser:
     def set_values(self, module: nn.Module) -> None:
         """Sets the module's own parameters and buffers, not those of its children.
 
-        Raises:
-            UserError: The module has come from meta, and nothing sets some of its parameters or buffers.
+        Raises UserError where the module has come from meta, and nothing sets some of its parameters or buffers.
         """
         path = next((path for path, other in named_modules(self.model) if other is module), '')
         tensors = own_tensors(module)
@@ -154,8 +149,6 @@ def _check_none_is_unset(module: nn.Module, path: str, names: Iterable[str]) -> 
 
 
 # ---------------------------------------------------------------- drawing
-
-
 def seed_of(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], 'little')
 
@@ -164,11 +157,9 @@ def seed_of(key: str) -> int:
 def draw_normal(param: Tensor, std: float, key: str, zero_row: Optional[int] = None) -> None:
     """Draws what this rank keeps of a parameter from N(0, std), in chunks of at most `CHUNK` numbers or of one row.
 
-    Args:
-        param: Of at least one dimension; the chunks, and the parts of ranks, are cut along the first.
-        std: The standard deviation.
-        key: Chunk 0 has the seed of `key`, chunk n the seed of `key:n`. The numbers do not depend on the threads.
-        zero_row: A row of zeros, such as an Embedding's `padding_idx`.
+    The parameter has at least one dimension; the chunks, and the parts of ranks, are cut along the first. Chunk 0 has
+    the seed of `key`, chunk n the seed of `key:n`. The numbers do not depend on the threads. `zero_row` is a row of
+    zeros, such as an Embedding's `padding_idx`.
     """
     first, local = 0, param.detach()
     if isinstance(param, DTensor):
@@ -199,8 +190,6 @@ def copy_whole(param: Tensor, whole: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- modules
-
-
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module is a Linear or an Embedding with PyTorch's `reset_parameters`: the model draws those."""
     own = getattr(type(module), 'reset_parameters', None)
@@ -246,8 +235,7 @@ def first_owner(model: nn.Module, param: Tensor) -> nn.Module:
 def leave_meta(model: nn.Module, device: Union[str, torch.device]) -> list[nn.Module]:
     """Gives memory to the tensors on meta, and moves the others to the device. Tied parameters stay tied.
 
-    Returns:
-        The modules that had tensors on meta, which have no values yet.
+    Returns the modules that had tensors on meta, which have no values yet.
     """
     empty = [module for module in model.modules() if any(t.is_meta for t in own_tensors(module).values())]
     before = [(module, name, param) for module in model.modules()

@@ -61,13 +61,8 @@ def compute_in_fp8(blocks: nn.Module) -> str:
     """Has torchao compute the blocks' linear layers in 8 bits, scaled anew for each tensor (Micikevicius et al. 2022).
 
     Parameters keep their names, type and values. A CPU computes the same rounding in a slower way. Subclasses of
-    `nn.Linear` stay as they are: they may compute something else.
-
-    Returns:
-        What computes them, for the log.
-
-    Raises:
-        UserError: The package is not installed, the GPU has no such matrix products, or there is no `nn.Linear`.
+    `nn.Linear` stay as they are: they may compute something else. Returns what computes them, for the log. Raises
+    UserError where the package is not installed, the GPU has no such matrix products, or there is no `nn.Linear`.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -189,17 +184,15 @@ class MosaicGPT(nn.Module):
     def param_init_fn(self, module: nn.Module) -> None:
         """Gives one module's own parameters and buffers their initial values.
 
-        Raises:
-            UserError: The module has come from meta, and nothing sets some of its parameters or buffers.
+        Raises UserError where the module has come from meta, and nothing sets some of its parameters or buffers.
         """
         self.initialiser.set_values(module)
 
     def init_weights(self, modules: Optional[Iterable[nn.Module]] = None) -> None:
-        """Calls `param_init_fn` for modules that have come from meta.
+        """Calls `param_init_fn` for modules that have come from meta; None: for every module.
 
-        Args:
-            modules: None: for every module. A model that was built on the CPU then redraws what is random, and a
-                module without `reset_parameters`, or without random numbers in it, keeps its values.
+        With None, a model that was built on the CPU redraws what is random, and a module without `reset_parameters`, or
+        without random numbers in it, keeps its values.
         """
         if isinstance(self.transformer['wte'].weight, FakeTensor):  # a prediction of memory: tensors without data
             return
@@ -211,8 +204,7 @@ class MosaicGPT(nn.Module):
     def materialize(self, device: Union[str, torch.device]) -> 'MosaicGPT':
         """Gives what is on meta its memory and its values; ties stay, and what is not on meta keeps its values.
 
-        Raises:
-            UserError: A module has parameters or buffers that nothing sets.
+        Raises UserError where a module has parameters or buffers that nothing sets.
         """
         self.init_weights(leave_meta(self, device))
         return self

@@ -77,9 +77,8 @@ def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
 class OptimizerSettings(Callback):
     """Gives a resumed run the optimizer's settings of its config, where loading brings those of the checkpoint.
 
-    Args:
-        new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's. Where they are
-            the same, the rate of the first batch is the checkpoint's to the bit.
+    `new_schedule` says whether the config's schedule of the learning rate differs from the checkpoint's. Where they are
+    the same, the rate of the first batch is the checkpoint's to the bit.
     """
 
     def __init__(self, new_schedule: bool = False):

@@ -78,13 +78,10 @@ class HFTokenizer:
         return tokenizer_hash(self.tokenizer)
 
     def check_made(self, what: str, made_by: Optional[str], its_hash: str, setting: str = 'tokenizer_name') -> None:
-        """Raises UserError where something was made with another tokenizer.
+        """Raises UserError where `what`, such as `the tokens in ./data/train`, was made with another tokenizer.
 
-        Args:
-            what: The thing that was made, such as `the tokens in ./data/train`.
-            made_by: The name of the tokenizer that made it; None: not known.
-            its_hash: The hash of that tokenizer.
-            setting: Where this tokenizer is named.
+        `made_by` is the name of the tokenizer that made it, None where that is not known, and `its_hash` is the hash of
+        that one. `setting` is where this tokenizer is named.
         """
         # Earlier versions of the kit hashed the serialization of every tokenizer, as it was loaded.
         if its_hash == self.hash or its_hash == _structure_hash(_open(self.tokenizer_name)):
@@ -122,8 +119,8 @@ def _open(name: str) -> PreTrainedTokenizerBase:
 def _class_for(name: str) -> Any:
     """The class of transformers that loads a tokenizer; a folder of one file does not name it.
 
-    Raises:
-        UserError: A file; or a folder with a vocabulary alone, which several classes read in different ways.
+    Raises UserError for a file, for a folder without a tokenizer, and for one with a vocabulary alone, which several
+    classes read in different ways.
     """
     folder = Path(name)
     if folder.is_file():
@@ -239,19 +236,12 @@ def _add_nothing(tokenizer: Any) -> None:
 
 
 # ---------------------------------------------------------------- which tokenizer it is
-
-
 def tokenizer_hash(tokenizer: Any) -> str:
-    """What is the same for tokenizers that give every document the same ids, and else differs.
+    """64 hexadecimal digits that are the same for tokenizers that give every document the same ids, and else differ.
 
-    It does not depend on what a tokenizer puts around a text, on padding, or on the version of transformers. It stays
-    when a tokenizer is saved and loaded again. The tokenizer no longer cuts or pads, as calls of it may have told it.
-
-    Args:
-        tokenizer: Hugging Face's own object.
-
-    Returns:
-        64 hexadecimal digits.
+    They do not depend on what a tokenizer puts around a text, on padding, or on the version of transformers. They stay
+    when a tokenizer is saved and loaded again. The tokenizer, Hugging Face's own object, no longer cuts or pads, as
+    calls of it may have told it.
     """
     if tokenizer.is_fast and _is_byte_level(tokenizer):
         tokenizer.backend_tokenizer.no_truncation()
@@ -286,14 +276,9 @@ def _structure_hash(tokenizer: Any) -> str:
 
 
 def check_vocab(tokenizer: Any, model_vocab_size: int) -> None:
-    """Holds a tokenizer's ids against a model's embedding.
+    """Raises UserError where a tokenizer has ids that the model's embedding, of `model_vocab_size` rows, does not have.
 
-    Args:
-        tokenizer: An HFTokenizer, or a dataset, which has the two attributes that are read here.
-        model_vocab_size: The rows of the embedding.
-
-    Raises:
-        UserError: The tokenizer has ids that the model has no embedding for.
+    `tokenizer` is an HFTokenizer, or a dataset, which has the two attributes that are read here.
     """
     needed = n_ids(tokenizer.tokenizer)
     if needed > model_vocab_size:
@@ -308,12 +293,8 @@ TOKENIZER_REGISTRY = {'hftokenizer': HFTokenizer}
 def load_tokenizer(c: Config, of_loaders: bool = True) -> HFTokenizer:
     """Loads the tokenizer of the section `tokenizer`, and finds out whether the others that the config names are there.
 
-    Args:
-        c: The config.
-        of_loaders: Whether the datasets of the config are read, each with its tokenizer.
-
-    Raises:
-        UserError: One of them cannot be had; the message begins with the keys that name it.
+    `of_loaders` says whether the datasets of the config are read, each with its tokenizer. Raises UserError where one
+    of the tokenizers cannot be had; the message begins with the keys that name it.
     """
     assert c.tokenizer
     keys: dict[str, list[str]] = {c.tokenizer.tokenizer_name: ['tokenizer.tokenizer_name']}

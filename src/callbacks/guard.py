@@ -37,13 +37,11 @@ class NonFiniteGuard(Algorithm):
     `trainer/skipped_batches` when it changes and, before clipping, `trainer/grad_norm`. Under amp_fp16 only the loss
     counts: there gradients overflow as a matter of course, and the scaler skips them.
 
-    Ends a run whose optimizer computes no loss: Composer would go on, and save untrained weights.
+    After `max_in_a_row` skipped batches in a row it ends the run with a `UserError`. It also ends a run whose optimizer
+    computes no loss: Composer would go on, and save untrained weights.
 
     The last of the algorithms: Composer runs them backwards at `AFTER_TRAIN_BATCH`, and clipping by an infinite norm
     would turn the gradients into zeros and nans.
-
-    Args:
-        max_in_a_row: After so many skipped batches in a row the run ends with a `UserError`.
     """
 
     def __init__(self, max_in_a_row: int):

@@ -31,11 +31,9 @@ class StepCounters(Callback):
 
     Logs `trainer/grad_accum` (microbatches per step), `trainer/global_step` (of the run) and `trainer/batch_idx` (of
     the epoch) with every batch, and `trainer/devices` at a start. Shows how a resumed run reads up to where it was,
-    which Composer does in silence. Warns of a batch of training that has another size than the config says. Ends a run
-    whose epochs hold no batch: Composer would begin epoch after epoch, for ever.
-
-    Args:
-        device_batch: Samples in a batch of this device; None: any.
+    which Composer does in silence. Warns of a batch of training that has another size than the `device_batch` samples
+    that the config asks of this device (None: any size does). Ends a run whose epochs hold no batch: Composer would
+    begin epoch after epoch, for ever.
     """
 
     _reading: Optional[tqdm] = None

@@ -61,10 +61,8 @@ def hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
 def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) -> PreTrainedModel:
     """A Hugging Face model with the weights of a checkpoint.
 
-    Args:
-        model: Section `model` of the config.
-        weights: The state dict of the ComposerModel.
-        setting: What is at fault if the two do not fit.
+    `model` is section `model` of the config, and `weights` the state dict of the ComposerModel. `setting` is what is at
+    fault if the two do not fit.
     """
     config: PretrainedConfig
     weights = {name.removeprefix('model.').removeprefix('hf.'): weight for name, weight in weights.items()}

@@ -27,15 +27,11 @@ UNTOLD = {'mosaic_gpt': ('n_heads', 'mlp_act'),
 
 
 # ---------------------------------------------------------------- before the Trainer is built
-
-
 def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
     """Refuses a checkpoint that Composer would not load into this run.
 
-    Args:
-        start: Where the run starts.
-        sharded: Whether this run's checkpoints are sharded; Composer loads the kind that it saves.
-        trusted: Whether the checkpoint may hold any object.
+    `sharded` says of which kind this run's checkpoints are: Composer loads the kind that it saves. A checkpoint that is
+    `trusted` may hold any object, and a warning says so.
     """
     if start.path is None or start.weights_of_a_file:
         return
@@ -88,18 +84,13 @@ def check_sample_in_epoch(start: Start, samples: int) -> None:
 
 
 # ---------------------------------------------------------------- while it is built, and after
-
-
 @contextmanager
 def reading_safely(start: Start, trusted: Optional[bool] = None) -> Iterator[None]:
     """Has Composer's Trainer read its `load_path` without running code. A fault of the file ends in one message.
 
     Only the functions that read are wrapped. An error of a model, an optimizer or a callback keeps its traceback.
-
-    Args:
-        start: Names the checkpoint.
-        trusted: Lets the checkpoint hold any object, and so run code. `.metadata` never may: torch alone writes it.
-            None: never, and the message does not offer it.
+    `trusted` lets the checkpoint hold any object, and so run code; with None it does not, and the message does not
+    offer it. `.metadata` never may: torch alone writes it.
     """
     load_file = checkpoint._torch_load_with_validation
 

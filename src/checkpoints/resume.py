@@ -34,9 +34,7 @@ MOVED = ('{} lies within an epoch whose place is a number of batches, as where t
 def run_settings(c: Config, data: Mapping[str, str]) -> dict[str, Any]:
     """What a manifest says of its run, for a later run to compare with: dotted keys to JSON values, secrets masked.
 
-    Args:
-        c: The config.
-        data: Digests of the data sets, by the setting that names each.
+    `data` holds the digests of the data sets, by the setting that names each.
     """
     world_size = dist.get_world_size()
     return {**config.flat(c), 'devices': world_size, 'nodes': world_size // dist.get_local_world_size(), **data}
@@ -50,16 +48,11 @@ class Changes(NamedTuple):
 
 
 def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Changes:
-    """Compares a run's settings with those of the checkpoint that it goes on from.
+    """Compares a run's settings, from `run_settings`, with those of the checkpoint that it goes on from.
 
-    Args:
-        start: Where the run starts.
-        now: From `run_settings`.
-        counts_samples: Whether the training set goes on from a number of samples. Otherwise Composer goes on from a
-            number of batches: it reads the epoch again, and drops the batches that were trained on.
-
-    Raises:
-        UserError: The checkpoint is within an epoch, and its number of batches is another place in this run's epoch.
+    `counts_samples` says whether the training set goes on from a number of samples. Otherwise Composer goes on from a
+    number of batches: it reads the epoch again, and drops the batches that were trained on. Raises UserError where the
+    checkpoint is within an epoch, and its number of batches is another place in this run's epoch.
     """
     if start.kind != 'resume':
         return Changes([], False)

@@ -82,10 +82,8 @@ def cause_of(e: BaseException) -> BaseException:
 def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
     """Says in one message why a checkpoint cannot be read.
 
-    Args:
-        start: Names the checkpoint.
-        purpose: What it cannot be loaded as.
-        trust: What to do where an object other than tensors and plain values is meant to be there.
+    `purpose` is what it cannot be loaded as. `trust` says what to do where an object other than tensors and plain
+    values is meant to be there.
     """
     try:
         yield

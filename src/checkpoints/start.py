@@ -66,9 +66,8 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
                weights_only: bool) -> Start:
     """Decides, on rank 0 for all ranks, what a run starts from.
 
-    Raises:
-        UserError: `load_path` is not there or not whole; `save_folder` holds checkpoints that this run would mix with,
-            or only halves of them.
+    Raises UserError where `load_path` is not there or not whole, or where `save_folder` holds checkpoints that this run
+    would mix with, or only halves of them.
     """
     answer: list[Any] = [None]
     if dist.get_global_rank() == 0:
@@ -113,13 +112,9 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
                 setting: str = 'load_path') -> Start:
     """A checkpoint that somebody names.
 
-    Args:
-        path: The file or the folder of a checkpoint, or a link to one; local or a URI. Of a run's folder the newest
-            whole checkpoint is taken. Composer's runs have a link `latest-rank0.pt`: where there is none, the newest
-            whole one beside it.
-        kind: What it is for.
-        own: The folder of the run.
-        setting: Where it is named, for messages.
+    `path` is the file or the folder of a checkpoint, or a link to one; local or a URI. Of a run's folder the newest
+    whole checkpoint is taken. Composer's runs have a link `latest-rank0.pt`: where there is none, the newest whole one
+    beside it. `own` is the folder of the run. `setting` is where `path` is named, for messages.
     """
     path = path.replace('{rank}', '0').rstrip('/') or '/'
     parent, _, name = path.rpartition('/')

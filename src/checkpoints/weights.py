@@ -94,16 +94,10 @@ def read_sharded(local: str, start: Start) -> dict[str, Tensor]:
 def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Optional[Manifest], str]:
     """The weights of a checkpoint, for programs that use a model rather than train it; on one process.
 
-    Args:
-        path: The file of a full checkpoint, the folder of a sharded one, or that of a run; local or a URI.
-        setting: Where it is named, for messages.
-
-    Returns:
-        The state dict of the ComposerModel, on the CPU; the manifest, if there is one; where the checkpoint lies.
-
-    Raises:
-        UserError: There is none, it is not whole or damaged, it holds objects other than tensors and plain values, or
-            the object store is out of reach.
+    `path` is the file of a full checkpoint, the folder of a sharded one, or that of a run; local or a URI. `setting` is
+    where it is named, for messages. Returns the state dict of the ComposerModel, on the CPU; the manifest, if there is
+    one; and where the checkpoint lies. Raises UserError where there is none, it is not whole or damaged, it holds
+    objects other than tensors and plain values, or the object store is out of reach.
     """
     with reachable(setting, path):
         start = given_start(path, 'weights', setting=setting)

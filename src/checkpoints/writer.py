@@ -25,16 +25,10 @@ from src.common.storage import RemoteFolder, open_folder
 
 
 class CheckpointWriter(Callback):
-    """Saves every `save_interval` and at the end; keeps the newest `keep`.
+    """Saves every `save_interval` and at the end; keeps the newest `keep` whole checkpoints, -1: all.
 
-    In an object store files are sent in the background, while training goes on; the manifest follows the last of them.
-
-    Args:
-        save_folder: A folder or a URI; may hold `{run_name}`.
-        save_interval: As in Composer.
-        keep: How many whole checkpoints stay; -1: all.
-        start: Where the run started.
-        info: For the manifests.
+    `save_folder` is a folder or a URI, and may hold `{run_name}`; `save_interval` is as in Composer. In an object store
+    files are sent in the background, while training goes on; the manifest follows the last of them, and holds `info`.
     """
 
     def __init__(self, save_folder: str, save_interval: str, keep: int, start: Start, info: RunInfo):

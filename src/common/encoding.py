@@ -32,15 +32,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
     document is encoded in pieces. It is cut where the ids stay those of the whole. Where there is no such place in
     LONGEST characters, a warning says that it was cut elsewhere.
 
-    Args:
-        tokenizer: Hugging Face's own object, with an EOS token.
-        texts: The documents.
-
-    Returns:
-        For each document an array of shape (tokens + 1,).
-
-    Raises:
-        UserError: The tokenizer has no unknown token, and needs one for a document.
+    The tokenizer is Hugging Face's own object, with an EOS token. Each array is of shape (tokens + 1,). Raises
+    UserError where the tokenizer has no unknown token, and needs one for a document.
     """
     pieces = [(i, piece) for i, text in enumerate(texts) for piece in _pieces(tokenizer, text)]
     parts: list[list[NDArray[np.int64]]] = [[] for _ in texts]
@@ -147,8 +140,6 @@ def _blind_to_special_tokens(tokenizer: Any) -> Any:
 
 
 # ---------------------------------------------------------------- long texts
-
-
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
     """The text in pieces of up to LONGEST characters, most of them of PIECE."""
     start = 0

@@ -7,15 +7,10 @@ from typing import NamedTuple, Optional
 def train_flops_per_token(n_params: int, n_layers: int, d_model: int, seq_len: int, causal: bool = False) -> float:
     """FLOPs per token of a forward and a backward pass: 6 N + 12 L d S (Chowdhery et al. 2022, PaLM, appendix B).
 
-    Recomputation for activation checkpointing is not counted: this is the numerator of MFU. Attention counts as if
-    every token saw S tokens, though it is causal and may stay within documents.
-
-    Args:
-        n_params: Parameters N, tied ones once.
-        n_layers: Blocks L.
-        d_model: Width d.
-        seq_len: Tokens per sequence S.
-        causal: Count what causal attention needs, half of that: 6 N + 6 L d S.
+    N are the parameters, tied ones once, L the blocks, d the width, and S the tokens per sequence. Recomputation for
+    activation checkpointing is not counted: this is the numerator of MFU. Attention counts as if every token saw S
+    tokens, though it is causal and may stay within documents. `causal` counts what causal attention needs, half of
+    that: 6 N + 6 L d S.
     """
     return 6 * n_params + (6 if causal else 12) * n_layers * d_model * seq_len
 
@@ -27,20 +22,12 @@ USABLE = 0.95
 
 
 class Card(NamedTuple):
-    """What a device is.
+    """What a device is."""
 
-    Attributes:
-        name: For people.
-        memory: In bytes.
-        peak: FLOP/s of matrix products in fp16 or bf16; None: nobody knows.
-        driver: A pattern of the whole name that the driver gives, so that a part of a GPU (MIG), a laptop's or an
-            unknown kin has no figure.
-        is_gpu: Whether it is one.
-    """
-
-    name: str
-    memory: float
-    peak: Optional[float]
+    name: str  # for people
+    memory: float  # bytes
+    peak: Optional[float]  # FLOP/s of matrix products in fp16 or bf16; None: nobody knows
+    # A pattern of the driver's whole name, so that a part of a GPU (MIG), a laptop's or an unknown kin has no figure
     driver: str = ''
     is_gpu: bool = True
 
@@ -76,9 +63,7 @@ CARDS = {card.name: card for card in (
 def peak_flops(device_name: str, precision: str) -> Optional[float]:
     """The most FLOP/s that a GPU can do in matrix products; None for one that is not in the table, or for fp32.
 
-    Args:
-        device_name: As `torch.cuda.get_device_name()` has it.
-        precision: Composer's name: fp32, amp_fp16 or amp_bf16.
+    `device_name` is as `torch.cuda.get_device_name()` has it; `precision` is Composer's: fp32, amp_fp16 or amp_bf16.
     """
     known = (card.peak for card in CARDS.values() if re.fullmatch(card.driver, device_name))
     return None if precision == 'fp32' else next(known, None)

@@ -62,9 +62,7 @@ def shorten_socket_paths() -> None:
     """Gives multiprocessing a short folder for its sockets where TMPDIR is too long for them.
 
     Loader workers hand over batches by such sockets. Without one the run would wait for its first batch for ever.
-
-    Raises:
-        UserError: TMPDIR is too long, and no other folder can be written.
+    Raises UserError where TMPDIR is too long, and no other folder can be written.
     """
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > MAX_SOCKET_FOLDER:
@@ -115,13 +113,8 @@ def megabytes(n: int) -> str:
 def check_shared_memory(need: int, what: str, otherwise: str = '') -> None:
     """Refuses a run for which shared memory has no room: a process that writes to a full one is killed by SIGBUS.
 
-    Args:
-        need: Bytes.
-        what: What takes them.
-        otherwise: What else the user can do.
-
-    Raises:
-        UserError: Fewer bytes are free.
+    Raises UserError where fewer than `need` bytes are free. The message says `what` takes them, and `otherwise`, what
+    else the user can do.
     """
     free = free_shared_memory()
     if free is not None and free < need:
@@ -154,9 +147,7 @@ LOST = {
 def explain_lost_worker(error: Exception, setting: str) -> Optional[str]:
     """What torch says when a loader worker is lost, in the words of the settings; None: it says something else.
 
-    Args:
-        error: From the rank's DataLoader.
-        setting: `train_loader` or `eval_loader`.
+    `error` is from the rank's DataLoader, and `setting` is `train_loader` or `eval_loader`.
     """
     said, e = [], error
     while e is not None:

@@ -74,9 +74,8 @@ def _exit_unsent(error: Exception, _: Any) -> NoReturn:
 def init_conversion_worker(temporary: str) -> None:
     """A process pool's `initializer`: the worker ends with its parent, and Ctrl-C is the parent's to answer.
 
-    Args:
-        temporary: The folder for temporary files, for the parent to remove: of a worker that is ended libraries leave
-            theirs.
+    `temporary` is the folder for temporary files, for the parent to remove: of a worker that is ended libraries leave
+    theirs.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -22,8 +22,7 @@ SectionT = TypeVar('SectionT', bound=Section)
 def parse(schema: type[SectionT], cfg: Any) -> SectionT:
     """One section, checked: what a model or loader calls on the config that it is given.
 
-    Raises:
-        UserError: Names every key that is unknown, missing or of a wrong type.
+    Raises UserError, which names every key that is unknown, missing or of a wrong type.
     """
     if isinstance(cfg, schema):
         return cfg
@@ -36,19 +35,11 @@ def parse(schema: type[SectionT], cfg: Any) -> SectionT:
 
 def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int, has_gpu: bool,
           num_nodes: int = 1, kits_loader: bool = True) -> Config:
-    """Holds a whole config against the schema and against the machine.
+    """Holds a whole config, what `load` returned or any mapping, against the schema and against the machine.
 
-    Args:
-        cfg: What `load` returned, or any mapping.
-        registries: For each of `callbacks`, `loggers` and `algorithms`: name to class. The keywords in the YAML
-            are held against the class's signature.
-        world_size: Number of devices over all nodes.
-        has_gpu: Whether the run uses GPUs.
-        num_nodes: Number of nodes.
-        kits_loader: Whether the kit's own loader reads what sections `dataset` name.
-
-    Raises:
-        UserError: Lists every mistake.
+    `registries` map names to classes, for each of `callbacks`, `loggers` and `algorithms`. The keywords in the YAML are
+    held against the class's signature. `world_size` counts the devices over all nodes. `kits_loader` says whether the
+    kit's own loader reads what sections `dataset` name. Raises UserError, which lists every mistake.
     """
     raw, errors = plain(fill_in(cfg)), []
     for section, classes in registries.items():
@@ -107,8 +98,6 @@ def _without(raw: dict[str, Any], wrong: ValidationError) -> Optional[Config]:
 
 
 # ---------------------------------------------------------------- what is said
-
-
 def _report(errors: list[str]) -> UserError:
     head = '1 mistake in the config:' if len(errors) == 1 else f'{len(errors)} mistakes in the config:'
     return UserError('\n'.join([head] + [f'  - {e}' for e in errors]))
@@ -117,11 +106,7 @@ def _report(errors: list[str]) -> UserError:
 def _explain(wrong: ValidationError, schema: type[BaseModel], raw: Any, prefix: str = '') -> list[str]:
     """pydantic's errors in the words of the YAML, one line for each key.
 
-    Args:
-        wrong: The errors.
-        schema: The class that `raw` was held against.
-        raw: A section, or the whole config.
-        prefix: The section's place in the config.
+    `raw`, a section or the whole config, was held against `schema`; `prefix` is the section's place in the config.
     """
     said: dict[str, list[str]] = {}
     for err in wrong.errors():

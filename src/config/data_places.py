@@ -34,13 +34,9 @@ def streams_of(data: DatasetConfig) -> dict[str, StreamConfig]:
 
 
 def columns_of(place: str) -> Optional[list[str]]:
-    """The columns of a split, as the first shard in its index has them.
+    """The columns of the split in a folder or at a URL, as the first shard in its index has them.
 
-    Args:
-        place: The folder of the split, on this machine or a URL.
-
-    Returns:
-        None where no index can be read: whoever opens the data then says what is wrong.
+    None where no index can be read: whoever opens the data then says what is wrong.
     """
     text = _fetched_index(place) if is_url(place) else None
     try:
@@ -102,11 +98,8 @@ def check_places(remote: Optional[str], local: Optional[str], split: str, cache_
                  setting: str = 'dataset') -> tuple[Optional[str], str]:
     """Where shards come from and where they are read.
 
-    Returns:
-        `remote`, None where the shards are in place and nothing is copied; and `local`.
-
-    Raises:
-        UserError: A folder, split or index that is missing, or a combination that would lose or mix up data.
+    Returns `remote`, None where the shards are in place and nothing is copied; and `local`. Raises UserError where a
+    folder, split or index is missing, or a combination would lose or mix up data.
     """
     if local is None:
         if remote is None or is_url(remote):
@@ -191,10 +184,8 @@ def explain(e: Exception, remote: Optional[str], local: str, split: str, setting
 def is_missing(error: Exception, or_forbidden: bool = False) -> bool:
     """Whether a store says that there is no such object; each has error classes of its own.
 
-    Args:
-        error: What the store raised.
-        or_forbidden: Whether an object that may not be read counts too. S3 says 403 of one that is missing to whoever
-            may not list the bucket.
+    With `or_forbidden` an object that may not be read counts too. S3 says 403 of one that is missing to whoever may not
+    list the bucket.
     """
     says = ('404', 'NoSuchKey', 404, *('403', 'AccessDenied', 403) * or_forbidden)
     response: Any = getattr(error, 'response', None)

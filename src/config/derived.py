@@ -16,14 +16,9 @@ from src.config.schema import TIME, Config, FSDPConfig
 
 
 def device_batch_size(global_batch_size: int, world_size: int) -> int:
-    """Samples per device and optimizer step.
+    """Samples per device and optimizer step, of `global_batch_size` over all devices.
 
-    Args:
-        global_batch_size: Samples per optimizer step over all devices.
-        world_size: Number of devices.
-
-    Raises:
-        UserError: The devices do not divide the batch; the message lists the nearest batches that they do.
+    Raises UserError where the devices do not divide the batch; the message lists the nearest batches that they do.
     """
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size

@@ -25,13 +25,9 @@ OTHER_BASES = re.compile(r'[-+]?(0[0-7_]*[0-7]|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-
 
 
 def load(argv: list[str]) -> DictConfig:
-    """Merges `YAML [key=value ...]`; later wins.
+    """Merges `YAML [key=value ...]`, the command line without the program's name; later wins.
 
-    Args:
-        argv: The command line without the program's name.
-
-    Raises:
-        UserError: No YAML, a file that is missing or does not parse, an override that is not `key=value`.
+    Raises UserError where there is no YAML, a file is missing or does not parse, or an override is not `key=value`.
     """
     if not argv or argv[0].startswith('-') or '=' in argv[0]:
         raise UserError(f'the first argument must be a YAML file, not {argv[0] if argv else "nothing"!r}.\n'
@@ -61,8 +57,7 @@ def _read(path: Path) -> DictConfig:
 def plain(cfg: Any) -> dict[str, Any]:
     """Any config (OmegaConf, pydantic or mapping) as plain containers, interpolations and home folders (`~/`) resolved.
 
-    Raises:
-        UserError: An interpolation `${...}` that points nowhere.
+    Raises UserError where an interpolation `${...}` points nowhere.
     """
     if isinstance(cfg, BaseModel):
         return cfg.model_dump()
@@ -109,17 +104,13 @@ def flat(cfg: Any) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- the command line
-
-
 def override(cfg: DictConfig, arg: str) -> DictConfig:
     """Merges one `key=value` into a config.
 
     The value is YAML, with two exceptions: `key={}` empties a section, where a merge would change nothing, and the
-    value of a setting that takes only text is text as it stands (`run_name=12345`).
-
-    Raises:
-        UserError: The argument is not `key=value`, has no value, or has one that is not YAML. A value may be a secret,
-            so messages name only the key.
+    value of a setting that takes only text is text as it stands (`run_name=12345`). Raises UserError where the argument
+    is not `key=value`, has no value, or has one that is not YAML. A value may be a secret, so messages name only the
+    key.
     """
     key, equals, text = arg.partition('=')
     text = text.strip()

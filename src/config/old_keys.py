@@ -86,16 +86,10 @@ USED_IN_ALL = ('max_seq_len', 'data_remote', 'data_local', 'tokenizer_name')  # 
 def translate(merged: DictConfig, loaded: DictConfig, given: DictConfig) -> DictConfig:
     """The config with today's keys, with one value where the YAML repeats one, and filled in.
 
-    Rank 0 prints one line to stderr for each change.
-
-    Args:
-        merged: The YAML with the command line.
-        loaded: The YAML alone.
-        given: The command line alone. It wins over the YAML, also where one of the two has the old key and the other
-            has the new one.
-
-    Raises:
-        UserError: No section follows `max_seq_len`, `data_remote`, `data_local` or `tokenizer_name`.
+    `merged` is the YAML with the command line, `loaded` the YAML alone, and `given` the command line alone. The command
+    line wins over the YAML, also where one of the two has the old key and the other has the new one. Rank 0 prints one
+    line to stderr for each change. Raises UserError where no section follows `max_seq_len`, `data_remote`, `data_local`
+    or `tokenizer_name`.
     """
     trees: Any = [OmegaConf.to_container(cfg) for cfg in (merged, loaded, given)]
     tree, yaml, typed = trees
@@ -131,8 +125,6 @@ def what_to_write(key: str) -> Optional[str]:
 
 
 # ---------------------------------------------------------------- keys
-
-
 def _todays_keys(tree: Tree, given: Tree) -> Iterator[str]:
     """Changes the old keys of `tree`, and yields a line for each; `given` is the command line, whose keys win."""
     needless = dict(NEEDLESS)
@@ -188,14 +180,10 @@ def _moves(tree: Tree) -> list[tuple[str, str, Any]]:
 
 
 # ---------------------------------------------------------------- values that are used in several places
-
-
 def _fill(tree: Tree, yaml: Tree) -> None:
     """Gives sections the top-level values that they leave out.
 
-    Args:
-        tree: The config.
-        yaml: The YAML alone: a dataset with `local` and no `remote` there copies nothing.
+    `yaml` is the YAML alone: a dataset with `local` and no `remote` there copies nothing.
     """
     model = MODEL_CONFIGS.get(str(_get(tree, 'model.name')))
     for top, keys in FILLED.items():
@@ -211,8 +199,7 @@ def _fill(tree: Tree, yaml: Tree) -> None:
 def _one_value(tree: Tree, yaml: Tree, given: Tree) -> list[str]:
     """Lets sections that repeat a top-level value of the YAML follow the command line.
 
-    Returns:
-        A line for each value that is not the same everywhere.
+    Returns a line for each value that is not the same everywhere.
     """
     notes, errors = [], []
     for top in USED_IN_ALL + ('seed', 'eval_samples'):
@@ -255,8 +242,6 @@ def _same(a: Any, b: Any) -> bool:
 
 
 # ---------------------------------------------------------------- dotted keys of a tree
-
-
 def _holder(tree: Tree, key: str) -> tuple[Tree, str]:
     """The section of a dotted key (empty where there is none), and the key's last part."""
     *path, last = key.split('.')

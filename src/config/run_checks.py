@@ -15,12 +15,7 @@ FIELDS = {'save_folder': SAME_ON_ALL, 'loggers.file.filename': (*SAME_ON_ALL, 'r
 
 
 def schedule_errors(c: Config, packed: bool) -> Iterator[str]:
-    """One line for each mistake in durations.
-
-    Args:
-        c: The config.
-        packed: Whether text is packed on the fly, so that nobody knows how long an epoch is.
-    """
+    """One line for each mistake in durations. Where text is `packed` on the fly, nobody knows how long an epoch is."""
     times = (c.max_duration, c.scheduler.t_warmup, c.scheduler.t_max)
     (run, unit), *others = ((float(m[1]), m[2]) for m in map(TIME.match, times) if m)
     alike = {unit, 'dur', *(('ba', 'ep') if unit in ('ba', 'ep') and not packed else ())}
@@ -43,9 +38,7 @@ def schedule_errors(c: Config, packed: bool) -> Iterator[str]:
 def check_warmup(c: Config, epoch: Optional[int]) -> None:
     """Refuses a warm-up in epochs or batches that is not shorter than a run in the other unit, and a t_max that is.
 
-    Args:
-        c: The config.
-        epoch: Its batches; None where the training loader has no length.
+    `epoch` is the number of batches in one; None where the training loader has no length.
     """
     for error in _misfits(c, {'ba': 1, 'ep': math.nan if epoch is None else epoch}):
         raise UserError(error)

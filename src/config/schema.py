@@ -283,8 +283,6 @@ class Config(Section):
 
 
 # ---------------------------------------------------------------- types of settings
-
-
 def types_below(parent: Any, key: Any) -> list[Any]:
     """The types that the value of a key may have, in a section or in a dictionary of a type."""
     if isinstance(parent, type) and issubclass(parent, BaseModel):

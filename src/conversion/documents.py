@@ -35,11 +35,8 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
                    ) -> Iterator[Document]:
     """The documents of one file that can be used.
 
-    With `skip_bad_docs` the others are left out, counted in `counts`, and the first of them are named.
-
-    Raises:
-        UserError: A document is bad; or, with `skip_bad_docs`, all of several are, so that a whole file would be left
-        out.
+    With `skip_bad_docs` the others are left out, counted in `counts`, and the first of them are named. Raises UserError
+    where a document is bad; or, with `skip_bad_docs`, where all of several are, so that a whole file would be left out.
     """
     good, bad, first = 0, 0, None
     for document in found:
@@ -63,15 +60,10 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
               txt_lines: bool = False) -> Iterator[Document | Bad]:
     """The documents of a file in order, each with `columns` as strings. One that cannot be used is `Bad`.
 
-    Args:
-        path: The file. The end of its name, in small or capital letters, says its format.
-        columns: Of each document.
-        text_column: The field of the file that becomes the column `text`.
-        where: The name of the file in messages.
-        txt_lines: Whether each line of a text file is a document, in place of the whole file.
-
-    Raises:
-        UserError: The file is cut short or damaged, so that what follows is lost; or no document can have the text.
+    The end of the file's name, in small or capital letters, says its format. The file's field `text_column` becomes the
+    column `text`. With `txt_lines` each line of a text file is a document, in place of the whole file. Messages name
+    the file as `where`. Raises UserError where the file is cut short or damaged, so that what follows is lost; or where
+    no document can have the text.
     """
     fields = {column: text_column if column == 'text' else column for column in columns}
     where, name, number = where or str(path), path.name.lower(), 0

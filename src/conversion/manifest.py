@@ -17,13 +17,9 @@ INDEX, MANIFEST, TRAINED = 'index.json', 'manifest.json', 'trained.json'  # the 
 
 
 def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
-    """Writes the index over all parts, then the manifest.
+    """Writes the index over all parts, then the manifest, and returns the manifest.
 
-    Returns:
-        The manifest.
-
-    Raises:
-        UserError: Parts are missing, or none holds a document.
+    Raises UserError where parts are missing, or none holds a document.
     """
     output, there = open_output(jobs[0].root), all_done(jobs)
     missing = [job.name for job, part in zip(jobs, there, strict=True) if part is None]
@@ -70,11 +66,7 @@ def _shards(output: Output, part: str) -> list[dict[str, Any]]:
 
 
 def check_strangers(root: str, n_parts: int) -> None:
-    """Refuses a split that holds other data than its parts.
-
-    Raises:
-        UserError: Names what is there.
-    """
+    """Raises UserError where a split holds other data than its parts; the message names what is there."""
     output, folder = open_output(root), Path(root)
     if output.remote:
         names = sorted({name.partition('/')[0] for name in output.listed() or ()})
@@ -108,11 +100,8 @@ def _is_of_others(index: Optional[bytes]) -> bool:
 def verify(root: str) -> list[str]:
     """Checks each split below a folder, or one split, against its manifest, and a tokenizer that was trained with them.
 
-    Returns:
-        A line for each file that is missing, cut short or changed, and for each split that was not finished.
-
-    Raises:
-        UserError: There is no manifest, or it is damaged.
+    Returns a line for each file that is missing, cut short or changed, and for each split that was not finished. Raises
+    UserError where there is no manifest, or it is damaged.
     """
     manifests = sorted(Path(root).glob(f'*/{MANIFEST}')) or sorted(Path(root).glob(MANIFEST))
     if not manifests:

@@ -153,8 +153,7 @@ def new_unfinished(folder: Path, name: str) -> Path:
 def unfinished(output: Output, name: str) -> Iterator[Path]:
     """An empty folder for what is not finished yet, removed in the end.
 
-    Raises:
-        UserError: The disk is full or cannot be written. Sources turn their own OSErrors into UserErrors before.
+    Raises UserError where the disk is full or cannot be written. Sources turn their OSErrors into UserErrors before.
     """
     path, disk = None, disk_of(output)
     try:

@@ -48,12 +48,8 @@ class Job(NamedTuple):
 def done(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
     """What `part.json` says of a part that is there, whole; None where it is still to be made.
 
-    Args:
-        job: Whose part.
-        listed: All names in an object store, where they are known already.
-
-    Raises:
-        UserError: It was made from another file or with other options, or its folder holds something else.
+    `listed` are all names in an object store, where they are known already. Raises UserError where the part was made
+    from another file or with other options, or its folder holds something else.
     """
     output, folder = open_output(job.root), Path(job.root, job.name)
     listed = output.listed(f'{job.name}/') if listed is None else listed
@@ -97,13 +93,10 @@ def all_done(jobs: list[Job]) -> list[Optional[Part]]:
 
 
 def convert(job: Job) -> Part:
-    """Makes a part, unless it is there.
+    """Makes a part, unless it is there, and returns what its `part.json` says.
 
-    Returns:
-        What its `part.json` says.
-
-    Raises:
-        UserError: The file or the disk does not do. Nothing of the part is left, what was finished before stays.
+    Raises UserError where the file or the disk does not do. Then nothing of the part is left, and what was finished
+    before stays.
     """
     if part := done(job):
         return part

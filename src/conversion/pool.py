@@ -25,15 +25,10 @@ def make_parts(split: str, jobs: list[Job], there: list[Optional[Part]], num_wor
                ) -> list[Job]:
     """Makes the parts of a split that are not there.
 
-    Args:
-        there: What was made before, for each of `jobs`.
-        total: The documents of the split, for the bar; None where nobody knows.
-
-    Returns:
-        The jobs that make up the split: where only the first N documents are asked for, those that hold them.
-
-    Raises:
-        UserError: What went wrong with the first part that failed; parts that are finished stay.
+    `there` is what was made before, for each of `jobs`. `total` counts the documents of the split, for the bar; None
+    where nobody knows. Returns the jobs that make up the split: where only the first N documents are asked for, those
+    that hold them. Raises UserError, which says what went wrong with the first part that failed; parts that are
+    finished stay.
     """
     if any(there):
         print(f'{split}: {sum(map(bool, there))} of {len(jobs)} parts were there before')

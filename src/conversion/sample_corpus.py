@@ -128,13 +128,10 @@ def _join(texts: list[str], seen: set[str]) -> list[str]:
 
 
 def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 4096) -> int:
-    """Trains a byte-level BPE (as GPT-2's, https://openai.com/research/better-language-models) and saves it to
-    `folder`.
+    """Trains a byte-level BPE (as GPT-2's, https://openai.com/research/better-language-models), and saves it.
 
-    The folder loads with `AutoTokenizer.from_pretrained(folder)`. `<|endoftext|>` is the one special token.
-
-    Returns:
-        The number of tokens: fewer than `vocab_size` where the texts are few.
+    The folder loads with `AutoTokenizer.from_pretrained(folder)`. `<|endoftext|>` is the one special token. Returns the
+    number of tokens: fewer than `vocab_size` where the texts are few.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -50,16 +50,12 @@ class SourceFile(NamedTuple):
 class FolderSource:
     """Files below a folder: C4's own, such as `c4-train.00000-of-01024.json.gz`, or others, by the name of their split.
 
-    Args:
-        folder: Where the files lie. Links to folders are followed.
-        out_root: Where the shards will lie. What lies there is not read.
+    Links to folders are followed. What lies in `out_root`, where the shards will lie, is not read. Raises UserError
+    where there is no such folder, or the splits of its files are not clear.
 
     Attributes:
         paths: Of the files, relative to `folder`, by split.
         unread: The files and folders that are not read, relative to `folder`: path → reason.
-
-    Raises:
-        UserError: There is no such folder, or the splits of its files are not clear.
     """
 
     revision = None

@@ -124,15 +124,10 @@ def _nobody_there(error: Optional[BaseException]) -> bool:
 def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, setting: str = '--source hub') -> Any:
     """Calls the hub until it answers, waiting longer each time.
 
-    Args:
-        call: What to do.
-        what: Its object, for messages.
-        attempts: Where nobody answers at all; a hub that answers 5xx or 429, or hangs up, is asked ATTEMPTS times.
-        setting: Which one `what` belongs to.
-
-    Raises:
-        UserError: It did not, or says that there is no such thing, or not for this user.
-        OSError: This machine's disk is full or cannot be written.
+    `what` is the object of `call`, for messages, and `setting` the one that it belongs to. Where nobody answers at all
+    it makes `attempts`; a hub that answers 5xx or 429, or hangs up, is asked ATTEMPTS times. Raises UserError where the
+    hub does not answer, or says that there is no such thing, or not for this user; and OSError where this machine's
+    disk is full or cannot be written.
     """
     from httpx import HTTPError
     from huggingface_hub import constants
@@ -166,9 +161,7 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
 def fetched(path: str, folder: Path, quiet: bool = True) -> Path:
     """The file on this disk. One of the hub is downloaded below `folder`, and goes on where an earlier attempt was cut.
 
-    Raises:
-        UserError: The hub does not give it.
-        OSError: The disk is full.
+    Raises UserError where the hub does not give it, and OSError where the disk is full.
     """
     if not is_url(path):
         return Path(path)

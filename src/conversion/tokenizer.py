@@ -31,8 +31,7 @@ TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
 def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterator[str]:
     """The texts of the files, up to TOKENIZER_BYTES.
 
-    Raises:
-        UserError: A file or, without --skip_bad_docs, a document cannot be read; or there is no text.
+    Raises UserError where a file or, without --skip_bad_docs, a document cannot be read; or where there is no text.
     """
     total, counts = 0, {'bad_documents': 0}
     with tempfile.TemporaryDirectory() as folder:
@@ -82,8 +81,7 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
 def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
     """The tokenizer for --concat_tokens; `folder` is for a copy of one that is in an object store.
 
-    Returns:
-        The name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
+    Returns the name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
     """
     if args.concat_tokens is None:
         return None, None, None

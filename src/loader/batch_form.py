@@ -20,12 +20,8 @@ class BatchForm:
     """Checks a batch and completes it, before it is split into microbatches: DataSpec's `batch_transforms`.
 
     Token ids become int64. `labels` that are missing are the `input_ids`; labels of padding become -100. Other keys
-    stay. The kit's own loaders give batches in this form.
-
-    Args:
-        setting: The loader, for messages.
-        vocab_size: Of the model.
-        max_seq_len: The longest sequence that the model takes; None: any.
+    stay. The kit's own loaders give batches in this form. Messages name the loader by `setting`. `vocab_size` is the
+    model's, and `max_seq_len` the longest sequence that the model takes; None: any.
     """
 
     def __init__(self, setting: str, vocab_size: int, max_seq_len: Optional[int]) -> None:

@@ -19,8 +19,7 @@ from src.loader.streams import CheckedStream
 def column_of(dataset: CheckedDataset, max_seq_len: int) -> str:
     """`tokens` or `text`: the column that all streams of a dataset hold.
 
-    Raises:
-        UserError: They hold neither, different things, or sequences that do not fit `max_seq_len`.
+    Raises UserError where they hold neither, different things, or sequences that do not fit `max_seq_len`.
     """
     held = {stream.setting: _held_by(stream, dataset.shards[int(first)], max_seq_len)
             for stream, first in zip(dataset.streams, dataset.shard_offset_per_stream)}
@@ -71,16 +70,11 @@ def _check_shape(shape: tuple[int, ...], max_seq_len: int, place: str) -> None:
 
 
 # ---------------------------------------------------------------- which tokenizer made the tokens
-
-
 def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
     """Refuses tokens that another tokenizer made, as the manifest of convert_c4.py beside an index says.
 
     For data without such a manifest there is nothing to compare. In an object store one process of each node alone
-    looks.
-
-    Raises:
-        UserError: The tokens are of another tokenizer, or the manifest cannot be read.
+    looks. Raises UserError where the tokens are of another tokenizer, or the manifest cannot be read.
     """
     if is_url(stream.remote) and get_local_rank() != 0:
         return

@@ -28,14 +28,8 @@ class CheckedDataset(StreamingDataset):
     """A StreamingDataset in which a shard that cannot be had is an error of whoever reads it, in every worker and rank.
 
     Streaming 0.13.0 leaves a shard that failed in the state "being prepared", for which other workers wait for ever,
-    and raises in threads.
-
-    Args:
-        streams: By the setting that names each, the keywords of a CheckedStream.
-        **kwargs: StreamingDataset's own.
-
-    Raises:
-        UserError: The data is missing or cannot be read.
+    and raises in threads. `streams` holds, by the setting that names each, the keywords of a CheckedStream; `kwargs`
+    are StreamingDataset's own. Raises UserError where the data is missing or cannot be read.
     """
 
     streams: list[CheckedStream]  # pyright: ignore[reportIncompatibleVariableOverride]

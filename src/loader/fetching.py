@@ -31,10 +31,8 @@ class Damaged(Exception):
 def check_file(path: str, info: Optional[FileInfo], algorithm: Optional[str] = None) -> None:
     """Raises Damaged, which says what is wrong with a file.
 
-    Args:
-        path: Of the file.
-        info: What the index says of it; None: it is an index, which must be JSON.
-        algorithm: Of a hash that the index has; None: the size alone is checked.
+    `info` is what the index says of the file; None: it is an index, which must be JSON. `algorithm` is of a hash that
+    the index has; None: the size alone is checked.
     """
     if not os.path.exists(path):
         raise Damaged('it is missing')
@@ -73,14 +71,8 @@ def warn_of_another(stream: Any, name: str, what: str, attempt: int) -> None:
 def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm: Optional[str]) -> None:
     """Fetches a file of a stream under another name, checks it and renames it, in `1 + download_retry` attempts.
 
-    Args:
-        stream: A CheckedStream.
-        name: Of the file, where the data lies.
-        path: Where it is copied to.
-        info, algorithm: As `check_file` has them.
-
-    Raises:
-        UserError: It could not be had whole.
+    `stream` is a CheckedStream. `name` is that of the file where the data lies, and `path` is where it is copied to;
+    `info` and `algorithm` are as `check_file` has them. Raises UserError where the file could not be had whole.
     """
     part, error = path + PART, Exception()
     for attempt in range(1 + stream.download_retry):
@@ -106,10 +98,8 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
 def remove_parts(folder: Path, names: Container[str], of_all: bool) -> None:
     """Removes what killed runs have left of files on their way.
 
-    Args:
-        folder: Of the split.
-        names: Of its files, below the folder.
-        of_all: Whether those of other machines, too, and of runs that go on; a run at work makes its own anew.
+    `names` are those of the split's files, below its `folder`. With `of_all` what other machines, and runs that go on,
+    have there is removed too; a run at work makes its own anew.
     """
     for part in folder.rglob(f'*{PART}*'):
         if str(part.relative_to(folder)).split(PART)[0] in names and (of_all or is_left(part.name)):

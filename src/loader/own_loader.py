@@ -50,8 +50,7 @@ class Batches:
 class SizedBatches(Batches):
     """Batches that are counted. Composer refuses an evaluation whose `len` raises TypeError, as a DataLoader's may.
 
-    Args:
-        length: Batches in an epoch; in training those of the rank that has the fewest.
+    `length` is the number of batches in an epoch; in training that of the rank that has the fewest.
     """
 
     def __init__(self, loader: Any, evaluate: bool, length: int) -> None:

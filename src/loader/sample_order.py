@@ -17,11 +17,10 @@ def whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes
     """The samples of an epoch from `drop_first` on, dealt to devices and workers: streaming's order, each sample once.
 
     What fills no global batch is left out. Streaming's own partition algorithms repeat samples until each canonical
-    node, rank and worker has as many, so that what they yield depends on the devices, and refuse numbers of nodes
-    that are neither a factor nor a multiple of the canonical ones. Where they repeat nothing, they deal as this does.
+    node, rank and worker has as many, so that what they yield depends on the devices, and refuse numbers of nodes that
+    are neither a factor nor a multiple of the canonical ones. Where they repeat nothing, they deal as this does.
 
-    Returns:
-        Places in the epoch's order, of shape (nodes, ranks per node, workers per rank, batches, batch_size); -1: none.
+    Returns places in the epoch's order, (nodes, ranks per node, workers per rank, batches, batch_size); -1: none.
     """
     bounds = np.arange(num_canonical_nodes + 1) * num_samples // num_canonical_nodes
     turns = num_samples // num_canonical_nodes  # the canonical nodes take turns, a sample each; then some have one more
@@ -39,9 +38,7 @@ def stratified(dataset: Any, world: World, epoch: int, sample_in_epoch: int) -> 
     """Streaming's `stratified`, arranged as for one device and then dealt: every global batch has each stream's share.
 
     Streaming's own deals each stream to the devices first, and leaves out samples whose number depends on theirs.
-
-    Returns:
-        Sample ids, of shape (nodes, ranks per node, workers per rank, batches, batch_size); -1: none.
+    Returns sample ids, of shape (nodes, ranks per node, workers per rank, batches, batch_size); -1: none.
     """
     device_batch_size = dataset.batch_size
     dataset.batch_size = device_batch_size * world.ranks_per_node * world.num_nodes
@@ -55,14 +52,10 @@ def stratified(dataset: Any, world: World, epoch: int, sample_in_epoch: int) -> 
 
 
 def batches_in_epoch(dataset: Any, global_batch_size: int) -> int:
-    """How many whole global batches there are in an epoch, on any number of devices.
+    """How many whole global batches there are in an epoch of a `CheckedDataset`, on any number of devices.
 
-    Args:
-        dataset: A `CheckedDataset`.
-        global_batch_size: Samples over all devices.
-
-    Raises:
-        UserError: A stream is too small for its part of a batch.
+    `global_batch_size` counts samples over all devices. Raises UserError where a stream is too small for its part of a
+    batch.
     """
     if dataset.batching_method == 'random' or len(dataset.streams) == 1:
         return dataset.epoch_size // global_batch_size
@@ -88,9 +81,8 @@ class EvalView(Dataset):
     As a StreamingDataset iterates, it repeats samples until every rank has as many. Composer drops those that a
     DistributedSampler repeats, so an evaluation over this view counts every sample once, on any number of ranks.
 
-    Args:
-        dataset: One that does not pack on the fly.
-        eval_samples: How many; -1: all. Streams have shares in proportion to their sizes.
+    The dataset does not pack on the fly. `eval_samples` says how many there are; -1: all. Streams have shares in
+    proportion to their sizes.
     """
 
     def __init__(self, dataset: Any, eval_samples: int = -1) -> None:

@@ -21,12 +21,8 @@ Sample = dict[str, NDArray[np.int64]]
 class SampleMaker:
     """Makes samples of the rows of a dataset; StreamingC4 says what is in them.
 
-    Args:
-        tokenizer: Hugging Face's own object.
-        tokenizer_name: For messages.
-        max_seq_len: Tokens in a sample.
-        sequence_ids: Whether samples number their documents.
-        place: Where the rows lie, for messages.
+    The tokenizer is Hugging Face's own object. Samples have `max_seq_len` tokens, and number their documents where
+    `sequence_ids` is true. `tokenizer_name` and `place`, where the rows lie, are for messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokenizer_name: str, max_seq_len: int, sequence_ids: bool,
@@ -38,8 +34,7 @@ class SampleMaker:
     def of_tokens(self, rows: list[Row]) -> list[Sample]:
         """A sample of each row of tokens.
 
-        Raises:
-            UserError: A row is of another length, or holds an id that the tokenizer does not have.
+        Raises UserError where a row is of another length, or holds an id that the tokenizer does not have.
         """
         return [self._sample(self._checked(row['tokens'])) for row in rows]
 

@@ -80,12 +80,10 @@ def _is_mapped(path: Path) -> bool:
 
 
 def remove_stale() -> list[str]:
-    """Removes this user's blocks and lock files whose processes are gone. Does nothing where there is no `/dev/shm`.
+    """Removes this user's blocks and lock files whose processes are gone, and returns their names.
 
     The blocks of a prefix are stale when no process has one open or mapped, lock files when no block has their prefix.
-
-    Returns:
-        The names of the files removed.
+    Does nothing where there is no `/dev/shm`.
     """
     if not BLOCKS.is_dir():
         return []
@@ -138,17 +136,9 @@ def opening_a_dataset() -> Iterator[None]:
 def check_loader(setting: str, loader: DataLoader, batch_bytes: int, order_bytes: int = 0) -> None:
     """Refuses a loader that does not fit into shared memory together with the other loaders of this process.
 
-    The loader workers of all ranks of a machine hand over their batches through its shared memory. The order of the
-    samples of an epoch lies there too.
-
-    Args:
-        setting: `train_loader` or `eval_loader`.
-        loader: A loader that has read nothing yet.
-        batch_bytes: Of one batch.
-        order_bytes: Of the order of an epoch's samples.
-
-    Raises:
-        UserError: There is too little room.
+    The loader workers of all ranks of a machine hand over their batches, of `batch_bytes` each, through its shared
+    memory. The order of the samples of an epoch, of `order_bytes`, lies there too. `setting` is `train_loader` or
+    `eval_loader`, and the loader has read nothing yet. Raises UserError where there is too little room.
     """
     n_batches = loader.num_workers * (loader.prefetch_factor or 0) * get_local_world_size()
     need = n_batches * batch_bytes + order_bytes

@@ -38,13 +38,8 @@ class CheckedStream(Stream):
     `validate_hash`, for its hash: of a copy, a file that is wrong is removed and fetched again; where nothing is copied
     it is an error. Streaming 0.13.0 itself takes a shard for whole once it is there.
 
-    Args:
-        setting: How messages call it, as `dataset` or `dataset.streams.books`.
-        cache_limit: The dataset's.
-        remote, local, split, **kwargs: As Stream has them.
-
-    Raises:
-        UserError: There is no such place, or a shard cannot be had.
+    `setting` is how messages call it, as `dataset` or `dataset.streams.books`, and `cache_limit` is the dataset's; the
+    others are as Stream has them. Raises UserError where there is no such place, or a shard cannot be had.
     """
 
     def __init__(self, setting: str, cache_limit: Any, remote: Optional[str], local: Optional[str],

@@ -21,12 +21,9 @@ CHECK = ('check that every node is started, each with its own NODE_RANK and all 
 def agree(what: str, settings: Mapping[str, Any]) -> None:
     """Compares settings among all ranks, which must all call this.
 
-    Args:
-        what: The start of the message, as `config`.
-        settings: Flat, from name to value, with secrets masked: values are shown, and compared as they are shown.
-
-    Raises:
-        UserError: On every rank, where ranks differ: the setting, its values, and where each holds.
+    `what` is the start of the message, as `config`. `settings` are flat, from name to value, with secrets masked:
+    values are shown, and compared as they are shown. Where ranks differ, every rank raises UserError, which names the
+    setting, its values, and where each holds.
     """
     errors = differences(gather({name: repr(value) for name, value in settings.items()}))
     if errors:

@@ -70,12 +70,9 @@ def check_numbers() -> None:
 def check_environment(env: Mapping[str, str]) -> None:
     """Holds the launcher's variables against each other, before Composer reads any of them.
 
-    Args:
-        env: `os.environ`. Without any of the variables, or with those of one process alone, there is nothing to check.
-
-    Raises:
-        UserError: A variable is missing or contradicts another; MASTER_ADDR has no address, MASTER_PORT cannot be one;
-            or this is one of several tasks that know nothing of each other.
+    `env` is `os.environ`. Without any of the variables, or with those of one process alone, there is nothing to
+    compare. Raises UserError where a variable is missing or contradicts another, where MASTER_ADDR has no address or
+    MASTER_PORT cannot be a port, or where this is one of several tasks that know nothing of each other.
     """
     if all(env.get(name, value) == value for name, value in ALONE.items()):
         _check_alone(env)

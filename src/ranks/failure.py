@@ -71,8 +71,7 @@ class Board:
     def other_failure(self, dead: Iterable[int]) -> Optional[Failure]:
         """What ended another rank: its own word, the death of one on this node, or the loss of the store.
 
-        Args:
-            dead: Local ranks whose process has ended.
+        `dead` are the local ranks whose process has ended.
         """
         try:
             if self._store.check(['failure']):

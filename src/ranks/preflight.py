@@ -17,14 +17,10 @@ from src.ranks.environment import Process, rank
 def preflight() -> str:
     """Sums a tensor over all ranks, which must all call this.
 
-    Returns:
-        Lines for the log: the devices of each node and, with several ranks, how fast the sum was. The bus bandwidth is
-        bytes / seconds * 2 (n - 1) / n, as nccl-tests define it (https://github.com/NVIDIA/nccl-tests,
-        doc/PERFORMANCE.md): comparable with the hardware's, for any number n of ranks.
-
-    Raises:
-        UserError: A sum is wrong, and whose part of it; or the ranks cannot reach each other; or two nodes share one
-            /dev/shm.
+    Returns lines for the log: the devices of each node and, with several ranks, how fast the sum was. The bus bandwidth
+    is bytes / seconds * 2 (n - 1) / n, as nccl-tests define it (https://github.com/NVIDIA/nccl-tests,
+    doc/PERFORMANCE.md): comparable with the hardware's, for any number n of ranks. Raises UserError where a sum is
+    wrong, and says whose part of it; or where the ranks cannot reach each other, or two nodes share one /dev/shm.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
     told = gather((device, _shared_memory()))
@@ -65,8 +61,7 @@ def check_shared_memory_apart(memories: dict[Process, str]) -> None:
 def check_sum(ranks: list[Process], part: float) -> None:
     """Adds up a column for each rank, filled by it with `part`, which has to be its rank + 1.
 
-    Raises:
-        UserError: The sum is wrong: whose part of it, and on which ranks.
+    Raises UserError where the sum is wrong, and says whose part of it, and on which ranks.
     """
     n = len(ranks)
     columns = torch.zeros(1024, n, device=_device())

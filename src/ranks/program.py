@@ -21,13 +21,9 @@ def log_to_stderr() -> None:
 
 
 def run(work: Callable[[FailureWatch], Any]) -> int:
-    """Does the work of this rank.
+    """Does the work of this rank, and returns its exit code: 0, EXIT_STOPPED, 130 after Ctrl-C, or 1.
 
-    Args:
-        work: Called with the watch that ends this rank when another one fails.
-
-    Returns:
-        The exit code: 0, EXIT_STOPPED, 130 after Ctrl-C, or 1.
+    `work` is called with the watch that ends this rank when another one fails.
     """
     from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 

@@ -30,12 +30,9 @@ def initialize(timeout: float) -> None:
     up otherwise. torch alone, in 2.7, names nobody, and waits longer than asked: up to twice the time-out for a node 0
     that does not answer, for ever for another program at its port, and five times for gloo's connections.
 
-    Args:
-        timeout: Seconds, `dist_timeout`; also that of every later collective.
-
-    Raises:
-        UserError: The ranks did not meet within `timeout`, or not these ranks; or they meet and cannot connect (at most
-            5 seconds later). LOCAL_WORLD_SIZE is more than the node has GPUs.
+    `timeout` is `dist_timeout`, in seconds, and also that of every later collective. Raises UserError where the ranks
+    did not meet within it, or not these ranks; where they meet and cannot connect (at most 5 seconds later); or where
+    LOCAL_WORLD_SIZE is more than the node has GPUs.
     """
     if torch.distributed.is_initialized() or dist.get_world_size() == 1:
         dist.initialize_dist(get_device(None), timeout)

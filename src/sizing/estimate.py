@@ -135,15 +135,9 @@ def largest(c: Config, card: Card, n: int, wanted: int) -> Optional[int]:
 def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = MFU) -> Estimate:
     """All figures of a run.
 
-    Args:
-        c: The config.
-        card: What each device is.
-        devices: How many; None: the smallest number that fits, or, where none does, the largest that there can be.
-        mfu: Part of the peak that the model's FLOPs reach.
-
-    Raises:
-        UserError: The model's memory cannot be predicted, or the devices do not divide the batch or the copies of the
-            model.
+    `devices` as None means the smallest number that fits, or, where none does, the largest that there can be. `mfu` is
+    the part of the peak that the model's FLOPs reach. Raises UserError where the model's memory cannot be predicted, or
+    the devices do not divide the batch or the copies of the model.
     """
     possible, asked = counts(c), c.device_train_microbatch_size
     if not possible or devices and devices not in possible:

@@ -21,26 +21,17 @@ class Memory(NamedTuple):
 
     N are all parameters, and n the devices that share one copy of the weights. An FSDP unit is usually a block. The
     root are the parameters outside of the units, such as embeddings.
-
-    Attributes:
-        moment: In words.
-        weights: Master weights in fp32, 4 N / n, and copies: what FSDP gathers in the precision of `mixed_precision`
-            (the root, and the unit at work with the one that is fetched ahead; with SHARD_GRAD_OP all), or what
-            autocast makes.
-        gradients: In fp32, 4 N / n; DDP's buckets, 4 N, or those of a unit that FSDP reduces.
-        optimizer: What the optimizer keeps, from the second step on: 8 N / n for Adam.
-        activations: What autograd keeps of the forward pass, and what passes through the backward pass.
-        logits: What the loss makes: logits, and the gradients of its input and of the head.
-        workspace: `GPU_WORKSPACE`; 0 on a CPU.
     """
 
-    moment: str
+    moment: str  # in words
+    # Master weights in fp32, 4 N / n, and copies: what FSDP gathers in the precision of `mixed_precision` (the root,
+    # and the unit at work with the one that is fetched ahead; with SHARD_GRAD_OP all), or what autocast makes
     weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    workspace: int
+    gradients: int  # in fp32, 4 N / n; DDP's buckets, 4 N, or those of a unit that FSDP reduces
+    optimizer: int  # what the optimizer keeps, from the second step on: 8 N / n for Adam
+    activations: int  # what autograd keeps of the forward pass, and what passes through the backward pass
+    logits: int  # what the loss makes: logits, and the gradients of its input and of the head
+    workspace: int  # `GPU_WORKSPACE`; 0 on a CPU
 
     @property
     def total(self) -> int:
@@ -132,16 +123,9 @@ def moments(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> list[
     """The peak of each part of a step. The last one, the optimizer's step, holds what stays from step to step.
 
     Not counted: metrics, `algorithms` that copy the model (ema, swa), what `compile_config` and `linear_impl: fp8` save
-    or add, FSDP1's `keep_low_precision_grads` and `limit_all_gathers: false`.
-
-    Args:
-        c: The config.
-        world_size: Number of devices.
-        has_gpu: Whether they are GPUs.
-        microbatch: Samples per forward pass on one device.
-
-    Raises:
-        UserError: The model cannot run without data, or the devices do not divide the global batch.
+    or add, FSDP1's `keep_low_precision_grads` and `limit_all_gathers: false`. `microbatch` counts samples per forward
+    pass on one device. Raises UserError where the model cannot run without data, or the devices do not divide the
+    global batch.
     """
     t, s, f = traced(c, world_size, has_gpu, microbatch), sharding_of(c, world_size, has_gpu), c.fsdp_config
     n_trained = sum(p.numel() for p in t.model.parameters() if p.requires_grad)

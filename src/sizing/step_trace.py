@@ -56,18 +56,13 @@ class Phase(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The memory of a step.
+    """The memory of a step."""
 
-    Attributes:
-        model: What was built; its parameters have no data.
-        peaks: The most bytes of each phase, by kind: `weights` (copies in low precision), `gradients`, `activations`,
-            `logits` (of the loss). Master weights, optimizer state and what FSDP gathers and reduces are not counted.
-        units: The number of parameters of each FSDP unit, in the order in which they run.
-    """
-
-    model: ComposerCausalLM
+    model: ComposerCausalLM  # what was built; its parameters have no data
+    # The most bytes of each phase, by kind: `weights` (copies in low precision), `gradients`, `activations`, `logits`
+    # (of the loss). Master weights, optimizer state and what FSDP gathers and reduces are not counted.
     peaks: dict[Phase, Counter[str]]
-    units: tuple[int, ...]
+    units: tuple[int, ...]  # the number of parameters of each FSDP unit, in the order in which they run
 
     @property
     def root(self) -> int:
@@ -81,8 +76,7 @@ _traces: dict[str, Trace] = {}
 def trace(step: Step) -> Trace:
     """The memory of a step; one that was asked for before is not run again.
 
-    Raises:
-        UserError: The model cannot run on tensors without data.
+    Raises UserError where the model cannot run on tensors without data.
     """
     key = f'{COMPOSER_MODEL_REGISTRY[step.model.name]} {step}'
     if key not in _traces:
@@ -146,8 +140,7 @@ def _build(section: Any, has_gpu: bool) -> ComposerCausalLM:
 def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn.Parameter]]:
     """Has hooks tell `live` the phase of the step, and free gradients as FSDP does.
 
-    Returns:
-        The parameters of each FSDP unit, in the order in which the units run: the list fills in the forward pass.
+    Returns the parameters of each FSDP unit, in the order in which the units run: the list fills in the forward pass.
     """
     is_unit = getattr(model.model, 'fsdp_wrap_fn', lambda module: False)
     modules = [module for module in model.model.modules() if is_unit(module)]
@@ -198,8 +191,7 @@ def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that exist, by kind, and keeps the peak of each phase.
 
-    Args:
-        params: The storages of the parameters, which are not counted.
+    `params` are the storages of the parameters, which are not counted.
     """
 
     def __init__(self, params: set[int]):

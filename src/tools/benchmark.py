@@ -84,14 +84,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- one run
-
-
 @contextmanager
 def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, str]]:
     """Random tokens in documents of random lengths, and a tokenizer of as many, in a temporary folder of each node.
 
-    Yields:
-        The settings that name them.
+    Yields the settings that name them.
     """
     names = [f'benchmark-{uuid.uuid4().hex}']
     dist.broadcast_object_list(names)  # one name on all nodes, which compare their settings
@@ -148,14 +145,8 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
         failures: Optional[FailureWatch] = None) -> dict[str, Any]:
     """One record: what was timed, where, and the figures.
 
-    Args:
-        args: The command line.
-        overrides: Its own, and those of this run of a sweep.
-        number: Of the record.
-        failures: Ends this rank when another fails.
-
-    Raises:
-        UserError: The YAML or an override does not do.
+    `overrides` are those of the command line and those of this run of a sweep, and `number` is the record's. `failures`
+    ends this rank when another fails. Raises UserError where the YAML or an override does not do.
     """
     cfg = config.load([args.yaml, *overrides])
     c = check_config(cfg, nodes=1)
@@ -235,7 +226,6 @@ def predicted(c: Config, devices: int, microbatch: int) -> Optional[int]:
 
 # ---------------------------------------------------------------- results
 
-
 COLUMNS = ('run', 'parameters', 'batch × seq', 'precision', 'attention', 'tokens/s', 'MFU', 'causal MFU', 'ms/step',
            *PARTS, 'peak GiB', 'predicted', 'against')
 
@@ -279,8 +269,6 @@ def page(records: list[dict[str, Any]]) -> str:
 
 
 # ---------------------------------------------------------------- the program
-
-
 def combinations(sweeps: list[str]) -> list[tuple[str, ...]]:
     """The overrides of each run."""
     swept = []
@@ -295,8 +283,7 @@ def combinations(sweeps: list[str]) -> list[tuple[str, ...]]:
 def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> list[dict[str, Any]]:
     """Times every run of the sweep, and writes the records after each.
 
-    Raises:
-        UserError: A mistake that all runs have. One that a single run of a sweep has is its record.
+    Raises UserError for a mistake that all runs have. One that a single run of a sweep has is its record.
     """
     runs, target = combinations(args.sweep), Path(f'{args.out}.json')
     try:

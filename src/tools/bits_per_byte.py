@@ -20,14 +20,9 @@ def bytes_per_token(tokenizer: Any, vocab_size: int) -> NDArray[np.float64]:
     lengths are exact, also of tokens that hold part of a character. Of a tokenizer that normalises its text, they are
     of the result.
 
-    Args:
-        tokenizer: Hugging Face's own object.
-        vocab_size: Ids that the model has embeddings for.
-
-    Returns:
-        Of shape (vocab_size,); NaN where it is not known: ids without a token, added tokens that swallow the spaces
-        beside them, and every token of a tokenizer that is no byte-level BPE, or one that puts a space before each
-        document.
+    The tokenizer is Hugging Face's own object, and the model has embeddings for `vocab_size` ids. Returns an array of
+    shape (vocab_size,), NaN where it is not known: ids without a token, added tokens that swallow the spaces beside
+    them, and every token of a tokenizer that is no byte-level BPE, or one that puts a space before each document.
     """
     lengths = np.full(vocab_size, np.nan)
     if not tokenizer.is_fast:

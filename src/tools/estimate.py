@@ -47,11 +47,7 @@ def estimate_of(yaml: str, args: argparse.Namespace) -> Estimate:
 
 
 def main(args: argparse.Namespace) -> list[Estimate]:
-    """Prints one report, or the table.
-
-    Raises:
-        UserError: A number out of range, or a mistake in a config.
-    """
+    """Prints one report, or the table. Raises UserError where a number is out of range, or a config has a mistake."""
     if not 0 < args.mfu <= 1:
         raise UserError(f'--mfu: {args.mfu:g} must be above 0 and at most 1, as in {MFU}')
     if args.price is not None and not 0 <= args.price < math.inf:

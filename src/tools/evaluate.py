@@ -67,8 +67,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def load(args: argparse.Namespace) -> DictConfig:
     """The YAML as an evaluation reads it: the whole split unless the command line says otherwise, nothing of training.
 
-    Raises:
-        UserError: It has no `eval_loader`, or cannot be read.
+    Raises UserError where it has no `eval_loader`, or cannot be read.
     """
     cfg = config.load([args.yaml, 'eval_samples=-1', *args.overrides])
     _set(cfg, allow_same_split=True, global_train_batch_size=dist.get_world_size(), max_duration='1ba',
@@ -96,8 +95,7 @@ def _set(cfg: DictConfig, **changed: Any) -> None:
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """The figures of one split, of a checked config with an `eval_loader`.
 
-    Raises:
-        UserError: The checkpoint or the data is missing, is of another model, or holds nothing to predict.
+    Raises UserError where the checkpoint or the data is missing, is of another model, or holds nothing to predict.
     """
     meet(c, watch)
     start = find_start(None, None, False, c.load_path, weights_only=True)
@@ -183,11 +181,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
-    """Evaluates, prints and writes the figures.
-
-    Raises:
-        UserError: Everything in the command line, the config or the data that the user can mend.
-    """
+    """Evaluates, prints and writes the figures."""
     check_environment(os.environ)
     if args.out and dist.get_global_rank() == 0:  # which writes it
         if not args.out.absolute().parent.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):

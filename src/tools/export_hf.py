@@ -36,17 +36,10 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
                     setting: str = 'CHECKPOINT') -> tuple[PreTrainedModel, Tokenizer, str]:
     """Reads a checkpoint as a Hugging Face model.
 
-    Args:
-        path: The file of a full checkpoint, the folder of a sharded one or of a run; local or a URI.
-        tokenizer_name: A hub name or a folder; None: the run's.
-        yaml: `YAML [key=value ...]` of the run; None: the manifest beside the checkpoint.
-        setting: Where the path is named, for messages.
-
-    Returns:
-        The model on the CPU, in fp32, embeddings for the tokenizer's ids alone; the tokenizer; the checkpoint's path.
-
-    Raises:
-        UserError: All that the user can mend.
+    `path` is the file of a full checkpoint, the folder of a sharded one or of a run; local or a URI. `setting` is where
+    it is named, for messages. `tokenizer_name` is a name on the hub or a folder; None: the run's own. `yaml` is the
+    `YAML [key=value ...]` of the run; None: the manifest beside the checkpoint. Returns the model on the CPU, in fp32,
+    with embeddings for the tokenizer's ids alone; the tokenizer; and the checkpoint's path.
     """
     cfg = _given(yaml)
     if sys.stderr.isatty():
@@ -119,11 +112,7 @@ def check_out(out: str) -> None:
 
 
 def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
-    """Writes the folder whole or not at all.
-
-    Raises:
-        UserError: The disk is full, or cannot be written.
-    """
+    """Writes the folder whole or not at all. Raises UserError where the disk is full, or cannot be written."""
     path = Path(os.path.realpath(out))
     part = path.with_name(f'.{path.name}.part')
     shutil.rmtree(part, ignore_errors=True)  # what a killed export has left
@@ -158,11 +147,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Exports, and says what.
-
-    Raises:
-        UserError: All that the user can mend.
-    """
+    """Exports, and says what."""
     check_out(args.out)
     model, tokenizer, path = load_checkpoint(args.checkpoint, args.tokenizer, args.yaml)
     write(model.to(getattr(torch, args.dtype)), tokenizer, args.out)  # pyright: ignore[reportArgumentType]

@@ -32,11 +32,7 @@ IN_RANGE = {  # argument: what its value has to be, and how that is said
 
 
 def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
-    """A model that transformers can load without code of its own.
-
-    Raises:
-        UserError: It cannot.
-    """
+    """A model that transformers can load without code of its own. Raises UserError where it cannot."""
     hf_logging.set_verbosity_error()
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
@@ -58,8 +54,7 @@ def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
 def room_for(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: Optional[int]) -> int:
     """How many tokens each prompt is continued by: what was asked for, or DEFAULT_TOKENS, or what fits the context.
 
-    Raises:
-        UserError: A prompt has no tokens, or does not fit the context.
+    Raises UserError where a prompt has no tokens, or does not fit the context.
     """
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)['input_ids']]  # pyright: ignore
     if 0 in lengths:
@@ -145,11 +140,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Continues the prompts and prints them.
-
-    Raises:
-        UserError: All that the user can mend.
-    """
+    """Continues the prompts and prints them."""
     for name, (is_in_range, allowed) in IN_RANGE.items():
         if not is_in_range(value := getattr(args, name)):
             raise UserError(f'--{name}: {value}; {allowed}')

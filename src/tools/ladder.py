@@ -93,8 +93,6 @@ class Rung(NamedTuple):
 
 
 # ---------------------------------------------------------------- the power law
-
-
 class Law(NamedTuple):
     """`loss = floor + scale * flops ** -exponent`."""
 
@@ -142,8 +140,6 @@ def table(rungs: Sequence[Rung], losses: Sequence[float]) -> str:
 
 
 # ---------------------------------------------------------------- the runs
-
-
 def prepare(out: Path) -> Path:
     """The sample as packed tokens of a vocabulary of 1024."""
     data = out / 'data'
@@ -166,8 +162,7 @@ def start(rung: Rung, data: Path, out: Path, threads: int) -> subprocess.Popen[b
 def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
     """Trains what is not finished, the largest first, `jobs` at a time, which share the cores.
 
-    Raises:
-        UserError: A run has failed; the others are stopped, and have saved what they have.
+    Raises UserError where a run has failed; the others are stopped, and have saved what they have.
     """
     waiting = sorted((rung for rung in rungs if rung.loss(out) is None), key=lambda rung: rung.flops)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -221,11 +216,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains the sizes, prints the table, and draws the losses.
-
-    Raises:
-        UserError: A run has failed.
-    """
+    """Trains the sizes, prints the table, and draws the losses. Raises UserError where a run has failed."""
     out = args.out.expanduser().resolve()  # a shell leaves the ~ of --out=~/x as it is
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -34,8 +34,6 @@ Array = NDArray[np.float64]
 
 
 # ---------------------------------------------------------------- numbers
-
-
 class Curve(NamedTuple):
     """Loss against x, of training smoothed and not."""
 
@@ -58,8 +56,7 @@ def smoothed(values: Array, n: int) -> Array:
 def curve(run: Run, x: str = 'tokens', n: int = 1) -> Curve:
     """What is drawn of a run: x as of `Run.positions`, and the mean of n batches.
 
-    Raises:
-        UserError: No loss is finite, or the logs do not have x.
+    Raises UserError where no loss is finite, or the logs do not have x.
     """
     at, losses, evals = run.positions(x), run.scalars[TRAIN], run.scalars.get(EVAL, {})
     batches = sorted(losses.keys() & at.keys())
@@ -85,22 +82,13 @@ def envelope(curves: list[Curve]) -> tuple[Array, Array]:
 
 
 # ---------------------------------------------------------------- pictures
-
-
 def draw(runs: list[Run], x: str = 'tokens', y: str = 'both', log: bool = False, smooth: int = 1,
          with_envelope: bool = False) -> Figure:
     """Losses in the colours of matplotlib's style at hand.
 
-    Args:
-        runs: What was read.
-        x: `tokens`, `flops` or `device-days`.
-        y: `train`, `eval` or `both`.
-        log: Logarithmic axes.
-        smooth: Batches of a mean; above 1, the curve as it is lies behind.
-        with_envelope: The compute-optimal envelope, against FLOPs.
-
-    Raises:
-        UserError: There is nothing to draw.
+    `x` is `tokens`, `flops` or `device-days`; `y` is `train`, `eval` or `both`; `log` makes both axes logarithmic.
+    `smooth` counts the batches of a mean; above 1, the curve as it is lies behind. `with_envelope` adds the
+    compute-optimal envelope, against FLOPs. Raises UserError where there is nothing to draw.
     """
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     curves = [curve(run, x, smooth) for run in runs]
@@ -146,8 +134,6 @@ def _finish(axes: Any, x: str, log: bool) -> None:
 
 
 # ---------------------------------------------------------------- program
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Draw the losses of runs.')
     add = parser.add_argument
@@ -165,8 +151,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def read_runs(paths: list[str]) -> list[Run]:
     """The runs, each under a name of its own. Of several, one that has logged nothing is said and left out.
 
-    Raises:
-        UserError: There is no such path, or none of them has logged anything.
+    Raises UserError where there is no such path, or none of them has logged anything.
     """
     runs, said = {}, []
     for path in paths:
@@ -186,11 +171,7 @@ def read_runs(paths: list[str]) -> list[Run]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draws, writes, and says what.
-
-    Raises:
-        UserError: All that the user can mend.
-    """
+    """Draws, writes, and says what."""
     if args.out.suffix not in FORMATS:
         raise UserError(f'--out: {args.out}; its ending says the format: {", ".join(FORMATS)}')
     if args.envelope and args.x != 'flops':

@@ -29,14 +29,10 @@ class Run(NamedTuple):
     hparams: dict[str, Any]
 
     def positions(self, x: str) -> dict[int, float]:
-        """How far the run had come when each batch began.
+        """How far the run had come when each batch began. Raises UserError where the logs do not say.
 
-        Args:
-            x: `tokens` that were trained on; `flops`, those of all tokens, padding too, as in src/common/flops.py;
-                `device-days` of training, without evaluation.
-
-        Raises:
-            UserError: The logs do not say.
+        `x` is `tokens` that were trained on; `flops`, those of all tokens, padding too, as in src/common/flops.py; or
+        `device-days` of training, without evaluation.
         """
         if x == 'tokens':
             return self._needed(self.scalars.get(TOKENS), TOKENS, x, 'log more batches')
@@ -68,13 +64,9 @@ class Run(NamedTuple):
 def read_run(path: str) -> Run:
     """One run's logs; TensorBoard's, where a folder has both kinds.
 
-    What a later start logged replaces what an earlier one did beyond the batch at which it began.
-
-    Args:
-        path: A folder in or below which one run's logs lie, or one file of them.
-
-    Raises:
-        UserError: There is no such path, no log, more than one run, or no training loss.
+    `path` is a folder in or below which one run's logs lie, or one file of them. What a later start logged replaces
+    what an earlier one did beyond the batch at which it began. Raises UserError where there is no such path, no log,
+    more than one run, or no training loss.
     """
     root = Path(path).resolve()
     if not root.exists():
@@ -110,8 +102,6 @@ def _joined(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[
 
 
 # ---------------------------------------------------------------- TensorBoard
-
-
 def _tensorboard_runs(root: Path) -> dict[Path, Iterator[Event]]:
     files = [root] if root.is_file() and 'tfevents' in root.name else root.rglob('events.out.tfevents*')
     folders = {file.parent for file in files}

@@ -68,11 +68,8 @@ class Stopwatch(Callback):
     sums over the microbatches; `update` is from the last backward pass to the end of the step: clipping, guard,
     optimizer, logs; `rest` is what remains. The last of the callbacks.
 
-    Args:
-        warmup: Steps that are not kept.
-        steps: Steps that are.
-        rivals: Steps of other loops, by name, taken after each step with its batch, and timed alone.
-        trace: Where a Chrome trace of PROFILED more steps goes.
+    The first `warmup` steps are not kept, and the next `steps` are. `rivals` are steps of other loops, by name, taken
+    after each step with its batch, and timed alone. `trace` is where a Chrome trace of PROFILED more steps goes.
     """
 
     def __init__(self, warmup: int, steps: int, rivals: dict[str, 'BareLoop'], trace: Optional[Path] = None):
@@ -142,10 +139,8 @@ class Stopwatch(Callback):
 class BareLoop:
     """A training loop as PyTorch's tutorials have it: microbatches, clipping, fused AdamW.
 
-    Args:
-        model: Whose loss it is.
-        loss: Called with the model and a microbatch, a mapping as the loader makes it.
-        c: The same microbatch, precision and learning rate as the run's.
+    `loss` is called with the model and a microbatch, a mapping as the loader makes it. Microbatch, precision and
+    learning rate are the run's.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], c: Config):
@@ -177,8 +172,7 @@ def hf_loss(model: Any, part: Any) -> torch.Tensor:
 def build_rivals(names: list[str], c: Config) -> dict[str, BareLoop]:
     """`bare`: the run's own model; `hf`: Hugging Face GPT-2 of its shape.
 
-    Raises:
-        UserError: The run does what a bare loop does not, or has no like.
+    Raises UserError where the run does what a bare loop does not, or has no like.
     """
     rivals, m = {}, c.model
     if names and (dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.compile_config

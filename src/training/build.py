@@ -32,8 +32,7 @@ from src.training.setup import Setup
 def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
     """The tokenizer; None where a loader of the user's own does without.
 
-    Raises:
-        UserError: There is none, and the kit's loader needs one; or it cannot be loaded.
+    Raises UserError where there is none, and the kit's loader needs one; or where it cannot be loaded.
     """
     if c.tokenizer:
         return load_tokenizer(c, of_loaders=data.has_kits_loader())
@@ -52,8 +51,7 @@ def check_left_out(run: Setup, tokenizer: Optional[HFTokenizer]) -> None:
 def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> ComposerCausalLM:
     """The model, on meta until it is sharded.
 
-    Raises:
-        UserError: The model cannot be built, or does not go with the tokenizer, the samples or the checkpoint.
+    Raises UserError where the model cannot be built, or does not go with the tokenizer, the samples or the checkpoint.
     """
     has_gpu = torch.cuda.is_available()
     check_model(start.manifest, c.model.model_dump(), f'{start.setting}: {start.path}')
@@ -75,11 +73,7 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
 
 
 def build_train_data(c: Config, model: ComposerCausalLM, device_batch: int) -> DataSpec:
-    """The batches of training.
-
-    Raises:
-        UserError: The loader cannot be built, or lacks what a setting needs.
-    """
+    """The batches of training. Raises UserError where the loader cannot be built, or lacks what a setting needs."""
     spec = data.build_data_spec(data.build_c4_dataloader(c.train_loader, device_batch), 'train_loader', model, c.seed)
     data.check_train_loader(c, spec.dataloader)
     check_warmup(c, data.epoch_length(spec.dataloader))
@@ -89,8 +83,7 @@ def build_train_data(c: Config, model: ComposerCausalLM, device_batch: int) -> D
 def build_evaluators(c: Config, model: ComposerCausalLM) -> list[Evaluator]:
     """One, labelled `eval`, of `eval_loader`; none without it.
 
-    Raises:
-        UserError: The loader cannot be built, or its first batch cannot be evaluated.
+    Raises UserError where the loader cannot be built, or its first batch cannot be evaluated.
     """
     if c.eval_loader is None:
         return []
@@ -106,11 +99,8 @@ def compare_with_checkpoint(run: Setup, model: ComposerCausalLM, train: DataSpec
                             evaluators: list[Evaluator]) -> tuple[dict[str, Any], Changes]:
     """Checks that all ranks read the same data, and that a resumed run can go on with these settings and data.
 
-    Returns:
-        The settings that manifests of this run hold, and what has changed since the checkpoint.
-
-    Raises:
-        UserError: The ranks, the early stopper or the checkpoint do not go with the data.
+    Returns the settings that manifests of this run hold, and what has changed since the checkpoint. Raises UserError
+    where the ranks, the early stopper or the checkpoint do not go with the data.
     """
     check_early_stopper(run.c, {'train': model.get_metrics(is_train=True),
                                   **{evaluator.label: model.get_metrics() for evaluator in evaluators}})
@@ -141,12 +131,9 @@ def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: 
                     writer: Optional[CheckpointWriter], more: Iterable[Callback]) -> list[Callback]:
     """All callbacks, in the order in which they are called.
 
-    Args:
-        run: What is built.
-        tokenizer: For callbacks that write text.
-        new_schedule: Whether the config's schedule of the learning rate differs from the checkpoint's.
-        writer: Saves checkpoints; None: nothing does.
-        more: Callbacks that are not the config's.
+    `tokenizer` is for callbacks that write text. `new_schedule` says whether the config's schedule of the learning rate
+    differs from the checkpoint's. `writer` saves checkpoints; None: nothing does. `more` are callbacks that are not the
+    config's.
     """
     return [
         StepCounters(run.device_batch),

@@ -42,14 +42,10 @@ def is_kits(loader: Any) -> bool:
 def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: int) -> DataSpec:
     """Wraps a loader for the Trainer.
 
-    Args:
-        loader: A DataLoader, or another iterable of batches that begins anew each time that it is iterated.
-        setting: `train_loader` or `eval_loader`, for messages.
-        model: Its vocabulary and its positions bound the batches.
-        seed: Of the order of a DataLoader that has no random generator of its own.
-
-    Raises:
-        UserError: It is no loader, all ranks would read the same samples, or the batches can be read only once.
+    `loader` is a DataLoader, or another iterable of batches that begins anew each time that it is iterated. `setting`
+    is `train_loader` or `eval_loader`, for messages. The model's vocabulary and positions bound the batches. `seed` is
+    that of the order of a DataLoader that has no random generator of its own. Raises UserError where it is no loader,
+    all ranks would read the same samples, or the batches of an evaluation can be read only once.
     """
     form = None
     if is_kits(loader):
@@ -102,8 +98,7 @@ def fingerprints(train: Optional[DataSpec], evals: Optional[DataSpec]) -> dict[s
 def check_train_loader(c: Config, loader: Any) -> None:
     """Holds the settings that need an epoch's length, or a batch's size, against a loader that may know neither.
 
-    Raises:
-        UserError: The loader does not have what a setting needs.
+    Raises UserError where the loader does not have what a setting needs.
     """
     for setting, time in (('max_duration', c.max_duration), ('scheduler.t_warmup', c.scheduler.t_warmup),
                           ('scheduler.t_max', c.scheduler.t_max)):
@@ -118,8 +113,7 @@ def check_train_loader(c: Config, loader: Any) -> None:
 def check_first_batch(spec: DataSpec) -> None:
     """Reads a batch of an evaluation that the user's own loader gives: the first evaluation may be hours away.
 
-    Raises:
-        UserError: There is none, or the model does not take it.
+    Raises UserError where there is none, or the model does not take it.
     """
     if is_kits(spec.dataloader):
         return

@@ -51,12 +51,9 @@ def out_of_memory(c: Config, e: BaseException) -> UserError:
 def outside_failures_explained(loader: str = 'train_loader') -> Iterator[None]:
     """Says what failed outside of the run: the store of a logger, or a loader worker that the system has ended.
 
-    Args:
-        loader: The section of the loader that is most likely the worker's.
-
-    Raises:
-        UserError: A logger's folder cannot be written, its server does not answer, or its service refuses; or a worker
-            is lost, which torch tells the rank at any moment.
+    `loader` is the section of the loader that is most likely the worker's. Raises UserError where a logger's folder
+    cannot be written, its server does not answer, or its service refuses; or where a worker is lost, which torch tells
+    the rank at any moment.
     """
     try:
         yield

@@ -69,8 +69,6 @@ def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[Checkpoi
 
 
 # ---------------------------------------------------------------- in place of training
-
-
 def this_machine() -> Card:
     """A device of this run: rank 0's GPU, or a rank's part of the memory that a CPU has."""
     if torch.cuda.is_available():
@@ -82,13 +80,8 @@ def this_machine() -> Card:
 def rehearsal(c: Config, train: DataSpec, tokenizer: Any) -> str:
     """The estimate for as many devices as there are, and the first batch; all ranks, which share the data, call this.
 
-    Args:
-        c: The config as it was given.
-        train: The loader of training.
-        tokenizer: Hugging Face's own; None: the ids are shown alone.
-
-    Raises:
-        UserError: There is no batch, or it cannot be trained on.
+    `c` is the config as it was given. `tokenizer` is Hugging Face's own; None: the ids are shown alone. Raises
+    UserError where there is no batch, or it cannot be trained on.
     """
     batch = next(iter(train.dataloader), None)
     if batch is None:

@@ -54,9 +54,8 @@ PACKAGES = {'cometml': 'comet_ml', **{name: name for name in ('wandb', 'tensorbo
 def build_all(section: str, chosen: Plugins) -> list[Any]:
     """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
 
-    Raises:
-        UserError: A package is missing or broken, or a class refuses a value by a UserError, or a ValueError of
-            Composer's.
+    Raises UserError where a package is missing or broken, or a class refuses a value by a UserError, or a ValueError of
+    Composer's.
     """
     built = []
     for name, kwargs in chosen.items():
@@ -106,8 +105,7 @@ def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
 def check_plugins(c: Config, tokenizer: Any) -> None:
     """Builds the callbacks and loggers, which a dry run leaves out, as far as that writes nothing.
 
-    Raises:
-        UserError: One of them cannot be built.
+    Raises UserError where one of them cannot be built.
     """
     build_callbacks(c, tokenizer)
     for name, kwargs in c.loggers.items():

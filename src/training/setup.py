@@ -49,14 +49,9 @@ class Setup(NamedTuple):
 
 
 def check_config(cfg: Any, nodes: int) -> Config:
-    """Holds a config against the schema and against this machine.
+    """Holds a config, from `load` or any mapping, against the schema and against this machine.
 
-    Args:
-        cfg: From `load`, or any mapping.
-        nodes: Among which training is divided.
-
-    Raises:
-        UserError: Lists every mistake.
+    Training is divided among `nodes`. Raises UserError, which lists every mistake.
     """
     return check(cfg, REGISTRIES, dist.get_world_size(), torch.cuda.is_available(), nodes, has_kits_loader())
 
@@ -64,8 +59,7 @@ def check_config(cfg: Any, nodes: int) -> Config:
 def meet(c: Config, watch: Optional[FailureWatch]) -> None:
     """Lets all ranks meet, compares their configs, tries their network, and seeds them.
 
-    Raises:
-        UserError: Ranks are missing, do not agree, or cannot reach each other.
+    Raises UserError where ranks are missing, do not agree, or cannot reach each other.
     """
     rendezvous.initialize(c.dist_timeout)
     if watch:
@@ -76,11 +70,7 @@ def meet(c: Config, watch: Optional[FailureWatch]) -> None:
 
 
 def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
-    """Checks the config, lets the ranks meet, and finds out where the run starts.
-
-    Raises:
-        UserError: Everything of these that the user can mend.
-    """
+    """Checks the config, lets the ranks meet, and finds out where the run starts."""
     check_environment(os.environ)
     machine.shorten_socket_paths()
     c, has_gpu = check_config(cfg, dist.get_world_size() // dist.get_local_world_size()), torch.cuda.is_available()

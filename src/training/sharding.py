@@ -91,10 +91,8 @@ def whole_model_compile(cfg: Optional[schema.CompileConfig]) -> Optional[dict[st
 def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
     """Has `torch.compile` take each block on its own where `scope: block` asks for that.
 
-    All blocks then share one graph, wrappers stay outside of it, and names of parameters do not change.
-
-    Raises:
-        UserError: The model's `fsdp_wrap_fn` names no block.
+    All blocks then share one graph, wrappers stay outside of it, and names of parameters do not change. Raises
+    UserError where the model's `fsdp_wrap_fn` names no block.
     """
     if cfg is None or cfg.scope != 'block':
         return
