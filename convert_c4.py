@@ -55,7 +55,8 @@ def folder(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
+    """The command line, or `argv`. Leaves the process with status 2 and a usage line when it cannot be read."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards that '
                                      'mosaicml-streaming reads. Stopped at any moment, the same command goes on.')
@@ -94,12 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--partition', type=fraction, metavar='i/n', help='do the part i of n, from 0, and do not close the split')
     add('--merge', action='store_true', help='close the splits, once every --partition is done')
     add('--skip_disk_check', action='store_true', help='begin even if the disk looks too small')
-    return parser
-
-
-def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    """The command line, or `argv`. Leaves the process with status 2 and a usage line when it cannot be read."""
-    return build_parser().parse_args(argv)
+    return parser.parse_args(argv)
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
@@ -185,14 +181,6 @@ def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
 
 
 # ---------------------------------------------------------------- the work
-def open_source(args: argparse.Namespace) -> Source:
-    if args.source == 'sample':
-        return SampleSource()
-    if args.source == 'hub':
-        return HubSource(args.dataset, args.config, args.revision)
-    return FolderSource(args.source, args.out_root)
-
-
 def plan(args: argparse.Namespace, source: Source, listed: dict[str, list[SourceFile]], folder: Path,
          ) -> dict[str, list[Job]]:
     """Every part of every split."""
@@ -288,7 +276,9 @@ def main(args: argparse.Namespace) -> None:
     args.out_root = args.out_root if args.out_root.endswith('://') else args.out_root.rstrip('/') or '/'
     check_streaming_options(args.compression, args.hashes, args.size_limit)
     check_out_root(args.out_root, args.splits)
-    source = open_source(args)
+    source: Source = (SampleSource() if args.source == 'sample' else
+                      HubSource(args.dataset, args.config, args.revision) if args.source == 'hub' else
+                      FolderSource(args.source, args.out_root))
     listed = {split: source.files(SPLITS[split]) for split in args.splits}  # everything is checked first
     describe(source, listed)
     check_used(args, listed)

@@ -188,10 +188,6 @@ class ComposerCausalLM(ComposerModel):
         documents = {'sequence_id': batch['sequence_id']} if self.attn_within_document else {}
         return {'loss': self.model(input_ids, targets=targets, **documents), 'n_targets': (targets != IGNORE).sum()}
 
-    def eval_forward(self, batch: Mapping[str, Tensor],
-                     outputs: Optional[dict[str, Tensor]] = None) -> dict[str, Tensor]:
-        return self.forward(batch) if outputs is None else outputs
-
     def loss(self, outputs: dict[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         return outputs['loss']
 

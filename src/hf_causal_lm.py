@@ -49,11 +49,10 @@ class HFCausalLM(nn.Module):
     All ways go through one `forward`, so that FSDP, which gathers parameters around it, sees each of them.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_tokens: int = 1024):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.hf = model
         self.config = model.config
-        self.chunk_tokens = chunk_tokens
         self.block_types = tuple({type(block) for block in find_blocks(model)})
 
     def forward(self, input_ids: Tensor, targets: Optional[Tensor] = None,
@@ -69,7 +68,7 @@ class HFCausalLM(nn.Module):
         head = self.hf.get_output_embeddings()
         if targets is not None and self.hf.config.model_type in PLAIN_HEADS and getattr(head, 'bias', None) is None:
             hidden = self.hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            return chunked_cross_entropy(hidden, head.weight, targets, self.chunk_tokens)  # pyright: ignore
+            return chunked_cross_entropy(hidden, head.weight, targets)  # pyright: ignore
         logits = self.hf(input_ids=input_ids, use_cache=False).logits  # (batch, seq, vocab)
         if targets is None:
             return logits
@@ -78,8 +77,7 @@ class HFCausalLM(nn.Module):
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         return isinstance(module, self.block_types)
 
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        return isinstance(module, self.block_types)
+    activation_checkpointing_fn = fsdp_wrap_fn
 
 
 def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> PretrainedConfig:

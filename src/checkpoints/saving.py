@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,21 +15,7 @@ from src.checkpoints.manifest import UNFINISHED, Manifest
 from src.checkpoints.safe_reading import cause_of
 from src.common.errors import UserError, first_line
 from src.common.storage import Folder, LocalFolder, RemoteFolder
-
-
-def in_background(work: Callable[[], None]) -> Future:
-    """Runs it in a daemon thread, unlike those of an executor: a process that fails does not wait for it to end."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except Exception as e:  # raised where the main thread looks
-            future.set_exception(e)
-
-    threading.Thread(target=run, name='checkpoint', daemon=True).start()
-    return future
+from src.common.workers import in_background
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 import argparse
 import errno
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 SECRET = re.compile(r'(^|_)(api_?key|key|token|password|passwd|secret|credential|credentials|auth)$', re.IGNORECASE)
@@ -42,3 +42,10 @@ def masked(value: Any, key: str = '') -> Any:
     if isinstance(value, (list, tuple)):
         return [masked(v) for v in value]
     return re.sub(r'(\w+://)[^/\s]+@', r'\1***@', value) if isinstance(value, str) else value
+
+
+def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+    """An error and those behind it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-from src.common.errors import UserError
+from src.common.errors import UserError, causes
 
 SHARED_MEMORY = Path('/dev/shm')
 LOW = 32 << 20  # bytes: with less free than this, shared memory is the likely cause of a crash
@@ -149,11 +149,7 @@ def explain_lost_worker(error: Exception, setting: str) -> Optional[str]:
 
     `error` is from the rank's DataLoader, and `setting` is `train_loader` or `eval_loader`.
     """
-    said, e = [], error
-    while e is not None:
-        said.append(str(e))
-        e = e.__cause__ or e.__context__
-    text = ' '.join(said)
+    text = ' '.join(map(str, causes(error)))
     for pattern, advice in LOST.items():
         if re.search(pattern, text):
             return f'{setting}: {advice.format(setting=setting)}'

@@ -13,6 +13,8 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -96,3 +98,17 @@ def _exit_when_told() -> None:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
         if sender == os.getppid() or (parent is not None and sender == parent.pid):
             os._exit(0)  # torch's own handler does the same
+
+
+def in_background(call: Callable[[], Any]) -> Future:
+    """Its result, from a daemon thread, unlike those of an executor: a process that fails does not wait for it."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as e:  # raised where the result is asked for
+            future.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

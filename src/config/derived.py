@@ -29,11 +29,6 @@ def device_batch_size(global_batch_size: int, world_size: int) -> int:
                     f'that do: {", ".join(sizes)}' + (f' (or run on {", ".join(counts)} devices)' if counts else ''))
 
 
-def microbatch_size(device_batch: int, requested: int) -> int:
-    """Samples per forward pass: what was asked for, but never more than the device has."""
-    return min(device_batch, requested)
-
-
 def grad_accum(device_batch: int, microbatch: int) -> int:
     """Forward and backward passes per optimizer step; the last may be smaller."""
     return -(-device_batch // microbatch)

@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -37,21 +36,18 @@ def make_parts(split: str, jobs: list[Job], there: list[Optional[Part]], num_wor
     # no smoothing: parts come in batches, one of each worker; in a file of logs a line a minute
     with tqdm(desc=split, total=max_docs or total, initial=sum(part['documents'] for part in there if part),
               unit=' documents', unit_scale=True, smoothing=0, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-        def report(part: Part) -> None:
-            bar.update(part['documents'])
-
         if max_docs is not None:
-            return _run_in_order(jobs, max_docs, report)
+            return _run_in_order(jobs, max_docs, bar)
         todo = [job for job, part in zip(jobs, there, strict=True) if part is None]
         if num_workers > 1 and len(todo) > 1:
-            _run_in_processes(todo, num_workers, report)
+            _run_in_processes(todo, num_workers, bar)
         else:
             for job in todo:
-                report(convert(job))
+                bar.update(convert(job)['documents'])
     return jobs
 
 
-def _run_in_processes(jobs: list[Job], num_workers: int, report: Callable[[Part], None]) -> None:
+def _run_in_processes(jobs: list[Job], num_workers: int, bar: tqdm) -> None:
     # A fork would copy the threads and locks of the clients of the hub and the object stores; a start takes 5 s.
     plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
     context = multiprocessing.get_context('fork' if plain else 'spawn')
@@ -65,7 +61,7 @@ def _run_in_processes(jobs: list[Job], num_workers: int, report: Callable[[Part]
         finally:
             signal.signal(signal.SIGINT, on_interrupt)
         for future in as_completed(futures):
-            report(future.result())
+            bar.update(future.result()['documents'])
     except BrokenProcessPool:
         raise UserError('--num_workers: a worker process was killed, perhaps for want of memory; run the same command '
                         f'again, with fewer than {num_workers}: it goes on') from None
@@ -77,13 +73,13 @@ def _run_in_processes(jobs: list[Job], num_workers: int, report: Callable[[Part]
         sweep(open_output(jobs[0].root))
 
 
-def _run_in_order(jobs: list[Job], max_docs: int, report: Callable[[Part], None]) -> list[Job]:
+def _run_in_order(jobs: list[Job], max_docs: int, bar: tqdm) -> list[Job]:
     """The first `max_docs` documents: how many a file has to give is known only when those before it are done."""
     taken = []
     for job in jobs:
         taken.append(job._replace(max_docs=max_docs))
         part = convert(taken[-1])
-        report(part)
+        bar.update(part['documents'])
         max_docs -= part['documents']
         if max_docs == 0:
             break

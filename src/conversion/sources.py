@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from src.common.errors import DISK_FULL, UserError, first_line
+from src.common.errors import DISK_FULL, UserError, causes, first_line
 from src.config.data_places import is_url
 from src.conversion.documents import Bad, Document, documents
 from src.conversion.source_files import C4_COLUMNS, FORMATS, READABLE, SPLIT_WORDS, FolderSource, SourceFile
@@ -103,11 +103,8 @@ def public(text: str) -> str:
 
 def _status(error: Optional[BaseException]) -> int:
     """The HTTP status behind an error, which libraries wrap in their own; 0: there is none."""
-    status = None
-    while error is not None and status is None:
-        status = getattr(getattr(error, 'response', None), 'status_code', None)
-        error = error.__cause__ or error.__context__
-    return status or 0
+    found = (getattr(getattr(cause, 'response', None), 'status_code', None) for cause in causes(error))
+    return next((status for status in found if status is not None), 0)
 
 
 def _nobody_there(error: Optional[BaseException]) -> bool:
@@ -116,9 +113,7 @@ def _nobody_there(error: Optional[BaseException]) -> bool:
     from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
     kinds = ConnectTimeoutError, NewConnectionError, ConnectError, ConnectTimeout
-    while error is not None and not isinstance(error, kinds):
-        error = error.__cause__ or error.__context__
-    return error is not None
+    return any(isinstance(cause, kinds) for cause in causes(error))
 
 
 def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, setting: str = '--source hub') -> Any:

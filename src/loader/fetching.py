@@ -1,7 +1,6 @@
 """Files of a dataset: fetched whole, or not at all."""
 
 import json
-import logging
 import os
 import shutil
 import time
@@ -13,15 +12,13 @@ from typing import Any, Optional
 from streaming.base.format import FileInfo
 from streaming.base.hashing import get_hash
 
-from src.common.errors import DISK_FULL, UserError, first_line
+from src.common.errors import DISK_FULL, UserError, causes, first_line
 from src.common.machine import not_writable
 from src.common.storage import is_left
 from src.config.data_places import is_url
 
 BACKOFF_S = 1.0  # before the second attempt at a file; doubles from one to the next
 PART = '.part'  # a file until it is known to be whole
-
-log = logging.getLogger('src')
 
 
 class Damaged(Exception):
@@ -51,9 +48,7 @@ def check_file(path: str, info: Optional[FileInfo], algorithm: Optional[str] = N
 
 def is_full_disk(e: Optional[BaseException]) -> bool:
     """Whether a full disk is the cause of an error."""
-    while e is not None and not (isinstance(e, OSError) and e.errno in DISK_FULL):
-        e = e.__cause__ or e.__context__
-    return e is not None
+    return any(isinstance(cause, OSError) and cause.errno in DISK_FULL for cause in causes(e))
 
 
 def what_happened(e: Exception) -> str:
@@ -61,11 +56,6 @@ def what_happened(e: Exception) -> str:
     if isinstance(e, Damaged):
         return str(e)
     return 'it is missing' if isinstance(e, FileNotFoundError) else f'{type(e).__name__}: {first_line(e)}'
-
-
-def warn_of_another(stream: Any, name: str, what: str, attempt: int) -> None:
-    """Says that a file of a stream is fetched again, and why."""
-    log.warning('%s of %s: %s; fetching it again (%d of %d)', name, stream.place, what, attempt, stream.download_retry)
 
 
 def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm: Optional[str]) -> None:
@@ -77,7 +67,7 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
     part, error = path + PART, Exception()
     for attempt in range(1 + stream.download_retry):
         if attempt:
-            warn_of_another(stream, name, what_happened(error), attempt)
+            stream.warn_of_another(name, what_happened(error), attempt)
             time.sleep(BACKOFF_S * 2 ** (attempt - 1) * SystemRandom().uniform(1, 1.5))
         Path(part).unlink(missing_ok=True)  # streaming fetches nothing where there is a file
         try:

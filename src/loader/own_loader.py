@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from streaming.base.distributed import get_world_size
 from torch.utils import data
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 SHUFFLE = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)  # PyTorch's
 
@@ -20,8 +20,8 @@ class Batches:
     batches: it would call `state_dict` of any dataset in a form that other libraries do not have.
     """
 
-    def __init__(self, loader: Any, evaluate: bool = False) -> None:
-        self.loader, self._evaluate, self._epoch = loader, evaluate, 0
+    def __init__(self, loader: Any, evaluate: bool = False, length: int = 0) -> None:
+        self.loader, self._evaluate, self._length, self._epoch = loader, evaluate, length, 0
         batches = getattr(loader, 'batch_sampler', None)
         samplers: list[Any] = [getattr(loader, 'sampler', None), batches, getattr(batches, 'sampler', None)]
         for sampler in samplers:
@@ -48,14 +48,10 @@ class Batches:
 
 
 class SizedBatches(Batches):
-    """Batches that are counted. Composer refuses an evaluation whose `len` raises TypeError, as a DataLoader's may.
+    """Batches that are counted: `length` in an epoch; in training, of the rank that has the fewest.
 
-    `length` is the number of batches in an epoch; in training that of the rank that has the fewest.
+    Composer refuses an evaluation whose `len` raises TypeError, as a DataLoader's may.
     """
-
-    def __init__(self, loader: Any, evaluate: bool, length: int) -> None:
-        super().__init__(loader, evaluate)
-        self._length = length
 
     def __len__(self) -> int:
         return self._length
@@ -77,12 +73,6 @@ def sampler_of(loader: DataLoader) -> Any:
     """What gives the numbers of the samples, in PyTorch's own batches or in others."""
     order = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     return order.sampler if type(order) is data.BatchSampler else order
-
-
-def drops_repeated(loader: Any) -> bool:
-    """Whether Composer knows the sampler: an evaluation then leaves out samples that come twice."""
-    return isinstance(loader, DataLoader) and any(
-        isinstance(sampler, DistributedSampler) for sampler in (loader.batch_sampler, loader.sampler))
 
 
 def epoch_length(loader: Any) -> Optional[int]:

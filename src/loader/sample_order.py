@@ -92,11 +92,6 @@ class EvalView(Dataset):
         self.indices = np.concatenate([begin + np.arange(share) for begin, share in
                                        zip(dataset.sample_offset_per_stream, np.diff(ends, prepend=0))])
 
-    @property
-    def fingerprint(self) -> str:
-        """That of the dataset."""
-        return self.dataset.fingerprint
-
     def __len__(self) -> int:
         return len(self.indices)
 

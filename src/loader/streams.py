@@ -1,5 +1,6 @@
 """Streaming's Stream, mended: every shard is checked, and one that cannot be had is one message."""
 
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,16 +17,9 @@ from src.common.errors import UserError
 from src.common.machine import not_writable
 from src.common.storage import owner
 from src.config.data_places import check_places, explain, how_to_make, is_url
-from src.loader.fetching import (
-    PART,
-    Damaged,
-    check_file,
-    fetch,
-    is_full_disk,
-    remove_parts,
-    warn_of_another,
-    what_happened,
-)
+from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, remove_parts, what_happened
+
+log = logging.getLogger('src')
 
 INDEX_ERRORS = (OSError, ValueError, RuntimeError, KeyError)  # streaming's, of an index that it cannot read
 
@@ -124,13 +118,17 @@ class CheckedStream(Stream):
         fetch(self, from_basename, path, info, self._hash_fetched if info else None)
         return path
 
+    def warn_of_another(self, name: str, what: str, attempt: int) -> None:
+        """Says that a file is fetched again, and why."""
+        log.warning('%s of %s: %s; fetching it again (%d of %d)', name, self.place, what, attempt, self.download_retry)
+
     def _decompress_shard_part(self, zip_info: FileInfo, zip_filename: str, raw_filename: str,
                                compression: Optional[str]) -> None:
         # Under a name of its own: another dataset or job may unpack the same shard in the same folder.
         unpacked, what = f'{raw_filename}{PART}-{owner()}', ''
         for attempt in range(1 + (self.download_retry if self.remote is not None else 0)):
             if attempt:  # damaged on its way, in an index without hashes
-                warn_of_another(self, zip_info.basename, what, attempt)
+                self.warn_of_another(zip_info.basename, what, attempt)
                 Path(zip_filename).unlink(missing_ok=True)
                 self._download_file(zip_info.basename)
             try:

@@ -3,15 +3,16 @@
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import TimeoutError as NoAnswer
 from datetime import timedelta
 from typing import Any, NamedTuple, Optional
 
 import torch.distributed
 
 from src.common.machine import shared_memory_is_low
+from src.common.workers import in_background
 from src.ranks.environment import Process
 
 ANSWER_S = 5.0  # for a word to the store: one whose machine has vanished does not answer, ever
@@ -60,13 +61,9 @@ class Board:
 
     def publish(self, failure: Failure) -> None:
         """Tells all ranks; the first failure of a run is the one that counts."""
-        def write() -> None:
-            with contextlib.suppress(RuntimeError):  # the store is gone, which is how the others learn of it
-                self._store.compare_set('failure', '', json.dumps(failure))
-
-        thread = threading.Thread(target=write, daemon=True)
-        thread.start()
-        thread.join(ANSWER_S)
+        answer = in_background(lambda: self._store.compare_set('failure', '', json.dumps(failure)))
+        with contextlib.suppress(RuntimeError, NoAnswer):  # the store is gone, which is how the others learn of it
+            answer.result(ANSWER_S)
 
     def other_failure(self, dead: Iterable[int]) -> Optional[Failure]:
         """What ended another rank: its own word, the death of one on this node, or the loss of the store.

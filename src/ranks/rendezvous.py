@@ -3,10 +3,8 @@
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from composer.utils import dist, get_device
 
 from src.common.errors import UserError
+from src.common.workers import in_background
 from src.ranks.agreement import CHECK, differences, network_errors_explained, places
 from src.ranks.environment import Process, here, this_process
 
@@ -133,17 +132,8 @@ def _wait_for_port(address: str, port: int, deadline: float) -> None:
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
     """What `call` returns or raises, or a RuntimeError: torch's time-outs do not hold, and its calls hear no signal."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as e:  # raised again below
-            future.set_exception(e)
-
-    threading.Thread(target=run, daemon=True).start()
     try:
-        return future.result(max(seconds, 0))
+        return in_background(call).result(max(seconds, 0))
     except NoAnswer:
         raise RuntimeError('no answer in time') from None
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 
 from src.common.errors import UserError
 from src.common.flops import Card, train_flops_per_token
-from src.config.derived import device_batch_size, microbatch_size, resolve_precision
+from src.config.derived import device_batch_size, resolve_precision
 from src.config.schema import TIME, Config, FSDPConfig
 from src.sizing.memory import Memory, predict, traced
 from src.sizing.remedies import Remedy, remedies
@@ -112,7 +112,7 @@ def counts(c: Config) -> list[int]:
 
 def needs(c: Config, card: Card, n: int, microbatch: int) -> Memory:
     """The predicted peak of each of n devices; a microbatch is never more than what a device has."""
-    return predict(c, n, card.is_gpu, microbatch_size(device_batch_size(c.global_train_batch_size, n), microbatch))
+    return predict(c, n, card.is_gpu, min(device_batch_size(c.global_train_batch_size, n), microbatch))
 
 
 def smallest(c: Config, card: Card, microbatch: int) -> Optional[int]:
@@ -149,7 +149,7 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
     fewest, fewest_of_one = smallest(c, card, wanted), smallest(c, card, 1)
     n = devices or fewest or max(possible)
     most = largest(c, card, n, wanted)
-    microbatch = microbatch_size(c.global_train_batch_size // n, (most or 1) if asked == 'auto' else wanted)
+    microbatch = min(c.global_train_batch_size // n, (most or 1) if asked == 'auto' else wanted)
     return Estimate(c, card, mfu, n, microbatch, fewest, fewest_of_one, most, needs(c, card, n, microbatch),
                     traced(c, n, card.is_gpu, microbatch))
 

@@ -135,10 +135,11 @@ def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: 
     differs from the checkpoint's. `writer` saves checkpoints; None: nothing does. `more` are callbacks that are not the
     config's.
     """
+    f = run.c.fsdp_config
     return [
         StepCounters(run.device_batch),
         OptimizerSettings(new_schedule),
-        *sharding.build_callbacks(run.c.fsdp_config),
+        *([sharding.ReduceOncePerStep()] if f and not f.reduce_every_microbatch else []),
         *plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer),
         *more,
         *filter(None, [writer]),

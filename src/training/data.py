@@ -15,16 +15,7 @@ from src.common.targets import get_num_tokens_in_batch
 from src.config.schema import Config
 from src.data_c4 import build_c4_dataloader
 from src.loader.batch_form import BatchForm, split
-from src.loader.own_loader import (
-    Batches,
-    SizedBatches,
-    drops_repeated,
-    epoch_length,
-    given,
-    has_state,
-    name_of,
-    sampler_of,
-)
+from src.loader.own_loader import Batches, SizedBatches, epoch_length, given, has_state, name_of, sampler_of
 from src.loader.sample_order import EvalView
 from src.tokenizer import check_vocab
 
@@ -75,7 +66,10 @@ def _prepared(loader: Any, setting: str, seed: int) -> Any:
                             'the same samples; give it sampler=composer.utils.dist.get_sampler(dataset, shuffle=True). '
                             'Where the dataset is already cut for each rank, make it an IterableDataset, or give it a '
                             'sampler of a class of your own, as `class Mine(torch.utils.data.RandomSampler): pass`')
-    if evaluate and drops_repeated(loader) or has_state(loader):
+    # Of a sampler that Composer knows, it leaves out the samples that come twice in an evaluation.
+    drops_repeated = isinstance(loader, DataLoader) and any(
+        isinstance(sampler, DistributedSampler) for sampler in (loader.batch_sampler, loader.sampler))
+    if evaluate and drops_repeated or has_state(loader):
         return loader
     length = epoch_length(loader)
     if not evaluate:  # ranks that disagree would have other learning rates
@@ -92,7 +86,8 @@ def counts_samples(loader: Any) -> bool:
 def fingerprints(train: Optional[DataSpec], evals: Optional[DataSpec]) -> dict[str, str]:
     """The fingerprints of the kit's datasets, by setting: ranks that read the same data have the same."""
     loaders: dict[str, Any] = {'train_loader': train and train.dataloader, 'eval_loader': evals and evals.dataloader}
-    return {f'{name}.dataset': loader.dataset.fingerprint for name, loader in loaders.items() if is_kits(loader)}
+    return {f'{name}.dataset': getattr(loader.dataset, 'dataset', loader.dataset).fingerprint
+            for name, loader in loaders.items() if is_kits(loader)}
 
 
 def check_train_loader(c: Config, loader: Any) -> None:

@@ -16,7 +16,7 @@ from src.checkpoints.start import Start, find_start
 from src.common import machine
 from src.config import load
 from src.config.check import check
-from src.config.derived import device_batch_size, microbatch_size, resolve_precision, run_name
+from src.config.derived import device_batch_size, resolve_precision, run_name
 from src.config.run_checks import check_save_folder
 from src.config.schema import Config
 from src.ranks import rendezvous
@@ -99,7 +99,7 @@ def microbatch_of(c: Config, device_batch: int) -> Union[int, str]:
     if asked > device_batch:
         log.warning('device_train_microbatch_size: %d is more than the %d samples that each of %d devices has; using '
                     '%d', asked, device_batch, dist.get_world_size(), device_batch)
-    return microbatch_size(device_batch, asked)
+    return min(device_batch, asked)
 
 
 def _changed(c: Config, writes_nothing: bool) -> Mapping[str, Any]:

@@ -71,21 +71,13 @@ def average_gradients(model: nn.Module) -> None:
     factor = average.item()
     assert factor in (1.0, ranks), f'the average of {ranks} ones is {factor}'
 
-    def divide(gradient: torch.Tensor) -> None:
-        gradient.div_(factor)
-
-    for block in blocks:
-        if factor != 1.0:
-            block.set_all_reduce_hook(divide)
-
-
-def _compile_keywords(cfg: schema.CompileConfig) -> dict[str, Any]:
-    return cfg.model_dump(exclude={'scope'})
+    for block in blocks if factor != 1.0 else ():
+        block.set_all_reduce_hook(lambda gradient: gradient.div_(factor))  # pyright: ignore[reportArgumentType]
 
 
 def whole_model_compile(cfg: Optional[schema.CompileConfig]) -> Optional[dict[str, Any]]:
     """What Composer's Trainer takes as `compile_config`; None: nothing is compiled, or each block on its own."""
-    return _compile_keywords(cfg) if cfg and cfg.scope == 'model' else None
+    return cfg.model_dump(exclude={'scope'}) if cfg and cfg.scope == 'model' else None
 
 
 def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
@@ -101,7 +93,7 @@ def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
         raise UserError(f"compile_config.scope: 'block', and no fsdp_wrap_fn of {type(model).__name__} names one; set "
                         'model')
     for block in blocks:
-        block.compile(**_compile_keywords(cfg))
+        block.compile(**cfg.model_dump(exclude={'scope'}))
 
 
 class ReduceOncePerStep(Callback):
@@ -128,7 +120,3 @@ class ReduceOncePerStep(Callback):
 
     def after_backward(self, state: State, logger: Logger) -> None:
         self._kept.close()
-
-
-def build_callbacks(cfg: Optional[schema.FSDPConfig]) -> list[Callback]:
-    return [ReduceOncePerStep()] if cfg and not cfg.reduce_every_microbatch else []

@@ -15,7 +15,7 @@ from src.common.errors import UserError
 from src.config import load as config
 from src.config.check import check as check_config
 from src.config.data_places import check_places
-from src.config.derived import device_batch_size, fsdp_version, grad_accum, in_units_of_the_run, microbatch_size
+from src.config.derived import device_batch_size, fsdp_version, grad_accum, in_units_of_the_run
 from src.config.run_checks import check_early_stopper, check_save_folder, check_warmup
 from src.config.schema import FSDPConfig
 from src.tools import evaluate
@@ -472,9 +472,8 @@ def test_a_global_batch_that_does_not_divide_lists_the_nearest():
     assert [device_batch_size(256, n) for n in (1, 8, 256)] == [256, 32, 1]
 
 
-@pytest.mark.parametrize('device_batch,requested,micro,accum', [(32, 16, 16, 2), (32, 5, 5, 7), (8, 16, 8, 1), (1, 1, 1, 1)])
-def test_microbatches(device_batch, requested, micro, accum):
-    assert microbatch_size(device_batch, requested) == micro
+@pytest.mark.parametrize('device_batch,micro,accum', [(32, 16, 2), (32, 5, 7), (8, 8, 1), (1, 1, 1)])
+def test_microbatches(device_batch, micro, accum):
     assert grad_accum(device_batch, micro) == accum
     assert (accum - 1) * micro < device_batch <= accum * micro
 
