@@ -77,7 +77,8 @@ class HFCausalLM(nn.Module):
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         return isinstance(module, self.block_types)
 
-    activation_checkpointing_fn = fsdp_wrap_fn
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        return isinstance(module, self.block_types)
 
 
 def build_hf_config(cfg: HFCausalLMConfig, keep_nulls: bool = False) -> PretrainedConfig:

@@ -10,14 +10,16 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Union
 
 import psutil
 
-HOST = socket.gethostname()  # and the namespace of its processes' numbers: containers may share the name
-if os.path.exists('/proc/self/ns/pid'):
+HOST = socket.gethostname()  # and, as others may share the name, the namespace of its processes and its start
+with suppress(OSError):
     HOST += f'+{os.stat("/proc/self/ns/pid").st_ino}'
+    HOST += f'+{Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")[:8]}'
 OWNED = re.compile(r'\.part(ial)?-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}')
 
 

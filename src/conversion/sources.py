@@ -161,9 +161,10 @@ def fetched(path: str, folder: Path, quiet: bool = True) -> Path:
     if not is_url(path):
         return Path(path)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    (disable_progress_bars if quiet else enable_progress_bars)()  # not one for each worker, over one another
+    if quiet:
+        disable_progress_bars()  # not one for each worker, over one another
     repo, revision, name = _hub_parts(path)
     download = partial(hf_hub_download, repo, name, revision=revision, repo_type='dataset', local_dir=folder)
     return Path(retried(download, path))

@@ -80,13 +80,14 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
         return
     try:
         text = _read(stream, 'manifest.json')
+    except Exception as e:  # each object store has error classes of its own
+        why = explain(e, stream.remote, stream.local, stream.split, stream.setting)
+        raise UserError(f'{why} (manifest.json)') from None
+    try:
         manifest: Any = None if text is None else json.loads(text)
     except ValueError:
         raise UserError(f'{stream.setting}: manifest.json of {stream.place} is no whole manifest; copy it again, or '
                         'delete it if it is not of convert_c4.py') from None
-    except Exception as e:  # each object store has error classes of its own
-        why = explain(e, stream.remote, stream.local, stream.split, stream.setting)
-        raise UserError(f'{why} (manifest.json)') from None
     options = manifest.get('options') if isinstance(manifest, dict) else None  # another tool's has none
     its_hash = options.get('tokenizer_hash') if isinstance(options, dict) else None
     if its_hash:
@@ -109,5 +110,8 @@ def _read(stream: CheckedStream, name: str) -> Optional[bytes]:
                 if is_missing(e, or_forbidden=True):
                     return None
                 raise
+            finally:
+                if is_url(path):  # no connection is to pass into the loader workers, or into another attempt
+                    stream._downloader.clean_up()
 
     return read()

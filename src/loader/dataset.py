@@ -17,7 +17,7 @@ from src.common.machine import explain_lost_worker
 from src.config.data_places import explain
 from src.loader.patches import mend_streaming
 from src.loader.shared_memory import opening_a_dataset, remove_locks_at_exit
-from src.loader.streams import INDEX_ERRORS, CheckedStream
+from src.loader.streams import CheckedStream
 
 RETRIES_UNDER_CACHE_LIMIT = 1000
 
@@ -43,7 +43,7 @@ class CheckedDataset(StreamingDataset):
                 super().__init__(streams=opened, **kwargs)
         except UserError:
             raise
-        except INDEX_ERRORS as e:
+        except (OSError, ValueError, RuntimeError, KeyError) as e:
             raise UserError(explain(e, opened[0].remote, opened[0].local, opened[0].split)) from None
         remove_locks_at_exit(self._shm_prefix_int)
 

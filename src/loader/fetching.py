@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, Optional
@@ -93,7 +94,8 @@ def remove_parts(folder: Path, names: Container[str], of_all: bool) -> None:
     """
     for part in folder.rglob(f'*{PART}*'):
         if str(part.relative_to(folder)).split(PART)[0] in names and (of_all or is_left(part.name)):
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's, perhaps
+                part.unlink()
 
 
 def _why_not(stream: Any, name: str, folder: str, info: Optional[FileInfo], error: Exception) -> str:

@@ -16,12 +16,10 @@ from streaming.base.world import World
 from src.common.errors import UserError
 from src.common.machine import not_writable
 from src.common.storage import owner
-from src.config.data_places import check_places, explain, how_to_make, is_url
+from src.config.data_places import check_places, explain, how_to_make
 from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, remove_parts, what_happened
 
 log = logging.getLogger('src')
-
-INDEX_ERRORS = (OSError, ValueError, RuntimeError, KeyError)  # streaming's, of an index that it cannot read
 
 
 class CheckedStream(Stream):
@@ -56,9 +54,9 @@ class CheckedStream(Stream):
         """Reads the index, and chooses the hashes that are checked."""
         try:
             shards = super().get_shards(world, allow_unsafe_types)
-        except Exception as e:  # as above; of a local index, an error of another kind is a bug
-            if isinstance(e, UserError) or not (is_url(self.remote) or isinstance(e, INDEX_ERRORS)):
-                raise
+        except UserError:
+            raise
+        except Exception as e:  # as above; and an index may hold anything
             raise UserError(explain(e, self.remote, self.local, self.split, self.setting)) from None
         self._infos = {info.basename: info for shard in shards for pair in shard.file_pairs for info in pair if info}
         # Streaming itself would hash a second time, and leave the damaged file where it is read.

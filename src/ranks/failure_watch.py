@@ -17,6 +17,7 @@ from src.ranks.stop import Stopped, StopRequest
 
 POLL_S = 1.0
 READ_S = 2 * POLL_S  # in which all ranks read why one ends
+EXIT_S = 30.0  # how long a rank that has failed may take to end
 ALONE_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the same
 
 
@@ -78,6 +79,7 @@ class FailureWatch:
             time.sleep(0.1)
         if other:
             self._follow(other)
+            self._end()
             return
         text = f'error: {error}' if mistake else ''.join(traceback.format_exception(error)).rstrip()
         if self.me.world_size > 1 and not (mistake and self.me.rank == 0):
@@ -89,8 +91,15 @@ class FailureWatch:
             self._board.publish(Failure(self.me.rank, self.me.node, self.me.host, f'{kind}: {first_line(error)}', text,
                                         own_stderr()))
             time.sleep(READ_S)  # the board may end with this rank
-            self._ended.set()  # a thread that waits for the store's answer while Python ends aborts the process
-            self._thread.join(ANSWER_S)
+            self._end()
+
+    def _end(self) -> None:
+        """Ends the watch: its thread would abort the process if it waited for the store's answer while Python ends."""
+        self._ended.set()
+        self._thread.join(ANSWER_S)
+        last = threading.Timer(EXIT_S, os._exit, [1])  # where a logger's thread, or NCCL, keeps the process from ending
+        last.daemon = True
+        last.start()
 
     def _other_failure(self) -> Optional[Failure]:
         return self._board.other_failure(self.stop.dead_siblings()) if self._board else None

@@ -39,7 +39,7 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
     `path` is the file of a full checkpoint, the folder of a sharded one or of a run; local or a URI. `setting` is where
     it is named, for messages. `tokenizer_name` is a name on the hub or a folder; None: the run's own. `yaml` is the
     `YAML [key=value ...]` of the run; None: the manifest beside the checkpoint. Returns the model on the CPU, in fp32,
-    with embeddings for the tokenizer's ids alone; the tokenizer; and the checkpoint's path.
+    with embeddings for the tokenizer's ids alone; the tokenizer; and the checkpoint's path. Raises UserError.
     """
     cfg = _given(yaml)
     if sys.stderr.isatty():

@@ -103,10 +103,11 @@ def _joined(events: Iterable[Event]) -> tuple[dict[str, dict[int, float]], dict[
 
 # ---------------------------------------------------------------- TensorBoard
 def _tensorboard_runs(root: Path) -> dict[Path, Iterator[Event]]:
-    files = [root] if root.is_file() and 'tfevents' in root.name else root.rglob('events.out.tfevents*')
-    folders = {file.parent for file in files}
+    if root.is_file():
+        return {root: _tensorboard_events([root])} if 'tfevents' in root.name else {}
+    folders = {file.parent for file in root.rglob('events.out.tfevents*')}
     # Below a run's folder lies one of Composer's own, for hyperparameters.
-    return {folder: _tensorboard_events([root] if root.is_file() else folder.glob('*tfevents*'))
+    return {folder: _tensorboard_events(folder.glob('*tfevents*'))
             for folder in folders if folder.parent not in folders}
 
 

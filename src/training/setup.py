@@ -70,7 +70,7 @@ def meet(c: Config, watch: Optional[FailureWatch]) -> None:
 
 
 def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
-    """Checks the config, lets the ranks meet, and finds out where the run starts."""
+    """Checks the config, lets the ranks meet, and finds out where the run starts. Raises UserError."""
     check_environment(os.environ)
     machine.shorten_socket_paths()
     c, has_gpu = check_config(cfg, dist.get_world_size() // dist.get_local_world_size()), torch.cuda.is_available()

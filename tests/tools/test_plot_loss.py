@@ -151,6 +151,7 @@ def test_of_a_folder_with_the_files_of_two_runs_one_is_read_by_its_name(tmp_path
             writer.add_scalar(TRAIN, loss, 1)
     for file in tmp_path.iterdir():
         assert read_run(str(file)).scalars[TRAIN] == {1: float(file.suffix[1:])}
+    assert len(plot_loss.read_runs([str(file) for file in tmp_path.iterdir()])) == 2
 
 
 # ---------------------------------------------------------------- numbers
