@@ -50,7 +50,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
     run = prepare(cfg, watch, dry_run)  # a dry run builds the same, with nothing that writes
     c, start = run.c, run.start
     tokenizer = build.build_tokenizer(c)
-    build.check_left_out(run, tokenizer)
+    build.check_plugins_of_dry_run(run, tokenizer)
     model = build.build_model(c, tokenizer, start)
     train_data = build.build_train_data(c, model, run.device_batch)
     evaluators = build.build_evaluators(c, model)

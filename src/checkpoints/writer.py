@@ -18,7 +18,7 @@ from composer.utils import create_interval_scheduler, dist, format_name_with_dis
 from composer.utils.checkpoint import save_checkpoint
 
 from src.checkpoints.manifest import UNFINISHED, Manifest, RunInfo, delete_old, manifests
-from src.checkpoints.saving import UnfinishedSave, begin, check_shared, flushed, send, writing
+from src.checkpoints.save_steps import UnfinishedSave, begin, check_shared, flushed, send, writing
 from src.checkpoints.start import Start
 from src.common.errors import UserError
 from src.common.storage import RemoteFolder, open_folder

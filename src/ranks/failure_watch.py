@@ -12,7 +12,7 @@ import torch.distributed
 
 from src.common.errors import UserError, first_line
 from src.ranks.environment import this_process
-from src.ranks.failure import ANSWER_S, Board, Failure, own_stderr
+from src.ranks.failure_board import ANSWER_S, Board, Failure, own_stderr
 from src.ranks.stop import Stopped, StopRequest
 
 POLL_S = 1.0

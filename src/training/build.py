@@ -42,7 +42,7 @@ def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
     return None
 
 
-def check_left_out(run: Setup, tokenizer: Optional[HFTokenizer]) -> None:
+def check_plugins_of_dry_run(run: Setup, tokenizer: Optional[HFTokenizer]) -> None:
     """Refuses callbacks and loggers that cannot be built, where a dry run leaves them out."""
     if run.dry_run:
         plugins.check_plugins(run.asked, tokenizer and tokenizer.tokenizer)

@@ -15,8 +15,8 @@ from src.common.targets import get_num_tokens_in_batch
 from src.config.schema import Config
 from src.data_c4 import build_c4_dataloader
 from src.loader.batch_form import BatchForm, split
-from src.loader.own_loader import Batches, SizedBatches, epoch_length, given, has_state, name_of, sampler_of
 from src.loader.sample_order import EvalView
+from src.loader.wrapped_loader import Batches, SizedBatches, epoch_length, given, has_state, name_of, sampler_of
 from src.tokenizer import check_vocab
 
 

@@ -19,7 +19,7 @@ from src.common import machine
 from src.config import load as config
 from src.config.check import check
 from src.ranks.environment import this_process
-from src.ranks.failure import Failure
+from src.ranks.failure_board import Failure
 from src.training import failures, plugins
 
 LOST = {

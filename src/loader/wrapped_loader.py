@@ -1,4 +1,4 @@
-"""A loader of the user's own, which may be any DataLoader or iterable of batches."""
+"""A loader of the user's own, which may be any DataLoader or iterable of batches; src/training/data.py imports it."""
 
 import inspect
 from collections.abc import Iterator

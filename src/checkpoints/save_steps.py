@@ -1,4 +1,7 @@
-"""The steps of a save: files on the disk for good, then in the object store, and the manifest as the last of them."""
+"""The steps of a save: files on the disk for good, then in the object store, and the manifest as the last of them.
+
+src/checkpoints/writer.py says when a run saves, and where.
+"""
 
 import os
 import shutil

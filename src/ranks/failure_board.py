@@ -1,4 +1,4 @@
-"""Why a rank ended, and where it tells the others."""
+"""Why a rank ended, and where it tells the others; src/ranks/failure_watch.py ends them."""
 
 import contextlib
 import json
