@@ -18,6 +18,7 @@ from typing import Optional
 from src.common.errors import UserError, causes
 
 SHARED_MEMORY = Path('/dev/shm')
+BOOT_ID = Path('/proc/sys/kernel/random/boot_id')  # of this kernel since its start; some sandboxes hide it
 LOW = 32 << 20  # bytes: with less free than this, shared memory is the likely cause of a crash
 # The kernel takes 107 bytes for the path of a socket, and multiprocessing adds a folder and a file.
 MAX_SOCKET_FOLDER = 107 - len('/pymp-xxxxxxxx/listener-xxxxxxxx')

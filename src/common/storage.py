@@ -16,10 +16,12 @@ from typing import Any, Union
 
 import psutil
 
+from src.common.machine import BOOT_ID
+
 HOST = socket.gethostname()  # and, as others may share the name, the namespace of its processes and its start
 with suppress(OSError):
     HOST += f'+{os.stat("/proc/self/ns/pid").st_ino}'
-    HOST += f'+{Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")[:8]}'
+    HOST += f'+{BOOT_ID.read_text("utf-8")[:8]}'
 OWNED = re.compile(r'\.part(ial)?-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}')
 
 

@@ -76,7 +76,8 @@ class CheckedStream(Stream):
         """
         _check_unpacking(self, shards)
         folder = Path(self.local, self.split)
-        remove_parts(folder, self._infos, of_all=self.remote is not None)
+        if self.remote is not None or any(shard.compression for shard in shards):  # else nothing is written there
+            remove_parts(folder, self._infos, of_all=self.remote is not None)
         with ThreadPoolExecutor() as pool:
             usage = list(pool.map(self._bytes_present, shards))
         cache_usage_per_shard[:] = usage

@@ -3,13 +3,12 @@
 import statistics
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from src.common.errors import UserError
-from src.common.machine import SHARED_MEMORY
+from src.common.machine import BOOT_ID, SHARED_MEMORY
 from src.ranks.agreement import gather, network_errors_explained, places
 from src.ranks.environment import Process, rank
 
@@ -40,7 +39,7 @@ def _shared_memory() -> str:
     """What tells this process's /dev/shm from all others: the kernel's start, and the folder's numbers; '': unknown."""
     try:
         folder = SHARED_MEMORY.stat()
-        return f'{Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")} {folder.st_dev} {folder.st_ino}'
+        return f'{BOOT_ID.read_text("utf-8")} {folder.st_dev} {folder.st_ino}'
     except OSError:
         return ''
 

@@ -30,6 +30,11 @@ def is_kits(loader: Any) -> bool:
     return isinstance(getattr(loader, 'dataset', None), (data_c4.StreamingC4, EvalView))
 
 
+def _kits_dataset(loader: Any) -> data_c4.StreamingC4:
+    """What a loader of the kit reads, without the view of an evaluation."""
+    return loader.dataset.dataset if isinstance(loader.dataset, EvalView) else loader.dataset
+
+
 def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: int) -> DataSpec:
     """Wraps a loader for the Trainer.
 
@@ -40,7 +45,7 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
     """
     form = None
     if is_kits(loader):
-        check_vocab(getattr(loader.dataset, 'dataset', loader.dataset), model.vocab_size)
+        check_vocab(_kits_dataset(loader), model.vocab_size)
     else:
         loader = _prepared(loader, setting, seed)
         form = BatchForm(setting, model.vocab_size, model.max_seq_len)
@@ -86,8 +91,7 @@ def counts_samples(loader: Any) -> bool:
 def fingerprints(train: Optional[DataSpec], evals: Optional[DataSpec]) -> dict[str, str]:
     """The fingerprints of the kit's datasets, by setting: ranks that read the same data have the same."""
     loaders: dict[str, Any] = {'train_loader': train and train.dataloader, 'eval_loader': evals and evals.dataloader}
-    return {f'{name}.dataset': getattr(loader.dataset, 'dataset', loader.dataset).fingerprint
-            for name, loader in loaders.items() if is_kits(loader)}
+    return {f'{name}.dataset': _kits_dataset(loader).fingerprint for name, loader in loaders.items() if is_kits(loader)}
 
 
 def check_train_loader(c: Config, loader: Any) -> None:
