@@ -21,17 +21,17 @@ if __name__ == '__main__':
     from src.common.machine import set_up_output
     set_up_output()
 
-from src.common.errors import UserError, positive
-from src.common.machine import not_writable
+from src.common.errors import UserError, positive_int
+from src.common.machine import find_unwritable_folder
 from src.config.data_places import is_url
-from src.conversion.manifest import check_strangers, merge, verify
-from src.conversion.output import RemoteOutput, open_output, sweep
-from src.conversion.parts import Job, Part, all_done
+from src.conversion.manifest import check_no_foreign_files, merge, verify
+from src.conversion.output import RemoteOutput, open_output, remove_leftovers
+from src.conversion.parts import Job, Part, finished_parts
 from src.conversion.pool import make_parts
 from src.conversion.shards import Options, check_streaming_options
-from src.conversion.source_files import TXT, FolderSource, SourceFile, doubles
+from src.conversion.source_files import TXT, FolderSource, SourceFile, find_duplicates
 from src.conversion.sources import C4, C4_COUNTS, HubSource, SampleSource, Source
-from src.conversion.tokenizer import first_texts, tokenizer_of, write_tokenizer
+from src.conversion.tokenizer import first_texts, load_packing_tokenizer, write_tokenizer
 
 SPLITS = {'train': 'train', 'val': 'val', 'train_small': 'train'}  # each, and what it is read from
 SMALL = 100_000  # documents of train_small
@@ -79,18 +79,18 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add('--txt_lines', action='store_true', help='each line of a .txt file is a document; default: each file is one')
 
     add = parser.add_argument_group('what is written').add_argument
-    add('--concat_tokens', type=positive, metavar='N', help='sequences of N tokens instead of text')
+    add('--concat_tokens', type=positive_int, metavar='N', help='sequences of N tokens instead of text')
     add('--tokenizer', type=folder, metavar='NAME|FOLDER', help='for --concat_tokens; default: DIR/tokenizer')
-    add('--train_tokenizer', type=positive, metavar='VOCAB',
+    add('--train_tokenizer', type=positive_int, metavar='VOCAB',
         help='train a byte-level BPE of VOCAB tokens on the text and write it to DIR/tokenizer')
     add('--compression', metavar='NAME', help="of streaming, such as zstd or zstd:7; default: none")
     add('--hashes', nargs='+', default=[], metavar='NAME', help='of streaming, such as sha1 xxh64; default: none')
     add('--size_limit', metavar='SIZE', help='of a shard, such as 32mb; default: 64mb')
-    add('--max_docs', type=positive, metavar='N', help='only the first N documents of each split')
+    add('--max_docs', type=positive_int, metavar='N', help='only the first N documents of each split')
     add('--skip_bad_docs', action='store_true', help='count and leave out documents that cannot be read')
 
     add = parser.add_argument_group('how').add_argument
-    add('--num_workers', type=positive, default=cores, metavar='N',
+    add('--num_workers', type=positive_int, default=cores, metavar='N',
         help='processes; default: one for each core, here %(default)s')
     add('--partition', type=fraction, metavar='i/n', help='do the part i of n, from 0, and do not close the split')
     add('--merge', action='store_true', help='close the splits, once every --partition is done')
@@ -115,7 +115,7 @@ def check_out_root(out_root: str, splits: Iterable[str]) -> None:
         output.check()
         return
     for folder in out_root, *(f'{out_root}/{split}' for split in splits):
-        if wrong := not_writable(folder):
+        if wrong := find_unwritable_folder(folder):
             raise UserError(f'--out_root: {wrong} is a file or may not be written; change its permissions, or name '
                             'another folder')
     try:
@@ -185,7 +185,7 @@ def plan(args: argparse.Namespace, source: Source, listed: dict[str, list[Source
          ) -> dict[str, list[Job]]:
     """Every part of every split."""
     options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens,
-                      *tokenizer_of(args, folder), args.compression, tuple(args.hashes), args.size_limit,
+                      *load_packing_tokenizer(args, folder), args.compression, tuple(args.hashes), args.size_limit,
                       args.skip_bad_docs, args.txt_lines)
     jobs = {}
     for split, files in listed.items():
@@ -204,7 +204,7 @@ def describe(source: Source, listed: dict[str, list[SourceFile]]) -> None:
         print(f'{split}: {sum(len(file.paths) for file in files):,}{of_c4} in {source.name}, '
               f'{sum(file.size for file in files):,} bytes')
     if isinstance(source, FolderSource):
-        for line in [*source.unread_lines(), *doubles(source.read.values())]:
+        for line in [*source.unread_lines(), *find_duplicates(source.read.values())]:
             print(line)
 
 
@@ -283,17 +283,18 @@ def main(args: argparse.Namespace) -> None:
     describe(source, listed)
     check_used(args, listed)
     for split, files in listed.items():
-        check_strangers(f'{args.out_root}/{split}', len(files))
-        sweep(open_output(f'{args.out_root}/{split}'))
+        check_no_foreign_files(f'{args.out_root}/{split}', len(files))
+        remove_leftovers(open_output(f'{args.out_root}/{split}'))
     make_tokenizer(args, source, listed)
     with tempfile.TemporaryDirectory() as folder:
         jobs = plan(args, source, listed, Path(folder))
         # of the first N documents, nobody knows which parts hold them
-        there = {split: all_done(of_split) if of_split[0].max_docs is None else [] for split, of_split in jobs.items()}
+        finished = {split: finished_parts(of_split) if of_split[0].max_docs is None else []
+                    for split, of_split in jobs.items()}
         if not args.merge:
-            check_disk(args, [job for split in jobs for job, part in zip(jobs[split], there[split]) if part is None])
+            check_disk(args, [job for split in jobs for job, part in zip(jobs[split], finished[split]) if part is None])
         for split in args.splits:
-            convert_split(split, jobs[split], there[split], args, source)
+            convert_split(split, jobs[split], finished[split], args, source)
     if args.source == 'sample' or args.partition is None:
         print(f'next: {next_step(args)}')
 

@@ -13,7 +13,7 @@ if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # no other package is `src`
     from src.ranks import environment  # before torch and Composer, whose import takes seconds
 
-    environment.begin()
+    environment.set_up_rank()
 
 from collections.abc import Iterable
 from typing import Optional
@@ -28,11 +28,11 @@ from src.checkpoints import loading
 from src.config.load import load
 from src.ranks import program
 from src.training import build, fit, plugins, sharding
-from src.training.failures import outside_failures_explained, run_failures_explained
-from src.training.setup import prepare
+from src.training.failures import explain_outside_failures, explain_run_failures
+from src.training.setup import prepare_run
 
 
-@outside_failures_explained()
+@explain_outside_failures()
 def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callbacks: Iterable[Callback] = (),
          dry_run: bool = False) -> Trainer:
     """Trains one model, and returns its Trainer.
@@ -47,7 +47,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
         UserError: Everything in the config or the data that the user can mend.
         Stopped: SIGTERM or SIGINT came; the batch at hand is finished and saved.
     """
-    run = prepare(cfg, watch, dry_run)  # a dry run builds the same, with nothing that writes
+    run = prepare_run(cfg, watch, dry_run)  # a dry run builds the same, with nothing that writes
     c, start = run.c, run.start
     tokenizer = build.build_tokenizer(c)
     build.check_plugins_of_dry_run(run, tokenizer)
@@ -57,7 +57,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
     settings, changed = build.compare_with_checkpoint(run, model, train_data, evaluators)
     writer = build.build_writer(run, model, tokenizer, settings)
     all_callbacks = build.build_callbacks(run, tokenizer, changed.schedule, writer, callbacks)
-    with loading.reading_safely(start, c.trust_checkpoint), run_failures_explained(c):
+    with loading.reading_safely(start, c.trust_checkpoint), explain_run_failures(c):
         trainer = Trainer(
             model=model,
             train_dataloader=train_data,
@@ -66,13 +66,13 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             schedulers=optimizers.build_scheduler(c.scheduler),
             algorithms=plugins.build_algorithms(c),
             callbacks=all_callbacks,
-            loggers=plugins.build_all('loggers', c.loggers),
+            loggers=plugins.build_plugins('loggers', c.loggers),
             max_duration=c.max_duration,
             device_train_microbatch_size=run.microbatch,
             accumulate_train_batch_on_tokens=True,
             precision=run.precision,
             parallelism_config=sharding.build_parallelism(c.fsdp_config, run.has_gpu),
-            compile_config=sharding.whole_model_compile(c.compile_config),
+            compile_config=sharding.build_compile_config(c.compile_config),
             dist_timeout=c.dist_timeout,
             seed=c.seed,
             run_name=c.run_name,
@@ -82,7 +82,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             log_traces=c.log_traces,
             load_path=start.read_by_composer,
             load_weights_only=start.kind == 'weights',
-            load_ignore_keys=loading.same_weights(start, model.state_dict()),  # refuses other weights, ignores none
+            load_ignore_keys=loading.check_same_weights(start, model.state_dict()),  # ignores none
             load_exclude_algorithms=dir(algorithms),  # Composer would `eval` what a checkpoint says of them
         )
     loading.finish_loading(start, trainer)

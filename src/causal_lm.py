@@ -116,7 +116,7 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
-def padding_to_the_right(key_padding_mask: Tensor) -> Tensor:
+def padding_right_order(key_padding_mask: Tensor) -> Tensor:
     """The order of positions that moves each row's padding behind its tokens, which keep their order.
 
     `key_padding_mask`, (batch, seq), is true or 1 at tokens. The result, (batch, seq), holds indices for `gather` along
@@ -129,7 +129,7 @@ def without_mask(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The batch with its padding moved to the right end, where causal attention hides it, and no `attention_mask`."""
     if 'attention_mask' not in batch:
         return batch
-    order = padding_to_the_right(batch['attention_mask'])
+    order = padding_right_order(batch['attention_mask'])
     return {key: batch[key].gather(1, order) for key in ('input_ids', 'labels', 'sequence_id') if key in batch}
 
 

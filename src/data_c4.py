@@ -26,7 +26,7 @@ import torch
 from streaming.base.distributed import get_rank, get_world_size
 from torch.utils.data import DataLoader, DistributedSampler
 
-from src.common.errors import UserError, positive
+from src.common.errors import UserError, positive_int
 from src.common.machine import shorten_socket_paths
 from src.common.targets import IGNORE
 from src.common.workers import init_loader_worker
@@ -36,7 +36,7 @@ from src.config.data_places import is_copied, stream_errors, streams_of
 from src.config.schema import LoaderConfig
 from src.loader.contents import check_tokenizer, column_of
 from src.loader.dataset import CheckedDataset, EvalLoader, TrainLoader
-from src.loader.sample_order import EvalView, batches_in_epoch, whole_batches
+from src.loader.sample_order import EvalView, batches_in_epoch, deal_whole_batches
 from src.loader.samples import Row, Sample, SampleMaker, collate
 from src.loader.shared_memory import check_loader
 from src.tokenizer import HFTokenizer
@@ -244,7 +244,7 @@ def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
         raise UserError(f'train_loader: an epoch holds not one full batch: {dataset.place} holds {n} samples, fewer '
                         f'than global_train_batch_size {global_batch_size}; use more data or a smaller '
                         'global_train_batch_size')
-    dataset.partition_algo = whole_batches.__name__
+    dataset.partition_algo = deal_whole_batches.__name__
     # Of this rank; Composer ends an epoch there
     dataset.length = batches_in_epoch(dataset, global_batch_size) * device_batch_size
 
@@ -287,9 +287,9 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser.add_argument('local', nargs='?', help='where shards are copied to; default: REMOTE, and nothing is copied')
     parser.add_argument('--split', default='val')
     parser.add_argument('--tokenizer', help='a hub name or a folder; default: REMOTE/tokenizer if there, else gpt2')
-    parser.add_argument('--max_seq_len', type=positive, default=2048)
+    parser.add_argument('--max_seq_len', type=positive_int, default=2048)
     parser.add_argument('--group_method', choices=['truncate', 'concat'], default='truncate')
-    parser.add_argument('--batch_size', type=positive, default=8)
+    parser.add_argument('--batch_size', type=positive_int, default=8)
     parser.add_argument('--num_workers', type=int, choices=range(65), default=0, metavar='N')
     args = parser.parse_args(argv)
     beside = Path(args.remote, 'tokenizer')

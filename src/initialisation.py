@@ -39,7 +39,7 @@ _loads_weights: ContextVar[bool] = ContextVar('loads_weights', default=False)
 
 
 @contextmanager
-def weights_come_later(later: bool) -> Iterator[None]:
+def skip_initialisation(later: bool) -> Iterator[None]:
     """Models that are built in this block draw nothing if `later` is true: a checkpoint overwrites their weights."""
     token = _loads_weights.set(later)
     try:
@@ -232,7 +232,7 @@ def first_owner(model: nn.Module, param: Tensor) -> nn.Module:
     return next(module for module in model.modules() if any(param is other for other in module._parameters.values()))
 
 
-def leave_meta(model: nn.Module, device: Union[str, torch.device]) -> list[nn.Module]:
+def materialize_parameters(model: nn.Module, device: Union[str, torch.device]) -> list[nn.Module]:
     """Gives memory to the tensors on meta, and moves the others to the device. Tied parameters stay tied.
 
     Returns the modules that had tensors on meta, which have no values yet.

@@ -17,14 +17,14 @@ from src.causal_lm import (
     ComposerCausalLM,
     chunked_cross_entropy,
     compute_dtype,
-    padding_to_the_right,
+    padding_right_order,
     plain_cross_entropy,
 )
 from src.common.errors import UserError
 from src.config.check import parse
 from src.config.model_checks import heads_error
 from src.config.schema import MosaicGPTConfig
-from src.initialisation import Initialiser, leave_meta, unwrap
+from src.initialisation import Initialiser, materialize_parameters, unwrap
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class MosaicGPT(nn.Module):
         """
         order = None
         if key_padding_mask is not None:
-            order = padding_to_the_right(key_padding_mask)
+            order = padding_right_order(key_padding_mask)
             input_ids = input_ids.gather(1, order)
             targets = None if targets is None else targets.gather(1, order)
             sequence_id = None if sequence_id is None else sequence_id.gather(1, order)
@@ -206,7 +206,7 @@ class MosaicGPT(nn.Module):
 
         Raises UserError where a module has parameters or buffers that nothing sets.
         """
-        self.init_weights(leave_meta(self, device))
+        self.init_weights(materialize_parameters(self, device))
         return self
 
     # ------------------------------------------------------------ what Composer asks for

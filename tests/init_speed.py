@@ -57,7 +57,7 @@ if __name__ == '__main__':
     parser.add_argument('--alone', action='store_true')
     args = parser.parse_intermixed_args()
     os.environ['LOCAL_WORLD_SIZE'] = '1' if args.alone else str(args.ranks)
-    cfg = config.plain(config.load([args.yaml, *args.overrides]))['model']
+    cfg = config.to_plain(config.load([args.yaml, *args.overrides]))['model']
     cpu = time.process_time()
     taken = measure(cfg, args.ranks)
     print(f'{args.ranks} ranks: {taken:.1f} s for the weights of one; {time.process_time() - cpu:.1f} CPU seconds')

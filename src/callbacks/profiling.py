@@ -19,7 +19,7 @@ from src.common.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def unused(folder: str, run_name: str) -> str:
+def unused_folder(folder: str, run_name: str) -> str:
     """The folder, as Composer spells it; with `.2`, `.3` where an earlier start has left its files."""
     name, start = folder, 1
     while any(path.is_file() for path in Path(format_name_with_dist(name, run_name)).rglob('*')):
@@ -30,7 +30,7 @@ def unused(folder: str, run_name: str) -> str:
 
 def new_folder(folder: str, run_name: str) -> Path:
     """Makes the folder of this start."""
-    path = Path(format_name_with_dist(unused(folder, run_name), run_name))
+    path = Path(format_name_with_dist(unused_folder(folder, run_name), run_name))
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -40,7 +40,7 @@ class MemorySnapshot(callbacks.MemorySnapshot):
 
     def init(self, state: State, logger: Logger) -> None:
         # Absolute: Composer joins it to itself, and says no more than a line in the log when that is not there.
-        self.folder = os.path.abspath(self.folder if self.overwrite else unused(self.folder, state.run_name))
+        self.folder = os.path.abspath(self.folder if self.overwrite else unused_folder(self.folder, state.run_name))
         super().init(state, logger)
 
 

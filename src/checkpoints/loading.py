@@ -12,9 +12,9 @@ from composer.utils.reproducibility import load_rng_state
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from src.checkpoints.manifest import Manifest
-from src.checkpoints.safe_reading import no_code, readable, weights_in
+from src.checkpoints.safe_reading import explain_read_errors, extract_weights, forbid_code
 from src.checkpoints.start import Start
-from src.checkpoints.weights import on_disk, read_full, shapes_in_shards
+from src.checkpoints.weights import local_copy, read_full_checkpoint, shapes_in_shards
 from src.common.errors import UserError
 from src.config.check import parse
 from src.config.schema import MODEL_CONFIGS
@@ -98,11 +98,11 @@ def reading_safely(start: Start, trusted: Optional[bool] = None) -> Iterator[Non
         offer = ', or set trust_checkpoint=true if you trust who wrote this one' if trusted is not None else ''
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            guard = nullcontext() if trusted and may_trust else no_code()
-            with readable(start, 'into this model and optimizer', offer if may_trust else ''), guard:
+            guard = nullcontext() if trusted and may_trust else forbid_code()
+            with explain_read_errors(start, 'into this model and optimizer', offer if may_trust else ''), guard:
                 found = read(*args, **kwargs)
             if read is load_file:
-                weights_in(found, start)
+                extract_weights(found, start)
             return found
         return wrapped
 
@@ -115,7 +115,7 @@ def reading_safely(start: Start, trusted: Optional[bool] = None) -> Iterator[Non
         yield
 
 
-def same_weights(start: Start, own: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
+def check_same_weights(start: Start, own: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
     """A check of what a checkpoint holds, for Trainer's `load_ignore_keys`, which runs before the model is touched.
 
     Composer and torch leave a parameter that the checkpoint lacks as it was initialised, and say nothing. `own` is the
@@ -150,9 +150,9 @@ def finish_loading(start: Start, trainer: Trainer) -> None:
     """What Composer leaves to do once the Trainer is built. Every rank has to call it."""
     if start.weights_of_a_file:
         model = trainer.state.model
-        with on_disk(start) as local:
-            weights = read_full(local, start)
-            same_weights(start, get_model_state_dict(model))({'state': {'model': weights}})
+        with local_copy(start) as local:
+            weights = read_full_checkpoint(local, start)
+            check_same_weights(start, get_model_state_dict(model))({'state': {'model': weights}})
             set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=True))
     if start.kind == 'resume':
         optimizer = trainer.state.optimizers[0]

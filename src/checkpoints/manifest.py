@@ -78,7 +78,7 @@ def read_manifest(folder: Folder, name: str) -> Optional[Manifest]:
         return None
 
 
-def manifests(folder: Folder) -> Iterator[Manifest]:
+def list_manifests(folder: Folder) -> Iterator[Manifest]:
     """Those of a folder, whole or not, newest first."""
     names = [name[:-5] for name in folder.names() if re.fullmatch(rf'{STEP.pattern}\.json', name)]
     for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r'\d+', name)][::-1], reverse=True):
@@ -86,11 +86,11 @@ def manifests(folder: Folder) -> Iterator[Manifest]:
             yield manifest
 
 
-def delete_old(folder: Folder, keep: int) -> None:
+def delete_old_checkpoints(folder: Folder, keep: int) -> None:
     """Keeps the newest whole checkpoints, and damaged ones among or above them; deletes everything older."""
     whole = 0
     try:
-        for saved in list(manifests(folder)):
+        for saved in list(list_manifests(folder)):
             if whole >= keep:  # the manifest first: half of what it lists is no checkpoint
                 folder.delete([f'{saved.name}.json'])
                 folder.delete(saved.files)
@@ -108,9 +108,9 @@ def saved_steps(folder: Folder) -> tuple[list[str], list[str]]:
     return sorted({match[0] for file in files if (match := STEP.match(file))} - half), sorted(half)
 
 
-def newest_whole(folder: Folder, setting: str) -> Optional[Manifest]:
+def find_newest_whole(folder: Folder, setting: str) -> Optional[Manifest]:
     """The newest whole checkpoint of a folder. A warning names the newer ones that are not whole."""
-    whole = next((manifest for manifest in manifests(folder) if manifest.is_whole(folder)), None)
+    whole = next((manifest for manifest in list_manifests(folder) if manifest.is_whole(folder)), None)
     if whole:
         damaged = [name for name in saved_steps(folder)[0] if int(name.rpartition('-ba')[2]) > whole.batch]
         if damaged:

@@ -37,17 +37,18 @@ def run_settings(c: Config, data: Mapping[str, str]) -> dict[str, Any]:
     `data` holds the digests of the data sets, by the setting that names each.
     """
     world_size = dist.get_world_size()
-    return {**config.flat(c), 'devices': world_size, 'nodes': world_size // dist.get_local_world_size(), **data}
+    return {**config.flatten_masked(c), 'devices': world_size, 'nodes': world_size // dist.get_local_world_size(),
+            **data}
 
 
-class Changes(NamedTuple):
+class SettingChanges(NamedTuple):
     """What a resumed run has changed since its checkpoint."""
 
     lines: list[str]  # for the plan
     schedule: bool  # whether the learning rate has another schedule
 
 
-def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Changes:
+def compare_settings(start: Start, now: Mapping[str, Any], counts_samples: bool) -> SettingChanges:
     """Compares a run's settings, from `run_settings`, with those of the checkpoint that it goes on from.
 
     `counts_samples` says whether the training set goes on from a number of samples. Otherwise Composer goes on from a
@@ -55,9 +56,9 @@ def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Chang
     checkpoint is within an epoch, and its number of batches is another place in this run's epoch.
     """
     if start.kind != 'resume':
-        return Changes([], False)
+        return SettingChanges([], False)
     if start.manifest is None or not start.manifest.settings:
-        return Changes([UNKNOWN], False)
+        return SettingChanges([UNKNOWN], False)
     then, place = start.manifest.settings, start.manifest.sample_in_epoch
     changed = {}
     for key in [*now, *(then.keys() - now.keys())]:
@@ -80,7 +81,8 @@ def changes(start: Start, now: Mapping[str, Any], counts_samples: bool) -> Chang
         lines.append(f'data: {listed(moved)}: this epoch goes on at its sample {place:,} in another order: it may '
                      'repeat samples and leave out some')
     in_duration = any(str(now.get(key)).endswith('dur') for key in ('scheduler.t_warmup', 'scheduler.t_max'))
-    return Changes(lines, any(key.startswith('scheduler.') or key == 'max_duration' and in_duration for key in changed))
+    return SettingChanges(lines, any(key.startswith('scheduler.') or key == 'max_duration' and in_duration
+                                     for key in changed))
 
 
 def _moves_samples(key: str, now: Mapping[str, Any], counts_samples: bool) -> bool:

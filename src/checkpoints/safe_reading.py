@@ -59,7 +59,7 @@ def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadat
 
 
 @contextmanager
-def no_code() -> Iterator[None]:
+def forbid_code() -> Iterator[None]:
     """Lets torch read tensors and plain values alone, also where a library asks for any object."""
     forced = os.environ.get(ONLY_WEIGHTS)
     os.environ[ONLY_WEIGHTS] = '1'
@@ -73,13 +73,13 @@ def no_code() -> Iterator[None]:
             os.environ[ONLY_WEIGHTS] = forced
 
 
-def cause_of(e: BaseException) -> BaseException:
+def root_cause(e: BaseException) -> BaseException:
     """What failed on a rank, where torch has gathered the failures of all; else the error itself."""
     return next(iter(e.failures.values()), (e,))[0] if isinstance(e, CheckpointException) else e
 
 
 @contextmanager
-def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
+def explain_read_errors(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
     """Says in one message why a checkpoint cannot be read.
 
     `purpose` is what it cannot be loaded as. `trust` says what to do where an object other than tensors and plain
@@ -91,7 +91,7 @@ def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError,
             pickle.UnpicklingError, BotoCoreError, ClientError, CheckpointException) as e:
-        cause = cause_of(e)
+        cause = root_cause(e)
         if is_out_of_memory(cause) or isinstance(cause, UserError):
             raise cause from None
         unsafe = re.search(r'GLOBAL ([\w.]+)', str(cause))
@@ -102,7 +102,7 @@ def readable(start: Start, purpose: str, trust: str = '') -> Iterator[None]:
                         f'{trust if isinstance(cause, pickle.UnpicklingError) else ""}') from None
 
 
-def weights_in(checkpoint: Any, start: Start) -> dict[str, Any]:
+def extract_weights(checkpoint: Any, start: Start) -> dict[str, Any]:
     """The model's state dict out of what a file holds; refuses what Composer has not saved."""
     state = checkpoint.get('state') if isinstance(checkpoint, dict) else None
     weights = state.get('model') if isinstance(state, dict) else None

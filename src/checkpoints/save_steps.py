@@ -15,19 +15,19 @@ from composer.utils import dist, get_device
 from torch.distributed.checkpoint.api import CheckpointException
 
 from src.checkpoints.manifest import UNFINISHED, Manifest
-from src.checkpoints.safe_reading import cause_of
+from src.checkpoints.safe_reading import root_cause
 from src.common.errors import UserError, first_line
 from src.common.storage import Folder, LocalFolder, RemoteFolder
-from src.common.workers import in_background
+from src.common.workers import run_in_background
 
 
 @contextmanager
-def writing(name: str, place: str) -> Iterator[None]:
+def explain_write_errors(name: str, place: str) -> Iterator[None]:
     """Says in one message that a disk is full, or cannot be written."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as e:
-        cause = cause_of(e)
+        cause = root_cause(e)
         cause = cause.__context__ or cause  # torch's writer fails once more as it closes the file
         if not isinstance(cause, OSError) and 'inline_container' not in str(cause):
             raise
@@ -44,7 +44,7 @@ class UnfinishedSave:
 
     def __init__(self, manifest: Manifest, place: str, steps: list[Callable[[], None]]):
         self.manifest, self.place, self.steps = manifest, place, steps
-        self.running = in_background(steps.pop(0))
+        self.running = run_in_background(steps.pop(0))
         self.is_whole = False
 
     def advance(self) -> bool:
@@ -53,16 +53,16 @@ class UnfinishedSave:
         dist.all_reduce(done, reduce_operation='MIN')
         if not done.item():
             return False
-        with writing(self.manifest.name, self.place):
+        with explain_write_errors(self.manifest.name, self.place):
             self.running.result()
         if self.steps:
-            self.running = in_background(self.steps.pop(0))
+            self.running = run_in_background(self.steps.pop(0))
         else:
             self.is_whole = True
         return True
 
 
-def begin(name: str, folder: Folder, local: str) -> None:
+def begin_save(name: str, folder: Folder, local: str) -> None:
     """Marks this step as unfinished and voids an old manifest: a crash now leaves nothing that looks whole.
 
     All ranks have to call it.
@@ -70,14 +70,14 @@ def begin(name: str, folder: Folder, local: str) -> None:
     if dist.get_local_rank() == 0:  # it may have been written by more ranks
         shutil.rmtree(Path(local, name), ignore_errors=True)
     if dist.get_global_rank() == 0:
-        with writing(name, str(folder)):
+        with explain_write_errors(name, str(folder)):
             folder.write(f'{name}{UNFINISHED}', '')
             if folder.size(f'{name}.json') >= 0:  # of a save that has lost a file since
                 folder.write(f'{name}.json', '')
     dist.barrier()
 
 
-def flushed(written: str, sharded: bool) -> list[Path]:
+def flush_to_disk(written: str, sharded: bool) -> list[Path]:
     """The files of this rank in a checkpoint that Composer has just written; they are on the disk for good."""
     files = [Path(written)]
     if sharded:
@@ -89,7 +89,7 @@ def flushed(written: str, sharded: bool) -> list[Path]:
     return files
 
 
-def send(files: list[str], folder: RemoteFolder, local: str) -> None:
+def upload(files: list[str], folder: RemoteFolder, local: str) -> None:
     """Moves files of the local folder into the object store."""
     for file in files:
         folder.upload(file, Path(local, file))

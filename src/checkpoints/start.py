@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional
 
 from composer.utils import dist, format_name_with_dist
 
-from src.checkpoints.manifest import STEP, Manifest, newest_whole, read_manifest, saved_steps
+from src.checkpoints.manifest import STEP, Manifest, find_newest_whole, read_manifest, saved_steps
 from src.common.errors import UserError, first_line
 from src.common.storage import Folder, LocalFolder, open_folder
 
@@ -49,7 +49,7 @@ FRESH = Start('fresh')
 
 
 @contextmanager
-def reachable(setting: str, place: str) -> Iterator[None]:
+def explain_unreachable(setting: str, place: str) -> Iterator[None]:
     """Says in one message that a place on a disk or in an object store cannot be read."""
     try:
         yield
@@ -85,13 +85,13 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
                 weights_only: bool) -> Start:
     folder, there = None, []
     if save_folder and (name is not None or '{run_name}' not in save_folder):  # else the folder is a new one
-        with reachable('save_folder', save_folder):
+        with explain_unreachable('save_folder', save_folder):
             folder = open_folder(format_name_with_dist(save_folder, name or ''))
             there, half = saved_steps(folder)
             if half and autoresume:
                 log.info('autoresume: %s in %s is an interrupted save; it is ignored', ', '.join(half), folder)
             if there and autoresume:
-                if manifest := newest_whole(folder, 'autoresume'):
+                if manifest := find_newest_whole(folder, 'autoresume'):
                     path = folder.uri(manifest.path)
                     return Start('resume', path, manifest.sharded, manifest, own=True, setting='autoresume')
                 raise UserError(f'autoresume: {folder} holds {", ".join(there)}, and none is whole: each lacks its '
@@ -99,8 +99,8 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
                                 'as load_path, with another run_name; to start afresh move them away')
     start = FRESH
     if load_path:
-        with reachable('load_path', load_path):
-            start = given_start(load_path, 'weights' if weights_only else 'resume', folder)
+        with explain_unreachable('load_path', load_path):
+            start = start_from_path(load_path, 'weights' if weights_only else 'resume', folder)
     copied = folder and start.manifest and start.manifest == read_manifest(folder, start.manifest.name)
     if there and not (start.own or copied):  # retention would delete what another run has saved
         raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them set autoresume=true; to '
@@ -108,8 +108,8 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
     return start
 
 
-def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder] = None,
-                setting: str = 'load_path') -> Start:
+def start_from_path(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder] = None,
+                    setting: str = 'load_path') -> Start:
     """A checkpoint that somebody names.
 
     `path` is the file or the folder of a checkpoint, or a link to one; local or a URI. Of a run's folder the newest
@@ -122,16 +122,16 @@ def given_start(path: str, kind: Literal['resume', 'weights'], own: Optional[Fol
     sharded = folder.size(f'{name}/.metadata') >= 0
     if not sharded and folder.size(name) < 0:
         run = folder if re.fullmatch(r'latest(-rank0)?(\.pt)?', name) else open_folder(path)
-        newest = newest_whole(run, setting)
+        newest = find_newest_whole(run, setting)
         if newest is None:
             raise UserError(f'{setting}: {path}: no such file, and no folder of a sharded checkpoint, or of a run with '
                             'whole checkpoints; give one of them')
         log.info('%s: %s: the newest whole checkpoint there is %s', setting, path, run.uri(newest.path))
-        return given_start(run.uri(newest.path), kind, own, setting)
+        return start_from_path(run.uri(newest.path), kind, own, setting)
     local, step = '://' not in path, STEP.match(name)
     manifest = read_manifest(folder, step[0]) if step else None
     if manifest is None and local and os.path.islink(path):  # the manifest lies beside what it points to
-        return given_start(os.path.realpath(path), kind, own, setting)
+        return start_from_path(os.path.realpath(path), kind, own, setting)
     if manifest and not manifest.is_whole(folder):
         raise UserError(f'{setting}: {path} is not whole: its files are not those that {manifest.name}.json lists')
     where = os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)

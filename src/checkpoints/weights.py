@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from src.checkpoints.manifest import Manifest
-from src.checkpoints.safe_reading import no_code, readable, weights_in
-from src.checkpoints.start import Start, given_start, reachable
+from src.checkpoints.safe_reading import explain_read_errors, extract_weights, forbid_code
+from src.checkpoints.start import Start, explain_unreachable, start_from_path
 from src.common.storage import open_folder
 
 WEIGHTS = 'state.model.'  # the prefix of the weights' names in a sharded checkpoint
@@ -27,7 +27,7 @@ AS_WEIGHTS = 'as the weights of a checkpoint'
 
 
 @contextmanager
-def on_disk(start: Start, name: str = '') -> Iterator[str]:
+def local_copy(start: Start, name: str = '') -> Iterator[str]:
     """Where a checkpoint lies on this node's disk, which may be a copy. Every rank of a process group has to call it.
 
     With a `name` that file alone of a sharded checkpoint is there for sure.
@@ -41,7 +41,7 @@ def on_disk(start: Start, name: str = '') -> Iterator[str]:
         folders = dist.all_gather_object(temp) if ranks else [temp]
         local = os.path.join(folders[dist.get_global_rank() - dist.get_local_rank() if ranks else 0], 'checkpoint')
         if not ranks or dist.get_local_rank() == 0:
-            with reachable(start.setting, start.path):
+            with explain_unreachable(start.setting, start.path):
                 _download(start.path, start.sharded, name, local)
         if ranks:
             with dist.local_rank_zero_download_and_wait(local):  # a download may take longer than a barrier waits
@@ -64,26 +64,26 @@ def _download(path: str, sharded: bool, name: str, local: str) -> None:
 
 def _described(local: str) -> dict[str, Any]:
     """What a sharded checkpoint says of its weights, by name."""
-    with no_code():
+    with forbid_code():
         there = FileSystemReader(local).read_metadata().state_dict_metadata
     return {key.removeprefix(WEIGHTS): part for key, part in there.items() if key.startswith(WEIGHTS)}
 
 
 def shapes_in_shards(start: Start) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights in a sharded checkpoint. Every rank has to call it."""
-    with on_disk(start, '.metadata') as local:
+    with local_copy(start, '.metadata') as local:
         return {name: tuple(getattr(part, 'size', ())) for name, part in _described(local).items()}
 
 
-def read_full(local: str, start: Start) -> dict[str, Any]:
+def read_full_checkpoint(local: str, start: Start) -> dict[str, Any]:
     """The model's state dict out of a full checkpoint: tensors on the CPU, mapped from the file, which they outlive."""
-    with readable(start, AS_WEIGHTS):
-        return weights_in(torch.load(local, map_location='cpu', weights_only=True, mmap=True), start)
+    with explain_read_errors(start, AS_WEIGHTS):
+        return extract_weights(torch.load(local, map_location='cpu', weights_only=True, mmap=True), start)
 
 
 def read_sharded(local: str, start: Start) -> dict[str, Tensor]:
     """The model's state dict out of a sharded checkpoint, whole tensors on the CPU; the optimizer's is not read."""
-    with readable(start, AS_WEIGHTS), no_code(), warnings.catch_warnings():
+    with explain_read_errors(start, AS_WEIGHTS), forbid_code(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that it is a single process
         weights = {WEIGHTS + name: torch.empty(part.size, dtype=part.properties.dtype)
                    for name, part in _described(local).items() if isinstance(part, TensorStorageMetadata)}
@@ -91,7 +91,7 @@ def read_sharded(local: str, start: Start) -> dict[str, Tensor]:
     return {name.removeprefix(WEIGHTS): weight for name, weight in weights.items()}
 
 
-def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Optional[Manifest], str]:
+def read_weights(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Optional[Manifest], str]:
     """The weights of a checkpoint, for programs that use a model rather than train it; on one process.
 
     `path` is the file of a full checkpoint, the folder of a sharded one, or that of a run; local or a URI. `setting` is
@@ -99,8 +99,8 @@ def read(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Opt
     one; and where the checkpoint lies. Raises UserError where there is none, it is not whole or damaged, it holds
     objects other than tensors and plain values, or the object store is out of reach.
     """
-    with reachable(setting, path):
-        start = given_start(path, 'weights', setting=setting)
+    with explain_unreachable(setting, path):
+        start = start_from_path(path, 'weights', setting=setting)
     assert start.path
-    with on_disk(start) as local:
-        return (read_sharded if start.sharded else read_full)(local, start), start.manifest, start.path
+    with local_copy(start) as local:
+        return (read_sharded if start.sharded else read_full_checkpoint)(local, start), start.manifest, start.path

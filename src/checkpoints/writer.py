@@ -17,8 +17,15 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist
 from composer.utils.checkpoint import save_checkpoint
 
-from src.checkpoints.manifest import UNFINISHED, Manifest, RunInfo, delete_old, manifests
-from src.checkpoints.save_steps import UnfinishedSave, begin, check_shared, flushed, send, writing
+from src.checkpoints.manifest import UNFINISHED, Manifest, RunInfo, delete_old_checkpoints, list_manifests
+from src.checkpoints.save_steps import (
+    UnfinishedSave,
+    begin_save,
+    check_shared,
+    explain_write_errors,
+    flush_to_disk,
+    upload,
+)
 from src.checkpoints.start import Start
 from src.common.errors import UserError
 from src.common.storage import RemoteFolder, open_folder
@@ -56,7 +63,8 @@ class CheckpointWriter(Callback):
         self.last_batch = int(state.timestamp.batch)
         later: list[Any] = [None]
         if dist.get_global_rank() == 0:
-            later = [[m.name for m in manifests(self.folder) if m.batch > self.last_batch and m.is_whole(self.folder)]]
+            later = [[m.name for m in list_manifests(self.folder)
+                      if m.batch > self.last_batch and m.is_whole(self.folder)]]
         dist.broadcast_object_list(later)
         if later[0]:
             raise UserError(f'save_folder: {self.folder} already holds {", ".join(later[0])}, which this run would '
@@ -111,16 +119,16 @@ class CheckpointWriter(Callback):
         self.wait()
         self.last_batch = batch
         name, sharded = f'ep{int(t.epoch)}-ba{batch}', state.fsdp_sharded_state_dict_enabled
-        begin(name, folder, self.local)
-        with writing(name, self.local):
+        begin_save(name, folder, self.local)
+        with explain_write_errors(name, self.local):
             written = save_checkpoint(state, os.path.join(self.local, 'ep{epoch}-ba{batch}-rank{rank}.pt'))
-            files = [str(path.relative_to(self.local)) for path in flushed(written, sharded)] if written else []
+            files = [str(path.relative_to(self.local)) for path in flush_to_disk(written, sharded)] if written else []
         sizes = ChainMap(*dist.all_gather_object({file: Path(self.local, file).stat().st_size for file in files}))
         manifest = Manifest(name, sharded, int(t.epoch), batch, int(t.sample), int(t.token), dist.get_world_size(),
                             dict(sizes), **self.info._asdict(), sample_in_epoch=int(t.sample_in_epoch))
         steps = [lambda: self._finish(manifest) if dist.get_global_rank() == 0 else None]
         if isinstance(folder, RemoteFolder):
-            steps.insert(0, lambda: send(files, folder, self.local))
+            steps.insert(0, lambda: upload(files, folder, self.local))
         self.unfinished = UnfinishedSave(manifest, str(folder), steps)
         if not isinstance(folder, RemoteFolder):
             self.wait()
@@ -131,4 +139,4 @@ class CheckpointWriter(Callback):
             self.folder.delete([f'{manifest.name}{UNFINISHED}'])
         self.newest = self.folder.uri(manifest.path)
         if self.keep >= 0:
-            delete_old(self.folder, self.keep)
+            delete_old_checkpoints(self.folder, self.keep)

@@ -26,25 +26,25 @@ def is_out_of_memory(e: BaseException) -> bool:
             or "DefaultCPUAllocator: can't allocate memory" in str(e))
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     """The type of an argument: a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is no whole number above 0')
     return int(text)
 
 
-def masked(value: Any, key: str = '') -> Any:
+def mask_secrets(value: Any, key: str = '') -> Any:
     """A copy for people and loggers: keys, tokens and passwords replaced, also inside URLs."""
     if SECRET.search(key) and value is not None:
         return '***'
     if isinstance(value, Mapping):
-        return {k: masked(v, str(k)) for k, v in value.items()}
+        return {k: mask_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [masked(v) for v in value]
+        return [mask_secrets(v) for v in value]
     return re.sub(r'(\w+://)[^/\s]+@', r'\1***@', value) if isinstance(value, str) else value
 
 
-def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+def exception_chain(error: Optional[BaseException]) -> Iterator[BaseException]:
     """An error and those behind it."""
     while error is not None:
         yield error

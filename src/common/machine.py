@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-from src.common.errors import UserError, causes
+from src.common.errors import UserError, exception_chain
 
 SHARED_MEMORY = Path('/dev/shm')
 BOOT_ID = Path('/proc/sys/kernel/random/boot_id')  # of this kernel since its start; some sandboxes hide it
@@ -34,7 +34,7 @@ def prepare_environment() -> None:
     raises a KeyError, and without a home the import of matplotlib a RuntimeError. TORCH_WARM_POOL is set where shared
     memory is full: the processes that torch starts for later compilation would end in a traceback of their own.
     """
-    if shared_memory_is_low():
+    if low_shared_memory_hint():
         os.environ.setdefault('TORCH_WARM_POOL', '0')
     os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's 3 are few for a run of weeks
     try:
@@ -93,7 +93,7 @@ def compiler_errors(has_gpu: bool) -> list[str]:
     return out
 
 
-def not_writable(path: str) -> Optional[str]:
+def find_unwritable_folder(path: str) -> Optional[str]:
     """The folder that keeps `path`, which may not exist yet, from being written; None: it can be written."""
     existing = next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.exists(p))
     return None if os.path.isdir(existing) and os.access(existing, os.W_OK) else str(existing)
@@ -123,7 +123,7 @@ def check_shared_memory(need: int, what: str, otherwise: str = '') -> None:
                         f'{megabytes(need)} there; {ENLARGE}{otherwise}')
 
 
-def shared_memory_is_low() -> str:
+def low_shared_memory_hint() -> str:
     """For a message about a crash: says that shared memory is full, and what to do; empty where it is not."""
     free = free_shared_memory()
     if free is None or free >= LOW:
@@ -150,10 +150,10 @@ def explain_lost_worker(error: Exception, setting: str) -> Optional[str]:
 
     `error` is from the rank's DataLoader, and `setting` is `train_loader` or `eval_loader`.
     """
-    text = ' '.join(map(str, causes(error)))
+    text = ' '.join(map(str, exception_chain(error)))
     for pattern, advice in LOST.items():
         if re.search(pattern, text):
             return f'{setting}: {advice.format(setting=setting)}'
-    if 'exited unexpectedly' in text and (low := shared_memory_is_low()):
+    if 'exited unexpectedly' in text and (low := low_shared_memory_hint()):
         return f'{setting}: a loader worker has ended{low}; or set {setting}.num_workers=0'
     return None

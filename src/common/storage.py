@@ -25,12 +25,12 @@ with suppress(OSError):
 OWNED = re.compile(r'\.part(ial)?-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}')
 
 
-def owner() -> str:
+def owner_tag() -> str:
     """What ends the name of a file or folder that this process has not finished, after `.part-` or `.partial-`."""
     return f'{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
 
 
-def is_left(name: str, of_all: bool = False) -> bool:
+def is_leftover(name: str, of_all: bool = False) -> bool:
     """Whether a name has an `owner`, on this machine, that has ended; or, `of_all`, any owner."""
     owned = OWNED.search(name)
     return bool(owned) and (of_all or owned['host'] == HOST and not psutil.pid_exists(int(owned['pid'])))

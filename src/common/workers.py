@@ -100,7 +100,7 @@ def _exit_when_told() -> None:
             os._exit(0)  # torch's own handler does the same
 
 
-def in_background(call: Callable[[], Any]) -> Future:
+def run_in_background(call: Callable[[], Any]) -> Future:
     """Its result, from a daemon thread, unlike those of an executor: a process that fails does not wait for it."""
     future: Future = Future()
 

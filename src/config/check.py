@@ -7,11 +7,11 @@ from typing import Any, Optional, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from src.common.errors import UserError, masked
+from src.common.errors import UserError, mask_secrets
 from src.config.data_checks import data_errors, packs_on_the_fly
-from src.config.load import plain
+from src.config.load import to_plain
 from src.config.model_checks import model_errors
-from src.config.old_keys import fill_in, what_to_write
+from src.config.old_keys import advice_for_old_key, fill_in
 from src.config.plugin_entries import keywords_of
 from src.config.run_checks import machine_errors, schedule_errors
 from src.config.schema import MODEL_CONFIGS, Config, Section, types_below
@@ -26,7 +26,7 @@ def parse(schema: type[SectionT], cfg: Any) -> SectionT:
     """
     if isinstance(cfg, schema):
         return cfg
-    raw = plain(cfg)
+    raw = to_plain(cfg)
     try:
         return schema.model_validate(raw)
     except ValidationError as e:
@@ -41,7 +41,7 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
     held against the class's signature. `world_size` counts the devices over all nodes. `kits_loader` says whether the
     kit's own loader reads what sections `dataset` name. Raises UserError, which lists every mistake.
     """
-    raw, errors = plain(fill_in(cfg)), []
+    raw, errors = to_plain(fill_in(cfg)), []
     for section, classes in registries.items():
         if isinstance(raw.get(section), dict):
             raw[section], wrong = _entries(section, raw[section], classes)
@@ -135,9 +135,9 @@ _TYPES = {'int_type': 'a whole number', 'float_type': 'a number', 'bool_type': '
 
 def _what(err: Any, key: str, schema: type[BaseModel]) -> str:
     name, kind = key.split('.')[-1], err['type']
-    value = masked(err['input'], name)
+    value = mask_secrets(err['input'], name)
     if kind == 'extra_forbidden':
-        return f'no such key; {what_to_write(key) or _nearest(name, _fields_at(schema, err["loc"][:-1]))}'
+        return f'no such key; {advice_for_old_key(key) or _nearest(name, _fields_at(schema, err["loc"][:-1]))}'
     if kind == 'missing':
         return 'missing; it has no default'
     if kind == 'string_too_short':

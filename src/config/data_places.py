@@ -153,16 +153,17 @@ def _check_folder(root: str, split: str, setting: str) -> None:
                       'allow_same_split=true')
     else:
         wrong = f"{str(folder)!r} has no index.json, so it is no MDS dataset, or its conversion did not end"
-    raise UserError(f'{setting}: {wrong}. {how_to_make(root, split)}')
+    raise UserError(f'{setting}: {wrong}. {conversion_command(root, split)}')
 
 
-def how_to_make(root: str, split: str) -> str:
+def conversion_command(root: str, split: str) -> str:
     """The command that makes the data."""
     return (f'Make it with\n  python convert_c4.py --out_root {root} --splits {split or "train val"} --source sample\n'
             'or from another --source: see python convert_c4.py --help')
 
 
-def explain(e: Exception, remote: Optional[str], local: str, split: str, setting: str = 'dataset') -> str:
+def explain_streaming_error(e: Exception, remote: Optional[str], local: str, split: str,
+                            setting: str = 'dataset') -> str:
     """What streaming raised, in the words of the settings."""
     text, where = str(e), os.path.join(remote or local, split)
     if 'Reused local directory' in text:
@@ -171,9 +172,10 @@ def explain(e: Exception, remote: Optional[str], local: str, split: str, setting
     if 'cache limit' in text.lower():
         return f'dataset.cache_limit: {text}'
     if 'contains no samples' in text:
-        return f'{setting}: {where!r} holds no documents. {how_to_make(remote or local, split)}'
+        return f'{setting}: {where!r} holds no documents. {conversion_command(remote or local, split)}'
     if 'empty or corrupted' in text:
-        mend = f'Remove {os.path.join(local, split)}: it is copied again' if remote else how_to_make(local, split)
+        copied = f'Remove {os.path.join(local, split)}: it is copied again'
+        mend = copied if remote else conversion_command(local, split)
         return f'{setting}: {text}. {mend}'
     if is_url(remote):
         return (f'{setting}.remote: cannot read {where}: {type(e).__name__}: {text.strip()}\n'

@@ -52,7 +52,7 @@ def run_name(c: Config) -> Optional[str]:
     return c.run_name or os.environ.get('COMPOSER_RUN_NAME') or os.environ.get('RUN_NAME')
 
 
-def in_units_of_the_run(interval: str, max_duration: str) -> str:
+def to_batches_samples_or_tokens(interval: str, max_duration: str) -> str:
     """A fraction of the run as a number of batches, samples or tokens; any other interval as it is.
 
     Composer cannot divide a run whose loader has no length, as where text is packed on the fly.

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
-from src.common.errors import UserError, masked
+from src.common.errors import UserError, mask_secrets
 from src.config.old_keys import translate
 from src.config.schema import Config, types_below
 
@@ -54,7 +54,7 @@ def _read(path: Path) -> DictConfig:
     return loaded
 
 
-def plain(cfg: Any) -> dict[str, Any]:
+def to_plain(cfg: Any) -> dict[str, Any]:
     """Any config (OmegaConf, pydantic or mapping) as plain containers, interpolations and home folders (`~/`) resolved.
 
     Raises UserError where an interpolation `${...}` points nowhere.
@@ -78,7 +78,7 @@ def _unresolved(said: str, key: Any, cfg: DictConfig) -> str:
         if not refers[2]:
             said += f'; for a variable of the shell write ${{oc.env:{top}}}'
         elif not isinstance(value, dict) or not value:
-            return f'{top}: {masked(value, top)!r} must be a section with keys of its own; {key} refers to one'
+            return f'{top}: {mask_secrets(value, top)!r} must be a section with keys of its own; {key} refers to one'
     return f'config: {said} (key: {key or "?"})'
 
 
@@ -89,18 +89,19 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and re.match(r'~[\w.-]*/', value) else value
 
 
-def shown(c: Config) -> str:
+def to_masked_yaml(c: Config) -> str:
     """A config as YAML, with its defaults; secrets are masked."""
-    return yaml.safe_dump(masked(plain(c)), sort_keys=False, width=120, allow_unicode=True)
+    return yaml.safe_dump(mask_secrets(to_plain(c)), sort_keys=False, width=120, allow_unicode=True)
 
 
-def flat(cfg: Any) -> dict[str, Any]:
+def flatten_masked(cfg: Any) -> dict[str, Any]:
     """Dotted key to value, secrets masked, without what may differ between nodes: where each copies its shards to."""
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or not value:
             return {prefix.removeprefix('.'): value}
         return {k: v for key, child in value.items() for k, v in walk(f'{prefix}.{key}', child).items()}
-    return {k: v for k, v in walk('', masked(plain(cfg))).items() if k.split('.')[-1] not in ('local', 'data_local')}
+    return {k: v for k, v in walk('', mask_secrets(to_plain(cfg))).items()
+            if k.split('.')[-1] not in ('local', 'data_local')}
 
 
 # ---------------------------------------------------------------- the command line

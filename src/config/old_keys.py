@@ -12,7 +12,7 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 
-from src.common.errors import UserError, masked
+from src.common.errors import UserError, mask_secrets
 from src.config.schema import MODEL_CONFIGS
 
 Tree = dict[str, Any]  # a config as plain dictionaries, its interpolations not resolved
@@ -100,7 +100,7 @@ def translate(merged: DictConfig, loaded: DictConfig, given: DictConfig) -> Dict
     notes += _one_value(tree, yaml, typed)
     if os.environ.get('RANK', '0') == '0':
         for note in notes:
-            print(f'config: {masked(note)}', file=sys.stderr)
+            print(f'config: {mask_secrets(note)}', file=sys.stderr)
     return OmegaConf.create(tree)
 
 
@@ -113,7 +113,7 @@ def fill_in(cfg: Any) -> Any:
     return OmegaConf.create(tree)
 
 
-def what_to_write(key: str) -> Optional[str]:
+def advice_for_old_key(key: str) -> Optional[str]:
     """What stands in place of an old key that is not translated; None: no old key."""
     if key in MOVED:
         return f'the old name of {MOVED[key]}; keep that alone'
@@ -218,7 +218,7 @@ def _one_value(tree: Tree, yaml: Tree, given: Tree) -> list[str]:
     if isinstance(samples, int) and samples != tree.get('eval_samples', samples):
         notes.append(f'eval_loader.eval_samples: {samples} is used, although eval_samples is {tree["eval_samples"]}')
     if errors:
-        raise UserError(masked('\n'.join(errors)))
+        raise UserError(mask_secrets('\n'.join(errors)))
     return notes
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Optional
 
 from src.common.errors import UserError
-from src.common.machine import not_writable
+from src.common.machine import find_unwritable_folder
 from src.config.derived import device_batch_size, run_name
 from src.config.schema import TIME, Config
 
@@ -138,7 +138,7 @@ def check_save_folder(c: Config) -> None:
         return
     name = run_name(c)
     folder = format_name_with_dist(c.save_folder, name) if name else c.save_folder.split('{')[0]
-    if wrong := not_writable(folder):
+    if wrong := find_unwritable_folder(folder):
         raise UserError(f'save_folder: {c.save_folder} cannot be made or written: {wrong} is no folder that may be '
                         'written')
 

@@ -13,7 +13,7 @@ import orjson
 from isal import igzip, igzip_lib
 
 from src.common.errors import UserError
-from src.conversion.source_files import TXT, listing
+from src.conversion.source_files import TXT, list_some
 
 SHOWN = 5  # documents that --skip_bad_docs names, of each file
 MAX_TEXT = 1 << 30  # bytes of a text file that is one document
@@ -24,15 +24,15 @@ NOT_TEXT = (b'\x1f\x8b', b'\x28\xb5\x2f\xfd', b'PAR1\x15', b'PK\x03\x04', b'BZh9
 Document = dict[str, str]
 
 
-class Bad(NamedTuple):
+class BadDocument(NamedTuple):
     """A document that cannot be used, and why."""
     reason: str
     setting: str = '--source'
     several: bool = False  # documents that are not on lines of their own
 
 
-def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts: dict[str, int], shown: int = SHOWN,
-                   ) -> Iterator[Document]:
+def good_documents(found: Iterable[Document | BadDocument], skip_bad_docs: bool, counts: dict[str, int],
+                   shown: int = SHOWN) -> Iterator[Document]:
     """The documents of one file that can be used.
 
     With `skip_bad_docs` the others are left out, counted in `counts`, and the first of them are named. Raises UserError
@@ -40,7 +40,7 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
     """
     good, bad, first = 0, 0, None
     for document in found:
-        if not isinstance(document, Bad):
+        if not isinstance(document, BadDocument):
             good += 1
             yield document
             continue
@@ -57,7 +57,7 @@ def good_documents(found: Iterable[Document | Bad], skip_bad_docs: bool, counts:
 
 
 def documents(path: Path, columns: Iterable[str], text_column: str = 'text', where: Optional[str] = None,
-              txt_lines: bool = False) -> Iterator[Document | Bad]:
+              txt_lines: bool = False) -> Iterator[Document | BadDocument]:
     """The documents of a file in order, each with `columns` as strings. One that cannot be used is `Bad`.
 
     The end of the file's name, in small or capital letters, says its format. The file's field `text_column` becomes the
@@ -76,7 +76,7 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
     try:
         for number, row in rows:
             document = _document(row, fields, kind == 'line')
-            if isinstance(document, Bad):
+            if isinstance(document, BadDocument):
                 document = document._replace(reason=f'{where}, {kind} {number} {document.reason}')
             yield document
     except UserError:
@@ -88,33 +88,34 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
         raise UserError(f'--source: {where} cannot be read after {kind} {number}{why}') from error
 
 
-def _document(row: Any, fields: dict[str, str], is_line: bool) -> Document | Bad:
+def _document(row: Any, fields: dict[str, str], is_line: bool) -> Document | BadDocument:
     """The columns of a row, a JSON value (of a line) or a text, by their names in the file."""
-    if isinstance(row, Bad):
+    if isinstance(row, BadDocument):
         return row
     row = row if isinstance(row, dict) else dict.fromkeys(fields.values())
     if fields['text'] not in row:
         # JSON can spell names that cannot be printed.
-        has = listing(list(row)).encode(errors='backslashreplace').decode()
-        return Bad(f'has no field {fields["text"]!r}; it has: {has or "none"}', '--text_column')
+        has = list_some(list(row)).encode(errors='backslashreplace').decode()
+        return BadDocument(f'has no field {fields["text"]!r}; it has: {has or "none"}', '--text_column')
     document = {column: row.get(field) for column, field in fields.items()}
     if {*map(type, document.values())} != {str}:
         try:
             document = {column: _as_text(value) for column, value in document.items()}
         except UnicodeDecodeError as error:
-            return Bad(f'holds bytes that are not UTF-8 ({error.reason}, byte {error.start}); write the file as UTF-8')
+            return BadDocument(f'holds bytes that are not UTF-8 ({error.reason}, byte {error.start}); write the file '
+                               'as UTF-8')
         wrong = [field for column, field in fields.items() if not isinstance(document[column], str)]
         if wrong:
             in_columns = is_line and isinstance(document['text'], (dict, list))  # as pandas writes a table
             hint = "; write an object a line (df.to_json(FILE, orient='records', lines=True) does)" * in_columns
-            return Bad(f'has no string {", ".join(wrong)}; a document is an object with the strings '
-                       f'{", ".join(fields.values())}{hint}', several=in_columns)
+            return BadDocument(f'has no string {", ".join(wrong)}; a document is an object with the strings '
+                               f'{", ".join(fields.values())}{hint}', several=in_columns)
     joined = ''.join(document.values())
     if not joined.isascii():
         try:
             joined.encode()
         except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-            return Bad('holds characters that are not Unicode text; download the file again')
+            return BadDocument('holds characters that are not Unicode text; download the file again')
     return document
 
 
@@ -159,9 +160,9 @@ def _json_rows(path: Path, where: str, text_column: str) -> Iterator[tuple[int, 
             except (ValueError, RecursionError) as error:
                 several = 'Extra data' in str(error)
                 mend = 'write an object a line (jq -c . does), or ' if several else ''
-                row = Bad(f'is not JSON ({error}); {mend}download the file again', several=several)
+                row = BadDocument(f'is not JSON ({error}); {mend}download the file again', several=several)
         is_array = isinstance(row, list) and row and (first or isinstance(row[0], dict))
-        if is_array or first and isinstance(row, Bad) and re.match(rb'\s*\[\s*([{"]|$)', line):
+        if is_array or first and isinstance(row, BadDocument) and re.match(rb'\s*\[\s*([{"]|$)', line):
             what = where if first else f'{where}, line {number}'
             raise UserError(f'--source: {what} is one JSON array; write an object a line (jq -c .[] does)')
         if first and line.strip() == b'{':
@@ -181,8 +182,8 @@ def _texts(path: Path, where: str, text_column: str, txt_lines: bool) -> Iterato
     lines = _lines(path, where)
     for number, text in enumerate(lines if txt_lines else _whole(lines, where), start=1):
         if 0 in text:
-            yield number, Bad('holds NUL bytes: it is damaged or not UTF-8; download the file again, or write it as '
-                              'UTF-8')
+            yield number, BadDocument('holds NUL bytes: it is damaged or not UTF-8; download the file again, or '
+                                      'write it as UTF-8')
         elif text.strip():
             yield number, {text_column: text.removesuffix(b'\n').removesuffix(b'\r') if txt_lines else text}
 

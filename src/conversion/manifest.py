@@ -9,8 +9,8 @@ from typing import Any, Optional
 
 from src.common.errors import UserError
 from src.common.progress import progress
-from src.conversion.output import Output, found, open_output, sweep, unfinished
-from src.conversion.parts import HASH, PART, Job, Part, all_done, file_info
+from src.conversion.output import Output, open_output, read_if_exists, remove_leftovers, unfinished_folder
+from src.conversion.parts import HASH, PART, Job, Part, file_info, finished_parts
 from src.conversion.sources import Source
 
 INDEX, MANIFEST, TRAINED = 'index.json', 'manifest.json', 'trained.json'  # the last: of a tokenizer
@@ -21,7 +21,7 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
 
     Raises UserError where parts are missing, or none holds a document.
     """
-    output, there = open_output(jobs[0].root), all_done(jobs)
+    output, there = open_output(jobs[0].root), finished_parts(jobs)
     missing = [job.name for job, part in zip(jobs, there, strict=True) if part is None]
     if missing:
         shown = ', '.join(missing[:10]) + (', ...' if len(missing) > 10 else '')
@@ -33,7 +33,7 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
         raise UserError(f'--source: no documents for {split}')
     with ThreadPoolExecutor(16) as threads:
         shards = list(chain.from_iterable(threads.map(lambda name: _shards(output, name), full)))
-    with unfinished(output, INDEX) as folder:
+    with unfinished_folder(output, INDEX) as folder:
         (folder / INDEX).write_text(json.dumps({'version': 2, 'shards': shards}), 'utf-8')
         files = {INDEX: file_info(folder / INDEX)}
         files |= {f'{name}/{file}': info for name, part in full.items() for file, info in part['files'].items()}
@@ -43,7 +43,7 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
                     'tokenizer_name': options.tokenizer_name, **_total(list(parts.values())), 'files': files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), 'utf-8')
         output.send(folder, [INDEX, MANIFEST])
-    sweep(output, of_all=True)
+    remove_leftovers(output, of_all=True)
     return manifest
 
 
@@ -65,7 +65,7 @@ def _shards(output: Output, part: str) -> list[dict[str, Any]]:
     return shards
 
 
-def check_strangers(root: str, n_parts: int) -> None:
+def check_no_foreign_files(root: str, n_parts: int) -> None:
     """Raises UserError where a split holds other data than its parts; the message names what is there."""
     output, folder = open_output(root), Path(root)
     if output.remote:
@@ -75,11 +75,11 @@ def check_strangers(root: str, n_parts: int) -> None:
     parts = _parts(names)
     strange = [name for name in names if name not in (INDEX, MANIFEST, *parts)]
     lone_index = INDEX in names and not parts and MANIFEST not in names
-    if strange or lone_index or output.remote and _is_of_others(found(output, INDEX)):
+    if strange or lone_index or output.remote and _is_of_others(read_if_exists(output, INDEX)):
         raise UserError(f'--out_root: {root} already there and not empty: it holds {(strange or names or [INDEX])[0]}, '
                         'which is not of this program; nothing was written. Leave it out of --splits, name another '
                         '--out_root, or delete it')
-    if f'{n_parts:05}' in parts or output.remote and not names and found(output, f'{n_parts:05}/{PART}'):
+    if f'{n_parts:05}' in parts or output.remote and not names and read_if_exists(output, f'{n_parts:05}/{PART}'):
         raise UserError(f'--out_root: {root} holds the part {n_parts:05}, and the source has only {n_parts} files for '
                         f'it: it was made from more; use that source, name another --out_root, or delete {root}')
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from src.common.errors import DISK_FULL, UserError, first_line
-from src.common.storage import AnyFolder, LocalFolder, is_left, owner
+from src.common.storage import AnyFolder, LocalFolder, is_leftover, owner_tag
 from src.config.data_places import is_missing, is_url
-from src.conversion.sources import public
+from src.conversion.sources import hide_url_secrets
 
 
 class LocalOutput(LocalFolder):
@@ -62,9 +62,9 @@ class RemoteOutput(AnyFolder):
         try:
             yield
         except Exception as error:
-            raise UserError(f'--out_root: cannot {verb} {public(url)}: {type(error).__name__}: '
-                            f'{public(first_line(error))}; check the address, the network and the credentials, then '
-                            'run the same command again: it goes on') from error
+            raise UserError(f'--out_root: cannot {verb} {hide_url_secrets(url)}: {type(error).__name__}: '
+                            f'{hide_url_secrets(first_line(error))}; check the address, the network and the '
+                            'credentials, then run the same command again: it goes on') from error
 
     def read_bytes(self, name: str) -> bytes:
         url = f'{self.root}/{name}'
@@ -129,7 +129,7 @@ def open_output(root: str) -> Output:
     return RemoteOutput(root) if is_url(root) else LocalOutput(root)
 
 
-def found(output: AnyFolder, name: str) -> Optional[bytes]:
+def read_if_exists(output: AnyFolder, name: str) -> Optional[bytes]:
     """A small file; None where there is none."""
     try:
         return output.read_bytes(name)
@@ -142,22 +142,22 @@ def disk_of(output: Output) -> Path:
     return Path(tempfile.gettempdir() if output.remote else output.root).absolute()
 
 
-def new_unfinished(folder: Path, name: str) -> Path:
+def make_unfinished_folder(folder: Path, name: str) -> Path:
     """A new, empty folder whose name says which process has it."""
-    path = folder / f'.{name}.partial-{owner()}'
+    path = folder / f'.{name}.partial-{owner_tag()}'
     path.mkdir(parents=True)
     return path
 
 
 @contextmanager
-def unfinished(output: Output, name: str) -> Iterator[Path]:
+def unfinished_folder(output: Output, name: str) -> Iterator[Path]:
     """An empty folder for what is not finished yet, removed in the end.
 
     Raises UserError where the disk is full or cannot be written. Sources turn their OSErrors into UserErrors before.
     """
     path, disk = None, disk_of(output)
     try:
-        path = new_unfinished(disk, name)
+        path = make_unfinished_folder(disk, name)
         yield path
     except OSError as error:
         mend = 'Free space' if error.errno in DISK_FULL else 'Mend the disk or its permissions'
@@ -169,10 +169,10 @@ def unfinished(output: Output, name: str) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def sweep(output: Output, of_all: bool = False) -> None:
+def remove_leftovers(output: Output, of_all: bool = False) -> None:
     """Removes what killed processes of this machine left unfinished; or what all did, once nothing is missing."""
     disk = disk_of(output)
     for path in chain(disk.glob('.*.partial-*'), Path(tempfile.gettempdir()).glob('.*.partial-*')):
-        if is_left(path.name, of_all and path.parent == disk and not output.remote):
+        if is_leftover(path.name, of_all and path.parent == disk and not output.remote):
             shutil.rmtree(path, ignore_errors=True)
 

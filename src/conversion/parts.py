@@ -17,7 +17,7 @@ from xxhash import xxh3_128_intdigest, xxh128_hexdigest
 
 from src.common.errors import UserError
 from src.conversion.documents import Document, good_documents
-from src.conversion.output import RemoteOutput, found, open_output, unfinished
+from src.conversion.output import RemoteOutput, open_output, read_if_exists, unfinished_folder
 from src.conversion.shards import Options, write_shards
 from src.conversion.source_files import SourceFile
 from src.conversion.sources import read
@@ -45,7 +45,7 @@ class Job(NamedTuple):
         return {'file': self.file.identity, 'max_docs': self.max_docs, **self.options.identity}
 
 
-def done(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
+def finished_part(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
     """What `part.json` says of a part that is there, whole; None where it is still to be made.
 
     `listed` are all names in an object store, where they are known already. Raises UserError where the part was made
@@ -57,7 +57,7 @@ def done(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
         return None
     # This look first: between the two, another machine may finish the part, which moves it here in one step.
     occupied = not output.remote and folder.is_dir() and any(folder.iterdir())
-    text = found(output, f'{job.name}/{PART}')
+    text = read_if_exists(output, f'{job.name}/{PART}')
     if text is None and occupied:
         raise UserError(f'--out_root: {folder} holds no {PART}, so it is no part that this program finished; delete '
                         'it, or name another --out_root')
@@ -85,11 +85,11 @@ def _check_same(job: Job, old: dict[str, Any], skipped: bool) -> None:
                         f'--revision) to go on, name another --out_root, or delete {job.root}')
 
 
-def all_done(jobs: list[Job]) -> list[Optional[Part]]:
+def finished_parts(jobs: list[Job]) -> list[Optional[Part]]:
     """`done` of each, side by side: on an object store each takes its time."""
     listed = open_output(jobs[0].root).listed()
     with ThreadPoolExecutor(16) as threads:
-        return list(threads.map(lambda job: done(job, listed), jobs))
+        return list(threads.map(lambda job: finished_part(job, listed), jobs))
 
 
 def convert(job: Job) -> Part:
@@ -98,19 +98,19 @@ def convert(job: Job) -> Part:
     Raises UserError where the file or the disk does not do. Then nothing of the part is left, and what was finished
     before stays.
     """
-    if part := done(job):
+    if part := finished_part(job):
         return part
     output = open_output(job.root)
     try:
-        with unfinished(output, job.name) as folder:
+        with unfinished_folder(output, job.name) as folder:
             counts = _write(job, folder)
             part = {'made_from': job.identity, **counts, 'files': folder_info(folder)}
             (folder / PART).write_text(json.dumps(part, sort_keys=True), 'utf-8')
-            if not done(job):  # by another run at the same time
+            if not finished_part(job):  # by another run at the same time
                 output.commit(folder, job.name, PART)
             return part
     except UserError as error:
-        if isinstance(error.__cause__, OSError) and (part := done(job)):  # another run was faster and cleared up
+        if isinstance(error.__cause__, OSError) and (part := finished_part(job)):  # another run was faster
             return part
         raise
 

@@ -16,7 +16,7 @@ from src.common.errors import UserError
 from src.common.machine import check_shared_memory
 from src.common.workers import init_conversion_worker
 from src.config.data_places import is_url
-from src.conversion.output import new_unfinished, open_output, sweep
+from src.conversion.output import make_unfinished_folder, open_output, remove_leftovers
 from src.conversion.parts import Job, Part, convert
 
 
@@ -52,7 +52,7 @@ def _run_in_processes(jobs: list[Job], num_workers: int, bar: tqdm) -> None:
     plain = sys.platform == 'linux' and not (is_url(jobs[0].file.path) or is_url(jobs[0].root))
     context = multiprocessing.get_context('fork' if plain else 'spawn')
     check_shared_memory(1 << 16, 'the queues of worker processes', '; or set --num_workers 1')
-    temporary = new_unfinished(Path(tempfile.gettempdir()), 'workers')
+    temporary = make_unfinished_folder(Path(tempfile.gettempdir()), 'workers')
     pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, init_conversion_worker, (str(temporary),))
     try:
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's alone
@@ -70,7 +70,7 @@ def _run_in_processes(jobs: list[Job], num_workers: int, bar: tqdm) -> None:
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        sweep(open_output(jobs[0].root))
+        remove_leftovers(open_output(jobs[0].root))
 
 
 def _run_in_order(jobs: list[Job], max_docs: int, bar: tqdm) -> list[Job]:

@@ -119,7 +119,7 @@ def packed(documents: Iterator[Document], tokenizer: Any, length: int, counts: d
     counts['tokens'] = 0
     dtype = token_dtype(tokenizer)
     rest: NDArray = np.empty(0, dtype)
-    for texts in calls(documents):
+    for texts in split_into_calls(documents):
         tokens = encode_documents(tokenizer, texts)
         counts['tokens'] += sum(map(len, tokens))
         stream = np.concatenate([rest, *tokens], dtype=dtype, casting='unsafe')
@@ -131,7 +131,7 @@ def packed(documents: Iterator[Document], tokenizer: Any, length: int, counts: d
         yield np.pad(rest, (0, length - len(rest)), constant_values=tokenizer.eos_token_id)
 
 
-def calls(documents: Iterator[Document]) -> Iterator[list[str]]:
+def split_into_calls(documents: Iterator[Document]) -> Iterator[list[str]]:
     """The texts for each call of the tokenizer, which takes a hundred bytes of memory for a byte of text."""
     texts, size = [], 0
     for document in documents:

@@ -78,8 +78,8 @@ class FolderSource:
         others = [path for path in found if not re.match(r'c4-(train|validation)\.', Path(path).name)]
         self.is_c4 = bool(found) and not others
         if 0 < len(others) < len(found):
-            print(f'note: beside the files of C4 there are others: {listing(others)}; so the text alone is written. To '
-                  'keep timestamp and url, move the others to a folder of their own')
+            print(f'note: beside the files of C4 there are others: {list_some(others)}; so the text alone is written. '
+                  'To keep timestamp and url, move the others to a folder of their own')
         self.columns = C4_COLUMNS if self.is_c4 else C4_COLUMNS[:1]
 
     def _assign(self, paths: list[str]) -> dict[str, list[str]]:
@@ -93,12 +93,12 @@ class FolderSource:
             splits[_split_of(path)].append(path)
         unnamed = splits.pop('')
         if unnamed and not any(splits.values()) and IN_PATH['val'].fullmatch(Path(os.path.abspath(self.folder)).name):
-            print(f'val: no file says a split, and the name of the folder is a word of val: {listing(unnamed)}')
+            print(f'val: no file says a split, and the name of the folder is a word of val: {list_some(unnamed)}')
             splits['val'] = unnamed
         elif splits['train']:
             self.unread |= dict.fromkeys(unnamed, 'no word of the path says a split, and other files say train')
         elif unnamed:
-            print(f'train: no file says train, so it is all files that say no split: {listing(unnamed)}')
+            print(f'train: no file says train, so it is all files that say no split: {list_some(unnamed)}')
             splits['train'] = unnamed
         self._drop_second_names(splits)
         self.unread |= dict.fromkeys(splits.pop('test'), 'a test set')
@@ -146,15 +146,15 @@ class FolderSource:
         by_reason: dict[str, list[str]] = {}
         for path, reason in sorted(self.unread.items()):
             by_reason.setdefault(reason, []).append(path)
-        return [f'not read: {listing(paths)}: {reason}' for reason, paths in by_reason.items()]
+        return [f'not read: {list_some(paths)}: {reason}' for reason, paths in by_reason.items()]
 
 
-def listing(names: list[str]) -> str:
+def list_some(names: list[str]) -> str:
     """A few names, and how many there are more."""
     return ', '.join(names[:SHOWN]) + (f' and {len(names) - SHOWN} more' if len(names) > SHOWN else '')
 
 
-def doubles(files: Iterable[SourceFile]) -> list[str]:
+def find_duplicates(files: Iterable[SourceFile]) -> list[str]:
     """A note for files that seem to hold the same documents: by content, or by names such as a.jsonl and a.jsonl.gz."""
     alike: dict[object, list[str]] = {}
     for file in files:
@@ -163,7 +163,7 @@ def doubles(files: Iterable[SourceFile]) -> list[str]:
             for key in (file.size, file.digest), stem:
                 alike.setdefault(key, []).append(file.path)
     same = dict.fromkeys(tuple(paths) for paths in alike.values() if len(paths) > 1)
-    return [f'note: these files seem to hold the same documents, and all of them are read: {listing(list(paths))}'
+    return [f'note: these files seem to hold the same documents, and all of them are read: {list_some(list(paths))}'
             for paths in same][:SHOWN]
 
 

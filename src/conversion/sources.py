@@ -18,9 +18,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from src.common.errors import DISK_FULL, UserError, causes, first_line
+from src.common.errors import DISK_FULL, UserError, exception_chain, first_line
 from src.config.data_places import is_url
-from src.conversion.documents import Bad, Document, documents
+from src.conversion.documents import BadDocument, Document, documents
 from src.conversion.source_files import C4_COLUMNS, FORMATS, READABLE, SPLIT_WORDS, FolderSource, SourceFile
 
 C4 = 'allenai/c4'
@@ -54,20 +54,21 @@ class HubSource:
         self.name = f'{dataset} {self.config or ""}'.strip()
         self.columns = C4_COLUMNS if dataset == C4 else C4_COLUMNS[:1]
         # asked first: `datasets` takes 25 s to find that nobody is there, and does not say so
-        retried(lambda: HfApi().dataset_info(dataset, revision=revision, timeout=30), self.name, attempts=3)
+        call_with_retries(lambda: HfApi().dataset_info(dataset, revision=revision, timeout=30), self.name, attempts=3)
         try:
-            builder = retried(lambda: load_dataset_builder(dataset, self.config, revision=revision), self.name)
+            builder = call_with_retries(lambda: load_dataset_builder(dataset, self.config, revision=revision),
+                                        self.name)
         except UserError:
             raise
         except (ValueError, RuntimeError) as error:  # a config that is not there, no files that are known, a script
-            raise UserError(f'--dataset: {self.name}: {public(str(error))}; set --config') from None
+            raise UserError(f'--dataset: {self.name}: {hide_url_secrets(str(error))}; set --config') from None
         self.splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
         urls = [url for files in self.splits.values() for url in files]
         wrong = [url for url in urls if not (url.lower().endswith(FORMATS) and url.startswith('hf://datasets/'))]
         if wrong or not urls:
-            raise UserError(f'--dataset: {self.name} consists of files such as {public((wrong or ["none"])[0])}; those '
-                            f'that convert are on the hub and end in {READABLE}; files on this machine are --source '
-                            'FOLDER')
+            example = hide_url_secrets((wrong or ['none'])[0])
+            raise UserError(f'--dataset: {self.name} consists of files such as {example}; those that convert are on '
+                            f'the hub and end in {READABLE}; files on this machine are --source FOLDER')
         self.revision = _hub_parts(urls[0])[1]
 
     def files(self, split: str) -> list[SourceFile]:
@@ -81,7 +82,7 @@ class HubSource:
         sizes: dict[str, int] = {}
         for repo, revision, folder in {(*_hub_parts(url)[:2], os.path.dirname(_hub_parts(url)[2])) for url in urls}:
             tree = partial(HfApi().list_repo_tree, repo, folder or None, revision=revision, repo_type='dataset')
-            listed = retried(lambda tree=tree: list(tree()), self.name)
+            listed = call_with_retries(lambda tree=tree: list(tree()), self.name)
             sizes |= {f'hf://datasets/{repo}@{revision}/{e.path}': getattr(e, 'size', 0) for e in listed}
         return [SourceFile(url, sizes.get(url, 0)) for url in urls]
 
@@ -96,14 +97,14 @@ def _hub_parts(url: str) -> tuple[str, str, str]:
     return repo, revision, path
 
 
-def public(text: str) -> str:
+def hide_url_secrets(text: str) -> str:
     """A message of others without the secrets that URLs in it carry: user, password, signature."""
     return re.sub(r'(\w+://[^\s?]*)\?[^\s\'")>]*', r'\1?***', re.sub(r'(\w+://)[^/\s@]+@', r'\1***@', text))
 
 
 def _status(error: Optional[BaseException]) -> int:
     """The HTTP status behind an error, which libraries wrap in their own; 0: there is none."""
-    found = (getattr(getattr(cause, 'response', None), 'status_code', None) for cause in causes(error))
+    found = (getattr(getattr(cause, 'response', None), 'status_code', None) for cause in exception_chain(error))
     return next((status for status in found if status is not None), 0)
 
 
@@ -113,10 +114,11 @@ def _nobody_there(error: Optional[BaseException]) -> bool:
     from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
     kinds = ConnectTimeoutError, NewConnectionError, ConnectError, ConnectTimeout
-    return any(isinstance(cause, kinds) for cause in causes(error))
+    return any(isinstance(cause, kinds) for cause in exception_chain(error))
 
 
-def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, setting: str = '--source hub') -> Any:
+def call_with_retries(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS,
+                      setting: str = '--source hub') -> Any:
     """Calls the hub until it answers, waiting longer each time.
 
     `what` is the object of `call`, for messages, and `setting` the one that it belongs to. Where nobody answers at all
@@ -135,7 +137,7 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
         except (OSError, EOFError, HFValidationError, HTTPError, RuntimeError) as error:
             if getattr(error, 'errno', None) in DISK or 'scripts are no longer supported' in str(error):
                 raise
-            said = f'{type(error).__name__}: {public(first_line(error))}'
+            said = f'{type(error).__name__}: {hide_url_secrets(first_line(error))}'
             missing = isinstance(error, (FileNotFoundError, HFValidationError))
             refused = 400 <= (status := _status(error)) < 500 and status not in (408, 429)
             if refused or missing and not isinstance(error, LocalEntryNotFoundError):
@@ -145,15 +147,15 @@ def retried(call: Callable[[], Any], what: str, attempts: int = ATTEMPTS, settin
             limit = attempts if not status and _nobody_there(error) else ATTEMPTS
             if constants.HF_HUB_OFFLINE or attempt >= limit:
                 raise UserError(f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
-                                f'({public(constants.ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then run again; '
-                                "or use --source FOLDER with C4's own files, or --source sample, which needs no network"
-                                f'\n{said}') from error
+                                f'({hide_url_secrets(constants.ENDPOINT)}) and that HF_HUB_OFFLINE is not set, then '
+                                "run again; or use --source FOLDER with C4's own files, or --source sample, which "
+                                f'needs no network\n{said}') from error
             print(f'note: {what}: {said}; attempt {attempt} of {limit}', flush=True)
             time.sleep(min(2 ** (attempt - 1), 60))
     return None
 
 
-def fetched(path: str, folder: Path, quiet: bool = True) -> Path:
+def local_file(path: str, folder: Path, quiet: bool = True) -> Path:
     """The file on this disk. One of the hub is downloaded below `folder`, and goes on where an earlier attempt was cut.
 
     Raises UserError where the hub does not give it, and OSError where the disk is full.
@@ -167,11 +169,11 @@ def fetched(path: str, folder: Path, quiet: bool = True) -> Path:
         disable_progress_bars()  # not one for each worker, over one another
     repo, revision, name = _hub_parts(path)
     download = partial(hf_hub_download, repo, name, revision=revision, repo_type='dataset', local_dir=folder)
-    return Path(retried(download, path))
+    return Path(call_with_retries(download, path))
 
 
 def read(file: SourceFile, folder: Path, columns: Iterable[str], text_column: str, txt_lines: bool,
-         quiet: bool = True) -> Iterator[Document | Bad]:
+         quiet: bool = True) -> Iterator[Document | BadDocument]:
     """The documents of a file, which is fetched to `folder` first if it is of the hub."""
     for path in file.paths:
-        yield from documents(fetched(path, folder, quiet), columns, text_column, path, txt_lines)
+        yield from documents(local_file(path, folder, quiet), columns, text_column, path, txt_lines)

@@ -15,10 +15,10 @@ from src.common.errors import UserError
 from src.config.data_places import is_url
 from src.conversion.documents import good_documents
 from src.conversion.manifest import TRAINED
-from src.conversion.output import found, open_output, unfinished
+from src.conversion.output import open_output, read_if_exists, unfinished_folder
 from src.conversion.parts import folder_info
 from src.conversion.source_files import SourceFile
-from src.conversion.sources import read, retried
+from src.conversion.sources import call_with_retries, read
 
 TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
 STORED_TOKENIZER = [  # of a folder in an object store
@@ -54,8 +54,8 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     from src.conversion.sample_corpus import train_tokenizer
 
     output, folder = open_output(out_root), Path(out_root, 'tokenizer')
-    if found(output, 'tokenizer/tokenizer.json') is not None:
-        trained = found(output, f'tokenizer/{TRAINED}')
+    if read_if_exists(output, 'tokenizer/tokenizer.json') is not None:
+        trained = read_if_exists(output, f'tokenizer/{TRAINED}')
         try:
             asked = vocab_size if trained is None else json.loads(trained)['vocab_size']
         except (ValueError, KeyError, TypeError):
@@ -69,7 +69,7 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
     if not output.remote and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
         raise UserError(f'--out_root: {folder} is there, and holds something else than a trained tokenizer; move '
                         'it away, or name another --out_root')
-    with unfinished(output, 'tokenizer') as staging:
+    with unfinished_folder(output, 'tokenizer') as staging:
         n_tokens = train_tokenizer(texts, staging, vocab_size)
         (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}), 'utf-8')
         output.commit(staging, 'tokenizer', 'tokenizer.json')
@@ -78,7 +78,8 @@ def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> Non
         print(f'note: --train_tokenizer: {vocab_size}, and the text gives no more than {n_tokens} tokens')
 
 
-def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
+def load_packing_tokenizer(args: argparse.Namespace,
+                           folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
     """The tokenizer for --concat_tokens; `folder` is for a copy of one that is in an object store.
 
     Returns the name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
@@ -89,19 +90,19 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> tuple[Optional[str],
 
     name = args.tokenizer or f'{args.out_root}/tokenizer'
     given = args.tokenizer or '../tokenizer'  # from each split, wherever they lie
-    if args.tokenizer is None and all(found(open_output(name), file) is None for file in STORED_TOKENIZER[:2]):
+    if args.tokenizer is None and all(read_if_exists(open_output(name), file) is None for file in STORED_TOKENIZER[:2]):
         raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a '
                         'folder, or add --train_tokenizer VOCAB')
     if is_url(name):
         for file in STORED_TOKENIZER:
-            if (data := found(open_output(name), file)) is not None:
+            if (data := read_if_exists(open_output(name), file)) is not None:
                 (folder / file).write_bytes(data)
         name = str(folder)
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
         from huggingface_hub import snapshot_download
         # Once, so that the workers find it on this disk.
         download = partial(snapshot_download, args.tokenizer, allow_patterns=TOKENIZER_FILES)
-        name = retried(download, name, 2, '--tokenizer')
+        name = call_with_retries(download, name, 2, '--tokenizer')
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # processes are the parallelism, and they are forked
     try:
         return name, given, HFTokenizer(name, args.concat_tokens).hash

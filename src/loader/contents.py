@@ -11,7 +11,7 @@ from streaming.base.distributed import get_local_rank
 from streaming.base.util import retry
 
 from src.common.errors import UserError
-from src.config.data_places import explain, is_missing, is_url
+from src.config.data_places import explain_streaming_error, is_missing, is_url
 from src.loader.dataset import CheckedDataset
 from src.loader.streams import CheckedStream
 
@@ -81,7 +81,7 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
     try:
         text = _read(stream, 'manifest.json')
     except Exception as e:  # each object store has error classes of its own
-        why = explain(e, stream.remote, stream.local, stream.split, stream.setting)
+        why = explain_streaming_error(e, stream.remote, stream.local, stream.split, stream.setting)
         raise UserError(f'{why} (manifest.json)') from None
     try:
         manifest: Any = None if text is None else json.loads(text)

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 
 from src.common.errors import UserError
 from src.common.machine import explain_lost_worker
-from src.config.data_places import explain
-from src.loader.patches import mend_streaming
+from src.config.data_places import explain_streaming_error
+from src.loader.patches import patch_streaming
 from src.loader.shared_memory import opening_a_dataset, remove_locks_at_exit
 from src.loader.streams import CheckedStream
 
 RETRIES_UNDER_CACHE_LIMIT = 1000
 
-mend_streaming()  # as this is imported: by the processes of loader workers, too, and before a loader of the user's own
+patch_streaming()  # as this is imported: by the processes of loader workers, too, and before a loader of the user's own
 
 
 class CheckedDataset(StreamingDataset):
@@ -44,7 +44,7 @@ class CheckedDataset(StreamingDataset):
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError) as e:
-            raise UserError(explain(e, opened[0].remote, opened[0].local, opened[0].split)) from None
+            raise UserError(explain_streaming_error(e, opened[0].remote, opened[0].local, opened[0].split)) from None
         remove_locks_at_exit(self._shm_prefix_int)
 
     @property

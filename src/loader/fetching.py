@@ -13,16 +13,16 @@ from typing import Any, Optional
 from streaming.base.format import FileInfo
 from streaming.base.hashing import get_hash
 
-from src.common.errors import DISK_FULL, UserError, causes, first_line
-from src.common.machine import not_writable
-from src.common.storage import is_left
+from src.common.errors import DISK_FULL, UserError, exception_chain, first_line
+from src.common.machine import find_unwritable_folder
+from src.common.storage import is_leftover
 from src.config.data_places import is_url
 
 BACKOFF_S = 1.0  # before the second attempt at a file; doubles from one to the next
 PART = '.part'  # a file until it is known to be whole
 
 
-class Damaged(Exception):
+class DamagedFileError(Exception):
     """A file is not as the index says."""
 
 
@@ -33,28 +33,28 @@ def check_file(path: str, info: Optional[FileInfo], algorithm: Optional[str] = N
     the index has; None: the size alone is checked.
     """
     if not os.path.exists(path):
-        raise Damaged('it is missing')
+        raise DamagedFileError('it is missing')
     if info is None:
         try:
             json.loads(Path(path).read_bytes())
         except ValueError:
-            raise Damaged('it is no whole JSON') from None
+            raise DamagedFileError('it is no whole JSON') from None
         return
     size = os.path.getsize(path)
     if size != info.bytes:
-        raise Damaged(f'it has {size:,} bytes, and the index says {info.bytes:,}')
+        raise DamagedFileError(f'it has {size:,} bytes, and the index says {info.bytes:,}')
     if algorithm and (found := get_hash(algorithm, Path(path).read_bytes())) != info.hashes[algorithm]:
-        raise Damaged(f'its {algorithm} is {found}, and the index says {info.hashes[algorithm]}')
+        raise DamagedFileError(f'its {algorithm} is {found}, and the index says {info.hashes[algorithm]}')
 
 
 def is_full_disk(e: Optional[BaseException]) -> bool:
     """Whether a full disk is the cause of an error."""
-    return any(isinstance(cause, OSError) and cause.errno in DISK_FULL for cause in causes(e))
+    return any(isinstance(cause, OSError) and cause.errno in DISK_FULL for cause in exception_chain(e))
 
 
-def what_happened(e: Exception) -> str:
+def describe_error(e: Exception) -> str:
     """An error of fetching, in a few words."""
-    if isinstance(e, Damaged):
+    if isinstance(e, DamagedFileError):
         return str(e)
     return 'it is missing' if isinstance(e, FileNotFoundError) else f'{type(e).__name__}: {first_line(e)}'
 
@@ -68,7 +68,7 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
     part, error = path + PART, Exception()
     for attempt in range(1 + stream.download_retry):
         if attempt:
-            stream.warn_of_another(name, what_happened(error), attempt)
+            stream.warn_of_another(name, describe_error(error), attempt)
             time.sleep(BACKOFF_S * 2 ** (attempt - 1) * SystemRandom().uniform(1, 1.5))
         Path(part).unlink(missing_ok=True)  # streaming fetches nothing where there is a file
         try:
@@ -79,7 +79,7 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
         except Exception as e:  # each object store has error classes of its own
             error = e
             stream._downloader.clean_up()
-            if not_writable(os.path.dirname(path)):
+            if find_unwritable_folder(os.path.dirname(path)):
                 break
         for left in Path(path).parent.glob(os.path.basename(part) + '*'):
             left.unlink(missing_ok=True)
@@ -93,13 +93,13 @@ def remove_parts(folder: Path, names: Container[str], of_all: bool) -> None:
     have there is removed too; a run at work makes its own anew.
     """
     for part in folder.rglob(f'*{PART}*'):
-        if str(part.relative_to(folder)).split(PART)[0] in names and (of_all or is_left(part.name)):
+        if str(part.relative_to(folder)).split(PART)[0] in names and (of_all or is_leftover(part.name)):
             with suppress(OSError):  # another user's, perhaps
                 part.unlink()
 
 
 def _why_not(stream: Any, name: str, folder: str, info: Optional[FileInfo], error: Exception) -> str:
-    if wrong := not_writable(folder):
+    if wrong := find_unwritable_folder(folder):
         return (f'{stream.setting}.local: {name} of {stream.place} cannot be copied to {stream.local}: {wrong} cannot '
                 'be written. Set data_local to a folder on a disk of this machine')
     if is_full_disk(error):
@@ -109,4 +109,4 @@ def _why_not(stream: Any, name: str, folder: str, info: Optional[FileInfo], erro
                 f'{stream.place}{size}; make room, set cache_limit, or choose a data_local on another disk')
     where = 'the address, the network and the credentials, and ' if is_url(stream.remote) else ''
     return (f'{stream.setting}.remote: {name} of {stream.place} could not be had in {1 + stream.download_retry} '
-            f'attempts: {what_happened(error)}. Check {where}that the data is whole there')
+            f'attempts: {describe_error(error)}. Check {where}that the data is whole there')

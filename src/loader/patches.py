@@ -13,15 +13,15 @@ from streaming.base.shared import SharedMemory, memory, prefix
 
 from src.common.errors import DISK_FULL
 from src.common.machine import check_shared_memory
-from src.loader.sample_order import stratified, whole_batches
+from src.loader.sample_order import deal_stratified_batches, deal_whole_batches
 from src.loader.shared_memory import remove_own_locks
 
 
 @cache
-def mend_streaming() -> None:
+def patch_streaming() -> None:
     """Puts the kit's order of samples and its shared memory into streaming. Does nothing the second time."""
-    algos[whole_batches.__name__] = whole_batches
-    batching_methods['stratified'] = stratified
+    algos[deal_whole_batches.__name__] = deal_whole_batches
+    batching_methods['stratified'] = deal_stratified_batches
     prefix.SharedMemory = _attach_briefly  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
     memory.BuiltinSharedMemory = _AllocatedBlock  # pyright: ignore[reportPrivateImportUsage]
     # With a negative priority this runs after streaming has removed the blocks and after the DataLoader's workers,

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from src.common.errors import UserError
 
 
-def whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes: int, ranks_per_node: int,
-                  workers_per_rank: int, batch_size: int, drop_first: int = 0,
-                  initial_physical_nodes: Optional[int] = None) -> NDArray[np.int64]:
+def deal_whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes: int, ranks_per_node: int,
+                       workers_per_rank: int, batch_size: int, drop_first: int = 0,
+                       initial_physical_nodes: Optional[int] = None) -> NDArray[np.int64]:
     """The samples of an epoch from `drop_first` on, dealt to devices and workers: streaming's order, each sample once.
 
     What fills no global batch is left out. Streaming's own partition algorithms repeat samples until each canonical
@@ -34,7 +34,7 @@ def whole_batches(num_samples: int, num_canonical_nodes: int, num_physical_nodes
     return by_worker.transpose(0, 1, 3, 2, 4)
 
 
-def stratified(dataset: Any, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+def deal_stratified_batches(dataset: Any, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
     """Streaming's `stratified`, arranged as for one device and then dealt: every global batch has each stream's share.
 
     Streaming's own deals each stream to the devices first, and leaves out samples whose number depends on theirs.

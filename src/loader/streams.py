@@ -14,10 +14,10 @@ from streaming.base.hashing import is_hash
 from streaming.base.world import World
 
 from src.common.errors import UserError
-from src.common.machine import not_writable
-from src.common.storage import owner
-from src.config.data_places import check_places, explain, how_to_make
-from src.loader.fetching import PART, Damaged, check_file, fetch, is_full_disk, remove_parts, what_happened
+from src.common.machine import find_unwritable_folder
+from src.common.storage import owner_tag
+from src.config.data_places import check_places, conversion_command, explain_streaming_error
+from src.loader.fetching import PART, DamagedFileError, check_file, describe_error, fetch, is_full_disk, remove_parts
 
 log = logging.getLogger('src')
 
@@ -41,7 +41,7 @@ class CheckedStream(Stream):
         try:
             super().__init__(remote=remote, local=local, split=split, **kwargs)
         except Exception as e:  # each object store has error classes of its own
-            raise UserError(explain(e, remote, local, split or '', setting)) from None
+            raise UserError(explain_streaming_error(e, remote, local, split or '', setting)) from None
         self._infos: dict[str, FileInfo] = {}
         self._hash = self._hash_fetched = None
 
@@ -57,7 +57,7 @@ class CheckedStream(Stream):
         except UserError:
             raise
         except Exception as e:  # as above; and an index may hold anything
-            raise UserError(explain(e, self.remote, self.local, self.split, self.setting)) from None
+            raise UserError(explain_streaming_error(e, self.remote, self.local, self.split, self.setting)) from None
         self._infos = {info.basename: info for shard in shards for pair in shard.file_pairs for info in pair if info}
         # Streaming itself would hash a second time, and leave the damaged file where it is read.
         self._hash, self.validate_hash = self.validate_hash, None
@@ -86,10 +86,10 @@ class CheckedStream(Stream):
         lacking = [shard.file_pairs[0][0] for shard, n in zip(shards, usage) if not n]
         try:
             check_file(os.path.join(folder, lacking[0].basename), lacking[0], self._hash)
-        except Damaged as e:
+        except DamagedFileError as e:
             raise UserError(f'{self.setting}: shard {lacking[0].basename} of {folder} is damaged: {e}. Of '
                             f'{len(shards)} shards {len(lacking)} are not whole: copy them again. '
-                            f'{how_to_make(self.local, self.split)}') from None
+                            f'{conversion_command(self.local, self.split)}') from None
 
     def _bytes_present(self, shard: Reader) -> int:
         """Bytes of a shard's files, raw and zipped; 0 where none is whole. A copy that is damaged is removed."""
@@ -101,7 +101,7 @@ class CheckedStream(Stream):
             try:
                 check_file(path, info, self._hash)
                 total += info.bytes
-            except Damaged:
+            except DamagedFileError:
                 if self.remote is None:
                     return 0
                 os.remove(path)
@@ -112,7 +112,7 @@ class CheckedStream(Stream):
         path = os.path.join(self.local, self.split, to_basename or from_basename)
         if self.remote is None:
             raise UserError(f'{self.setting}: {from_basename} of {self.place} is missing. '
-                            f'{how_to_make(self.local, self.split)}')
+                            f'{conversion_command(self.local, self.split)}')
         info = self._infos.get(from_basename)
         fetch(self, from_basename, path, info, self._hash_fetched if info else None)
         return path
@@ -124,7 +124,7 @@ class CheckedStream(Stream):
     def _decompress_shard_part(self, zip_info: FileInfo, zip_filename: str, raw_filename: str,
                                compression: Optional[str]) -> None:
         # Under a name of its own: another dataset or job may unpack the same shard in the same folder.
-        unpacked, what = f'{raw_filename}{PART}-{owner()}', ''
+        unpacked, what = f'{raw_filename}{PART}-{owner_tag()}', ''
         for attempt in range(1 + (self.download_retry if self.remote is not None else 0)):
             if attempt:  # damaged on its way, in an index without hashes
                 self.warn_of_another(zip_info.basename, what, attempt)
@@ -135,7 +135,7 @@ class CheckedStream(Stream):
                 return os.replace(unpacked, raw_filename)
             except Exception as e:  # each compression has error classes of its own
                 Path(unpacked + '.tmp').unlink(missing_ok=True)
-                what = 'no space left to unpack it' if is_full_disk(e) else what_happened(e)
+                what = 'no space left to unpack it' if is_full_disk(e) else describe_error(e)
                 if is_full_disk(e):
                     break
         raise UserError(f'{self.setting}.local: {zip_filename}, of {self.place}, cannot be unpacked: {what}. Make room '
@@ -147,7 +147,7 @@ def _check_unpacking(stream: CheckedStream, shards: list[Reader]) -> None:
     unpacked = (os.path.join(stream.local, stream.split, raw.basename)
                 for shard in shards for raw, zipped in shard.file_pairs if zipped and stream.remote is None)
     missing = next((path for path in unpacked if not os.path.exists(path)), None)
-    if missing and (wrong := not_writable(os.path.dirname(missing))):
+    if missing and (wrong := find_unwritable_folder(os.path.dirname(missing))):
         raise UserError(f'{stream.setting}.local: {stream.place} holds compressed shards, which are unpacked where '
                         f'they lie, and {wrong} cannot be written. Set data_local to a folder on a disk of this '
                         f'machine, for unpacked copies, and data_remote to {stream.local}; or convert without '

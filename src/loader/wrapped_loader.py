@@ -83,13 +83,13 @@ def epoch_length(loader: Any) -> Optional[int]:
         return None
 
 
-def given(loader: Any) -> Any:
+def unwrap_loader(loader: Any) -> Any:
     """The user's own loader, without Batches around it."""
     return loader.loader if isinstance(loader, Batches) else loader
 
 
-def name_of(loader: Any) -> str:
+def describe_loader(loader: Any) -> str:
     """The class of a loader and of its dataset, for messages."""
-    loader = given(loader)
+    loader = unwrap_loader(loader)
     of = f' of {type(loader.dataset).__name__}' if isinstance(loader, DataLoader) else ''
     return f'{type(loader).__name__}{of}'

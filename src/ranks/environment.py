@@ -10,8 +10,9 @@ from src.common.errors import UserError
 from src.common.machine import set_up_output
 from src.common.workers import die_with_launcher
 
-ALONE = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'NODE_RANK': '0'}
-RANGES = {**{name: (int(name.endswith('SIZE')), (1 << 31) - 1) for name in ALONE}, 'MASTER_PORT': (1, (1 << 16) - 1)}
+SINGLE_PROCESS = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'NODE_RANK': '0'}
+RANGES = {**{name: (int(name.endswith('SIZE')), (1 << 31) - 1) for name in SINGLE_PROCESS},
+          'MASTER_PORT': (1, (1 << 16) - 1)}
 LAUNCH = 'start the run with `composer main.py ...` on every node (README, "Several nodes"), not with `python main.py`'
 # What starts several processes without the variables of a launcher: how many, by the first of these that is set.
 TASKS = {
@@ -34,7 +35,7 @@ class Process(NamedTuple):
 
 def this_process() -> Process:
     """This process, as its launcher set it up."""
-    n = {name: int(os.environ.get(name, value)) for name, value in ALONE.items()}
+    n = {name: int(os.environ.get(name, value)) for name, value in SINGLE_PROCESS.items()}
     return Process(n['RANK'], n['WORLD_SIZE'], n['LOCAL_RANK'], n['LOCAL_WORLD_SIZE'], n['NODE_RANK'],
                    socket.gethostname(), os.getpid())
 
@@ -43,7 +44,7 @@ def rank() -> int:
     return int(os.environ.get('RANK', '0'))
 
 
-def here() -> str:
+def this_machine() -> str:
     """This machine, for messages."""
     return f'{socket.gethostname()} (NODE_RANK {os.environ.get("NODE_RANK", "not set")})'
 
@@ -54,7 +55,7 @@ def fill_node_rank() -> None:
         os.environ.setdefault('NODE_RANK', os.environ['GROUP_RANK'])
 
 
-def begin() -> None:
+def set_up_rank() -> None:
     """The first thing that a program does in each rank: it ends with its launcher, and prints any text."""
     die_with_launcher()
     set_up_output()
@@ -63,8 +64,8 @@ def begin() -> None:
 
 def check_numbers() -> None:
     """Ends this process where a variable of the launcher is no number, with which Composer cannot be imported."""
-    if errors := [error for name, error in _no_numbers(os.environ).items() if name in ALONE]:
-        sys.exit('\n  - '.join([f'error: in the environment of {here()}:', *errors]))
+    if errors := [error for name, error in _no_numbers(os.environ).items() if name in SINGLE_PROCESS]:
+        sys.exit('\n  - '.join([f'error: in the environment of {this_machine()}:', *errors]))
 
 
 def check_environment(env: Mapping[str, str]) -> None:
@@ -74,11 +75,11 @@ def check_environment(env: Mapping[str, str]) -> None:
     compare. Raises UserError where a variable is missing or contradicts another, where MASTER_ADDR has no address or
     MASTER_PORT cannot be a port, or where this is one of several tasks that know nothing of each other.
     """
-    if all(env.get(name, value) == value for name, value in ALONE.items()):
+    if all(env.get(name, value) == value for name, value in SINGLE_PROCESS.items()):
         _check_alone(env)
         return
     if errors := list(_mistakes(env)):
-        head = f'{len(errors)} mistake{"s" * (len(errors) > 1)} in the environment of {here()}:'
+        head = f'{len(errors)} mistake{"s" * (len(errors) > 1)} in the environment of {this_machine()}:'
         raise UserError('\n  - '.join([head, *errors]))
 
 
@@ -103,14 +104,14 @@ def _no_numbers(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _mistakes(env: Mapping[str, str]) -> Iterator[str]:
-    needed = (*ALONE, 'MASTER_ADDR', 'MASTER_PORT')
+    needed = (*SINGLE_PROCESS, 'MASTER_ADDR', 'MASTER_PORT')
     if absent := [name for name in needed if not env.get(name)]:
         given = ', '.join(f'{name}={env[name]}' for name in needed if env.get(name))
         yield f'{", ".join(absent)}: not set, although {given} is; a launcher sets all of them: {LAUNCH}'
     wrong = {name: error for name, error in _no_numbers(env).items() if name not in absent}
     yield from wrong.values()
-    if not {*wrong, *absent}.intersection(ALONE):
-        yield from _contradictions(*(int(env[name]) for name in ALONE))
+    if not {*wrong, *absent}.intersection(SINGLE_PROCESS):
+        yield from _contradictions(*(int(env[name]) for name in SINGLE_PROCESS))
     if address := env.get('MASTER_ADDR'):
         try:
             socket.getaddrinfo(address, None)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Optional
 
 import torch.distributed
 
-from src.common.machine import shared_memory_is_low
-from src.common.workers import in_background
+from src.common.machine import low_shared_memory_hint
+from src.common.workers import run_in_background
 from src.ranks.environment import Process
 
-ANSWER_S = 5.0  # for a word to the store: one whose machine has vanished does not answer, ever
-LEAVE_S = 600.0  # how long ranks that are done wait for each other: a logger may take minutes to send its last
+STORE_TIMEOUT_S = 5.0  # for a word to the store: one whose machine has vanished does not answer, ever
+WAIT_FOR_RANKS_S = 600.0  # how long ranks that are done wait for each other: a logger may take minutes to send its last
 
 
 class Failure(NamedTuple):
@@ -33,7 +33,7 @@ class Failure(NamedTuple):
     def by_death(cls, me: Process, local_rank: int) -> 'Failure':
         """The failure of a rank on this node whose process died without a message."""
         rank = me.rank - me.local_rank + local_rank
-        return cls(rank, me.node, me.host, f'its process died{shared_memory_is_low()}')
+        return cls(rank, me.node, me.host, f'its process died{low_shared_memory_hint()}')
 
     def __str__(self) -> str:
         return f'rank {self.rank} on node {self.node} ({self.host}) failed: {self.summary}'
@@ -61,9 +61,9 @@ class Board:
 
     def publish(self, failure: Failure) -> None:
         """Tells all ranks; the first failure of a run is the one that counts."""
-        answer = in_background(lambda: self._store.compare_set('failure', '', json.dumps(failure)))
+        answer = run_in_background(lambda: self._store.compare_set('failure', '', json.dumps(failure)))
         with contextlib.suppress(RuntimeError, NoAnswer):  # the store is gone, which is how the others learn of it
-            answer.result(ANSWER_S)
+            answer.result(STORE_TIMEOUT_S)
 
     def other_failure(self, dead: Iterable[int]) -> Optional[Failure]:
         """What ended another rank: its own word, the death of one on this node, or the loss of the store.
@@ -97,6 +97,6 @@ class Board:
             for key, waits in (('left', True), ('gone', self.me.rank == 0)):
                 self._store.set(f'{key}/{self.me.rank}', '')
                 keys = [f'{key}/{i}' for i in range(self.me.world_size)]
-                deadline = time.monotonic() + LEAVE_S
+                deadline = time.monotonic() + WAIT_FOR_RANKS_S
                 while waits and time.monotonic() < deadline and not self._store.check(keys):
                     time.sleep(0.05)

@@ -12,13 +12,13 @@ import torch.distributed
 
 from src.common.errors import UserError, first_line
 from src.ranks.environment import this_process
-from src.ranks.failure_board import ANSWER_S, Board, Failure, own_stderr
+from src.ranks.failure_board import STORE_TIMEOUT_S, Board, Failure, own_stderr
 from src.ranks.stop import Stopped, StopRequest
 
 POLL_S = 1.0
-READ_S = 2 * POLL_S  # in which all ranks read why one ends
-EXIT_S = 30.0  # how long a rank that has failed may take to end
-ALONE_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the same
+READ_FAILURE_S = 2 * POLL_S  # in which all ranks read why one ends
+EXIT_TIMEOUT_S = 30.0  # how long a rank that has failed may take to end
+WAIT_FOR_RANK_0_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the same
 
 
 class FailureWatch:
@@ -71,9 +71,9 @@ class FailureWatch:
         self._failed = True
         mistake, patience = isinstance(error, UserError), 0.0
         if mistake and self.me.rank:  # all ranks meet the same one, and rank 0 speaks for them
-            patience = ALONE_S
+            patience = WAIT_FOR_RANK_0_S
         elif 'onnection' in str(error):  # seldom the cause: the rank that has it may be about to say so
-            patience = READ_S
+            patience = READ_FAILURE_S
         deadline = time.monotonic() + (patience if self.me.world_size > 1 else 0)
         while (other := self._other_failure()) is None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -90,14 +90,14 @@ class FailureWatch:
             self.ignore_signals()  # with the first rank that follows the launcher ends all: its code is to be 1
             self._board.publish(Failure(self.me.rank, self.me.node, self.me.host, f'{kind}: {first_line(error)}', text,
                                         own_stderr()))
-            time.sleep(READ_S)  # the board may end with this rank
+            time.sleep(READ_FAILURE_S)  # the board may end with this rank
             self._end()
 
     def _end(self) -> None:
         """Ends the watch: its thread would abort the process if it waited for the store's answer while Python ends."""
         self._ended.set()
-        self._thread.join(ANSWER_S)
-        last = threading.Timer(EXIT_S, os._exit, [1])  # where a logger's thread, or NCCL, keeps the process from ending
+        self._thread.join(STORE_TIMEOUT_S)
+        last = threading.Timer(EXIT_TIMEOUT_S, os._exit, [1])  # a logger's thread or NCCL may block the exit
         last.daemon = True
         last.start()
 
@@ -117,7 +117,7 @@ class FailureWatch:
                 me = f'this rank ({self.me.rank} on node {self.me.node})'
                 print(f'{failure}; {me} stops', file=sys.stderr, flush=True)
         if self.me.rank == 0:
-            time.sleep(READ_S)  # the board may end with this process
+            time.sleep(READ_FAILURE_S)  # the board may end with this process
 
     def _sibling_died(self, local_rank: int) -> None:
         self._follow(self._other_failure() or Failure.by_death(self.me, local_rank))

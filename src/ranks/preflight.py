@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.common.errors import UserError
 from src.common.machine import BOOT_ID, SHARED_MEMORY
-from src.ranks.agreement import gather, network_errors_explained, places
+from src.ranks.agreement import describe_ranks, explain_network_errors, gather_from_ranks
 from src.ranks.environment import Process, rank
 
 
@@ -22,7 +22,7 @@ def preflight() -> str:
     wrong, and says whose part of it; or where the ranks cannot reach each other, or two nodes share one /dev/shm.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
-    told = gather((device, _shared_memory()))
+    told = gather_from_ranks((device, _shared_memory()))
     ranks = list(told)
     devices = Counter((process.node, process.host, device) for process, (device, _) in told.items())
     each = ', '.join(f'node {node} {host} {count} x {device}' for (node, host, device), count in devices.items())
@@ -51,10 +51,10 @@ def check_shared_memory_apart(memories: dict[Process, str]) -> None:
         nodes.setdefault(memory, set()).add(process.node)
     sharing = [process for process, memory in memories.items() if memory and len(nodes[memory]) > 1]
     if sharing:
-        raise UserError(f'{places(sharing, memories)} share one {SHARED_MEMORY}, and each node needs its own: these '
-                        'nodes are launchers on one machine, or containers with --ipc=host. Start one node with the '
-                        f'ranks of all of them (composer -n), or give each container its own {SHARED_MEMORY} (docker '
-                        'run --ipc=private --shm-size=16g)')
+        raise UserError(f'{describe_ranks(sharing, memories)} share one {SHARED_MEMORY}, and each node needs its own: '
+                        'these nodes are launchers on one machine, or containers with --ipc=host. Start one node with '
+                        f'the ranks of all of them (composer -n), or give each container its own {SHARED_MEMORY} '
+                        '(docker run --ipc=private --shm-size=16g)')
 
 
 def check_sum(ranks: list[Process], part: float) -> None:
@@ -67,12 +67,12 @@ def check_sum(ranks: list[Process], part: float) -> None:
     columns[:, rank()] = part
     _timed_sum(columns)
     is_right = (columns == torch.arange(1, n + 1, device=columns.device)).all(dim=0)
-    lost = gather([i for i, right in enumerate(is_right.tolist()) if not right])
+    lost = gather_from_ranks([i for i, right in enumerate(is_right.tolist()) if not right])
     if wrong := sorted({i for some in lost.values() for i in some}):
-        where = places([process for process, some in lost.items() if some], lost)
-        raise UserError(f'all-reduce over {n} ranks is wrong: the part of {places([ranks[i] for i in wrong], ranks)} '
-                        f'did not arrive as sent, as seen on {where}; leave the node out, and test its devices and '
-                        'network')
+        where = describe_ranks([process for process, some in lost.items() if some], lost)
+        raise UserError(f'all-reduce over {n} ranks is wrong: the part of '
+                        f'{describe_ranks([ranks[i] for i in wrong], ranks)} did not arrive as '
+                        f'sent, as seen on {where}; leave the node out, and test its devices and network')
 
 
 def _speed(n: int) -> str:
@@ -90,7 +90,7 @@ def _device() -> str:
 
 def _timed_sum(x: Tensor) -> float:
     """Sums a tensor over all ranks, in place; returns the seconds that it took."""
-    with network_errors_explained('the sum over all ranks failed'):
+    with explain_network_errors('the sum over all ranks failed'):
         started = time.perf_counter()
         torch.distributed.all_reduce(x)
         if x.is_cuda:

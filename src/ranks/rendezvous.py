@@ -13,9 +13,9 @@ import torch
 from composer.utils import dist, get_device
 
 from src.common.errors import UserError
-from src.common.workers import in_background
-from src.ranks.agreement import CHECK, differences, network_errors_explained, places
-from src.ranks.environment import Process, here, this_process
+from src.common.workers import run_in_background
+from src.ranks.agreement import CHECK, describe_ranks, explain_network_errors, find_differences
+from src.ranks.environment import Process, this_machine, this_process
 
 VERDICT = 'meet/verdict'  # in the store: 'ok', or why the ranks do not go together
 ONE_WORLD = ('start every node with its own NODE_RANK, and all with the same composer -n, WORLD_SIZE, MASTER_ADDR and '
@@ -37,15 +37,15 @@ def initialize(timeout: float) -> None:
         dist.initialize_dist(get_device(None), timeout)
         return
     if torch.cuda.is_available() and dist.get_local_world_size() > torch.cuda.device_count():
-        raise UserError(f'LOCAL_WORLD_SIZE: {dist.get_local_world_size()} processes on {here()}, which has '
+        raise UserError(f'LOCAL_WORLD_SIZE: {dist.get_local_world_size()} processes on {this_machine()}, which has '
                         f'{torch.cuda.device_count()} GPUs; set composer -n to that')
     deadline = time.monotonic() + timeout
-    with network_errors_explained(f'the ranks do not meet (dist_timeout: {timeout:g} s)'):
+    with explain_network_errors(f'the ranks do not meet (dist_timeout: {timeout:g} s)'):
         # torchrun's agents have already met, and hold the store
         store = None if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else _meet(timeout, deadline)
     _choose_network()
-    with network_errors_explained('the ranks have met, but cannot connect to each other '
-                                  f'(dist_timeout: {timeout:g} s)'):
+    with explain_network_errors('the ranks have met, but cannot connect to each other '
+                                f'(dist_timeout: {timeout:g} s)'):
         # `get_device` in both threads, because the current GPU is a thread's own
         _within(max(deadline - time.monotonic(), 5), lambda: dist.initialize_dist(get_device(None), timeout))
     get_device(None)
@@ -75,8 +75,8 @@ def _meet(timeout: float, deadline: float) -> Any:
     number = store.add('meet/joined', 1)
     store.set(f'meet/{number}', json.dumps(me))
     if me.rank and number > me.world_size:
-        raise UserError(f'{here()}: all {me.world_size} ranks of WORLD_SIZE have already joined at {address}:{port}; '
-                        'is a node started twice, or does another run use this MASTER_PORT?')
+        raise UserError(f'{this_machine()}: all {me.world_size} ranks of WORLD_SIZE have already joined at '
+                        f'{address}:{port}; is a node started twice, or does another run use this MASTER_PORT?')
     while not store.check([VERDICT]):  # short calls, so that signals are heard
         joined, verdict = [], ''
         late = time.monotonic() > deadline
@@ -93,14 +93,14 @@ def _meet(timeout: float, deadline: float) -> Any:
     if verdict != 'ok':
         if me.rank == 0:
             time.sleep(2)  # the store ends with this process: let the others read the verdict
-        raise UserError(f'{here()}: {verdict}')
+        raise UserError(f'{this_machine()}: {verdict}')
     return store
 
 
 def _verdict(joined: list[Process], world_size: int) -> str:
     """What is wrong with the ranks that have joined; 'ok' once all are there, and empty until then."""
-    errors = differences({process: {'WORLD_SIZE': str(process.world_size),
-                                    'LOCAL_WORLD_SIZE': str(process.local_world_size)} for process in joined})
+    errors = find_differences({process: {'WORLD_SIZE': str(process.world_size),
+                                         'LOCAL_WORLD_SIZE': str(process.local_world_size)} for process in joined})
     ranks = [process.rank for process in joined]
     if twice := [rank for rank in ranks if ranks.count(rank) > 1]:  # of a node's ranks the first says enough
         twins = [process for process in joined if process.rank == min(twice)]
@@ -113,7 +113,7 @@ def _verdict(joined: list[Process], world_size: int) -> str:
 
 def _present_and_missing(joined: list[Process], me: Process) -> str:
     missing = sorted({rank // me.local_world_size for rank in set(range(me.world_size)) - {p.rank for p in joined}})
-    return (f'{places(joined, joined)}; missing are ranks of node {", ".join(map(str, missing[:8]))}'
+    return (f'{describe_ranks(joined, joined)}; missing are ranks of node {", ".join(map(str, missing[:8]))}'
             f'{" and more" * (len(missing) > 8)}')
 
 
@@ -133,7 +133,7 @@ def _wait_for_port(address: str, port: int, deadline: float) -> None:
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
     """What `call` returns or raises, or a RuntimeError: torch's time-outs do not hold, and its calls hear no signal."""
     try:
-        return in_background(call).result(max(seconds, 0))
+        return run_in_background(call).result(max(seconds, 0))
     except NoAnswer:
         raise RuntimeError('no answer in time') from None
 

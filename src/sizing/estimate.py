@@ -154,7 +154,7 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
                     traced(c, n, card.is_gpu, microbatch))
 
 
-def remedied(e: Estimate) -> Iterator[tuple[str, int]]:
+def apply_remedies(e: Estimate) -> Iterator[tuple[str, int]]:
     """What to set where it does not fit, one after another until it does, and the peak with all of them so far."""
     c, peak = e.c, e.memory.total
     for remedy in [Remedy('device_train_microbatch_size', 1), *remedies(e.c)]:

@@ -31,7 +31,7 @@ class DropoutOfGPUs(TorchFunctionMode):
 
 
 @contextmanager
-def rules_of_gpus() -> Iterator[None]:
+def act_like_gpu() -> Iterator[None]:
     """While it lasts, operators on CPU tensors act as on a GPU."""
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 from src.common.flops import USABLE
 from src.config.derived import fsdp_version
 from src.config.schema import TIME, FSDPConfig
-from src.sizing.estimate import C4_TOKENS, CHECKPOINT, RULE, Estimate, remedied
+from src.sizing.estimate import C4_TOKENS, CHECKPOINT, RULE, Estimate, apply_remedies
 from src.sizing.memory import moments, state_bytes
 
 
@@ -125,7 +125,8 @@ def remedy_rows(e: Estimate) -> list[Row]:
     if enough:
         last = f'{enough} devices' + ('' if e.smallest else ', and a microbatch of 1')
     return [Row('DOES NOT FIT', '', 'what to set, each with those before it:'),
-            *(Row('', gib(peak), setting, ': fits' if peak <= e.card.usable else '') for setting, peak in remedied(e)),
+            *(Row('', gib(peak), setting, ': fits' if peak <= e.card.usable else '')
+              for setting, peak in apply_remedies(e)),
             Row('', '', f'or take {last}')]
 
 

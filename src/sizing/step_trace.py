@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from src.causal_lm import ComposerCausalLM
 from src.common.errors import UserError, first_line
 from src.model_registry import COMPOSER_MODEL_REGISTRY
-from src.sizing.gpu_rules import rules_of_gpus
+from src.sizing.gpu_rules import act_like_gpu
 
 FORWARD, LOSS, START = 'in the forward pass', 'in the loss', 'at the start of the backward pass'
 BACKWARD, UNIT_END = 'in the backward pass', 'at the end of the backward pass'
@@ -106,7 +106,7 @@ def _run(s: Step) -> Trace:
             apply_ac(model, s.checkpointing, s.offload, generate_composer_model_check_fn(model))
         stack.enter_context(offload)
         if s.has_gpu:
-            stack.enter_context(rules_of_gpus())
+            stack.enter_context(act_like_gpu())
         live = stack.enter_context(LiveBytes({p.untyped_storage()._cdata for p in params}))
         units = _follow(model, live, s)
         columns = ['input_ids', 'labels', *['sequence_id'] * model.attn_within_document]

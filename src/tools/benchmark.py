@@ -13,7 +13,7 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
     from src.ranks import environment  # before torch and Composer, whose import takes seconds
 
-    environment.begin()
+    environment.set_up_rank()
 
 import argparse
 import atexit
@@ -45,7 +45,7 @@ from transformers import PreTrainedTokenizerFast
 
 from main import main as train
 from src.attention import CausalAttention
-from src.common.errors import UserError, positive
+from src.common.errors import UserError, positive_int
 from src.common.flops import peak_flops, train_flops_per_token
 from src.config import load as config
 from src.config.schema import Config, HFCausalLMConfig
@@ -69,8 +69,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add('yaml', metavar='YAML')
     add('overrides', nargs='*', metavar='key=value', help='as for main.py')
-    add('--steps', type=positive, default=20, help='timed, after the warm-up; default: %(default)s')
-    add('--warmup', type=positive, default=5, help='steps before, which compile everything; default: %(default)s')
+    add('--steps', type=positive_int, default=20, help='timed, after the warm-up; default: %(default)s')
+    add('--warmup', type=positive_int, default=5, help='steps before, which compile everything; default: %(default)s')
     add('--real_data', action='store_true', help="the YAML's data in place of random tokens")
     add('--sweep', action='append', default=[], metavar='key=a,b,c', help='a run for each value or combination')
     add('--against', action='append', choices=['hf', 'bare'], default=[], help='time in the same run, alternating, hf: '

@@ -13,7 +13,7 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
 from src.common import program
-from src.common.errors import UserError, positive
+from src.common.errors import UserError, positive_int
 from src.common.flops import CARDS
 from src.config import load as config
 from src.config.check import check
@@ -31,7 +31,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('yaml', nargs='?', metavar='YAML', help='default: a table of all in yamls/mosaic_gpt')
     add('overrides', nargs='*', metavar='key=value', help='as for main.py')
     add('--gpu', default='a100-40gb', choices=CARDS, metavar='NAME', help=f'{", ".join(CARDS)}; default: %(default)s')
-    add('--gpus', type=positive, metavar='N', help='over all nodes; default: the smallest number that fits')
+    add('--gpus', type=positive_int, metavar='N', help='over all nodes; default: the smallest number that fits')
     add('--mfu', type=float, default=MFU, help="part of the GPU's peak that the model reaches; default: %(default)s")
     add('--price', type=float, metavar='DOLLARS', help='of one GPU for an hour')
     args = parser.parse_intermixed_args(argv)

@@ -15,7 +15,7 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
     from src.ranks import environment  # before torch and Composer, whose import takes seconds
 
-    environment.begin()
+    environment.set_up_rank()
 
 import argparse
 import json
@@ -33,7 +33,13 @@ from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
 from src.causal_lm import ComposerCausalLM
-from src.checkpoints.loading import check_loadable, check_same_tokenizer, finish_loading, reading_safely, same_weights
+from src.checkpoints.loading import (
+    check_loadable,
+    check_same_tokenizer,
+    check_same_weights,
+    finish_loading,
+    reading_safely,
+)
 from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
 from src.config import load as config
@@ -41,15 +47,15 @@ from src.config.derived import resolve_precision
 from src.config.schema import Config, HFCausalLMConfig
 from src.data_c4 import StreamingC4
 from src.ranks import program
-from src.ranks.agreement import agree
+from src.ranks.agreement import check_ranks_agree
 from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
 from src.tokenizer import HFTokenizer
 from src.tools.bits_per_byte import Totals, bytes_per_token
 from src.training import build, sharding
-from src.training.data import fingerprints, is_kits
-from src.training.failures import outside_failures_explained, run_failures_explained
-from src.training.setup import check_config, meet
+from src.training.data import fingerprints, reads_kit_dataset
+from src.training.failures import explain_outside_failures, explain_run_failures
+from src.training.setup import check_config, join_ranks
 
 log = logging.getLogger('src')
 
@@ -73,7 +79,7 @@ def load(args: argparse.Namespace) -> DictConfig:
     _set(cfg, allow_same_split=True, global_train_batch_size=dist.get_world_size(), max_duration='1ba',
          scheduler={'t_warmup': '0dur'}, algorithms={}, callbacks={}, loggers={}, save_folder=None, autoresume=False,
          compile_config=None)
-    given = config.plain(cfg)
+    given = config.to_plain(cfg)
     if not given.get('eval_loader'):
         raise UserError(f'eval_loader: {args.yaml} has none, so there is no data to evaluate on; see '
                         'yamls/quickstart.yaml')
@@ -91,13 +97,13 @@ def _set(cfg: DictConfig, **changed: Any) -> None:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
-@outside_failures_explained('eval_loader')
+@explain_outside_failures('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """The figures of one split, of a checked config with an `eval_loader`.
 
     Raises UserError where the checkpoint or the data is missing, is of another model, or holds nothing to predict.
     """
-    meet(c, watch)
+    join_ranks(c, watch)
     start = find_start(None, None, False, c.load_path, weights_only=True)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, torch.cuda.is_available()))
     tokenizer = build.build_tokenizer(c)
@@ -105,9 +111,9 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
         check_same_tokenizer(start.manifest, tokenizer, str(start.path))
     model = build.build_model(c, tokenizer, start)
     evaluators = build.build_evaluators(c, model)
-    agree('data', fingerprints(None, evaluators[0].dataloader))
+    check_ranks_agree('data', fingerprints(None, evaluators[0].dataloader))
     loader: Any = evaluators[0].dataloader.dataloader
-    dataset: Optional[StreamingC4] = loader.dataset.dataset if is_kits(loader) else None
+    dataset: Optional[StreamingC4] = loader.dataset.dataset if reads_kit_dataset(loader) else None
     reads_with = dataset.tokenizer if dataset else tokenizer and tokenizer.tokenizer
     totals = Totals(bytes_per_token(reads_with, model.vocab_size) if reads_with else np.full(model.vocab_size, np.nan))
     nats, targets, n_bytes, samples = sums(c, start, model, evaluators, totals)
@@ -129,7 +135,7 @@ def sums(c: Config, start: Start, model: ComposerCausalLM, evaluators: list[Eval
     has_gpu = torch.cuda.is_available()
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
-    with reading_safely(start), run_failures_explained(c):
+    with reading_safely(start), explain_run_failures(c):
         trainer = Trainer(
             model=model,
             eval_dataloader=evaluators,
@@ -140,7 +146,7 @@ def sums(c: Config, start: Start, model: ComposerCausalLM, evaluators: list[Eval
             progress_bar=sys.stderr.isatty() and dist.get_global_rank() == 0,
             load_path=start.read_by_composer,
             load_weights_only=start.kind == 'weights',
-            load_ignore_keys=same_weights(start, model.state_dict()),
+            load_ignore_keys=check_same_weights(start, model.state_dict()),
         )
     finish_loading(start, trainer)
     log.info('weights: %s', weights(c, start))

@@ -28,7 +28,7 @@ from src.checkpoints.loading import check_model, check_same_tokenizer
 from src.checkpoints.manifest import Manifest
 from src.common import program
 from src.common.errors import UserError, first_line
-from src.config.load import load, plain
+from src.config.load import load, to_plain
 from src.tokenizer import HFTokenizer, check_vocab, n_ids
 
 
@@ -45,7 +45,7 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
     if sys.stderr.isatty():
         print(f'reading {path}', file=sys.stderr)
     hf_logging.set_verbosity_error()
-    weights, manifest, path = checkpoint.read(path, setting)
+    weights, manifest, path = checkpoint.read_weights(path, setting)
     model, name = _described(path, manifest, tokenizer_name, cfg)
     check_model(manifest, model, f'--yaml: {path}')
     try:
@@ -65,7 +65,7 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
 
 
 def _given(yaml: Optional[list[str]]) -> dict[str, Any]:
-    cfg = plain(load(yaml)) if yaml else {}
+    cfg = to_plain(load(yaml)) if yaml else {}
     for section in ('model', 'tokenizer'):
         if not isinstance(cfg.get(section) or {}, dict):
             raise UserError(f'{section}: {cfg[section]!r} must be a section with keys of its own, as in the YAMLs')

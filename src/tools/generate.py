@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
 from src.common import program
-from src.common.errors import UserError, first_line, positive
+from src.common.errors import UserError, first_line, positive_int
 from src.common.progress import progress
 from src.tools.export_hf import add_arguments, load_checkpoint
 
@@ -130,9 +130,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add('model', metavar='CHECKPOINT_OR_FOLDER', help='as for src/tools/export_hf.py, or what that wrote')
     add('prompts', nargs='+', metavar='PROMPT')
-    add('--max_new_tokens', type=positive, metavar='N', help='per prompt; default: 100, or what fits the context')
+    add('--max_new_tokens', type=positive_int, metavar='N', help='per prompt; default: 100, or what fits the context')
     add('--temperature', type=float, default=1.0, metavar='T', help='0: the likeliest token each time')
-    add('--top_k', type=positive, metavar='K', help='sample from the K likeliest tokens; default: all')
+    add('--top_k', type=positive_int, metavar='K', help='sample from the K likeliest tokens; default: all')
     add('--top_p', type=float, default=1.0, metavar='P', help='from those that together have probability P')
     add('--seed', type=int, default=17, metavar='N', help='default: %(default)s')
     add_arguments(parser)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from src.common import program, workers
-from src.common.errors import UserError, positive
+from src.common.errors import UserError, positive_int
 from src.common.flops import train_flops_per_token
 from src.common.progress import progress
 from src.mosaic_gpt import ComposerMosaicGPT
@@ -210,7 +210,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--sizes', nargs='+', type=parse_size, default=[parse_size(size) for size in SIZES], metavar='WIDTHxLAYERS',
         help=f'default: {" ".join(SIZES)}')
     add('--tokens_per_parameter', type=above_zero, default=20.0, metavar='N', help='default: %(default)g')
-    add('--jobs', type=positive, default=1 if torch.cuda.is_available() else 2, metavar='N',
+    add('--jobs', type=positive_int, default=1 if torch.cuda.is_available() else 2, metavar='N',
         help='runs at a time; default: %(default)s')
     return parser.parse_args(argv)
 

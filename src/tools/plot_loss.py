@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.common import program
-from src.common.errors import UserError, positive
+from src.common.errors import UserError, positive_int
 from src.tools.run_logs import EVAL, TRAIN, UNIGRAM, Run, read_run
 
 matplotlib.use('Agg')
@@ -143,7 +143,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--x', choices=list(LABELS), default='tokens', help='default: %(default)s')
     add('--y', choices=['train', 'eval', 'both'], default='both', help='default: %(default)s')
     add('--log', action='store_true', help='logarithmic axes')
-    add('--smooth', type=positive, default=1, metavar='N', help='the mean of N batches, and the curve behind it')
+    add('--smooth', type=positive_int, default=1, metavar='N', help='the mean of N batches, and the curve behind it')
     add('--envelope', action='store_true', help='with --x flops: the lowest loss of all runs for each compute')
     return parser.parse_args(argv)
 

@@ -11,21 +11,21 @@ from src.callbacks.metrics import StepCounters
 from src.causal_lm import ComposerCausalLM
 from src.checkpoints.loading import check_model, check_sample_in_epoch
 from src.checkpoints.manifest import RunInfo
-from src.checkpoints.resume import Changes, changes, run_settings
+from src.checkpoints.resume import SettingChanges, compare_settings, run_settings
 from src.checkpoints.start import Start
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError
 from src.config.data_checks import check_seq_len
-from src.config.derived import in_units_of_the_run
+from src.config.derived import to_batches_samples_or_tokens
 from src.config.run_checks import check_early_stopper, check_warmup
 from src.config.schema import Config
-from src.initialisation import weights_come_later
+from src.initialisation import skip_initialisation
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.optimizers import OptimizerSettings
-from src.ranks.agreement import agree
+from src.ranks.agreement import check_ranks_agree
 from src.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 from src.training import data, plugins, sharding
-from src.training.failures import run_failures_explained
+from src.training.failures import explain_run_failures
 from src.training.setup import Setup
 
 
@@ -55,7 +55,7 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
     """
     has_gpu = torch.cuda.is_available()
     check_model(start.manifest, c.model.model_dump(), f'{start.setting}: {start.path}')
-    with run_failures_explained(c), weights_come_later(start.kind != 'fresh'):
+    with explain_run_failures(c), skip_initialisation(start.kind != 'fresh'):
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     if not isinstance(model, ComposerCausalLM):
         raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, '
@@ -91,12 +91,12 @@ def build_evaluators(c: Config, model: ComposerCausalLM) -> list[Evaluator]:
     loader = data.build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
     spec = data.build_data_spec(loader, 'eval_loader', model, c.seed)
     data.check_first_batch(spec)
-    return [Evaluator(label='eval', eval_interval=in_units_of_the_run(c.eval_interval, c.max_duration),
+    return [Evaluator(label='eval', eval_interval=to_batches_samples_or_tokens(c.eval_interval, c.max_duration),
                       device_eval_microbatch_size=c.device_eval_batch_size, dataloader=spec)]
 
 
 def compare_with_checkpoint(run: Setup, model: ComposerCausalLM, train: DataSpec,
-                            evaluators: list[Evaluator]) -> tuple[dict[str, Any], Changes]:
+                            evaluators: list[Evaluator]) -> tuple[dict[str, Any], SettingChanges]:
     """Checks that all ranks read the same data, and that a resumed run can go on with these settings and data.
 
     Returns the settings that manifests of this run hold, and what has changed since the checkpoint. Raises UserError
@@ -105,12 +105,12 @@ def compare_with_checkpoint(run: Setup, model: ComposerCausalLM, train: DataSpec
     check_early_stopper(run.c, {'train': model.get_metrics(is_train=True),
                                   **{evaluator.label: model.get_metrics() for evaluator in evaluators}})
     fingerprints = data.fingerprints(train, evaluators[0].dataloader if evaluators else None)
-    agree('data', fingerprints)
+    check_ranks_agree('data', fingerprints)
     settings = run_settings(run.asked, fingerprints)
     if run.over:
-        return settings, Changes([], False)
-    changed = changes(run.start, settings, data.counts_samples(train.dataloader))
-    if data.has_kits_loader() and data.counts_samples(train.dataloader):
+        return settings, SettingChanges([], False)
+    changed = compare_settings(run.start, settings, data.resumes_by_samples(train.dataloader))
+    if data.has_kits_loader() and data.resumes_by_samples(train.dataloader):
         check_sample_in_epoch(run.start, train.dataloader.dataset.epoch_size)  # pyright: ignore
     return settings, changed
 
@@ -121,7 +121,7 @@ def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFToke
     c = run.c
     if not c.save_folder:
         return None
-    interval = in_units_of_the_run(c.save_interval, c.max_duration)
+    interval = to_batches_samples_or_tokens(c.save_interval, c.max_duration)
     info = RunInfo(model.described_by or c.model.model_dump(), tokenizer.tokenizer_name if tokenizer else '',
                    getattr(tokenizer, 'hash', ''), settings)
     return CheckpointWriter(c.save_folder, interval, c.save_num_checkpoints_to_keep, run.start, info)

@@ -16,7 +16,15 @@ from src.config.schema import Config
 from src.data_c4 import build_c4_dataloader
 from src.loader.batch_form import BatchForm, split
 from src.loader.sample_order import EvalView
-from src.loader.wrapped_loader import Batches, SizedBatches, epoch_length, given, has_state, name_of, sampler_of
+from src.loader.wrapped_loader import (
+    Batches,
+    SizedBatches,
+    describe_loader,
+    epoch_length,
+    has_state,
+    sampler_of,
+    unwrap_loader,
+)
 from src.tokenizer import check_vocab
 
 
@@ -25,7 +33,7 @@ def has_kits_loader() -> bool:
     return build_c4_dataloader is data_c4.build_c4_dataloader
 
 
-def is_kits(loader: Any) -> bool:
+def reads_kit_dataset(loader: Any) -> bool:
     """Whether a loader reads the kit's own dataset."""
     return isinstance(getattr(loader, 'dataset', None), (data_c4.StreamingC4, EvalView))
 
@@ -44,7 +52,7 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
     all ranks would read the same samples, or the batches of an evaluation can be read only once.
     """
     form = None
-    if is_kits(loader):
+    if reads_kit_dataset(loader):
         check_vocab(_kits_dataset(loader), model.vocab_size)
     else:
         loader = _prepared(loader, setting, seed)
@@ -83,7 +91,7 @@ def _prepared(loader: Any, setting: str, seed: int) -> Any:
     return Batches(loader, evaluate) if length is None else SizedBatches(loader, evaluate, length)
 
 
-def counts_samples(loader: Any) -> bool:
+def resumes_by_samples(loader: Any) -> bool:
     """Whether a resumed run goes on from a number of samples, and not from a number of batches."""
     return isinstance(loader, DataLoader) and hasattr(loader.dataset, 'load_state_dict')
 
@@ -91,7 +99,8 @@ def counts_samples(loader: Any) -> bool:
 def fingerprints(train: Optional[DataSpec], evals: Optional[DataSpec]) -> dict[str, str]:
     """The fingerprints of the kit's datasets, by setting: ranks that read the same data have the same."""
     loaders: dict[str, Any] = {'train_loader': train and train.dataloader, 'eval_loader': evals and evals.dataloader}
-    return {f'{name}.dataset': _kits_dataset(loader).fingerprint for name, loader in loaders.items() if is_kits(loader)}
+    return {f'{name}.dataset': _kits_dataset(loader).fingerprint for name, loader in loaders.items()
+            if reads_kit_dataset(loader)}
 
 
 def check_train_loader(c: Config, loader: Any) -> None:
@@ -102,11 +111,11 @@ def check_train_loader(c: Config, loader: Any) -> None:
     for setting, time in (('max_duration', c.max_duration), ('scheduler.t_warmup', c.scheduler.t_warmup),
                           ('scheduler.t_max', c.scheduler.t_max)):
         if time.endswith('ep') and epoch_length(loader) is None:
-            raise UserError(f'{setting}: {time!r}, but the train loader, {name_of(loader)}, does not say how many '
-                            'batches an epoch has; give batches (ba) or tokens (tok)')
+            raise UserError(f'{setting}: {time!r}, but the train loader, {describe_loader(loader)}, does not say how '
+                            'many batches an epoch has; give batches (ba) or tokens (tok)')
     if c.device_train_microbatch_size == 'auto' and getattr(loader, 'batch_size', None) is None:
         raise UserError("device_train_microbatch_size: 'auto' begins with the batch_size of the train loader, and "
-                        f'{name_of(loader)} has none; set a number')
+                        f'{describe_loader(loader)} has none; set a number')
 
 
 def check_first_batch(spec: DataSpec) -> None:
@@ -114,7 +123,7 @@ def check_first_batch(spec: DataSpec) -> None:
 
     Raises UserError where there is none, or the model does not take it.
     """
-    if is_kits(spec.dataloader):
+    if reads_kit_dataset(spec.dataloader):
         return
     batch = next(iter(spec.dataloader), None)
     if batch is None:
@@ -128,16 +137,16 @@ def describe(loader: Any) -> list[str]:
     if getattr(dataset, 'packs_on_the_fly', False):
         return ['data: text packed on the fly: the samples depend on the numbers of ranks and workers, and a resumed '
                 'run first reads again what its epoch has read; packed tokens do neither']
-    if is_kits(loader):
+    if reads_kit_dataset(loader):
         return []
     length, ranks = epoch_length(loader), dist.get_world_size()
     number = 'an unknown number of' if length is None else length
     resumed = 'first reads again what its epoch has read'
-    if counts_samples(loader):
+    if resumes_by_samples(loader):
         resumed = 'goes on from a number of samples'
-    lines = [f'data: a loader of your own, {name_of(loader)}, with {number} batches in an epoch; a resumed run '
+    lines = [f'data: a loader of your own, {describe_loader(loader)}, with {number} batches in an epoch; a resumed run '
              f'{resumed}']
-    own = given(loader)
+    own = unwrap_loader(loader)
     if ranks > 1 and not (isinstance(own, DataLoader) and isinstance(sampler_of(own), DistributedSampler)):
         lines.append(f'data: no DistributedSampler divides the samples among {ranks} ranks: where the loader does not '
                      'do that itself, each rank trains on the same samples')

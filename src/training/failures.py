@@ -17,7 +17,7 @@ from src.training.plugins import LOGGERS, PACKAGES
 
 
 @contextmanager
-def run_failures_explained(c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
+def explain_run_failures(c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
     """Says which settings save memory where it runs out, and names the last whole checkpoint after a mistake."""
     try:
         yield
@@ -48,7 +48,7 @@ def out_of_memory(c: Config, e: BaseException) -> UserError:
 
 
 @contextmanager
-def outside_failures_explained(loader: str = 'train_loader') -> Iterator[None]:
+def explain_outside_failures(loader: str = 'train_loader') -> Iterator[None]:
     """Says what failed outside of the run: the store of a logger, or a loader worker that the system has ended.
 
     `loader` is the section of the loader that is most likely the worker's. Raises UserError where a logger's folder

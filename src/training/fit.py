@@ -15,7 +15,7 @@ from composer.utils import dist
 from src.callbacks.metrics import NO_BATCH
 from src.causal_lm import ComposerCausalLM
 from src.checkpoints.writer import CheckpointWriter
-from src.common.errors import UserError, masked
+from src.common.errors import UserError, mask_secrets
 from src.common.flops import Card, peak_flops
 from src.config import load
 from src.config.schema import Config
@@ -24,7 +24,7 @@ from src.sizing.estimate import estimate
 from src.sizing.report import report
 from src.tokenizer import HFTokenizer
 from src.training import sharding
-from src.training.failures import run_failures_explained
+from src.training.failures import explain_run_failures
 from src.training.report import environment, plan, summary
 from src.training.setup import Setup
 
@@ -34,7 +34,7 @@ SHOWN = 300  # characters of the first sample
 
 def log_start(run: Setup, trainer: Trainer, model: ComposerCausalLM, train: DataSpec, changed: Sequence[str]) -> None:
     """Gives the loggers the config, and says the plan."""
-    trainer.logger.log_hyperparameters({**masked(load.plain(run.c)), 'environment': environment(run.c, model)})
+    trainer.logger.log_hyperparameters({**mask_secrets(load.to_plain(run.c)), 'environment': environment(run.c, model)})
     log.info('%s', plan(run, model, train.dataloader, changed))
 
 
@@ -55,7 +55,7 @@ def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[Checkpoi
     else:
         sharding.average_gradients(state.model)
         started = time.monotonic()
-        with run.stop, run_failures_explained(c, writer):
+        with run.stop, explain_run_failures(c, writer):
             try:
                 if writer:
                     writer.check(state)

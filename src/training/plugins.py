@@ -51,7 +51,7 @@ REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGE
 PACKAGES = {'cometml': 'comet_ml', **{name: name for name in ('wandb', 'tensorboard', 'mlflow', 'neptune')}}
 
 
-def build_all(section: str, chosen: Plugins) -> list[Any]:
+def build_plugins(section: str, chosen: Plugins) -> list[Any]:
     """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
 
     Raises UserError where a package is missing or broken, or a class refuses a value by a UserError, or a ValueError of
@@ -87,12 +87,12 @@ def _check_package(section: str, name: str) -> None:
 
 def build_algorithms(c: Config) -> list[Algorithm]:
     """The algorithms, the guard last."""
-    return [*build_all('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)]
+    return [*build_plugins('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)]
 
 
 def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
     """The callbacks; the tokenizer is Hugging Face's own."""
-    built = build_all('callbacks', c.callbacks)
+    built = build_plugins('callbacks', c.callbacks)
     for callback in built:
         if isinstance(callback, TextSamples):
             callback.prepare(tokenizer, c.train_loader.dataset.max_seq_len)
@@ -110,6 +110,6 @@ def check_plugins(c: Config, tokenizer: Any) -> None:
     build_callbacks(c, tokenizer)
     for name, kwargs in c.loggers.items():
         if name not in MAKE_EXPERIMENTS:
-            build_all('loggers', {name: kwargs})
+            build_plugins('loggers', {name: kwargs})
         elif kwargs is not False:
             _check_package('loggers', name)

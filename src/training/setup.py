@@ -20,7 +20,7 @@ from src.config.derived import device_batch_size, resolve_precision, run_name
 from src.config.run_checks import check_save_folder
 from src.config.schema import Config
 from src.ranks import rendezvous
-from src.ranks.agreement import agree
+from src.ranks.agreement import check_ranks_agree
 from src.ranks.environment import check_environment
 from src.ranks.failure_watch import FailureWatch
 from src.ranks.preflight import preflight
@@ -56,7 +56,7 @@ def check_config(cfg: Any, nodes: int) -> Config:
     return check(cfg, REGISTRIES, dist.get_world_size(), torch.cuda.is_available(), nodes, has_kits_loader())
 
 
-def meet(c: Config, watch: Optional[FailureWatch]) -> None:
+def join_ranks(c: Config, watch: Optional[FailureWatch]) -> None:
     """Lets all ranks meet, compares their configs, tries their network, and seeds them.
 
     Raises UserError where ranks are missing, do not agree, or cannot reach each other.
@@ -64,12 +64,12 @@ def meet(c: Config, watch: Optional[FailureWatch]) -> None:
     rendezvous.initialize(c.dist_timeout)
     if watch:
         watch.start()
-    agree('config', load.flat(c))
+    check_ranks_agree('config', load.flatten_masked(c))
     log.info('%s', preflight())
     reproducibility.seed_all(c.seed)
 
 
-def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
+def prepare_run(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
     """Checks the config, lets the ranks meet, and finds out where the run starts. Raises UserError."""
     check_environment(os.environ)
     machine.shorten_socket_paths()
@@ -79,12 +79,12 @@ def prepare(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
     device_batch = device_batch_size(c.global_train_batch_size, dist.get_world_size())
     microbatch = microbatch_of(c, device_batch)
     check_save_folder(c)
-    meet(c, watch)
+    join_ranks(c, watch)
     start = find_start(c.save_folder, run_name(c), c.autoresume, c.load_path, c.load_weights_only)
     check_loadable(start, sharding.is_sharded(c.fsdp_config, has_gpu), c.trust_checkpoint)
     if dry_run:
         log.info('dry run: nothing is trained, saved or logged\nconfig:\n%s',
-                 textwrap.indent(load.shown(c), '  ').rstrip())
+                 textwrap.indent(load.to_masked_yaml(c), '  ').rstrip())
     over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
     return Setup(c, c.model_copy(update=_changed(c, over or dry_run)), start, over, device_batch, microbatch,
                  Precision(resolve_precision(c.precision, has_gpu)), has_gpu, dry_run,

@@ -75,7 +75,7 @@ def average_gradients(model: nn.Module) -> None:
         block.set_all_reduce_hook(lambda gradient: gradient.div_(factor))  # pyright: ignore[reportArgumentType]
 
 
-def whole_model_compile(cfg: Optional[schema.CompileConfig]) -> Optional[dict[str, Any]]:
+def build_compile_config(cfg: Optional[schema.CompileConfig]) -> Optional[dict[str, Any]]:
     """What Composer's Trainer takes as `compile_config`; None: nothing is compiled, or each block on its own."""
     return cfg.model_dump(exclude={'scope'}) if cfg and cfg.scope == 'model' else None
 

@@ -145,7 +145,7 @@ def test_two_ranks_say_what_one_does(mds_root, tmp_path):
 ], ids=['no prompt', 'no tokens', 'seed', 'temperature'])
 def test_values_out_of_range_are_refused(keywords, message):
     with pytest.raises(UserError, match=message):
-        plugins.build_all('callbacks', {'text_samples': keywords})
+        plugins.build_plugins('callbacks', {'text_samples': keywords})
 
 
 def test_what_cannot_work_is_refused(mds_root, tokenizer):

@@ -18,9 +18,9 @@ from runs import train
 
 import main
 from src.checkpoints.loading import check_model
-from src.checkpoints.manifest import Manifest, RunInfo, manifests
-from src.checkpoints.start import FRESH, Start, find_start, given_start
-from src.checkpoints.weights import read_full
+from src.checkpoints.manifest import Manifest, RunInfo, list_manifests
+from src.checkpoints.start import FRESH, Start, find_start, start_from_path
+from src.checkpoints.weights import read_full_checkpoint
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError
 from src.common.storage import Folder, LocalFolder, open_folder
@@ -74,7 +74,7 @@ def forget(folder: Path, *batches: int) -> None:
 
 def test_each_save_ends_with_a_manifest_of_its_files(saved):
     assert names(saved[0]) == sorted(f'ep0-ba{n}{end}' for n in (4, 8, 12) for end in ('-rank0.pt', '.json'))
-    for manifest in manifests(LocalFolder(saved[0])):
+    for manifest in list_manifests(LocalFolder(saved[0])):
         file = f'ep0-ba{manifest.batch}-rank0.pt'
         assert manifest.files == {file: (saved[0] / file).stat().st_size}
         state = torch.load(saved[0] / file, weights_only=False)['state']['timestamp']
@@ -118,7 +118,7 @@ def test_half_a_save_is_replaced_by_the_next_of_its_step(saved, folder, mds_root
     assert sorted(got['losses']) == list(range(4, 12))
     same(saved[1], got, 4)
     assert names(folder) == names(saved[0])
-    assert all(m.is_whole(LocalFolder(folder)) for m in manifests(LocalFolder(folder)))
+    assert all(m.is_whole(LocalFolder(folder)) for m in list_manifests(LocalFolder(folder)))
 
 
 def test_half_of_the_first_save_is_no_checkpoint(mds_root, saved, tmp_path):
@@ -146,7 +146,7 @@ def test_a_manifest_that_lists_what_is_not_its_own_is_none(folder, tmp_path):
     manifest = json.loads((folder / 'ep0-ba4.json').read_text())
     for files in ({'../precious': 4}, {'ep0-ba4/../../precious': 4}, {str(tmp_path / 'precious'): 4}, {'ep0-ba8-rank0.pt': 1}):
         (folder / 'ep0-ba4.json').write_text(json.dumps(manifest | {'files': files}))
-        assert [m.batch for m in manifests(LocalFolder(folder))] == [12, 8]
+        assert [m.batch for m in list_manifests(LocalFolder(folder))] == [12, 8]
 
 
 def test_retention_holds_across_resumes(mds_root, tmp_path):
@@ -187,7 +187,7 @@ def test_retention_counts_whole_checkpoints_alone(tmp_path, place, keep, request
                 folder.write(f'ep0-ba{batch}.json', json.dumps(asdict(small_manifest(batch))))
         whole = [batch for batch, kind in enumerate(kinds, 1) if kind != 'D']
         finished(folder, kinds.index('+') + 1, keep)
-        left = {m.batch: m.is_whole(folder) for m in manifests(folder)}
+        left = {m.batch: m.is_whole(folder) for m in list_manifests(folder)}
         assert [batch for batch in sorted(left) if left[batch]] == whole[-keep:], kinds
         assert all(batch > whole[-keep:][0] for batch in left if not left[batch]) or len(whole) < keep, kinds
 
@@ -359,7 +359,7 @@ def test_a_folder_or_an_old_link_is_the_newest_whole_checkpoint(folder, name, ca
     assert start.manifest and (start.path, start.manifest.batch) == (f'{folder}/ep0-ba8-rank0.pt', 8)
     assert f'the newest whole checkpoint there is {folder}/ep0-ba8-rank0.pt' in caplog.text
     assert f'load_path: ep0-ba12 in {folder} is not whole' in caplog.text
-    assert given_start(f'{folder}{name}', 'weights').path == f'{folder}/ep0-ba8-rank0.pt'
+    assert start_from_path(f'{folder}{name}', 'weights').path == f'{folder}/ep0-ba8-rank0.pt'
     forget(folder, 4, 8)
     with pytest.raises(UserError, match='no such file, and no folder of a sharded checkpoint, or of a run'):
         find_start(None, None, False, f'{folder}{name}', weights_only=False)
@@ -392,7 +392,7 @@ def test_missing_optimizer_state_is_an_error(mds_root, folder):
 
 def test_weights_only_takes_the_weights_and_nothing_else(mds_root, folder, tmp_path):
     path = folder / 'ep0-ba12-rank0.pt'
-    weights = read_full(str(path), Start('weights', str(path)))
+    weights = read_full_checkpoint(str(path), Start('weights', str(path)))
     got = run(mds_root, f'load_path={path}', 'load_weights_only=true', 'max_duration=1ba', 'optimizer.lr=1e-30',
               'scheduler.t_warmup=0ba')
     assert got['batch'] == 1
@@ -488,7 +488,7 @@ def test_s3_holds_what_a_disk_would(s3, saved, mds_root, sharded, tmp_path, monk
     assert sorted(bucket.names()) == sorted(f'ep0-ba{n}{end}' for n in (8, 12) for end in ends)
     s3.put_object(Bucket='bucket', Key=f'runs/one/ep0-ba12{ends[-1]}', Body=b'half')
     same(saved[1], run(mds_root, *every), 8)
-    assert all(m.is_whole(bucket) for m in manifests(bucket)) and sorted(m.batch for m in manifests(bucket)) == [8, 12]
+    assert all(m.is_whole(bucket) for m in list_manifests(bucket)) and sorted(m.batch for m in list_manifests(bucket)) == [8, 12]
     s3.put_object(Bucket='bucket', Key=f'runs/one/ep0-ba12{ends[-1]}', Body=b'half')
     s3.delete_object(Bucket='bucket', Key='runs/one/ep0-ba8.json')
     assert 'autoresume: s3://bucket/runs/one holds ep0-ba12, ep0-ba8, and none is whole' in refused(mds_root, *every)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
 
-from src.checkpoints.manifest import manifests
+from src.checkpoints.manifest import list_manifests
 from src.common.storage import Folder, LocalFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -95,7 +95,7 @@ def same_end(got: dict, want: dict) -> None:
 
 
 def newest(folder: Folder) -> int:
-    return max((m.batch for m in manifests(folder)), default=0)
+    return max((m.batch for m in list_manifests(folder)), default=0)
 
 
 def test_25_kills_change_nothing(tokens_root, tmp_path):
@@ -129,7 +129,7 @@ def test_25_kills_change_nothing(tokens_root, tmp_path):
     assert 0 < reached[-1] < BATCHES and len(set(reached)) > 3, 'the kills came while it trained'
     finish(start(2, *argv, f'save_folder={tmp_path}/killed'))
     same_end(state_of(tmp_path / 'killed'), state_of(tmp_path / 'whole'))
-    assert len([*manifests(LocalFolder(tmp_path / 'killed'))]) == 3
+    assert len([*list_manifests(LocalFolder(tmp_path / 'killed'))]) == 3
 
 
 @contextlib.contextmanager

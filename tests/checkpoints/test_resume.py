@@ -17,7 +17,7 @@ import main
 from src import optimizers
 from src.callbacks.metrics import UnigramBaseline
 from src.checkpoints.manifest import Manifest
-from src.checkpoints.resume import changes
+from src.checkpoints.resume import compare_settings
 from src.checkpoints.start import Start
 from src.common.errors import UserError
 from src.config import load as config
@@ -168,24 +168,24 @@ def start(sample_in_epoch: int = 48, **changed: Any) -> Start:
     ('train_loader.dataset.tokenizer_name', 'other')])
 def test_what_the_order_of_samples_depends_on(key, value):
     with pytest.raises(UserError, match=rf'autoresume|load_path: .*{key} .* → {value}'):
-        changes(start(), settings(**{key: value}), counts_samples=False)
-    assert changes(start(sample_in_epoch=0), settings(**{key: value}), counts_samples=False).lines == [
+        compare_settings(start(), settings(**{key: value}), counts_samples=False)
+    assert compare_settings(start(sample_in_epoch=0), settings(**{key: value}), counts_samples=False).lines == [
         f'changed since the checkpoint: {key} {settings()[key]} → {value}'], 'between two epochs'
-    lines = changes(start(), settings(**{key: value}), counts_samples=True).lines
+    lines = compare_settings(start(), settings(**{key: value}), counts_samples=True).lines
     matters = key in ('train_loader.dataset', 'train_loader.dataset.split', 'train_loader.dataset.shuffle')
     assert any('may repeat samples' in line for line in lines) == matters
 
 
 def test_what_it_does_not_depend_on_is_said():
     for key, value in {'train_loader.pin_memory': True, 'model.n_heads': 4, 'eval_loader.dataset': 'y'}.items():
-        assert changes(start(), settings(**{key: value}), counts_samples=False).lines == [
+        assert compare_settings(start(), settings(**{key: value}), counts_samples=False).lines == [
             f'changed since the checkpoint: {key} {settings()[key]} → {value}']
-    assert changes(start(), settings(**{'algorithms.ema.half_life': '1ba'}), False).lines == [
+    assert compare_settings(start(), settings(**{'algorithms.ema.half_life': '1ba'}), False).lines == [
         'changed since the checkpoint: algorithms.ema.half_life unset → 1ba']
-    assert changes(start(**{'algorithms.ema.half_life': '1ba'}), settings(), False).lines == [
+    assert compare_settings(start(**{'algorithms.ema.half_life': '1ba'}), settings(), False).lines == [
         'changed since the checkpoint: algorithms.ema.half_life 1ba → unset']
     by_stream = {'train_loader.dataset.batching_method': 'stratified'}
-    lines = changes(start(**by_stream), settings(**by_stream, global_train_batch_size=8), counts_samples=True).lines
+    lines = compare_settings(start(**by_stream), settings(**by_stream, global_train_batch_size=8), counts_samples=True).lines
     assert any('global_train_batch_size 12 → 8: this epoch goes on at its sample 48 in another order' in line for line in lines)
 
 

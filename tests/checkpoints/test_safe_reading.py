@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from src.checkpoints.loading import reading_safely
 from src.checkpoints.start import Start
-from src.checkpoints.weights import read
+from src.checkpoints.weights import read_weights
 from src.common.errors import UserError
 from src.tools import evaluate
 from src.training import plugins
@@ -96,7 +96,7 @@ def test_programs_that_take_weights_alone_run_no_code(mds_root, saved, tmp_path)
     marker = tmp_path / 'ran'
     sharded_copy(saved, tmp_path / 'metadata', metadata=Runs(marker))
     argv = [QUICKSTART, *tiny(mds_root, 'run_name=one', *SHARDED, f'load_path={tmp_path}/metadata', 'trust_checkpoint=true')]
-    for use in (lambda: read(str(tmp_path / 'metadata')), lambda: evaluate.main(evaluate.parse_args(argv))):
+    for use in (lambda: read_weights(str(tmp_path / 'metadata')), lambda: evaluate.main(evaluate.parse_args(argv))):
         with pytest.raises(UserError, match=r'it holds posix\.mkdir, and loading that would run code'):
             use()
         assert not marker.exists()
@@ -108,7 +108,7 @@ def test_a_file_that_is_no_checkpoint_is_named(mds_root, tmp_path, holds):
     torch.save(holds, tmp_path / 'x.pt')
     says = f'{tmp_path}/x.pt is no checkpoint of the kit: it holds no weights under state.model'
     with pytest.raises(UserError, match=f'CHECKPOINT: {says}'):
-        read(str(tmp_path / 'x.pt'))
+        read_weights(str(tmp_path / 'x.pt'))
     with pytest.raises(UserError, match=f'load_path: {says}'), reading_safely(Start('weights', f'{tmp_path}/x.pt'), False):
         safe_torch_load(tmp_path / 'x.pt')
     if holds == [1]:

@@ -57,7 +57,7 @@ def test_the_death_of_a_rank_says_that_shared_memory_is_full(monkeypatch):
 def test_memory_without_a_limit_is_not_full(monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: (0, 0, 0))
     machine.check_shared_memory(1, 'a run')
-    assert machine.shared_memory_is_low() == ''
+    assert machine.low_shared_memory_hint() == ''
 
 
 def test_a_user_without_a_name_and_a_home_has_both(monkeypatch):

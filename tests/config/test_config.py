@@ -15,7 +15,7 @@ from src.common.errors import UserError
 from src.config import load as config
 from src.config.check import check as check_config
 from src.config.data_places import check_places
-from src.config.derived import device_batch_size, fsdp_version, grad_accum, in_units_of_the_run
+from src.config.derived import device_batch_size, fsdp_version, grad_accum, to_batches_samples_or_tokens
 from src.config.run_checks import check_early_stopper, check_save_folder, check_warmup
 from src.config.schema import FSDPConfig
 from src.tools import evaluate
@@ -281,7 +281,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(overrides, parts, monkeypatch
 ])
 def test_what_a_shell_and_yaml_make_of_a_value(overrides, key, value, monkeypatch):
     monkeypatch.setenv('HOME', '/home/me')
-    found = config.plain(check(*overrides))
+    found = config.to_plain(check(*overrides))
     for part in key.split('.'):
         found = found[part]
     assert found == value
@@ -303,7 +303,7 @@ def test_a_fraction_of_the_run_in_its_units():
     for interval, run, found in (('0.5dur', '6ba', '3ba'), ('0.1dur', '30ba', '3ba'), ('0.333dur', '6ba', '2ba'),
                                  ('1dur', '9ba', '9ba'),
                                  ('0.25dur', '1_000tok', '250tok'), ('0.5dur', '2ep', '0.5dur'), ('7ba', '2ep', '7ba')):
-        assert in_units_of_the_run(interval, run) == found
+        assert to_batches_samples_or_tokens(interval, run) == found
 
 
 def test_a_warm_up_in_epochs_is_held_against_a_run_in_batches():
@@ -601,7 +601,7 @@ def test_secrets_are_masked_everywhere():
            'neptune_api_token': 'abc123', 'list': [{'password': 'abc123'}], 'tokenizer_name': 'gpt2', 'max_seq_len': 5,
            'data_remote': 's3://AKIA:abc123@bucket/x', 'monkey': 'banana', 'eos_token': 'abc123', 'secret': {'v': 'abc123'},
            'client_secret': ['abc123'], 'passwd': 9912345, 'url': 'https://me:p@ssabc123@host', 'api_key': None}
-    text = str(config.masked(cfg))
+    text = str(config.mask_secrets(cfg))
     assert 'abc123' not in text and 'pass@' not in text and '9912345' not in text and "'api_key': None" in text
     assert "'tokenizer_name': 'gpt2'" in text and "'monkey': 'banana'" in text and "'max_seq_len': 5" in text
 

@@ -24,7 +24,7 @@ OTHERS = ['max_seq_len=64', 'data_remote=s3://bucket/c4', 'data_local=/tmp/c4', 
 
 
 def resolved(yaml: str, *overrides: str) -> Config:
-    return Config.model_validate(config.plain(config.load([yaml, *overrides])))
+    return Config.model_validate(config.to_plain(config.load([yaml, *overrides])))
 
 
 @pytest.mark.parametrize('yaml', [*ALL, QUICKSTART])

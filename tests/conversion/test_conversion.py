@@ -30,8 +30,8 @@ from src.conversion import output, parts, shards
 from src.conversion.documents import documents
 from src.conversion.manifest import verify
 from src.conversion.shards import token_dtype
-from src.conversion.sources import public
-from src.conversion.tokenizer import tokenizer_of, write_tokenizer
+from src.conversion.sources import hide_url_secrets
+from src.conversion.tokenizer import load_packing_tokenizer, write_tokenizer
 
 ODD = ['', f'text that spells {EOS}, twice: {EOS}', ' leading', 'naïve 日本 🙂\x00\r\n\ttab  end ', 'long ' * 40_000]
 
@@ -223,7 +223,7 @@ def test_calls_of_the_tokenizer_are_bounded_in_text_too(monkeypatch: pytest.Monk
     monkeypatch.setattr(shards, 'TEXT_PER_CALL', 1000)
     monkeypatch.setattr(shards, 'DOCUMENTS_PER_CALL', 10)
     found = ['x' * n for n in (999, 1, 5000, 10, 990, *[1] * 25)]
-    calls = list(shards.calls({'text': text} for text in found))
+    calls = list(shards.split_into_calls({'text': text} for text in found))
     assert [text for texts in calls for text in texts] == found
     assert [sum(map(len, texts)) for texts in calls] == [1000, 5000, 1000, 10, 10, 5] and [len(texts) for texts in calls][-1] == 5
 
@@ -347,7 +347,7 @@ def test_what_the_hub_refuses_is_said(source: Path, tmp_path: Path) -> None:
 
 
 def test_secrets_in_urls_are_not_shown() -> None:
-    said = public("HTTPSConnectionPool: https://me:hf_key@hub.co/x?X-Amz-Signature=abc&b=1 and s3://ID:KEY@bucket/a, http://h/y?z=1'")
+    said = hide_url_secrets("HTTPSConnectionPool: https://me:hf_key@hub.co/x?X-Amz-Signature=abc&b=1 and s3://ID:KEY@bucket/a, http://h/y?z=1'")
     assert said == "HTTPSConnectionPool: https://***@hub.co/x?*** and s3://***@bucket/a, http://h/y?***'"
 
 
@@ -463,13 +463,13 @@ def test_containers_of_one_name_leave_each_other_alone(tmp_path: Path, monkeypat
     dead = subprocess.Popen(['true'])
     dead.wait()
     monkeypatch.setattr(os, 'getpid', lambda: dead.pid)
-    mine = output.new_unfinished(tmp_path, '00000')
+    mine = output.make_unfinished_folder(tmp_path, '00000')
     with monkeypatch.context() as other:  # the same host, another namespace of process numbers
         other.setattr(storage, 'HOST', f'{storage.HOST}1')
-        others = output.new_unfinished(tmp_path, '00001')
+        others = output.make_unfinished_folder(tmp_path, '00001')
     foreign = tmp_path / '.download.partial-1'
     foreign.mkdir()
-    output.sweep(output.open_output(str(tmp_path)))
+    output.remove_leftovers(output.open_output(str(tmp_path)))
     assert not mine.exists() and others.exists() and foreign.exists()
 
 
@@ -594,7 +594,7 @@ def test_a_tokenizer_beside_the_splits_without_a_config(tokenizer_dir: Path, tmp
     (tmp_path / 'tokenizer').mkdir()
     shutil.copy(tokenizer_dir / 'tokenizer.json', tmp_path / 'tokenizer')
     with pytest.raises(UserError, match='^--tokenizer: .* has no EOS token'):
-        tokenizer_of(Namespace(concat_tokens=8, tokenizer=None, out_root=str(tmp_path)), tmp_path)
+        load_packing_tokenizer(Namespace(concat_tokens=8, tokenizer=None, out_root=str(tmp_path)), tmp_path)
 
 
 def test_tokenizers_that_do_not_do(source: Path, tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from test_conversion import write_format, write_jsonl
 from test_convert_c4 import c4_documents, convert, read_split, write_file
 
 from src.common.errors import UserError
-from src.conversion.source_files import SourceFile, _split_of, doubles
+from src.conversion.source_files import SourceFile, _split_of, find_duplicates
 
 
 def texts(out: Path, *splits: str) -> list[list[object]]:
@@ -180,7 +180,7 @@ def test_files_that_seem_the_same_are_noted(tmp_path: Path, capsys: pytest.Captu
                f'{folder}/{other}\n' in out
     convert(tmp_path / 'out2', write_named(tmp_path / 'one', 'a.jsonl'), 'train', 'train_small')
     assert 'note: these files' not in capsys.readouterr().out
-    notes = doubles(SourceFile(f'{i % 9}/{i}.txt', 3, f'{i % 9}') for i in range(18))
+    notes = find_duplicates(SourceFile(f'{i % 9}/{i}.txt', 3, f'{i % 9}') for i in range(18))
     assert len(notes) == 5
     (tmp_path / 'small').mkdir()
     paths = [str(tmp_path / f'small/{name}.txt') for name in ('train', 'train2', 'val')]

@@ -15,7 +15,7 @@ from streaming.base.partition import get_partitions
 from streaming.base.world import World
 
 from src.common.errors import UserError
-from src.data_c4 import StreamingC4, build_c4_dataloader, whole_batches
+from src.data_c4 import StreamingC4, build_c4_dataloader, deal_whole_batches
 
 WORLDS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
 BATCH = 48  # samples in a global batch: every world above divides it, and 10 batches leave 20 of the 500 samples over
@@ -111,7 +111,7 @@ def test_samples_are_dealt_as_streaming_deals_them_where_it_repeats_none(drop_fi
     for nodes, ranks in ((1, 1), (1, 8), (2, 3), (4, 4), (16, 3)):
         for workers in (1, 2, 3):
             args = (16 * BATCH, 64, nodes, ranks, workers, BATCH // (nodes * ranks), drop_first)
-            assert np.array_equal(whole_batches(*args), get_partitions('orig', *args)), (nodes, ranks, workers)
+            assert np.array_equal(deal_whole_batches(*args), get_partitions('orig', *args)), (nodes, ranks, workers)
 
 
 def test_every_rank_counts_whole_batches(build):

@@ -73,7 +73,7 @@ def test_one_of_several_tasks_does_not_train_alone(env, several):
         environment.check_environment(env)
 
 
-@pytest.mark.parametrize('env', [{}, {'MASTER_ADDR': '10.0.0.1', 'MASTER_PORT': '7501'}, environment.ALONE, {'WORLD_SIZE': '1'},
+@pytest.mark.parametrize('env', [{}, {'MASTER_ADDR': '10.0.0.1', 'MASTER_PORT': '7501'}, environment.SINGLE_PROCESS, {'WORLD_SIZE': '1'},
                                  launched(), launched(RANK='0', NODE_RANK='0', LOCAL_RANK='0'), launched(MASTER_ADDR='::1')])
 def test_a_right_environment_passes(env):
     environment.check_environment(env)
@@ -91,9 +91,9 @@ def test_the_node_rank_is_that_of_torchrun(monkeypatch):
 
 
 def test_alone_there_is_nothing_to_compare(monkeypatch):
-    for name in (*environment.ALONE, 'GROUP_RANK'):
+    for name in (*environment.SINGLE_PROCESS, 'GROUP_RANK'):
         monkeypatch.delenv(name, raising=False)
-    agreement.agree('config', {'a': 1})
+    agreement.check_ranks_agree('config', {'a': 1})
     assert preflight.preflight() == f'devices: 1 on 1 node: node 0 {HERE} 1 x CPU'
 
 
@@ -107,8 +107,8 @@ def test_nodes_that_share_one_memory_are_named():
 
 def test_whole_nodes_are_named_and_parts_by_their_ranks():
     ranks = [Process(i, 4, i % 2, 2, i // 2, f'host-{i // 2}', 7 + i) for i in range(4)]
-    assert agreement.places(ranks[:3], ranks) == 'node 0 (host-0), rank 2 of node 1 (host-1)'
-    assert agreement.differences({process: {'a': str(process.node)} for process in ranks}) == [
+    assert agreement.describe_ranks(ranks[:3], ranks) == 'node 0 (host-0), rank 2 of node 1 (host-1)'
+    assert agreement.find_differences({process: {'a': str(process.node)} for process in ranks}) == [
         'a is 0 on node 0 (host-0) and 1 on node 1 (host-1)']
 
 
@@ -122,7 +122,7 @@ def test_no_program_begins_with_a_rank_that_is_no_number(monkeypatch):
 
 def test_of_many_differences_the_first_are_told(monkeypatch):
     told = {Process(i, 2, i, 2, 0, 'host', 7 + i): {f's{n}': str(i) for n in range(25)} for i in range(2)}
-    monkeypatch.setattr(agreement, 'gather', lambda settings: told)
+    monkeypatch.setattr(agreement, 'gather_from_ranks', lambda settings: told)
     with pytest.raises(UserError) as e:
-        agreement.agree('config', {})
+        agreement.check_ranks_agree('config', {})
     assert str(e.value).count('\n  - ') == 21 and str(e.value).endswith('\n  - and 5 more')

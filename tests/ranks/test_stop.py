@@ -14,7 +14,7 @@ from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
 from runs import train
 
 import main
-from src.checkpoints.manifest import manifests
+from src.checkpoints.manifest import list_manifests
 from src.common.storage import LocalFolder
 from src.tools.run_logs import read_run
 from src.training import plugins
@@ -53,7 +53,7 @@ def test_a_signal_ends_the_run_with_its_batch_saved(mds_root, tmp_path, monkeypa
                 'max_duration=12ba', 'device_eval_batch_size=4', 'model.attn_impl=torch')  # its sums have one order on GPUs
     sent = f'callbacks.signal={{batch: 7, when: {when}}}'
     assert main.cli([QUICKSTART, *argv, f'save_folder={tmp_path}/stopped', sent]) == 75
-    assert [m.batch for m in manifests(LocalFolder(tmp_path / 'stopped'))] == [7]
+    assert [m.batch for m in list_manifests(LocalFolder(tmp_path / 'stopped'))] == [7]
     assert main.cli([QUICKSTART, *argv, f'save_folder={tmp_path}/stopped']) == 0
     assert main.cli([QUICKSTART, *argv, f'save_folder={tmp_path}/whole']) == 0
     same_end(end(tmp_path / 'stopped', 12), end(tmp_path / 'whole', 12))
@@ -65,7 +65,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_whole_checkpoint(md
     assert main.cli([QUICKSTART, *argv]) == 1
     text = capfd.readouterr().err
     assert re.search(r'error: batch (\d+): loss nan, .*; 3 batches in a row had a loss or gradient that is not finite', text)
-    newest = next(manifests(LocalFolder(tmp_path)))
+    newest = next(list_manifests(LocalFolder(tmp_path)))
     assert f'The last whole checkpoint is {tmp_path}/{newest.path}' in text and newest.batch > 1
     assert 'Traceback' not in text
 
@@ -126,7 +126,7 @@ def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
         output = ''.join(lines) + run.communicate(timeout=60)[0]
         assert run.returncode == 75, output[-3000:]
         print(f'stopped after {time.monotonic() - sent:.1f} s')
-        saved = next(manifests(LocalFolder(tmp_path / 'stopped'))).batch
+        saved = next(list_manifests(LocalFolder(tmp_path / 'stopped'))).batch
         assert saved == max(console(output)['trainer/global_step']), 'the batch in flight was the last'
         assert f'stopped on request after batch {saved}' in output
         reached.append(saved)

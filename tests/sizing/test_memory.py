@@ -41,13 +41,13 @@ from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT
 from src.optimizers import build_optimizer
 from src.sizing import step_trace
 from src.sizing.estimate import estimate
-from src.sizing.gpu_rules import rules_of_gpus
+from src.sizing.gpu_rules import act_like_gpu
 from src.sizing.memory import GPU_WORKSPACE, Memory, moments, predict, state_bytes
 from src.training.sharding import build_parallelism
 
 
 def parsed(yaml: str, *overrides: str) -> Config:
-    return Config.model_validate(config.plain(config.load([f'yamls/{yaml}.yaml', *overrides])))
+    return Config.model_validate(config.to_plain(config.load([f'yamls/{yaml}.yaml', *overrides])))
 
 
 Storage: Any = torch.UntypedStorage
@@ -337,7 +337,7 @@ def live_peak(c: Config, world_size: int, microbatch: int, patch: pytest.MonkeyP
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if has_gpu:
-            stack.enter_context(rules_of_gpus())
+            stack.enter_context(act_like_gpu())
         live = stack.enter_context(LiveBytes())
         kept = two_steps(c.model_copy(update=update), microbatch, has_gpu and c.precision != 'fp32', wrap, live)
     del kept

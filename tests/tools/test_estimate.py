@@ -15,7 +15,7 @@ from src.config import load as config
 from src.config.check import check
 from src.config.schema import Config
 from src.sizing import report as sizing_report
-from src.sizing.estimate import C4_TOKENS, Estimate, counts, estimate, needs, remedied
+from src.sizing.estimate import C4_TOKENS, Estimate, apply_remedies, counts, estimate, needs
 from src.sizing.memory import moments, predict
 from src.tools import estimate as program
 
@@ -113,12 +113,12 @@ def test_copies_of_the_model_take_whole_groups_of_devices():
 def test_what_does_not_fit_says_what_to_set():
     e = sized('7b', 'l4', FEW, 'fsdp_config.activation_checkpointing=false', devices=2)
     assert not e.fits
-    steps = dict(remedied(e))
+    steps = dict(apply_remedies(e))
     assert list(steps) == ['device_train_microbatch_size=1']  # and no more, once it fits
     assert steps['device_train_microbatch_size=1'] == needs(e.c, e.card, 2, 1).total <= e.card.usable
     ddp = sized('7b', 'l4', 'model.n_layers=6', 'fsdp_config=null')
     assert (ddp.smallest, ddp.smallest_of_one, ddp.largest_microbatch, ddp.devices) == (None, None, None, 1024)
-    assert list(remedied(ddp))[-1][0] == 'fsdp_config.sharding_strategy=FULL_SHARD'
+    assert list(apply_remedies(ddp))[-1][0] == 'fsdp_config.sharding_strategy=FULL_SHARD'
     text = sizing_report.report(ddp)
     assert 'DOES NOT FIT' in text and 'FULL_SHARD: fits' in text and 'as it is, no number of these is enough' in text
 

@@ -57,7 +57,7 @@ def checkpoint(mds_root, tmp_path_factory):
 
 
 def model(weights, *overrides: str) -> MosaicGPT:
-    cfg = config.plain(config.load([QUICKSTART, *tiny('.', *overrides)]))['model']
+    cfg = config.to_plain(config.load([QUICKSTART, *tiny('.', *overrides)]))['model']
     gpt = MosaicGPT(cfg)
     gpt.load_state_dict({key.removeprefix('model.'): value for key, value in weights.items()})
     return gpt.eval()

@@ -194,7 +194,7 @@ def test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary(sharded, tmp
     assert f'gpt2, {n_params:,} parameters, 512 tokens' in capsys.readouterr().out
     assert difference(tmp_path / 'out', sharded[1], vocab_size=576, mlp_act='gelu_tanh') < 1e-5
     assert difference(tmp_path / 'out', sharded[1], vocab_size=576, mlp_act='gelu') > 1e-5, 'the activation matters'
-    state, manifest, _ = weights.read(str(sharded[0] / 'ep0-ba4'))
+    state, manifest, _ = weights.read_weights(str(sharded[0] / 'ep0-ba4'))
     assert manifest
     assert state.keys() == sharded[1].keys() and all(torch.equal(state[k], sharded[1][k]) for k in state)
 

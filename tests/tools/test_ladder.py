@@ -38,7 +38,7 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
 def test_a_size_has_the_parameters_that_it_says(size, tmp_path):
     rung = Rung(*ladder.parse_size(size), 20)
     cfg = config.load(rung.arguments(tmp_path, tmp_path))
-    c = Config.model_validate(config.plain(cfg))
+    c = Config.model_validate(config.to_plain(cfg))
     assert isinstance(c.model, MosaicGPTConfig)
     with torch.device('meta'):
         model = MosaicGPT(c.model.model_copy(update={'device': 'meta'}))

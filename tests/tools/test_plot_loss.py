@@ -13,7 +13,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 import main
-from src.checkpoints.manifest import manifests
+from src.checkpoints.manifest import list_manifests
 from src.common.errors import UserError
 from src.common.storage import LocalFolder
 from src.tools import plot_loss, run_logs
@@ -57,7 +57,7 @@ def logs(mds_root, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('torch.cuda.is_available', lambda: False)
         assert main.cli([QUICKSTART, *argv, 'max_duration=12ba']) == 0
-        newest = next(manifests(LocalFolder(folder / 'save')))
+        newest = next(list_manifests(LocalFolder(folder / 'save')))
         assert newest.batch == 12
         for path in (folder / 'save').glob('ep0-ba1*'):
             path.unlink()

@@ -94,13 +94,13 @@ def test_builders_by_name():
 def test_every_callback_builds_with_its_defaults(name):
     needed = {'early_stopper': {'monitor': 'loss', 'dataloader_label': 'eval'}, 'text_samples': {'prompts': ['The']}}
     kwargs = needed.get(name, {})
-    assert isinstance(plugins.build_all('callbacks', {name: kwargs})[0], plugins.CALLBACKS[name])
+    assert isinstance(plugins.build_plugins('callbacks', {name: kwargs})[0], plugins.CALLBACKS[name])
 
 
 @pytest.mark.parametrize('name', ['cometml', 'neptune', 'mlflow'])
 def test_a_logger_whose_package_is_missing_says_how_to_install_it(name):
     with pytest.raises(UserError, match=rf'loggers.{name}: its package is not installed; pip install'):
-        plugins.build_all('loggers', {name: {}})
+        plugins.build_plugins('loggers', {name: {}})
 
 
 def test_a_logger_whose_package_is_broken_says_why(monkeypatch):
@@ -110,7 +110,7 @@ def test_a_logger_whose_package_is_broken_says_why(monkeypatch):
     monkeypatch.setitem(plugins.LOGGERS, 'tensorboard', broken)
     with pytest.raises(UserError, match="tensorboard: its package cannot be imported: cannot import name 'Writer'; "
                                         'pip install --force-reinstall tensorboard, or remove'):
-        plugins.build_all('loggers', {'tensorboard': {}})
+        plugins.build_plugins('loggers', {'tensorboard': {}})
 
 
 class MlflowException(Exception):
@@ -130,16 +130,16 @@ class Mlflow(Store):
 def test_what_a_logger_s_service_raises_is_named_and_its_bugs_stay(monkeypatch):
     monkeypatch.setattr(plugins, '_check_package', lambda section, name: None)
     monkeypatch.setitem(plugins.LOGGERS, 'mlflow', Mlflow)
-    with pytest.raises(UserError) as e, failures.outside_failures_explained():
-        plugins.build_all('loggers', {'mlflow': {'error': 'mlflow'}})
+    with pytest.raises(UserError) as e, failures.explain_outside_failures():
+        plugins.build_plugins('loggers', {'mlflow': {'error': 'mlflow'}})
     assert str(e.value).startswith('loggers.mlflow: MlflowException: mlflow. Change the keys of loggers.mlflow or the')
-    with pytest.raises(KeyError, match='own'), failures.outside_failures_explained():
-        plugins.build_all('loggers', {'mlflow': {'error': 'own'}})
+    with pytest.raises(KeyError, match='own'), failures.explain_outside_failures():
+        plugins.build_plugins('loggers', {'mlflow': {'error': 'own'}})
     monkeypatch.setitem(plugins.LOGGERS, 'mine', Store)
     for error, kind in (('mlflow', MlflowException), ('file', FileNotFoundError)):  # of a logger that is no stock one
-        with pytest.raises(kind), failures.outside_failures_explained():
-            plugins.build_all('loggers', {'mine': {'error': error}})
-    with pytest.raises(OSError, match='of something else'), failures.outside_failures_explained():
+        with pytest.raises(kind), failures.explain_outside_failures():
+            plugins.build_plugins('loggers', {'mine': {'error': error}})
+    with pytest.raises(OSError, match='of something else'), failures.explain_outside_failures():
         raise OSError('of something else')
 
 
@@ -154,13 +154,13 @@ def test_a_logger_whose_store_refuses_is_named(mds_root, tmp_path):
 def test_a_lost_worker_is_explained_at_any_moment():
     for loader in ('train_loader', 'eval_loader'):
         found_no_room = pytest.raises(UserError, match=f'^{loader}: its workers found no room')
-        with found_no_room, failures.outside_failures_explained(loader):
+        with found_no_room, failures.explain_outside_failures(loader):
             raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')
 
 
 def test_a_value_that_the_class_refuses_is_named():
     with pytest.raises(UserError, match='callbacks.speed_monitor: Invalid time_unit: parsecs. Must be one of'):
-        plugins.build_all('callbacks', {'speed_monitor': {'time_unit': 'parsecs'}})
+        plugins.build_plugins('callbacks', {'speed_monitor': {'time_unit': 'parsecs'}})
 
 
 class Buggy(Callback):
@@ -172,14 +172,14 @@ class Buggy(Callback):
 def test_a_mistake_in_a_class_of_the_users_keeps_its_traceback(kind, monkeypatch):
     monkeypatch.setitem(plugins.CALLBACKS, 'buggy', Buggy)
     with pytest.raises(kind) as e:
-        plugins.build_all('callbacks', {'buggy': {'kind': kind}})
+        plugins.build_plugins('callbacks', {'buggy': {'kind': kind}})
     assert type(e.value) is kind and str(e.value) == 'a mistake in this class'
 
 
 def test_a_class_of_the_users_may_refuse_a_value(monkeypatch):
     monkeypatch.setitem(plugins.CALLBACKS, 'buggy', Buggy)
     with pytest.raises(UserError, match='^callbacks.buggy: a mistake in this class$'):
-        plugins.build_all('callbacks', {'buggy': {'kind': UserError}})
+        plugins.build_plugins('callbacks', {'buggy': {'kind': UserError}})
 
 
 @pytest.mark.parametrize('name,has_gpu,want', [('auto', False, 'fp32'), ('auto', True, 'amp_bf16'), ('fp32', True, 'fp32')])
@@ -205,7 +205,7 @@ def test_microbatches_are_not_searched_with_a_torch_that_composer_does_not_know(
     ({'skip_first': -1}, 'skip_first: -1 must be at least 0'), ({'repeat': -2}, 'repeat: -2 must be at least 0')], ids=str)
 def test_a_profiler_that_would_trace_nothing_is_refused(kwargs: dict[str, int], says: str) -> None:
     with pytest.raises(UserError, match=f'^callbacks.profiler: {says}$'):
-        plugins.build_all('callbacks', {'profiler': kwargs})
+        plugins.build_plugins('callbacks', {'profiler': kwargs})
 
 
 class Losses(Callback):
@@ -266,13 +266,13 @@ def test_a_trace_that_the_end_of_a_run_cuts_off_is_written_and_another_start_ove
 
 def test_each_start_has_a_folder_of_its_own(tmp_path: Path) -> None:
     folder = f'{tmp_path}/{{run_name}}/torch_traces'
-    assert profiling.unused(folder, 'a') == folder
+    assert profiling.unused_folder(folder, 'a') == folder
     (tmp_path / 'a/torch_traces').mkdir(parents=True)
-    assert profiling.unused(folder, 'a') == folder, 'it is empty'
+    assert profiling.unused_folder(folder, 'a') == folder, 'it is empty'
     for name in ('torch_traces', 'torch_traces.2'):
         (tmp_path / 'a' / name).mkdir(exist_ok=True)
         (tmp_path / 'a' / name / 'rank0.7.memory_snapshot.pickle').touch()
-    assert profiling.unused(folder, 'a') == f'{folder}.3' and profiling.unused(folder, 'b') == folder
+    assert profiling.unused_folder(folder, 'a') == f'{folder}.3' and profiling.unused_folder(folder, 'b') == folder
 
 
 def test_what_records_memory_writes_into_a_folder_of_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_it_says_everything_and_writes_nothing(mds_root, tmp_path, monkeypatch, 
 
     shown = yaml.safe_load(said.split('config:\n')[1].split('\nattention: ')[0])
     assert shown['loggers']['wandb'] == {'project': 'kit', 'init_kwargs': {'settings': {'api_key': '***'}}}
-    assert shown == config.masked(config.plain(Config.model_validate(config.plain(config.load(argv)))))
+    assert shown == config.mask_secrets(config.to_plain(Config.model_validate(config.to_plain(config.load(argv)))))
 
     assert '12 samples of 32 tokens = 384 tokens per step; 1 devices x 3 microbatches of 5' in said
     c = Config.model_validate(shown)

@@ -213,7 +213,7 @@ def test_what_callbacks_and_resumed_runs_ask_of_a_loader():
     for dataset, counts, again in ((Counted(), True, 'goes on from a number of samples'),
                                    (Stream(), False, 'first reads again what its epoch has read')):
         loader: Any = data.build_data_spec(DataLoader(dataset, 12), 'train_loader', MODEL, 17).dataloader
-        assert (loader.dataset, loader.num_workers, data.counts_samples(loader)) == (dataset, 0, counts)
+        assert (loader.dataset, loader.num_workers, data.resumes_by_samples(loader)) == (dataset, 0, counts)
         assert f'a resumed run {again}' in data.describe(loader)[0]
         assert isinstance(copy.copy(loader), type(loader))
 
