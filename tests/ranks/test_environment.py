@@ -73,8 +73,8 @@ def test_one_of_several_tasks_does_not_train_alone(env, several):
         environment.check_environment(env)
 
 
-@pytest.mark.parametrize('env', [{}, {'MASTER_ADDR': '10.0.0.1', 'MASTER_PORT': '7501'}, environment.SINGLE_PROCESS, {'WORLD_SIZE': '1'},
-                                 launched(), launched(RANK='0', NODE_RANK='0', LOCAL_RANK='0'), launched(MASTER_ADDR='::1')])
+@pytest.mark.parametrize('env', [{}, {'MASTER_ADDR': '10.0.0.1', 'MASTER_PORT': '7501'}, environment.SINGLE_PROCESS,
+                                 {'WORLD_SIZE': '1'}, launched(), launched(RANK='0', NODE_RANK='0', LOCAL_RANK='0'), launched(MASTER_ADDR='::1')])
 def test_a_right_environment_passes(env):
     environment.check_environment(env)
 

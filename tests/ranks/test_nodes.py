@@ -38,12 +38,12 @@ def rank(env, out):
         text = 'met'
         task = env.get('TASK', 'preflight').split()
         if task[0] == 'agree':
-            agreement.agree('config', json.loads(task[1]))
+            agreement.check_ranks_agree('config', json.loads(task[1]))
         if task[0] == 'part':
-            preflight.check_sum(list(agreement.gather(None)), float(task[1]))
+            preflight.check_sum(list(agreement.gather_from_ranks(None)), float(task[1]))
         if task[0] == 'preflight':
             rendezvous.initialize(1)  # and again: nothing to do
-            agreement.agree('config', {'seed': 17})
+            agreement.check_ranks_agree('config', {'seed': 17})
             text = preflight.preflight()
     except UserError as e:
         text = str(e)

@@ -358,7 +358,8 @@ MISTAKE = """from src.common.errors import UserError
 
 @pytest.mark.parametrize('ranks', [(0, 1), (1,)], ids=['all', 'one'])
 def test_a_mistake_of_the_user_is_one_message(start, tmp_path: Path, ranks: tuple[int, ...]) -> None:
-    run = Launched(start, tmp_path, 'import src.ranks.failure_watch; src.ranks.failure_watch.ALONE_S = 3.0\n        ' + MISTAKE.format(ranks=ranks))
+    shorter = 'import src.ranks.failure_watch; src.ranks.failure_watch.WAIT_FOR_RANK_0_S = 3.0\n        '
+    run = Launched(start, tmp_path, shorter + MISTAKE.format(ranks=ranks))
     codes = run.codes(5)
     assert all(code in ENDED for code in codes), (codes, run.texts())
     texts = run.texts()
