@@ -37,8 +37,11 @@ from src.ranks import stop
 from src.tools import benchmark, estimate, evaluate, export_hf, generate, ladder, plot_loss
 from src.training import data, plugins, report
 
-DOCS = {name: (ROOT / name).read_text()
-        for name in ('README.md', 'src/README.md', '.github/CONTRIBUTING.md', '.github/CHANGELOG.md')}
+DOCS = {str(path.relative_to(ROOT)): path.read_text() for path in sorted([
+    *ROOT.glob('*.md'), *ROOT.glob('.github/*.md'), *ROOT.glob('assets/*.md'),
+    *(path for folder in ('src', 'tests', 'yamls') for path in ROOT.glob(f'{folder}/**/*.md'))])}
+GUIDES = {'src/README.md', 'tests/README.md', 'yamls/README.md',
+          *(f'src/{room}/README.md' for room in ('checkpoints', 'conversion', 'loader', 'ranks', 'tools', 'training'))}
 QUICKSTART = 'yamls/quickstart.yaml'
 SHORT = ('max_duration=4ba', 'eval_interval=4ba', 'scheduler.t_warmup=1ba')
 
@@ -284,12 +287,12 @@ def test_another_tokenizer(tmp_path, monkeypatch, capfd):
 
 def test_the_dockerfile_is_that_of_the_kit():
     """By inspection: the torch that is pinned, nothing installed that is not, and every file that the programs read."""
-    [text] = blocks('dockerfile', DOCS['README.md'])
+    [text] = blocks('dockerfile', DOCS['src/ranks/README.md'])
     steps = [line.split() for line in text.splitlines()]
     image = steps[0][1]
     pin = re.search(r'^torch==(\S+)', (ROOT / 'requirements.txt').read_text(), re.MULTILINE)
     assert steps[0][0] == 'FROM' and image.split(':')[1].split('-')[0] == pin[1]
-    assert DOCS['README.md'].count(image) == 2  # the one of the prerequisites
+    assert image in DOCS['README.md']
     assert [' '.join(step) for step in steps if step[0] == 'RUN'] == ['RUN pip install --no-cache-dir -r requirements.txt']
     copied = [(source, step[-1]) for step in steps if step[0] == 'COPY' for source in step[1:-1]]
     assert all((ROOT / source).exists() for source, _ in copied)
@@ -319,8 +322,15 @@ def test_a_rank_that_stands_still_ends_the_run_in_time(mds_root):
     assert run.returncode == 1 and 'Timed out waiting 60000ms' in output, output[-3000:]
 
 
+def test_the_guides_test_of_a_run(mds_root, capfd):
+    namespace: dict = {'__name__': 'test_guide'}
+    [example] = blocks('python', DOCS['tests/README.md'])
+    exec(example, namespace)
+    namespace['test_the_loss_falls'](mds_root, capfd)
+
+
 def test_how_much_of_mfu_is_causal():
-    said = re.search(r'it is ([\d.]+) of MFU for 125m and ([\d.]+) for 7b', DOCS['README.md'])
+    said = re.search(r'it is ([\d.]+) of MFU for 125m and ([\d.]+) for 7b', ' '.join(DOCS['src/training/README.md'].split()))
     for name, share in zip(('125m', '7b'), said.groups(), strict=True):
         text = (ROOT / f'yamls/mosaic_gpt/{name}.yaml').read_text()
         n_params = int(re.findall(r'# ([\d,]+) parameters', text)[0].replace(',', ''))
@@ -528,28 +538,54 @@ def test_the_guides_layer_keeps_its_initialisation_and_trains(mds_root, monkeypa
 
 
 @pytest.mark.parametrize('doc', list(DOCS))
-def test_links_lead_to_files(doc: str):
-    links = re.findall(r'\]\(([^)\s]+)\)', DOCS[doc])
-    assert len(links) >= 5
-    for link in links:
+def test_links_lead_to_files_and_headings(doc: str):
+    for link in re.findall(r'\]\(([^)\s]+)\)', DOCS[doc]):
         if not link.startswith('https://'):
-            assert '#' not in link, f'{link}: no line numbers'
-            assert ((ROOT / doc).parent / link).exists(), link
+            file, _, heading = link.partition('#')
+            target = ((ROOT / doc).parent / file).resolve() if file else ROOT / doc
+            assert target.exists(), link
+            assert not heading or heading in headings(target.read_text()), link
 
 
-def table(doc: str, head: str) -> list[list[str]]:
-    """The rows of the first table whose header line is `head`."""
-    lines = DOCS[doc].split(head + '\n', 1)[1].splitlines()[1:]
+def headings(text: str) -> list[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    titles = re.findall(r'^#+ (.+)$', re.sub(r'^```.*?^```', '', text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return [re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles]
+
+
+@pytest.mark.parametrize('doc', list(DOCS))
+def test_a_guide_is_short(doc: str):
+    lines = DOCS[doc].splitlines()
+    assert len(lines) <= 250
+    prose = [line for line in re.sub(r'^```.*?^```', '', DOCS[doc], flags=re.MULTILINE | re.DOTALL).splitlines()
+             if not re.match(r' *\||.*\]\(\S{40,}|<img|- \d', line.strip())]
+    assert max(map(len, prose)) <= 125, max(prose, key=len)
+
+
+def test_the_readme_leads_to_every_guide():
+    links = {*re.findall(r'\]\(([^)\s]+)\)', DOCS['README.md'])}
+    assert links >= GUIDES | {'.github/CONTRIBUTING.md', '.github/CHANGELOG.md', '.github/TROUBLESHOOTING.md'}
+    assert {*DOCS} == GUIDES | {link for link in links if link.endswith('.md')} | {'README.md'}
+
+
+def test_sections_that_messages_name_are_there():
+    said = [found for text in messages() for found in re.findall(r'(\S*README\.md)(?:, "([^"]+)")?', text)]
+    assert len(said) >= 3
+    for file, title in said:
+        assert re.sub(r'\W', '-', title.lower()) in ['', *headings(DOCS[file.lstrip('(')])], (file, title)
+
+
+def table(doc: str, head: str, i: int = 0) -> list[list[str]]:
+    """The rows of the i-th table whose header line is `head`."""
+    lines = DOCS[doc].split(head + '\n')[i + 1].splitlines()[1:]
     rows = lines[:next((i for i, line in enumerate(lines) if not line.startswith('|')), len(lines))]
     return [[cell.strip() for cell in row.strip('|').split('|')] for row in rows]
 
 
-def test_the_box_holds_every_room_and_module():
-    where = ' '.join(cell for _, cell in table('README.md', '| your question | where the answer is |'))
-    files = [file for file, _ in table('README.md', '| first | what it is |')]
-    linked = {*re.findall(r'\]\(([^)]+)\)', where + ' '.join(files))}
+def test_the_map_holds_every_room_and_module():
+    linked = {*re.findall(r'\]\(([^)]+)\)', DOCS['README.md'].split('\n## Find your way\n')[1])}
     rooms = {f'src/{room.parent.name}' for room in ROOT.glob('src/*/__init__.py')}
-    modules = {f'src/{file.name}' for file in ROOT.glob('src/*.py')} - {'src/__init__.py', 'src/initialisation.py'}
+    modules = {f'src/{file.name}' for file in ROOT.glob('src/*.py')} - {'src/__init__.py'}
     assert rooms | modules | {'main.py', 'convert_c4.py', QUICKSTART} <= linked
 
 
@@ -570,14 +606,14 @@ FSDP_TABLE = '| key | default | version 1 | version 2 |'
 
 
 def test_every_key_of_fsdp_config_is_in_the_guide():
-    rows = {key.strip('`'): default.strip('`') for key, default, *_ in table('src/README.md', FSDP_TABLE)}
+    rows = {key.strip('`'): default.strip('`') for key, default, *_ in table('src/training/README.md', FSDP_TABLE)}
     words = {True: 'true', False: 'false', None: 'null'}
     assert rows == {key: words.get(field.default, str(field.default)) if not isinstance(field.default, int)
                     or isinstance(field.default, bool) else str(field.default) for key, field in FSDPConfig.model_fields.items()}
 
 
 def test_what_has_no_effect_in_version_2_is_what_a_run_says():
-    no_effect = {key.strip('`') for key, _, _, version_2 in table('src/README.md', FSDP_TABLE) if version_2 == 'no effect'}
+    no_effect = {key.strip('`') for key, _, _, version_2 in table('src/training/README.md', FSDP_TABLE) if version_2 == 'no effect'}
     others = {'backward_prefetch': 'NONE', 'backward_prefetch_limit': 2, 'forward_prefetch_limit': 2}
     given = [f'fsdp_config.{key}={others.get(key, str(not FSDPConfig.model_fields[key].default).lower())}' for key in no_effect]
     c = check(config.load([str(ROOT / QUICKSTART), 'fsdp_config.activation_checkpointing=true', *given]),
@@ -591,7 +627,7 @@ def test_mixed_precision_is_what_the_guide_says():
     from composer.distributed.mosaic_parallelism import get_mixed_precision
 
     rows = {name.strip('`'): cells for name, *cells in
-            table('src/README.md', '| | gathered parameters and buffers | reduction of gradients |')}
+            table('src/training/README.md', '| | gathered parameters and buffers | reduction of gradients |')}
     kinds = {torch.bfloat16: 'low', torch.float32: 'float32', None: 'float32'}  # None: as they are, which is float32
     for name, (compute, reduction) in rows.items():
         _, param, reduce, buffer = get_mixed_precision('amp_bf16', name)
@@ -599,6 +635,7 @@ def test_mixed_precision_is_what_the_guide_says():
     assert set(rows) == {'DEFAULT', 'PURE', 'FULL'}
 
 
+SYMPTOMS = '| symptom | cause | command, or what to do |'
 FOREIGN = {  # symptoms that others print
     'Timed out waiting': 'gloo', 'Watchdog caught collective operation timeout': 'torch, for NCCL',
     'FileExistsError': 'Python', 'Reused local directory': 'streaming',
@@ -619,7 +656,8 @@ def messages() -> list[str]:
 
 def test_symptoms_in_the_troubleshooting_table_are_the_codes():
     """What a user searches the table for is what is printed; each row says what to do."""
-    rows, code = table('README.md', '| symptom | cause | command, or what to do |'), messages()
+    doc, code = '.github/TROUBLESHOOTING.md', messages()
+    rows = [row for i in range(DOCS[doc].count(SYMPTOMS)) for row in table(doc, SYMPTOMS, i)]
     symptoms = [symptom for first, *_ in rows for symptom in re.findall('`([^`]+)`', first) if symptom != '/dev/shm']
     assert len(symptoms) >= len(rows) > 25
     for symptom in symptoms:
@@ -641,5 +679,5 @@ def test_symptoms_in_the_troubleshooting_table_are_the_codes():
 
 
 def test_every_exit_code_is_in_the_table():
-    codes = ','.join(code for code, _ in table('README.md', '| exit code | meaning |'))
+    codes = ','.join(code for code, _ in table('src/checkpoints/README.md', '| exit code | meaning |'))
     assert sorted(map(int, codes.split(','))) == [0, 1, stop.EXIT_STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM]
