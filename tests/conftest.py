@@ -1,11 +1,11 @@
-"""What all tests share: a tiny dataset and tokenizer of their own, offline."""
+"""Fixtures of all tests: a tiny dataset and tokenizer, offline."""
 
 import os
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['TQDM_DISABLE'] = '1'
-if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes with a thread for each of two cores wait for each other most of the time
+if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes of two threads each would wait for each other on two cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import inspect
@@ -33,7 +33,7 @@ N_DOCUMENTS = {'train': 400, 'val': 90}
 WORDS = """the a of and to in is was that for it with on as by at from river mountain engine letter winter garden number
     children market science music history light water measure question answer city forest machine story slowly often
     never perhaps quietly built found carried wrote asked kept opened changed learned grew""".split()  # noqa: SIM905
-# Modules whose tests, but for those that name one of RUNS, start no process and train nothing: `pytest -m unit`.
+# `pytest -m unit` runs the tests of these modules, except those whose code matches RUNS: they start a process or train.
 UNIT = ('test_errors_and_text', 'test_config', 'test_old_keys', 'test_yamls', 'test_documents', 'test_source_files',
         'test_encoding', 'test_tokenizer', 'test_causal_lm', 'test_layers', 'test_mosaic_gpt',
         'test_environment', 'test_house')
@@ -42,10 +42,10 @@ SEMAPHORES = r'sem\.(mp|loky)-.*'
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives the session a temporary folder of its own, deleted at its end with what libraries and killed programs left in it."""
+    """Gives the session its own temporary folder, and deletes the folder at the end with all leftovers."""
     if hasattr(config, 'workerinput'):
         return
-    os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', tempfile.gettempdir())  # the folders of failed tests stay
+    os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', tempfile.gettempdir())  # keeps the folders of failed tests
     folder, before = tempfile.TemporaryDirectory(prefix='kit-tests-', ignore_cleanup_errors=True), orphans(SEMAPHORES)
     os.environ['TMPDIR'] = tempfile.tempdir = folder.name
 
@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
         tempfile.tempdir = None
         folder.cleanup()
         for path in (Path('/dev/shm', name) for name in orphans(SEMAPHORES) - before):
-            with suppress(OSError):  # it has just gone
+            with suppress(OSError):  # another process has just removed it
                 if path.stat().st_uid == os.getuid():
                     path.unlink()
 
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker('timeout')
         return mark.args[0] if mark else 0
 
-    # The longest first: the first worker then has them one after another, while the second takes the others, also of the first's.
+    # The longest first: one worker runs them one after another, and the other worker takes all the rest.
     items.sort(key=limit, reverse=True)
     for item in items:
         is_run = item.get_closest_marker('slow') or RUNS.search(inspect.getsource(item.function))  # pyright: ignore
@@ -78,14 +78,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> Optional[bool]:
-    """Imports no other modules where unit tests alone are asked for."""
+    """With `-m unit`, skips the import of all other test modules."""
     others = collection_path.suffix == '.py' and collection_path.stem not in UNIT
     return True if others and config.getoption('markexpr') == 'unit' else None
 
 
 @pytest.fixture(autouse=True)
 def logger_as_it_was() -> Iterator[None]:
-    """A run of main.py keeps its messages from other handlers; the next test may want to read them."""
+    """Restores the logger: a run of main.py hides its messages from other handlers, such as the next test's."""
     yield
     logger = logging.getLogger('src')
     logger.handlers, logger.propagate = [], True
@@ -93,16 +93,16 @@ def logger_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests compare numbers of the CPU: what is not marked `gpu` sees none, where there is one too."""
+    """Hides the GPU from tests without the mark `gpu`, because their numbers are those of the CPU."""
     if not request.node.get_closest_marker('gpu'):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     elif torch.cuda.is_available():
-        torch._dynamo.reset()  # after 8 compiled models in one process the next would run uncompiled
+        torch._dynamo.reset()  # torch stops compiling after 8 models in one process
         counters.clear()
 
 
 def documents(split: str) -> list[str]:
-    """The fixture's documents: a few words to a few hundred, the same on every call."""
+    """The documents of a split, of a few words to a few hundred; the same on every call."""
     rng = random.Random(split)
     texts = []
     for i in range(N_DOCUMENTS[split]):
@@ -121,7 +121,7 @@ def write_mds(folder: Path, rows: list[dict[str, Any]], columns: dict[str, str],
 
 @pytest.fixture(scope='session')
 def mds_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with splits `train` and `val` of C4's columns, in several shards each, and `tokenizer`."""
+    """A folder with `train` and `val` (C4's columns, several shards each) and `tokenizer`."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -162,7 +162,7 @@ def tokens_root(mds_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @contextmanager
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of an S3 server on this machine, with an empty `bucket`; programs that are started meanwhile find it too."""
+    """A client of an S3 server on loopback with an empty `bucket`. Programs that tests start use the same server."""
     import boto3
     from moto.server import ThreadedMotoServer
     for key, value in (('AWS_ACCESS_KEY_ID', 'none'), ('AWS_SECRET_ACCESS_KEY', 'none'), ('AWS_DEFAULT_REGION', 'us-east-1')):
@@ -173,21 +173,21 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv('S3_ENDPOINT_URL', url)
     client = boto3.client('s3', endpoint_url=url)
     client.create_bucket(Bucket='bucket')
-    _fetched_index.cache_clear()  # the bucket of another test had an index of its own
+    _fetched_index.cache_clear()  # forget the index in the bucket of another test
     yield client
-    urlopen(f'{url}/moto-api/reset', data=b'')  # the next server in this process would still have the bucket
+    urlopen(f'{url}/moto-api/reset', data=b'')  # else the next server in this process has the old bucket
     server.stop()
 
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """As `s3_server`, for one test."""
+    """Like `s3_server`, for one test."""
     with s3_server(monkeypatch) as client:
         yield client
 
 
 def orphans(pattern: str = r'\d{6}_[a-z_]+') -> set[str]:
-    """Shared memory that no living process maps, by default streaming's blocks: other runs on this machine have their own."""
+    """Names in /dev/shm that no living process uses; by default those of streaming."""
     found = {path.name for path in Path('/dev/shm').glob('*') if re.fullmatch(pattern, path.name)}
     mapped: set[str] = set()
     for maps in Path('/proc').glob('[0-9]*/maps'):
@@ -199,7 +199,7 @@ def orphans(pattern: str = r'\d{6}_[a-z_]+') -> set[str]:
 
 
 def leaves_no_orphans(below: Path, before: frozenset[str] = frozenset()) -> bool:
-    """Of datasets below this folder: a test beside this one may just have killed a run, whose memory its next removes."""
+    """Waits until no orphans of datasets below this folder are left. Others may belong to a test beside this one."""
 
     def ours(block: str) -> bool:
         try:

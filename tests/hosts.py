@@ -1,4 +1,4 @@
-"""Nodes for tests: processes of one machine, each with its own /dev/shm, or hosts of their own in network namespaces."""
+"""Nodes for tests: processes with a /dev/shm each, or hosts in network namespaces, all on one machine."""
 
 import os
 import shutil
@@ -12,32 +12,32 @@ from pathlib import Path
 import pytest
 from launch import ROOT, SCRIPTS, clean_env
 
-# Two nodes do not share /dev/shm: each gets one of its own, in a mount namespace.
+# Two real nodes do not share /dev/shm, so each gets its own in a mount namespace.
 NODE = ['unshare', '--mount', '--map-root-user', 'sh', '-c', 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', 'sh']
 
-MARK = f'test-{uuid.uuid4()}'  # in the environment of all that is started here: a launcher's orphans have no other trace
+MARK = f'test-{uuid.uuid4()}'  # in the environment of every process that we start, to find the orphans of a launcher
 
 
 def need_nodes() -> None:
-    """Skips the test where `NODE` is not allowed."""
+    """Skips the test if this user may not run `NODE`."""
     if subprocess.run([*NODE, 'true'], capture_output=True).returncode:
         pytest.skip('needs the right to make a mount namespace: two nodes have a /dev/shm each')
 
 
 def start(command: Sequence[str], **env: str) -> subprocess.Popen:
-    """Starts `command` in the repository's root, as the leader of a process group; output and errors in one pipe."""
+    """Starts `command` in the repository's root as the leader of a process group, with stdout and stderr in one pipe."""
     return subprocess.Popen(command, cwd=ROOT, env=clean_env(TEST_NODE=MARK, **env), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True)
 
 
 class Host:
-    """A network namespace with an address, and a way to run a command there under a host name of its own."""
+    """A network namespace with an address and a host name, in which commands can run."""
 
     def __init__(self, name: str, namespace: str, address: str):
         self.name, self.namespace, self.address = name, namespace, address
 
     def start(self, command: Sequence[str], **env: str) -> subprocess.Popen:
-        """As the function `start`, on this host."""
+        """Starts `command` on this host, like the function `start`."""
         own = ['ip', 'netns', 'exec', self.namespace, 'unshare', '--mount', '--uts', 'sh', '-c',
                'hostname "$0" && mount -t tmpfs tmpfs /dev/shm && exec "$@"', self.name]
         return start([*own, *command], **env)
@@ -48,7 +48,7 @@ class Host:
 
 @contextmanager
 def hosts() -> Iterator[list[Host]]:
-    """host-a and host-b, which reach each other over one wire (a veth pair) and nothing else; gone at the end."""
+    """host-a and host-b, connected by one veth pair and to nothing else; removed at the end of the test."""
     if os.geteuid() or not shutil.which('ip'):
         pytest.skip('two hosts in network namespaces need root and ip')
     tag = uuid.uuid4().hex[:8]
@@ -74,21 +74,21 @@ def hosts() -> Iterator[list[Host]]:
 
 
 def kill_all() -> None:
-    """Ends everything that `start` began here and that still runs."""
+    """Kills all processes that `start` started here and that still run."""
     for environ in Path('/proc').glob('[0-9]*/environ'):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # the process has just ended
             if f'TEST_NODE={MARK}'.encode() in environ.read_bytes().split(b'\0'):
                 os.kill(int(environ.parent.name), signal.SIGKILL)
 
 
 def _remove(namespace: str) -> None:
-    """Removes a namespace, which outlives its name as long as a process is in it; and with it the wire."""
+    """Removes a namespace and its veth pair. A namespace stays as long as a process is in it."""
     kill_all()
     subprocess.run(['ip', 'netns', 'del', namespace], check=True)
 
 
 def outputs(nodes: Sequence[subprocess.Popen], timeout: float = 240) -> list[str]:
-    """What each printed; all that runs is ended when one does not end in time."""
+    """Returns what each process printed. Kills all of them if one does not end in time."""
     try:
         return [node.communicate(timeout=timeout)[0] for node in nodes]
     except subprocess.TimeoutExpired:

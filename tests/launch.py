@@ -1,4 +1,4 @@
-"""Runs `main.py` as a user does, through the Composer launcher, and reads what it logged."""
+"""Runs `main.py` through the Composer launcher, as a user does, and reads the console."""
 
 import json
 import os
@@ -16,11 +16,11 @@ SCRIPTS = Path(sys.executable).parent
 
 
 def clean_env(**extra: str) -> dict[str, str]:
-    """The environment without another launcher's variables, one thread a rank, no GPU, no hub."""
+    """The environment without a launcher's variables, with one thread for each rank, no GPU and no hub."""
     env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'NODE_RANK',
                                                            'MASTER_ADDR', 'MASTER_PORT', 'COMPOSER_RUN_NAME', 'RUN_NAME')}
     return env | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline',
-                  'TORCH_WARM_POOL': '0',  # torchao would have each process start inductor's compile workers
+                  'TORCH_WARM_POOL': '0',  # else torchao starts inductor's compile workers in each process
                   'PATH': f'{SCRIPTS}{os.pathsep}{env["PATH"]}'} | extra
 
 
@@ -37,7 +37,7 @@ def composer(yaml: str, *overrides: str, ranks: int = 1, timeout: float = 300, *
 
 
 def ranks(n: int, runs: dict[str, list[str]], folder: Path, **env: str) -> dict[str, dict[str, Any]]:
-    """Runs of main.py, by name, one after another in N real ranks; returns what `runs.record` tells of each."""
+    """Runs main.py several times, by name, in N real ranks; returns the `runs.record` of each run."""
     file = folder / f'runs-{n}.json'
     file.write_text(json.dumps(list(runs.items())))
     command = [str(SCRIPTS / 'composer'), '-n', str(n), '--master_port', str(free_port()), 'tests/runs.py', str(file)]
@@ -47,7 +47,7 @@ def ranks(n: int, runs: dict[str, list[str]], folder: Path, **env: str) -> dict[
 
 
 def tiny(mds_root: Path, *overrides: str) -> list[str]:
-    """Overrides that make the quick start a run of seconds on the tests' own data."""
+    """Overrides that turn the quick start into a run of seconds on the tests' data."""
     quiet = [] if any(o.startswith('loggers.tensorboard') for o in overrides) else ['loggers.tensorboard=false']
     return [f'data_remote={mds_root}', *quiet, 'max_seq_len=32', 'model.d_model=16', 'model.n_heads=2', 'model.n_layers=2',
             'model.vocab_size=512', 'train_loader.dataset.group_method=truncate', 'train_loader.dataset.num_canonical_nodes=1',
@@ -57,7 +57,7 @@ def tiny(mds_root: Path, *overrides: str) -> list[str]:
 
 
 def console(text: str) -> dict[str, dict[int, str]]:
-    """Every training value on the console: name to batch to printed value."""
+    """Training values on the console: {name: {batch: printed value}}."""
     values: dict[str, dict[int, str]] = {}
     batch = 0
     for line in text.splitlines():

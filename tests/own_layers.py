@@ -1,4 +1,4 @@
-"""Layers as a fork would add them, and runs with them on real ranks.
+"""Layers that a fork might add, and runs with them on real ranks.
 
     composer -n 2 tests/own_layers.py FOLDER ARGUMENTS_OF_MAIN...
 """
@@ -20,7 +20,7 @@ from src.config.schema import MosaicGPTConfig
 
 
 class Gain(nn.Module):
-    """One number a channel that its own initialisation draws, and one that it sets."""
+    """Has two numbers for each channel: its own initialisation draws one and sets the other."""
 
     def __init__(self, width: int, device: str):
         super().__init__()
@@ -37,7 +37,7 @@ class Gain(nn.Module):
 
 
 class Tables(nn.Module):
-    """Buffers that no checkpoint holds, as rotary positions have them."""
+    """Has buffers that no checkpoint holds, like the tables of rotary positions."""
 
     inv_freq: Tensor
     odd: Tensor

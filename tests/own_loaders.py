@@ -1,4 +1,4 @@
-"""Loaders as a user may write them, by name: for tests in one process, and for `tests/runs.py` in several."""
+"""Loaders that a user might write, by name, for tests in one process and for `tests/runs.py` in several."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ ROWS, SEQ, VOCAB = 31, 32, 512
 
 
 class Rows(Dataset):
-    """Rows of token ids that begin with their number; `change` makes another dict of each."""
+    """Rows of token ids whose first id is the number of the row; `change` edits the dict of each row."""
 
     def __init__(self, change: Callable[[dict[str, Any]], Any] = lambda row: row):
         self.change = change
@@ -27,7 +27,7 @@ class Rows(Dataset):
 
 
 class Stream(IterableDataset):
-    """The same rows without a length. Its state is that of other libraries: `state_dict` takes no arguments."""
+    """The same rows without a length. `state_dict` takes no arguments, as in other libraries."""
 
     def __iter__(self) -> Iterator[Any]:
         return (Rows()[i] for i in range(ROWS))
@@ -40,7 +40,7 @@ class Stream(IterableDataset):
 
 
 class Stateful(Rows):
-    """Rows with a state of the form of other libraries."""
+    """Rows with a state in the form of other libraries."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -50,7 +50,7 @@ class Stateful(Rows):
 
 
 class Told(IterableDataset):
-    """Rows that begin with another one in each epoch, which `set_epoch` says; at the end is no row left out."""
+    """Starts each epoch at another row, chosen by `set_epoch`, and reads every row."""
 
     def __init__(self):
         self.epoch = 0
@@ -63,7 +63,7 @@ class Told(IterableDataset):
 
 
 class Forward(Sampler):
-    """The rows in order, with a generator that is not PyTorch's."""
+    """The rows in order, from a generator that is not PyTorch's."""
 
     def __init__(self):
         self.random, self.epochs = np.random.default_rng(0), []
@@ -83,7 +83,7 @@ class Forward(Sampler):
 
 
 class Anew:
-    """Batches that begin anew each time, without a length."""
+    """An iterable of batches that starts anew each time and has no length."""
 
     def __init__(self, batches: list[Any]):
         self.batches = batches
@@ -98,13 +98,13 @@ def narrow(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_other_keys(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Values for each sample, and values that are not."""
+    """Batches with values for each sample and values for the whole batch."""
     return {**default_collate(samples), 'url': ['http'] * len(samples), 'weight': torch.ones(len(samples)), 'epoch': 3,
             'nothing': None, 'scale': torch.tensor(2.0), 'array': np.arange(len(samples)),
             'place': {'at': torch.ones(2)}}
 
 
-# Each gives the same batches of 12, 12 and 7 rows
+# Each of these loaders gives the same batches of 12, 12 and 7 rows
 FORMS: dict[str, Callable[[], Any]] = {
     'plain': lambda: DataLoader(Rows(), 12),
     'without labels': lambda: DataLoader(Rows(lambda row: {'input_ids': row['input_ids']}), 12),
@@ -127,12 +127,12 @@ def sampled(cfg: Any, batch_size: int, evaluate: bool = False) -> DataLoader:
 
 
 def shuffled(cfg: Any, batch_size: int, evaluate: bool = False) -> DataLoader:
-    """An order that nothing but PyTorch's random state knows."""
+    """An order that depends on PyTorch's random state alone."""
     return DataLoader(Rows(), batch_size, shuffle=not evaluate)
 
 
 def told(cfg: Any, batch_size: int, evaluate: bool = False) -> DataLoader:
-    """An order that the number of the epoch gives."""
+    """An order that depends on the number of the epoch."""
     return DataLoader(Told(), batch_size)
 
 

@@ -32,7 +32,7 @@ from src.training import data as training_data
 from src.training import plugins
 
 plugins.LOGGERS['memory'] = InMemoryLogger
-reductions = 0  # of gradients that FSDP shards
+reductions = 0  # of gradients, in FSDP
 reduce_scatter: Any = torch.distributed.reduce_scatter_tensor
 
 
@@ -73,16 +73,16 @@ def record(trainer: Trainer) -> dict[str, Any]:
 
 
 def generated(model: Any) -> Any:
-    """What a Hugging Face model continues with; None: it cannot."""
+    """The tokens with which a Hugging Face model continues a prompt; None for other models."""
     if not hasattr(model, 'generate'):
         return None
     return model.eval().generate(torch.arange(8)[None], max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
 
 
 def train(*argv: str) -> dict[str, Any]:
-    """One run in this process; arguments as of main.py."""
+    """Runs main.py in this process, with these arguments."""
     global reductions
-    reductions = -1  # one asks what an average is
+    reductions = -1  # one reduction tests whether gloo averages
     trainer = main.main(config.load([*argv, 'loggers.memory={}', 'callbacks.samples={}', 'log_to_console=false']))
     result = record(trainer)
     trainer.close()

@@ -1,4 +1,4 @@
-"""Whole runs through the Composer launcher: ranks, logs, checkpoints and the user's mistakes."""
+"""Whole runs through the Composer launcher: ranks, logs, checkpoints, and mistakes of the user."""
 
 import math
 import re
@@ -21,7 +21,7 @@ SECRET = '5ec2e7' * 6 + 'abcd'
 
 
 def in_process(*argv: str) -> int:
-    """What `python main.py ARGV` does, here: no process to start, no import to wait for."""
+    """Runs `python main.py ARGV` in this process, which saves the start of a process and the imports."""
     return main.cli([QUICKSTART, *argv])
 
 
@@ -72,7 +72,7 @@ def same_run(got, want) -> None:
         assert len(want[tag]) == 20 and list(want[tag].values())[0] > list(want[tag].values())[-1] + 0.1, 'the model learns'
         assert got[tag] == pytest.approx(want[tag], rel=1e-4)
     for tag in ('metrics/eval/LanguageCrossEntropy', 'baseline/unigram_entropy'):
-        # 31 samples: streaming alone would repeat one on two ranks, and the entropy of the targets would be another
+        # 31 samples on two ranks: streaming alone would repeat one, and the entropy of the targets would change
         assert got[tag] == pytest.approx(want[tag], rel=1e-6 if 'entropy' in tag else 1e-4)
     assert got['time/token'] == want['time/token']
 
@@ -89,7 +89,7 @@ def test_microbatches_on_one_rank_do_not_change_the_losses(losses, micro):
 
 
 def test_padding_makes_microbatches_uneven_in_tokens(losses):
-    """The equality above would not hold for a mean of means: rows differ in how many targets they have."""
+    """Rows have different numbers of targets, so a mean of the ranks' means would not be equal."""
     tokens = list(losses()['time/token'].values())
     steps = {int(b - a) for a, b in zip(tokens, tokens[1:])}
     assert len(steps) > 3 and min(steps) < 12 * 31 - 20
@@ -190,7 +190,7 @@ def test_mistakes_are_reported_once_on_two_ranks():
 
 
 def bad_data(mds_root, tmp_path, kind):
-    """Overrides of a run whose data is wrong in one way, and what the message has to say."""
+    """Overrides of runs with one fault in the data each, and the words that the message must have."""
     root = tmp_path / 'copy'
     shutil.copytree(mds_root, root)
     if kind == 'no data':
@@ -234,7 +234,7 @@ def test_data_that_is_not_there_ends_in_one_message(mds_root, tmp_path, kind, ca
     monkeypatch.setenv('WANDB_MODE', 'online')
     monkeypatch.setenv('WANDB_API_KEY', '')
     monkeypatch.setenv('HOME', str(tmp_path))
-    wandb.teardown()  # it remembers the mode of a test before this one
+    wandb.teardown()  # W&B keeps the mode of an earlier test
     overrides, parts = bad_data(mds_root, tmp_path, kind)
     assert in_process(*tiny(mds_root, *overrides)) == 1
     one_error(capfd.readouterr().err, *parts)

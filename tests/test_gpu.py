@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped without one."""
+"""Tests that need a GPU; skipped without one."""
 
 import warnings
 
@@ -22,7 +22,7 @@ KERNELS = ['flash cudnn', 'flash pytorch', 'flash flash-attn-2', 'flash flash-at
 
 
 def available(impl, head_dim, within_document=False):
-    """An implementation, or flash with one of the kernels, where this machine has it."""
+    """Settings of an attention implementation, or of flash with one kernel; skips if this machine lacks it."""
     impl, _, kernel = impl.partition(' ')
     try:
         return choose_attention(impl, head_dim, within_document, kernel or 'auto')[:2]
@@ -52,7 +52,7 @@ def test_attention_kernels_stay_within_documents(impl, head_dim):
     torch.manual_seed(0)
     lengths = torch.tensor([[300, 0, 0, 0], [1, 200, 1, 98]], device='cuda')
     sequence_id = torch.stack([torch.arange(4, device='cuda').repeat_interleave(row) for row in lengths])
-    # As CausalAttention has them: parts of one tensor, not contiguous.
+    # As in CausalAttention: slices of one tensor, not contiguous.
     qkv = torch.randn(2, 300, 3, 4, head_dim, device='cuda').bfloat16().requires_grad_()
     exact = qkv.detach().float().requires_grad_()
     direction = torch.randn(2, 300, 4, head_dim, device='cuda')
@@ -77,7 +77,7 @@ def test_flash_refuses_fp32_rather_than_falling_back(documents):
 
 @pytest.mark.parametrize('attn_impl', ['sdpa', 'flash'])
 def test_documents_are_counted_once_a_forward_pass(attn_impl):
-    """The layers after the first wait for nothing: there is as much waiting with many layers as with one."""
+    """A model with many layers synchronises with the GPU as often as a model with one layer."""
     waits = []
     for n_layers in (1, 6):
         model = MosaicGPT(dict(d_model=128, n_heads=2, n_layers=n_layers, max_seq_len=64, vocab_size=512, attn_impl=attn_impl,
@@ -85,7 +85,7 @@ def test_documents_are_counted_once_a_forward_pass(attn_impl):
         ids = torch.randint(0, 512, (4, 64), device='cuda')
         sequence_id = (torch.arange(64, device='cuda') // 20).expand(4, 64)
         with torch.autocast('cuda', torch.bfloat16):
-            model(ids, targets=ids, sequence_id=sequence_id)  # once, so that nothing is set up below
+            model(ids, targets=ids, sequence_id=sequence_id)  # warm up
             torch.cuda.set_sync_debug_mode('warn')
             try:
                 with warnings.catch_warnings(record=True) as caught:
@@ -121,7 +121,7 @@ HELD = {
 
 @pytest.fixture(scope='module')
 def on_cpu(mds_root, tmp_path_factory):
-    """The same run in fp32 without a GPU, in a process of its own."""
+    """Runs the same training in fp32 on the CPU, in a process of its own."""
     argv = ['yamls/quickstart.yaml', *tiny(mds_root, 'eval_loader=null')]
     return ranks(1, {'cpu': argv}, tmp_path_factory.mktemp('cpu'))['cpu']
 
@@ -146,7 +146,7 @@ def within_on_cpu(mds_root, tmp_path_factory):
 @pytest.mark.parametrize('held', [held for held in HELD if 'meta' not in held])
 @pytest.mark.parametrize('attn_impl', ['sdpa', 'flash'])
 def test_documents_pass_every_wrapper(mds_root, within_on_cpu, attn_impl, held):
-    """In bf16, which is close to the CPU's plain maths in fp32."""
+    """Losses in bf16 on the GPU are close to fp32 on the CPU."""
     got = train('yamls/quickstart.yaml', *tiny(mds_root, *WITHIN, f'model.attn_impl={attn_impl}', *HELD[held]))
     assert got['batches'] == within_on_cpu['batches']
     assert got['losses'] == pytest.approx(within_on_cpu['losses'], rel=1e-2)
@@ -199,7 +199,7 @@ def test_flash_in_bf16_learns_and_resumes_from_shards(mds_root, tmp_path, versio
 
 @pytest.mark.parametrize('fsdp', [[], [FSDP, 'fsdp_config.version=1']], ids=['plain', 'fsdp1'])
 def test_auto_microbatch_fits_after_a_real_out_of_memory(mds_root, fsdp):
-    """With the memory of this process bounded, a batch of 256 rows of logits does not fit in one go."""
+    """With a limit on the memory of this process, a batch of 256 rows of logits does not fit at once."""
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + (1 << 30)) / total))

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU, as users start and stop them; skipped without one."""
+"""Whole runs on a GPU, started and stopped as users do; skipped without a GPU."""
 
 import gc
 import os
@@ -24,7 +24,7 @@ from src.tools import evaluate, generate
 from src.tools.stopwatch import PARTS
 
 pytestmark = pytest.mark.gpu
-VISIBLE = os.environ.get('CUDA_VISIBLE_DEVICES', '0')  # which `clean_env` hides
+VISIBLE = os.environ.get('CUDA_VISIBLE_DEVICES', '0')  # `clean_env` hides it
 
 
 @pytest.mark.timeout(1500)
@@ -34,7 +34,7 @@ def test_the_quick_start_learns_the_sample(tmp_path):
 
 @pytest.mark.parametrize('launcher', [False, True], ids=['in this process', 'by the launcher'])
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(mds_root, tmp_path, launcher):
-    """To the bit, with dropout: the GPU's random numbers go on too. Plain attention, whose sums have one order."""
+    """Equal to the bit, with dropout, so the GPU's random state resumes too. Plain attention sums in a fixed order."""
     argv = tiny(mds_root, 'model.attn_impl=torch', 'model.resid_pdrop=0.1', 'run_name=one', f'save_folder={tmp_path}/save',
                 'save_interval=10ba', 'eval_loader=null')
 
@@ -99,7 +99,7 @@ def test_linear_layers_in_8_bits_learn_as_those_in_16(mds_root, overrides):
 
 
 def test_a_batch_that_no_memory_holds_ends_in_one_message(mds_root, tmp_path, capfd):
-    """With a record of what lay where."""
+    """The run ends with one message, and writes a record of the memory."""
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
@@ -121,7 +121,7 @@ def test_a_batch_that_no_memory_holds_ends_in_one_message(mds_root, tmp_path, ca
 def test_what_looks_into_a_run_writes_its_files_and_changes_no_loss(mds_root, tmp_path, monkeypatch):
     argv = tiny(mds_root, 'eval_loader=null', 'model.attn_impl=torch')
     without = train(QUICKSTART, *argv)
-    monkeypatch.chdir(tmp_path)  # to which the folders are relative
+    monkeypatch.chdir(tmp_path)  # the folders are relative to it
     with_them = train(QUICKSTART, *argv, 'callbacks.memory_snapshot={skip_batches: 2}', 'callbacks.profiler={}',
                       'run_name=one')
     assert with_them['losses'] == without['losses']

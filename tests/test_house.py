@@ -1,4 +1,4 @@
-"""The limits that keep the code easy to read; `python tests/house.py` prints the figures."""
+"""Limits on the sizes of files, functions and classes; `python tests/house.py` prints the figures."""
 
 import statistics
 

@@ -1,4 +1,4 @@
-"""The first run of a newcomer, whole: the sample, its tokenizer, and the quick start through the launcher."""
+"""The whole first run of a newcomer: the sample, its tokenizer, and the quick start through the launcher."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def learns_the_sample(tmp_path: Path, **env: str) -> None:
     assert result.returncode == 0, text[-3000:]
     evals = [float(v) for v in re.findall(r'Eval metrics/eval/LanguageCrossEntropy: (\S+)', text)]
     assert len(evals) >= 4 and evals == sorted(evals, reverse=True), 'before, during and after, each better'
-    assert evals[0] == pytest.approx(8.32, abs=0.5)  # ln 4096: knows nothing
+    assert evals[0] == pytest.approx(8.32, abs=0.5)  # ln 4096: an untrained model
     unigram = float(re.findall(r'unigram +(\S+)', text)[0])
     assert 6 < unigram < 7.5 and evals[-1] < unigram - 1
     losses = [float(v) for v in console(text)['loss/train/total'].values()]

@@ -1,4 +1,4 @@
-"""The documentation: every command is run here or accounted for, links lead somewhere, and tables agree with the code."""
+"""The documentation: a test accounts for every command, links lead somewhere, and tables agree with the code."""
 
 import ast
 import os
@@ -53,7 +53,7 @@ def blocks(language: str, text: str) -> list[str]:
 
 
 def commands() -> dict[str, list[str]]:
-    """Every command of every `bash` block, and what each of its places says that it needs: its line, or the comment above."""
+    """Every command of every `bash` block, with what the comments on its line or above say that it needs, by place."""
     found: dict[str, list[str]] = {}
     for paragraph in (part for text in DOCS.values() for block in blocks('bash', text) for part in block.split('\n\n')):
         above = ''
@@ -67,9 +67,9 @@ def commands() -> dict[str, list[str]]:
     return found
 
 
-# How each command is checked. `test_...`: run by that test, here or in the file named, in a small form. `needs ...: ` in front
-# is what the documentation says of it, and other words what it needs as well; what can be checked of it without that is
-# checked by `test_its_arguments_are_valid`.
+# How each command is checked. `test_...`: that test, here or in the file named, runs the command in a small form.
+# `needs ...: ` is what the documentation says beside the command. `test_its_arguments_are_valid` checks the arguments of
+# every command.
 BY_ARG = BY_ENV = 'needs GPUs, two nodes: test_nodes.py::test_two_hosts_train_as_one_rank_does'
 CHECKED = {
     'python3 -m venv .venv && source .venv/bin/activate': 'network: .ci/run does it',
@@ -203,7 +203,7 @@ def test_what_a_command_needs_is_said_beside_it():
 
 @pytest.mark.parametrize('command', [part for command in commands() for part in command.split(' && ')])
 def test_its_arguments_are_valid(command: str):
-    """Every program, file and key that a command names is there."""
+    """Every program, file and key in a command exists."""
     program, *argv = shlex.split(command)
     if program == 'docker' and argv[0] == 'run':
         program, *argv = argv[argv.index('starter-kit') + 1:]
@@ -255,7 +255,7 @@ def test_training_on_val_alone(mds_root, tmp_path):
 
 
 def test_the_sample_makes_room_for_c4(mds_root, tmp_path, monkeypatch):
-    """C4 does not overwrite what was made from something else; moved, the sample trains from where it is."""
+    """C4 does not overwrite the sample, and the sample trains from the folder to which it was moved."""
     def convert(source: str) -> None:
         Path(source).mkdir(exist_ok=True)
         Path(source, 'train.jsonl').write_text(f'{{"text": "{source}"}}\n')
@@ -286,7 +286,7 @@ def test_another_tokenizer(tmp_path, monkeypatch, capfd):
 
 
 def test_the_dockerfile_is_that_of_the_kit():
-    """By inspection: the torch that is pinned, nothing installed that is not, and every file that the programs read."""
+    """Without building it: the image has the pinned torch, every install is pinned, and every file that programs read is copied."""
     [text] = blocks('dockerfile', DOCS['src/ranks/README.md'])
     steps = [line.split() for line in text.splitlines()]
     image = steps[0][1]
@@ -411,7 +411,7 @@ def copy_of_the_kit(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_worked_example(mds_root, tmp_path):
-    """The three edits, in a copy of the kit, make a model that trains."""
+    """The guide's three edits, made in a copy of the kit, give a model that trains."""
     schema, model, registry = blocks('python', DOCS['src/README.md'])[:3]
     copy_of_the_kit(tmp_path)
     old = (ROOT / 'src/config/schema.py').read_text()
@@ -433,7 +433,7 @@ def test_worked_example(mds_root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_guides_optimizer(mds_root, tmp_path):
-    """Its edits, in a copy of the kit, train, and go on from a checkpoint, sharded over two ranks."""
+    """The guide's edits, made in a copy of the kit, train and resume, sharded over two ranks."""
     name, lion, build = next(found[i:i + 3] for found in [blocks('python', DOCS['src/README.md'])] for i in range(len(found))
                              if 'lion' in found[i])
     copy_of_the_kit(tmp_path)
@@ -460,7 +460,7 @@ def test_the_guides_optimizer(mds_root, tmp_path):
 
 
 def test_the_guides_loader(mds_root, tmp_path, monkeypatch, capfd):
-    """Without a tokenizer; what it reads is what the files hold."""
+    """The guide's loader trains without a tokenizer, and reads what the files hold."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'my-bins').mkdir()
     rng = np.random.default_rng(0)
@@ -636,14 +636,14 @@ def test_mixed_precision_is_what_the_guide_says():
 
 
 SYMPTOMS = '| symptom | cause | command, or what to do |'
-FOREIGN = {  # symptoms that others print
+FOREIGN = {  # symptoms that other libraries print
     'Timed out waiting': 'gloo', 'Watchdog caught collective operation timeout': 'torch, for NCCL',
     'FileExistsError': 'Python', 'Reused local directory': 'streaming',
 }
 
 
 def messages() -> list[str]:
-    """Every string in the code, in which a gap stands for what an f-string puts there."""
+    """Every string in the code; a NUL stands for each value of an f-string."""
     found = []
     for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/**/*.py')]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -655,7 +655,7 @@ def messages() -> list[str]:
 
 
 def test_symptoms_in_the_troubleshooting_table_are_the_codes():
-    """What a user searches the table for is what is printed; each row says what to do."""
+    """Every symptom in the tables is a text that the code prints, and every setting that a row names exists."""
     doc, code = '.github/TROUBLESHOOTING.md', messages()
     rows = [row for i in range(DOCS[doc].count(SYMPTOMS)) for row in table(doc, SYMPTOMS, i)]
     symptoms = [symptom for first, *_ in rows for symptom in re.findall('`([^`]+)`', first) if symptom != '/dev/shm']

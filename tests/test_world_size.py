@@ -1,4 +1,4 @@
-"""World size does not matter: the same samples, losses and weights on 1, 2 and 4 ranks, however the model is held."""
+"""The same samples, losses and weights on 1, 2 and 4 ranks, under DDP and every way of sharding."""
 
 import os
 from functools import cache
@@ -9,8 +9,8 @@ from conftest import s3_server
 from launch import ranks, tiny
 
 FSDP = 'fsdp_config.sharding_strategy'
-# 500 sequences are 20 batches of 24: the last four batches are of a second epoch. With an eps that gradients can be held
-# against, Adam does not hide a wrong factor.
+# An epoch of 500 sequences has 20 batches of 24, so the last four batches are of a second epoch. The eps is as large as
+# the gradients, so that Adam does not hide a wrong factor of the gradients.
 BASE = ['log_to_console=false', 'eval_loader=null', 'global_train_batch_size=24', 'device_train_microbatch_size=5',
         'max_duration=24ba', 'optimizer.eps=1e-5', 'optimizer.weight_decay=1e-4', 'callbacks.speed_monitor=false']
 HELD = {
@@ -44,13 +44,13 @@ def hf(root, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope='module')
 def runs(tokens_root, mds_root, tmp_path_factory):
-    """All runs on a number of ranks, one launch for each number."""
+    """All runs on each number of ranks, with one launch for each number."""
     folder = tmp_path_factory.mktemp('runs')
     shared = {'hf': hf(tokens_root, 'fsdp_config=null'), 'hf sharded': hf(tokens_root, f'{FSDP}=FULL_SHARD'),
               'text': argv(mds_root, 'global_train_batch_size=12', f'{FSDP}=FULL_SHARD')}
     sharded = argv(tokens_root, f'{FSDP}=FULL_SHARD', 'fsdp_config.state_dict_type=sharded', 'save_interval=10ba', 'run_name=one',
                    'save_num_checkpoints_to_keep=-1')
-    bucket = f's3://bucket/{os.getpid()}'  # files on their way to it lie in a folder that is named by it
+    bucket = f's3://bucket/{os.getpid()}'  # the folder for files on their way has this name
     loads = {'loads': [*sharded, f'load_path={folder}/saves/ep0-ba10'],
              'loads from s3': [*sharded, f'load_path={bucket}/one/ep0-ba10']}
     saves = {'saves': [*sharded, f'save_folder={folder}/saves'],
@@ -60,7 +60,7 @@ def runs(tokens_root, mds_root, tmp_path_factory):
     def on(n: int):
         held = {name: argv(tokens_root, *how) for name, how in HELD.items()}
         if n == 1:
-            on(2)  # whose shards are loaded
+            on(2)  # its shards are loaded below
             return ranks(1, {'one': argv(tokens_root), 'full shard': held['full shard'], **shared, **loads}, folder)
         if n == 2:
             return ranks(2, {**held, **shared, **saves}, folder)
@@ -74,7 +74,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test mak
 
 
 def close(got, want, start: int = 0) -> None:
-    """Losses to 1e-5, and each tensor of the weights to 1e-5 of its norm."""
+    """Losses agree within 1e-5, and each weight tensor within 1e-5 of its norm."""
     losses = {n: v for n, v in want['losses'].items() if n >= start}
     assert len(losses) == 24 - start and got['losses'] == pytest.approx(losses, rel=1e-5)
     for name, weight in want['weights'].items():

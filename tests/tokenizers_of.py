@@ -19,7 +19,7 @@ from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
 SPECIAL = ['<unk>', '<s>', '</s>', '<pad>']
 NAMES = {'unk_token': '<unk>', 'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>'}
-# As Llama 3's: a word takes the sign before it, and signs take the line breaks after them.
+# As in Llama 3: a word includes the character before it, and punctuation includes the line breaks after it.
 LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r'|\s*[\r\n]+|\s+(?!\S)|\s+')
 
@@ -50,11 +50,11 @@ def backend_of(kind: str) -> Tokenizer:
     if kind == 'wordlevel':
         trainer = trainers.WordLevelTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
         return train(models.WordLevel(unk_token='<unk>'), trainer, pre_tokenizers.WhitespaceSplit())
-    if kind == 'bpe that merges':  # `</s>` is frequent in its corpus, so that a merge makes the special token
+    if kind == 'bpe that merges':  # `</s>` is frequent in the corpus, so merges produce the special token
         return bpe(pre_tokenizers.WhitespaceSplit(), texts=[f'{text} </s> </s> </s>' for text in documents('train')])
-    if kind == 'bpe of whole words':  # as Llama 3's: a word of the vocabulary is a token without merges
+    if kind == 'bpe of whole words':  # as in Llama 3: a word in the vocabulary is one token, without merges
         return bpe(pre_tokenizers.WhitespaceSplit(), ignore_merges=True)
-    if kind == 'prefix':  # as Llama 2's
+    if kind == 'prefix':  # as in Llama 2
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
         backend = train(models.BPE(unk_token='<unk>', fuse_unk=True), trainer, pre_tokenizers.Metaspace())
         backend.pre_tokenizer = None  # pyright: ignore[reportAttributeAccessIssue]
@@ -72,10 +72,10 @@ ALL = ('byte-level', 'llama 3', 'unigram', 'wordpiece', 'wordlevel', 'bpe that m
 
 
 def save(kind: str, folder: Path, bos: bool = False) -> Path:
-    """Saves the tokenizer of a type to a folder; with `bos`, one that puts <s> before each text."""
+    """Saves a tokenizer of this type to a folder; with `bos`, the tokenizer puts <s> before each text."""
     backend = backend_of(kind)
     cls: Any = LlamaTokenizerFast if kind == 'prefix' else PreTrainedTokenizerFast
-    if bos and kind != 'prefix':  # the class does it
+    if bos and kind != 'prefix':  # for 'prefix' the class adds it
         template = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', backend.token_to_id('<s>'))])
         backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     cls(tokenizer_object=backend, **NAMES).save_pretrained(folder)
@@ -83,7 +83,7 @@ def save(kind: str, folder: Path, bos: bool = False) -> Path:
 
 
 def without_unknown_token(kind: str, folder: Path) -> Path:
-    """Saves a tokenizer of `<eos>`, `a`, `b` and the blank alone, with a token for each sign."""
+    """Saves a tokenizer with the tokens `<eos>`, `a`, `b` and the space, one for each character."""
     vocabulary = {'<eos>': 0, 'a': 1, 'b': 2, ' ': 3}
     model: Any = {'wordlevel': models.WordLevel, 'wordpiece': models.WordPiece, 'bpe': lambda of: models.BPE(of, []),
                   'unigram': lambda of: models.Unigram([(token, -1.0) for token in of])}[kind]
@@ -94,7 +94,7 @@ def without_unknown_token(kind: str, folder: Path) -> Path:
 
 
 def with_unmarked_eos(folder: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer whose EOS token was added as a word like others."""
+    """Saves a tokenizer whose EOS token was added as an ordinary word."""
     backend = bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     backend.add_tokens([AddedToken('<stop>', special=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
