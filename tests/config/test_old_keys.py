@@ -167,7 +167,7 @@ def test_an_old_yaml_is_the_run_of_today_and_trains(name, write, mds_root, capsy
     cfg = config.load([yaml, *there(mds_root), *HERE, *(SHRUNK_HF[name] if name in HF else SHRUNK_MOSAIC)])
     said = capsys.readouterr().err.splitlines()
     device = ['config: model.device: no longer needed: a Hugging Face model is built on the CPU']
-    shape = ['config: model.hf_config_name_or_path: left out: the command line sets '
+    shape = ['config: model.hf_config_name_or_path: ignored: the command line sets '
              'model.pretrained_model_name_or_path']
     assert said[:-4] == [
         'config: model.tokenizer_name: no longer needed: the model reads no tokenizer',
@@ -230,15 +230,15 @@ def test_an_old_key_on_the_command_line(override, key, value, write, monkeypatch
     ((('grad_clip_norm: 1.0', 'grad_clip_norm: 1.0\nalgorithms: {gradient_clipping: {clipping_threshold: 2.0}}'),),
      'grad_clip_norm: no such key; write algorithms.gradient_clipping alone'),
     ((('prefetch: 1000\n', 'prefetch: 1000\n    predownload: 5\n'),),
-     'eval_loader.dataset.prefetch: no such key; the old name of eval_loader.dataset.predownload; keep that alone'),
+     'eval_loader.dataset.prefetch: no such key; this is the old name of eval_loader.dataset.predownload; keep only eval_loader.'),
     ((('device_train_microbatch_size: 16', 'grad_accum: 4'),),
      'grad_accum: no such key; write device_train_microbatch_size, the samples of one forward pass on a device: '
      'global_train_batch_size / number of devices / grad_accum, rounded up'),
     ((('seed: 17', 'seed: 17\neval_subset_num_batches: many'),),
      'eval_subset_num_batches: no such key; write eval_samples: batches x device_eval_batch_size x number of devices'),
-    ((('attn_impl: flash', 'alibi: true'),), 'model.alibi: no such key; remove it: the kit does what false asked for'),
-    ((('min_params: 2e8', 'load_planner: {a: 1}'),), 'fsdp_config.load_planner: no such key; remove it: the kit does'),
-    ((('seed: 17', 'seed: 17\nicl_tasks: [a]'),), 'icl_tasks: no such key; run tasks after training, by lm-eval'),
+    ((('attn_impl: flash', 'alibi: true'),), 'model.alibi: no such key; remove it: the kit always behaves as with false'),
+    ((('min_params: 2e8', 'load_planner: {a: 1}'),), 'fsdp_config.load_planner: no such key; remove it: the kit always behaves as with null'),
+    ((('seed: 17', 'seed: 17\nicl_tasks: [a]'),), 'icl_tasks: no such key; remove this key, and run the tasks after training with lm-eval'),
     ((('grad_clip_norm: 1.0', 'grad_clip_norm: fast'),), "clipping.clipping_threshold: 'fast' must be a number"),
 ])
 def test_what_has_no_same_meaning_is_refused_with_what_to_write(lines, says, write):
@@ -251,7 +251,7 @@ def test_a_config_that_load_has_not_seen_is_told_the_new_names(write):
     with pytest.raises(UserError) as e:
         check_config(OmegaConf.load(write('125m')), plugins.REGISTRIES, 8, True)
     for says in ('model.tokenizer_name: no such key; remove it: the model reads no tokenizer',
-                 'tokenizer.type: no such key; the old name of tokenizer.name',
+                 'tokenizer.type: no such key; this is the old name of tokenizer.name',
                  'tokenizer.args: no such key; write its keys one level up',
                  'fsdp_config.min_params: no such key; remove it'):
         assert says in str(e.value)
@@ -321,8 +321,8 @@ def test_a_value_that_no_section_follows_is_refused(key, value, wants, write):
     yaml = write('125m', (f'*{key}', '512'))
     with pytest.raises(UserError) as e:
         config.load([yaml])
-    assert f'{key}: {value} has no effect: {wants}' in str(e.value)
-    assert f'Write ${{{key}}} there, or add ' in str(e.value)
+    assert f'{key}: {value} has no effect, because {wants}' in str(e.value)
+    assert f'Write ${{{key}}} in these places, or add ' in str(e.value)
     assert f'={value} to the command line, or set {key} to' in str(e.value)
     with pytest.raises(UserError, match=f'{key}: 99 has no effect'):
         config.load([yaml, f'{key}=99'])
