@@ -158,8 +158,8 @@ def _check_folder(root: str, split: str, setting: str) -> None:
 
 def conversion_command(root: str, split: str) -> str:
     """The sentence that names the command that makes the data."""
-    return (f'Make the data with\n  python convert_c4.py --out_root {root} --splits {split or "train val"} --source '
-            'sample\nor from another --source: see python convert_c4.py --help')
+    return (f'Make it with\n  python convert_c4.py --out_root {root} --splits {split or "train val"} --source sample\n'
+            'or from another --source: see python convert_c4.py --help')
 
 
 def explain_streaming_error(e: Exception, remote: Optional[str], local: str, split: str,
