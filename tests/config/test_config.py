@@ -28,7 +28,7 @@ QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
 
 @pytest.fixture(autouse=True)
 def folder_without_data(tmp_path, monkeypatch):
-    """What lies in ./my-copy-c4 of whoever runs the tests is not theirs."""
+    """The tests must not read a ./my-copy-c4 of the person who runs them."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -288,16 +288,16 @@ def test_what_a_shell_and_yaml_make_of_a_value(overrides, key, value, monkeypatc
     assert found == value
 
 
-@pytest.mark.parametrize('yaml, says', [
+@pytest.mark.parametrize('yaml, message', [
     ('save_folder: false', 'save_folder: false must be text; write null for none'),
     ('run_name: 12345', 'run_name: 12345 must be text: put it in quotes, run_name: \'12345\' in a YAML'),
     ('eval_interval: 100', 'eval_interval: 100 must be a time: a whole number with a unit, as in 100ba'),
     ('console_log_interval: 10', 'console_log_interval: 10 must be a number of batches or epochs above 0, as in 10ba')])
-def test_a_number_where_a_yaml_must_have_text(yaml, says):
+def test_a_number_where_a_yaml_must_have_text(yaml, message):
     cfg = OmegaConf.merge(config.load([QUICKSTART]), OmegaConf.create(yaml))
     with pytest.raises(UserError) as e:
         check_config(cfg, plugins.REGISTRIES, 1, False)
-    assert says in str(e.value)
+    assert message in str(e.value)
 
 
 def test_a_fraction_of_the_run_in_its_units():
@@ -348,7 +348,7 @@ def test_the_index_is_read_where_the_data_lies(tokens_root, mds_root, s3):
     assert check('data_remote=s3://bucket/tokens', *remote).max_duration == '1ep'
     check('data_remote=s3://bucket/tokens', *remote, 'train_loader.dataset.num_canonical_nodes=64', world_size=8, num_nodes=4)
     for place in ('text', 'nothing'):
-        with pytest.raises(UserError, match="max_duration: '1ep': with group_method 'concat' the number of batches in an epoch is not known"):
+        with pytest.raises(UserError, match="max_duration: '1ep': with group_method 'concat' the number of batches in an"):
             check(f'data_remote=s3://bucket/{place}', *remote)
 
 
@@ -364,7 +364,7 @@ def test_a_linked_split_has_no_cache_limit(mds_root, tmp_path):
         check(f'data_remote={mds_root}', f'data_local={tmp_path}', 'train_loader.dataset.cache_limit=1gb')
 
 
-@pytest.mark.parametrize('key, says', [
+@pytest.mark.parametrize('key, message', [
     ('seeed', "did you mean 'seed'?"),
     ('model.n_layrs', "did you mean 'n_layers'?"),
     ('model.heads', "did you mean 'n_heads'?"),
@@ -376,10 +376,10 @@ def test_a_linked_split_has_no_cache_limit(mds_root, tmp_path):
     ('fsdp_config.max_params', 'known: activation_checkpointing, '),
     ('train_loader.dataset.buffer', 'known: batching_method, '),
 ])
-def test_a_near_key_is_offered_and_else_all(key, says):
+def test_a_near_key_is_offered_and_else_all(key, message):
     with pytest.raises(UserError) as e:
         check(f'{key}=1')
-    assert f'{key}: no such key; {says}' in str(e.value)
+    assert f'{key}: no such key; {message}' in str(e.value)
 
 
 def test_the_quick_start_itself_has_no_mistake():
@@ -479,11 +479,11 @@ def test_microbatches(device_batch, micro, accum):
     assert (accum - 1) * micro < device_batch <= accum * micro
 
 
-@pytest.mark.parametrize(('monitor', 'label', 'says'), [
+@pytest.mark.parametrize(('monitor', 'label', 'message'), [
     ('foo', 'eval', "monitor: 'foo' is not one of 'Perplexity'"), ('Perplexity', 'bar', "dataloader_label: 'bar' is not one of")])
-def test_a_stopper_that_would_never_look_is_refused(monitor, label, says):
+def test_a_stopper_that_would_never_look_is_refused(monitor, label, message):
     c = check(f'callbacks.early_stopper={{monitor: {monitor}, dataloader_label: {label}}}')
-    with pytest.raises(UserError, match=f'callbacks.early_stopper.{says}'):
+    with pytest.raises(UserError, match=f'callbacks.early_stopper.{message}'):
         check_early_stopper(c, {'train': ['Loss'], 'eval': ['Perplexity']})
 
 
@@ -630,9 +630,9 @@ def test_compilation_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp
 
 
 def test_an_evaluation_has_batches_of_a_microbatch_unless_set():
-    for given in ('device_eval_batch_size=null', 'console_log_interval=1ba'):
-        cfg = config.load([QUICKSTART, given, 'device_train_microbatch_size=6'])
-        if given.startswith('console'):
+    for override in ('device_eval_batch_size=null', 'console_log_interval=1ba'):
+        cfg = config.load([QUICKSTART, override, 'device_train_microbatch_size=6'])
+        if override.startswith('console'):
             del cfg['device_eval_batch_size']
         assert check_config(cfg, plugins.REGISTRIES, 1, False).device_eval_batch_size == 6
     assert check('device_train_microbatch_size=6').device_eval_batch_size == 32

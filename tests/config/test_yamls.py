@@ -28,7 +28,7 @@ MOSAIC = {
     '30b': (29_974_418_432, 7168, 56, 48, 1.0e-4, 2048, 143100, 10000, 8, True),
     '70b': (64_861_528_064, 8192, 64, 80, 8.0e-5, 2048, 333800, 10000, 4, True),
 }
-# The shapes of the hub's configs, which are not here: the hub is out of reach of the tests.
+# The shapes in the hub's configs, written out because the tests do not reach the hub
 HF = {
     'gpt2-small': (125_226_240, {'model_type': 'gpt2', 'n_positions': 2048}),
     'gpt-neo-125m': (125_198_592, {'model_type': 'gpt_neo', 'hidden_size': 768, 'num_heads': 12, 'num_layers': 12,
