@@ -152,8 +152,7 @@ def _message(err: Any, key: str, schema: type[BaseModel]) -> str:
         return f'name must be {" or ".join(map(repr, MODEL_CONFIGS))}, not {_as_yaml(tag)}'
     if kind in _TYPES:
         return f'{_as_yaml(value)} must be {_TYPES[kind]}' + (_quotes(key, value) if kind == 'string_type' else '')
-    text = re.sub(r'\b(None|True|False)$', lambda word: YAML_WORDS[word[0]], err['msg'])
-    text = text.replace('Input should be', 'must be')
+    text = re.sub(r'\b(None|True|False)$', lambda m: YAML_WORDS[m[0]], err['msg'].replace('Input should be', 'must be'))
     return f'{_as_yaml(value)} {text}' if text.startswith('must be') else f'{_as_yaml(value)}: {text}'
 
 

@@ -57,7 +57,7 @@ REFUSED = {  # old key: what to write; there is no translation
             f'number of devices / {key}, rounded up' for key in GRAD_ACCUM},
     **dict.fromkeys(EVAL_SUBSET, 'write eval_samples: batches x device_eval_batch_size x number of devices, or -1 '
                                  'for the whole split'),
-    'grad_clip_norm': f'write {CLIPPING} alone: {{clipping_type: norm, clipping_threshold: ...}}',
+    'grad_clip_norm': f'write only {CLIPPING}: {{clipping_type: norm, clipping_threshold: ...}}',
     'tokenizer.args': 'write its keys one level up, in tokenizer',
     'icl_tasks': 'remove this key, and run the tasks after training with lm-eval (src/tools/README.md)',
 }
@@ -95,7 +95,7 @@ def translate(merged: DictConfig, loaded: DictConfig, command_line: DictConfig) 
     notes = list(_translate_keys(tree, typed))
     for source in (yaml, typed):
         list(_translate_keys(source, {}))  # `notes` has their lines already
-    _fill_shared_values(tree, yaml)
+    _fill_sections(tree, yaml)
     notes += _follow_command_line(tree, yaml, typed)
     if os.environ.get('RANK', '0') == '0':
         for note in notes:
@@ -108,7 +108,7 @@ def fill_shared_values(cfg: Any) -> Any:
     if isinstance(cfg, BaseModel):
         return cfg
     tree: Any = OmegaConf.to_container(cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg)))
-    _fill_shared_values(tree, tree)
+    _fill_sections(tree, tree)
     return OmegaConf.create(tree)
 
 
@@ -181,7 +181,7 @@ def _renamed_settings(tree: Tree) -> list[tuple[str, str, Any]]:
 
 
 # ---------------------------------------------------------------- values that several sections use
-def _fill_shared_values(tree: Tree, yaml: Tree) -> None:
+def _fill_sections(tree: Tree, yaml: Tree) -> None:
     """Writes the top-level values into the sections that leave them out.
 
     A dataset that has `local` but no `remote` in the YAML (`yaml`, without the command line) copies nothing, so it gets

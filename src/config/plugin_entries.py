@@ -13,6 +13,7 @@ from src.config.schema import Section
 
 
 def _limit(description: str, is_valid: Callable[[Any], bool]) -> AfterValidator:
+    """Refuses a value that is not valid; the message says that it must be `description`."""
     def check(value: Any) -> Any:
         if isinstance(value, (int, float, str)) and not is_valid(value):
             raise PydanticCustomError('limit', 'must be {description}', {'description': description})

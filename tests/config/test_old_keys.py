@@ -228,7 +228,7 @@ def test_an_old_key_on_the_command_line(override, key, value, write, monkeypatch
 
 @pytest.mark.parametrize('lines, message', [
     ((('grad_clip_norm: 1.0', 'grad_clip_norm: 1.0\nalgorithms: {gradient_clipping: {clipping_threshold: 2.0}}'),),
-     'grad_clip_norm: no such key; write algorithms.gradient_clipping alone'),
+     'grad_clip_norm: no such key; write only algorithms.gradient_clipping: {clipping_type'),
     ((('prefetch: 1000\n', 'prefetch: 1000\n    predownload: 5\n'),),
      'eval_loader.dataset.prefetch: no such key; this is the old name of eval_loader.dataset.predownload; keep only eval_loader.'),
     ((('device_train_microbatch_size: 16', 'grad_accum: 4'),),
