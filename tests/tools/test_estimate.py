@@ -198,7 +198,7 @@ def rows(table: str) -> list[list[str]]:
 
 
 def readme_table() -> str:
-    shown = re.search(r'```text\n(\| run .*?)```', (ROOT / 'yamls/README.md').read_text(), re.DOTALL)
+    shown = re.search(r'```text\n(\| run .*?)```', (ROOT / 'yamls' / 'README.md').read_text(), re.DOTALL)
     assert shown
     return shown[1]
 
