@@ -167,8 +167,8 @@ def explain_streaming_error(e: Exception, remote: Optional[str], local: str, spl
     """Turns an error of streaming into a message that names the setting and what to do."""
     text, where = str(e), os.path.join(remote or local, split)
     if 'Reused local directory' in text:
-        return (f'{setting}.local: {os.path.join(local, split)} is in use: another open dataset, in this process or '
-                'another, copies its shards there; set another data_local for each run')
+        return (f'{setting}.local: {os.path.join(local, split)} is where another dataset that is still open copies its '
+                'shards, in this process or another; set another data_local for each run')
     if 'cache limit' in text.lower():
         return f'dataset.cache_limit: {text}'
     if 'contains no samples' in text:
