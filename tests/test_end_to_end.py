@@ -220,7 +220,7 @@ def bad_data(mds_root, tmp_path, kind):
             f'load_path: {tmp_path}: no such file, and no folder of a sharded checkpoint']
     if kind == 'no place to save':
         (tmp_path / 'file').touch()
-        return [f'data_remote={root}', f'save_folder={tmp_path}/file/x'], [f'save_folder: {tmp_path}/file/x cannot be made']
+        return [f'data_remote={root}', f'save_folder={tmp_path}/file/x'], [f'save_folder: {tmp_path}/file/x cannot be created']
     if kind == 'no W&B key':
         return [f'data_remote={root}', 'loggers.wandb.project=kit'], ['loggers.wandb: ', 'set WANDB_API_KEY, or WANDB_MODE=']
     assert kind == 'no checkpoint'

@@ -1,1 +1,1 @@
-"""Which settings there are, what they mean, and what does not go together."""
+"""The settings of a run: what they are, what they mean, and which combinations are impossible."""

@@ -1,7 +1,8 @@
-"""Holds a config, or one section of it, against `src/config/schema.py`, and reports every mistake at once."""
+"""Checks a config, or one section of it, against `src/config/schema.py`, and reports all mistakes at once."""
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, Optional, TypeVar
 
@@ -11,7 +12,7 @@ from src.common.errors import UserError, mask_secrets
 from src.config.data_checks import data_errors, packs_on_the_fly
 from src.config.load import to_plain
 from src.config.model_checks import model_errors
-from src.config.old_keys import advice_for_old_key, fill_in
+from src.config.old_keys import advice_for_old_key, fill_shared_values
 from src.config.plugin_entries import keywords_of
 from src.config.run_checks import machine_errors, schedule_errors
 from src.config.schema import MODEL_CONFIGS, Config, Section, types_below
@@ -20,7 +21,7 @@ SectionT = TypeVar('SectionT', bound=Section)
 
 
 def parse(schema: type[SectionT], cfg: Any) -> SectionT:
-    """One section, checked: what a model or loader calls on the config that it is given.
+    """Checks one section and returns it typed. Models and loaders call this on their config.
 
     Raises UserError, which names every key that is unknown, missing or of a wrong type.
     """
@@ -35,23 +36,23 @@ def parse(schema: type[SectionT], cfg: Any) -> SectionT:
 
 def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int, has_gpu: bool,
           num_nodes: int = 1, kits_loader: bool = True) -> Config:
-    """Holds a whole config, what `load` returned or any mapping, against the schema and against the machine.
+    """Checks a whole config, from `load` or any mapping, against the schema and the machine, and returns it typed.
 
-    `registries` map names to classes, for each of `callbacks`, `loggers` and `algorithms`. The keywords in the YAML are
-    held against the class's signature. `world_size` counts the devices over all nodes. `kits_loader` says whether the
-    kit's own loader reads what sections `dataset` name. Raises UserError, which lists every mistake.
+    `registries` has a dictionary of names and classes for each of `callbacks`, `loggers` and `algorithms`; the keys in
+    the YAML must be arguments of the class. `world_size` counts the devices over all nodes. `kits_loader` is False
+    where a loader of the user's own reads the data. Raises UserError, which lists every mistake.
     """
-    raw, errors = to_plain(fill_in(cfg)), []
+    raw, errors = to_plain(fill_shared_values(cfg)), []
     for section, classes in registries.items():
         if isinstance(raw.get(section), dict):
-            raw[section], wrong = _entries(section, raw[section], classes)
-            errors += wrong
+            raw[section], mistakes = _check_plugins(section, raw[section], classes)
+            errors += mistakes
     config: Optional[Config] = None
     try:
         config = Config.model_validate(raw)
     except ValidationError as e:
         errors += _explain(e, Config, raw)
-        config = _without(raw, e)
+        config = _config_without_mistakes(raw, e)
     if config is not None:
         packed = kits_loader and packs_on_the_fly(config.train_loader.dataset)
         errors += [*model_errors(config, has_gpu), *data_errors(config, num_nodes, kits_loader),
@@ -62,7 +63,8 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
     return config
 
 
-def _entries(section: str, chosen: Mapping[str, Any], classes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _check_plugins(section: str, chosen: Mapping[str, Any],
+                   classes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The valid entries of `callbacks`, `loggers` or `algorithms`, and a line for each mistake in the others."""
     valid, errors = {}, []
     for name, kwargs in chosen.items():
@@ -72,21 +74,21 @@ def _entries(section: str, chosen: Mapping[str, Any], classes: Mapping[str, Any]
         elif kwargs is False:
             valid[name] = kwargs
         elif kwargs is not None and not isinstance(kwargs, dict):
-            errors.append(f'{key}: must be a section with keys of its own, {{}} for none, or false to switch it off')
+            errors.append(f'{key}: must be a section with keys, {{}} for its defaults, or false to switch it off')
         else:
             schema = keywords_of(classes[name])
             try:
-                given = schema.model_validate(kwargs or {}).model_fields_set
-                valid[name] = kwargs and {key: value for key, value in kwargs.items() if key in given}
+                keys_set = schema.model_validate(kwargs or {}).model_fields_set
+                valid[name] = kwargs and {key: value for key, value in kwargs.items() if key in keys_set}
             except ValidationError as e:
                 errors += _explain(e, schema, kwargs or {}, f'{key}.')
     return valid, errors
 
 
-def _without(raw: dict[str, Any], wrong: ValidationError) -> Optional[Config]:
-    """The config without its mistakes, so that the rest can still be held against each other; None if it needs them."""
+def _config_without_mistakes(raw: dict[str, Any], error: ValidationError) -> Optional[Config]:
+    """The config without the keys that are wrong, to check the others together; None where a wrong key is required."""
     rest = copy.deepcopy(raw)
-    for err in wrong.errors():
+    for err in error.errors():
         keys, parent = _path(err, raw), rest
         while len(keys) > 1 and isinstance(parent.get(keys[0]), dict):
             parent = parent[keys.pop(0)]
@@ -97,43 +99,46 @@ def _without(raw: dict[str, Any], wrong: ValidationError) -> Optional[Config]:
         return None
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- messages
 def _report(errors: list[str]) -> UserError:
     head = '1 mistake in the config:' if len(errors) == 1 else f'{len(errors)} mistakes in the config:'
     return UserError('\n'.join([head] + [f'  - {e}' for e in errors]))
 
 
-def _explain(wrong: ValidationError, schema: type[BaseModel], raw: Any, prefix: str = '') -> list[str]:
-    """pydantic's errors in the words of the YAML, one line for each key.
+def _explain(error: ValidationError, schema: type[BaseModel], raw: Any, prefix: str = '') -> list[str]:
+    """Turns pydantic's errors into messages with the keys of the YAML, one line for each key.
 
-    `raw`, a section or the whole config, was held against `schema`; `prefix` is the section's place in the config.
+    `raw`, a section or the whole config, was checked against `schema`. `prefix` is the dotted key of that section.
     """
-    said: dict[str, list[str]] = {}
-    for err in wrong.errors():
+    messages: dict[str, list[str]] = {}
+    for err in error.errors():
         key = prefix + '.'.join(map(str, _path(err, raw)))
-        said.setdefault(key, []).append(_what(err, key, schema))
-    # A value of several types has an error for each of them
-    wanted = {key: [first, *(line.rpartition(' must be ')[2] for line in more)] for key, (first, *more) in said.items()}
-    return [f'{key}: {" or ".join(dict.fromkeys(lines))}' for key, lines in wanted.items()]
+        messages.setdefault(key, []).append(_message(err, key, schema))
+    # pydantic reports one error for each type that a value may have: join them to "must be A or B"
+    joined = {key: [first, *(line.rpartition(' must be ')[2] for line in more)]
+              for key, (first, *more) in messages.items()}
+    return [f'{key}: {" or ".join(dict.fromkeys(lines))}' for key, lines in joined.items()]
 
 
 def _path(err: Any, raw: Any) -> list[Any]:
-    """The keys at which pydantic reports an error, without the names of types, which it adds for a union."""
+    """The keys that lead to an error in the config; pydantic's location also holds names of types, for a union."""
     path, value = [], raw
     for part in err['loc']:
         if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int):
             path.append(part)
             value = value[part]
-    is_absent = err['type'] == 'missing' and path[-1:] != [err['loc'][-1]]  # a null is there, and counts as missing
+    is_absent = err['type'] == 'missing' and path[-1:] != [err['loc'][-1]]  # a null is in `path` already
     return [*path, err['loc'][-1]] if is_absent else path
 
 
+YAML_WORDS = {'None': 'null', 'True': 'true', 'False': 'false'}
 _TYPES = {'int_type': 'a whole number', 'float_type': 'a number', 'bool_type': 'true or false', 'string_type': 'text',
           'list_type': 'a list', **dict.fromkeys(('dict_type', 'model_type', 'model_attributes_type'),
                                                  'a section with keys of its own')}
 
 
-def _what(err: Any, key: str, schema: type[BaseModel]) -> str:
+def _message(err: Any, key: str, schema: type[BaseModel]) -> str:
+    """What is wrong with the value of `key`, and what to write, without the key itself."""
     name, kind = key.split('.')[-1], err['type']
     value = mask_secrets(err['input'], name)
     if kind == 'extra_forbidden':
@@ -141,36 +146,40 @@ def _what(err: Any, key: str, schema: type[BaseModel]) -> str:
     if kind == 'missing':
         return 'missing; it has no default'
     if kind == 'string_too_short':
-        return f'is empty, as is a variable of the shell that is not set; write a value, or {key}=null for none'
+        return f'is empty; write a value, or {key}=null for none. A shell variable that is not set gives an empty value'
     if kind.startswith('union_tag'):
         tag = value.get('name') if isinstance(value, dict) else value
-        return f'its name {tag!r} must be {" or ".join(map(repr, MODEL_CONFIGS))}'
+        return f'name must be {" or ".join(map(repr, MODEL_CONFIGS))}, not {_as_yaml(tag)}'
     if kind in _TYPES:
-        return f'{value!r} must be {_TYPES[kind]}' + (_quotes(key, value) if kind == 'string_type' else '')
-    said = err['msg'].replace('Input should be', 'must be')
-    return f'{value!r} {said}' if said.startswith('must be') else f'{value!r}: {said}'
+        return f'{_as_yaml(value)} must be {_TYPES[kind]}' + (_quotes(key, value) if kind == 'string_type' else '')
+    text = re.sub(r'\b(None|True|False)$', lambda m: YAML_WORDS[m[0]], err['msg'].replace('Input should be', 'must be'))
+    return f'{_as_yaml(value)} {text}' if text.startswith('must be') else f'{_as_yaml(value)}: {text}'
+
+
+def _as_yaml(value: Any) -> str:
+    return YAML_WORDS.get(repr(value), repr(value))
 
 
 def _quotes(key: str, value: Any) -> str:
-    """How to write a value that YAML takes for a number."""
+    """How to write text that YAML reads as a number."""
     if isinstance(value, bool):
         return '; write null for none'
     if not isinstance(value, (int, float)):
         return ''
-    return f""": put it in quotes, {key.split('.')[-1]}: '{value}' in a YAML, {key}="'{value}'" in a shell"""
+    return f""": put it in quotes, {key.split('.')[-1]}: '{value}' in a YAML, or {key}="'{value}'" in a shell"""
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    """A key that is spelled nearly so, or those that have the word as a part; else all of them."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    near = near or [key for key in known if f'_{word}_' in f'_{key}_']
-    return f'did you mean {" or ".join(map(repr, near))}?' if near else f'known: {", ".join(sorted(known))}'
+    """Suggests the key with the nearest spelling, else those that contain the word; where there is none, lists all."""
+    similar = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    similar = similar or [key for key in known if f'_{word}_' in f'_{key}_']
+    return f'did you mean {" or ".join(map(repr, similar))}?' if similar else f'known: {", ".join(sorted(known))}'
 
 
 def _fields_at(schema: Any, loc: tuple) -> list[str]:
-    """The keys that the schema has at a location that pydantic reports."""
+    """The keys that the schema allows at a location that pydantic reports."""
     types = [schema]
     for part in loc:
-        below = [child for parent in types for child in types_below(parent, part)]
-        types = [MODEL_CONFIGS[part]] if part in MODEL_CONFIGS else below or types
+        children = [child for parent in types for child in types_below(parent, part)]
+        types = [MODEL_CONFIGS[part]] if part in MODEL_CONFIGS else children or types
     return [key for cls in types if hasattr(cls, 'model_fields') for key in cls.model_fields]

@@ -1,9 +1,9 @@
-"""What follows from the settings: batches, the precision, the kind of sharding, the run's name.
+"""Values that follow from the settings: batch sizes, precision, version of FSDP, the name of the run.
 
     global_train_batch_size = device batch * world_size
     device batch            = microbatch * grad_accum   (the last microbatch may be smaller)
 
-The global batch is the maths, the microbatch the execution. What depends on the machine is passed in.
+The global batch decides what is computed, the microbatch only how. Functions get facts about the machine as arguments.
 """
 
 import math
@@ -16,21 +16,21 @@ from src.config.schema import TIME, Config, FSDPConfig
 
 
 def device_batch_size(global_batch_size: int, world_size: int) -> int:
-    """Samples per device and optimizer step, of `global_batch_size` over all devices.
+    """Samples per device and optimizer step: the global batch divided by the number of devices.
 
-    Raises UserError where the devices do not divide the batch; the message lists the nearest batches that they do.
+    Raises UserError where the division leaves a rest; the message lists the nearest batch sizes that are possible.
     """
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size
     below = global_batch_size // world_size * world_size
     sizes = [str(n) for n in (below, below + world_size) if n > 0]
     counts = [str(n) for n in range(max(1, world_size // 2), 2 * world_size) if global_batch_size % n == 0]
-    raise UserError(f'global_train_batch_size: {global_batch_size} does not divide by {world_size} devices; nearest '
-                    f'that do: {", ".join(sizes)}' + (f' (or run on {", ".join(counts)} devices)' if counts else ''))
+    raise UserError(f'global_train_batch_size: {global_batch_size} does not divide by {world_size} devices; set '
+                    f'{" or ".join(sizes)}' + (f', or run on {" or ".join(counts)} devices' if counts else ''))
 
 
 def grad_accum(device_batch: int, microbatch: int) -> int:
-    """Forward and backward passes per optimizer step; the last may be smaller."""
+    """Microbatches per optimizer step; the last one may be smaller."""
     return -(-device_batch // microbatch)
 
 
@@ -40,7 +40,7 @@ def resolve_precision(name: str, has_gpu: bool) -> str:
 
 
 def fsdp_version(cfg: Optional[FSDPConfig], has_gpu: bool) -> int:
-    """1 or 2: of FSDP; 0: DDP. FSDP1 needs GPUs, so CPUs shard by version 2."""
+    """The version of FSDP, 1 or 2; 0 for DDP. FSDP1 needs GPUs, so CPUs use version 2."""
     if cfg is None:
         return 0
     version = cfg.version or (1 if has_gpu else 2)
@@ -48,14 +48,14 @@ def fsdp_version(cfg: Optional[FSDPConfig], has_gpu: bool) -> int:
 
 
 def run_name(c: Config) -> Optional[str]:
-    """The run's name as Composer will find it; None: it makes one up."""
+    """The name of the run as Composer will find it; None where Composer makes up a random one."""
     return c.run_name or os.environ.get('COMPOSER_RUN_NAME') or os.environ.get('RUN_NAME')
 
 
 def to_batches_samples_or_tokens(interval: str, max_duration: str) -> str:
-    """A fraction of the run as a number of batches, samples or tokens; any other interval as it is.
+    """Turns a fraction of the run into a number of batches, samples or tokens; returns other intervals unchanged.
 
-    Composer cannot divide a run whose loader has no length, as where text is packed on the fly.
+    Composer cannot do this where the loader has no length, as with text that is packed on the fly.
     """
     fraction, run = TIME.fullmatch(interval), TIME.fullmatch(max_duration)
     if not fraction or not run or fraction[2] != 'dur' or run[2] == 'ep':

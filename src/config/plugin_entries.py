@@ -1,4 +1,4 @@
-"""The keywords of a callback, logger or algorithm, as a section of the schema."""
+"""Makes a section of the schema from the arguments of a callback, logger or algorithm."""
 
 import inspect
 from collections.abc import Callable
@@ -12,15 +12,16 @@ from pydantic_core import PydanticCustomError
 from src.config.schema import Section
 
 
-def _limit(what: str, holds: Callable[[Any], bool]) -> AfterValidator:
+def _limit(description: str, is_valid: Callable[[Any], bool]) -> AfterValidator:
+    """Refuses a value that is not valid; the message says that it must be `description`."""
     def check(value: Any) -> Any:
-        if isinstance(value, (int, float, str)) and not holds(value):
-            raise PydanticCustomError('limit', 'must be {what}', {'what': what})
+        if isinstance(value, (int, float, str)) and not is_valid(value):
+            raise PydanticCustomError('limit', 'must be {description}', {'description': description})
         return value
     return AfterValidator(check)
 
 
-# What Composer finds out in mid-run, or never; a class of a fork has limits of its own for the second kind
+# Values that Composer refuses only during the run, or never. COMPOSERS_LIMITS apply to Composer's own classes alone
 _ABOVE_0 = _limit('greater than 0', lambda value: isinstance(value, str) or value > 0)
 LIMITS = dict.fromkeys(('window_size', 'flush_interval', 'buffer_size', 'clipping_threshold'), _ABOVE_0)
 COMPOSERS_LIMITS = {
@@ -30,7 +31,7 @@ COMPOSERS_LIMITS = {
 
 
 class Keywords(Section):
-    """What every such section has in common: a type that only Python can check is taken as it is."""
+    """Base of all these sections. Values whose type pydantic does not know are accepted without a check."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, str_min_length=0, allow_inf_nan=True)
 
@@ -38,14 +39,14 @@ class Keywords(Section):
 
 
 class SomeKeywords(Keywords):
-    """Those that a class names, where it takes others as well."""
+    """Base for a class that takes `**kwargs`: other keys are allowed too."""
 
     model_config = ConfigDict(extra='allow')
 
 
 @cache
 def keywords_of(cls: Any) -> type[Section]:
-    """A section with a key for each keyword that the class takes, of its type and with its default."""
+    """A section with one key for each argument of the class, with the argument's type and default."""
     parameters = inspect.signature(cls).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     hints = _hints(cls)
@@ -53,13 +54,15 @@ def keywords_of(cls: Any) -> type[Section]:
     hints |= {key: Annotated[hints.get(key, Any), limit] for key, limit in limits.items()}
     fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
                               for p in named}
-    takes_others = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return create_model(cls.__name__, __base__=SomeKeywords if takes_others else Keywords, **fields)
+    takes_any_key = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return create_model(cls.__name__, __base__=SomeKeywords if takes_any_key else Keywords, **fields)
 
 
 def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a class's keywords, where pydantic can check them; none where its module imports one for type
-    checkers alone."""
+    """The types of a class's arguments, as far as pydantic can check them.
+
+    Empty where a type is imported only for type checkers (`if TYPE_CHECKING`), so that its name is unknown here.
+    """
     try:
         hints = get_type_hints(cls.__init__)
     except NameError:

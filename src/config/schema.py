@@ -1,6 +1,6 @@
 """Every setting of a YAML: its name, type, range and default.
 
-A key that is not here is not a setting. `src/config/check.py` holds a YAML and command line against these classes.
+A key that is not in these classes is an error. `src/config/check.py` compares the YAML and the command line with them.
 """
 
 import re
@@ -11,42 +11,42 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
-Length = Annotated[int, Field(gt=1, le=2**31 - 1)]  # of a sequence
+Length = Annotated[int, Field(gt=1, le=2**31 - 1)]  # tokens in a sequence
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 InitSeed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Seconds = Annotated[float, Field(gt=0, le=2e6)]  # the system waits for a number of milliseconds that has 32 bits
+Seconds = Annotated[float, Field(gt=0, le=2e6)]  # the system counts them as milliseconds in a 32-bit number
 
 
-def written_as(pattern: str, what: str) -> BeforeValidator:
-    """Refuses a value that is not written like the pattern, and says what it must be."""
+def must_match(pattern: str, description: str) -> BeforeValidator:
+    """Refuses a value that does not match the pattern; the message says that it must be `description`."""
     def check(value: Any) -> Any:
         if value is not None and not re.fullmatch(pattern, str(value)):
-            raise PydanticCustomError('written_as', 'must be {what}', {'what': what})
+            raise PydanticCustomError('must_match', 'must be {description}', {'description': description})
         return value
     return BeforeValidator(check)
 
 
-# A whole number of epochs, batches, samples or tokens, or a fraction of the duration
+# A whole number of epochs, batches, samples or tokens, or a fraction of the run
 TIME = re.compile(r'([0-9]+(?:_[0-9]+)*(?!\.)|[0-9]+\.[0-9]+(?=dur))(ep|ba|sp|tok|dur)')
-TimeString = Annotated[str, written_as(
+TimeString = Annotated[str, must_match(
     TIME.pattern, 'a time: a whole number with a unit, as in 100ba (batches), 1ep (epochs), 5000sp (samples), '
-                  '2000000tok (tokens), or a fraction of the duration, as in 0.1dur')]
-LogInterval = Annotated[str, written_as(
+                  '2000000tok (tokens), or a fraction of the run, as in 0.1dur')]
+LogInterval = Annotated[str, must_match(
     '[1-9][0-9]*(ep|ba)', 'a number of batches or epochs above 0, as in 10ba or 1ep')]
-# What streaming reads as a number; it takes 0 for a setting that is not given
-Bytes = Annotated[Union[int, str, None], written_as(
+# The notations that streaming reads as a number. Streaming takes 0 to mean "not set", so 0 is refused
+Bytes = Annotated[Union[int, str, None], must_match(
     '(?i)(?=.*[1-9])([0-9]{1,18}b?|[0-9]*[.]?[0-9]+(e[0-9]+)? *[kmgtpezy]b)',
     'a number of bytes above 0, such as 5000000 or 100gb')]
-Samples = Annotated[Union[int, str, None], written_as(
+Samples = Annotated[Union[int, str, None], must_match(
     '(?i)(?=.*[1-9])([0-9]{1,18}|[0-9]*[.]?[0-9]+(e[0-9]+)? *[kmbt])',
     'a number of samples above 0, such as 5000000 or 2.5m')]
-Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its keywords; null: no keywords; false: off
+Plugins = dict[str, Union[dict[str, Any], Literal[False], None]]  # name: its arguments; null: none; false: off
 
 
 class Section(BaseModel):
-    """A part of the YAML: unknown keys are mistakes, types are not converted, and null is a setting's default.
+    """A section of the YAML. Unknown keys are errors, types are not converted, and null means the default.
 
-    Empty text is a mistake, not "off": it comes from a variable of the shell that is not set.
+    Empty text is an error, too: it usually comes from a shell variable that is not set.
     """
 
     model_config = ConfigDict(extra='forbid', strict=True, frozen=True, protected_namespaces=(), str_min_length=1,
@@ -54,8 +54,8 @@ class Section(BaseModel):
 
     @model_validator(mode='before')
     @classmethod
-    def _take_null_for_the_default(cls, values: Any) -> Any:
-        """Drops a null where a setting has no such value, so that `key=null` takes back what a YAML says."""
+    def _drop_null_without_meaning(cls, values: Any) -> Any:
+        """Drops a null where the type does not allow it, so that `key=null` on the command line means the default."""
         if not isinstance(values, dict):
             return values
         no_null = {key for key, field in cls.model_fields.items() if NoneType not in get_args(field.annotation)}
@@ -72,7 +72,7 @@ class MosaicGPTConfig(Section):
     """`model:` with `name: mosaic_gpt`."""
 
     name: Literal['mosaic_gpt'] = 'mosaic_gpt'
-    device: Literal['cpu', 'meta'] = 'cpu'  # meta: no memory until the weights are drawn, shard by shard
+    device: Literal['cpu', 'meta'] = 'cpu'  # meta: the weights take no memory until FSDP draws each shard
     d_model: Count
     n_heads: Count
     n_layers: Count
@@ -80,28 +80,28 @@ class MosaicGPTConfig(Section):
     max_seq_len: Length
     vocab_size: Count
     init_std: float = Field(default=0.02, gt=0)
-    init_seed: InitSeed = 17  # a YAML without it: seed
+    init_seed: InitSeed = 17  # a YAML that leaves it out gets the value of `seed`
     mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
     attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
-    # For attn_impl flash
+    # Only for attn_impl flash
     flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'
-    attn_within_document: bool = False  # no attention across documents of a sample, positions from 0 in each
+    attn_within_document: bool = False  # true: no attention across documents; positions start at 0 in each
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
     emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    linear_impl: Literal['plain', 'fp8'] = 'plain'  # of the blocks' linear layers
-    loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits at once, for torch.compile to fuse
-    loss_chunk_tokens: Count = 1024  # tokens whose logits exist at one time
-    vocab_multiple: Optional[Count] = None  # of the chunked loss's logits' width; null: 64 on a GPU, else 1
-    activation_checkpointing_every: Count = 1  # n: of every n blocks the first, where fsdp_config turns it on
+    linear_impl: Literal['plain', 'fp8'] = 'plain'  # for the linear layers in the blocks
+    loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits at once, which torch.compile can fuse
+    loss_chunk_tokens: Count = 1024  # tokens per chunk; only one chunk's logits are in memory
+    vocab_multiple: Optional[Count] = None  # chunked loss: pads the logits to this multiple; null: 64 on a GPU, else 1
+    activation_checkpointing_every: Count = 1  # n: checkpoints every n-th block, if fsdp_config turns it on
 
 
 class HFCausalLMConfig(Section):
     """`model:` with `name: hf_causal_lm`."""
 
     name: Literal['hf_causal_lm']
-    pretrained_model_name_or_path: Optional[str] = None  # a hub name or a folder; null: config_overrides alone
-    pretrained: bool = False  # load its weights, or only its shape
+    pretrained_model_name_or_path: Optional[str] = None  # a hub name or a folder; null: only config_overrides count
+    pretrained: bool = False  # true: load its weights; false: only its shape
     config_overrides: dict[str, Any] = {}
     init_seed: InitSeed = 17
     trust_remote_code: bool = False
@@ -113,15 +113,15 @@ MODEL_CONFIGS: dict[str, type[Section]] = {
 
 
 class StreamConfig(Section):
-    """One of a dataset's `streams:`. Where `split` or a key from `download_retry` on is null, the dataset's is used."""
+    """One entry of `streams:`. Where `split` or a key from `download_retry` on is null, the dataset's value counts."""
 
     remote: Optional[str] = None  # null or equal to `local`: nothing is copied
     local: str
     split: Optional[str] = Field(default=None, min_length=0)
-    # At most one of these, and `proportion` for all streams or none: of the epoch, of the stream's samples, or samples
-    proportion: Optional[float] = Field(default=None, gt=0)
-    repeat: Optional[float] = Field(default=None, gt=0)
-    choose: Optional[int] = Field(default=None, gt=0)
+    # Set at most one of these three; `proportion` either for all streams or for none
+    proportion: Optional[float] = Field(default=None, gt=0)  # this stream's part of an epoch
+    repeat: Optional[float] = Field(default=None, gt=0)  # how often an epoch reads its samples
+    choose: Optional[int] = Field(default=None, gt=0)  # how many samples an epoch reads
     download_retry: Optional[int] = Field(default=None, ge=1)
     download_timeout: Optional[Seconds] = None
     validate_hash: Optional[str] = None
@@ -129,26 +129,26 @@ class StreamConfig(Section):
 
 
 class DatasetConfig(Section):
-    """`dataset:` of a loader. From `shuffle` on, the keys are StreamingDataset's own."""
+    """`dataset:` of a loader. The keys from `shuffle` on are those of streaming's StreamingDataset."""
 
     remote: Optional[str] = None  # null or equal to `local`: nothing is copied
-    local: Optional[str] = None  # null: with `streams` alone
-    streams: Optional[dict[str, StreamConfig]] = Field(default=None, min_length=1)  # instead of these two
-    split: str = Field(min_length=0)  # '': what lies in `remote` itself
+    local: Optional[str] = None  # null is allowed only with `streams`
+    streams: Optional[dict[str, StreamConfig]] = Field(default=None, min_length=1)  # in place of remote and local
+    split: str = Field(min_length=0)  # '': the shards lie directly in `remote`
     tokenizer_name: str
     max_seq_len: Length
     group_method: Literal['truncate', 'concat'] = 'truncate'
-    sequence_ids: bool = False  # number the documents of a sample, and train no target across a border
+    sequence_ids: bool = False  # true: number the documents of a sample, and predict no document's first token
     shuffle: bool = False
     shuffle_algo: Literal['py1e', 'py1br', 'py1s', 'py2s', 'naive'] = 'py1e'
     shuffle_seed: Seed = 9176
     shuffle_block_size: Optional[Count] = None
     predownload: Optional[Count] = None
     cache_limit: Bytes = None
-    num_canonical_nodes: Count = 64  # with shuffle_seed the order of samples, on any number of devices
-    download_retry: int = Field(default=2, ge=1)  # after the first attempt
+    num_canonical_nodes: Count = 64  # this and shuffle_seed fix the order of samples on any number of devices
+    download_retry: int = Field(default=2, ge=1)  # further attempts after the first one
     download_timeout: Seconds = 60.0
-    validate_hash: Optional[str] = None  # also hash what lies in `local` at the start; what is fetched always is
+    validate_hash: Optional[str] = None  # also check the shards that are in `local` at the start; downloads always are
     keep_zip: bool = False
     epoch_size: Samples = None
     sampling_method: Literal['balanced', 'fixed'] = 'balanced'
@@ -157,7 +157,7 @@ class DatasetConfig(Section):
 
 
 class LoaderConfig(Section):
-    """`train_loader:` and `eval_loader:`. From `drop_last` on, the keys are DataLoader's own."""
+    """`train_loader:` and `eval_loader:`. The keys from `drop_last` on are those of torch's DataLoader."""
 
     name: Literal['c4'] = 'c4'
     dataset: DatasetConfig
@@ -176,7 +176,7 @@ class OptimizerConfig(Section):
     betas: list[float] = [0.9, 0.95]
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    fused: bool = True  # all parameters in one kernel
+    fused: bool = True  # update all parameters in one kernel
 
 
 class SchedulerConfig(Section):
@@ -187,7 +187,7 @@ class SchedulerConfig(Section):
 
 
 class FSDPConfig(Section):
-    """`fsdp_config:`: Composer's keys; its own class would take any key in silence."""
+    """`fsdp_config:`, with Composer's keys. Composer's own class would accept any key without a message."""
 
     version: Literal[1, 2, None] = None  # null: 1 on GPUs, 2 on CPUs, where FSDP1 cannot run
     sharding_strategy: Literal['FULL_SHARD', 'SHARD_GRAD_OP', 'NO_SHARD', 'HYBRID_SHARD'] = 'FULL_SHARD'
@@ -197,7 +197,7 @@ class FSDPConfig(Section):
     activation_cpu_offload: bool = False
     backward_prefetch: Literal['BACKWARD_PRE', 'BACKWARD_POST', 'NONE'] = 'BACKWARD_PRE'
     backward_prefetch_limit: Count = 1
-    cpu_offload: Literal[False] = False  # Composer refuses true
+    cpu_offload: Literal[False] = False  # Composer does not allow true
     data_parallel_shard_degree: int = Field(default=-1, ge=-1)
     data_parallel_replicate_degree: Optional[Count] = None
     forward_prefetch: bool = False
@@ -205,18 +205,18 @@ class FSDPConfig(Section):
     keep_low_precision_grads: bool = False
     limit_all_gathers: bool = True
     load_monolith_rank0_only: bool = False
-    sharded_ckpt_prefix_dir: Literal['ep{epoch}-ba{batch}'] = 'ep{epoch}-ba{batch}'  # by which autoresume finds them
+    sharded_ckpt_prefix_dir: Literal['ep{epoch}-ba{batch}'] = 'ep{epoch}-ba{batch}'  # autoresume looks for these names
     state_dict_type: Literal['full', 'sharded'] = 'full'
     sync_module_states: bool = False
     use_orig_params: bool = True
     verbose: bool = False
-    reduce_every_microbatch: bool = True  # the kit's own; false: once a step, whole in memory till then
+    reduce_every_microbatch: bool = True  # the kit's own key; false: once per step, with full gradients in memory
 
 
 class CompileConfig(Section):
-    """`compile_config:`. From `mode` on, the keys are torch.compile's own."""
+    """`compile_config:`. The keys from `mode` on are those of torch.compile."""
 
-    scope: Literal['block', 'model'] = 'block'  # block: each on its own, one graph for all; model: everything at once
+    scope: Literal['block', 'model'] = 'block'  # block: one graph that all blocks share; model: one for everything
     mode: Optional[Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']] = None
     backend: str = 'inductor'
     fullgraph: bool = False
@@ -227,7 +227,7 @@ class CompileConfig(Section):
 class Config(Section):
     """The whole YAML."""
 
-    # A section that leaves one of these out takes it from here
+    # A section that leaves out one of these gets it from here
     data_remote: Optional[str] = None
     data_local: str
     tokenizer_name: str
@@ -236,11 +236,11 @@ class Config(Section):
     seed: Seed = 17
 
     model: ModelConfig = Field(discriminator='name')
-    tokenizer: Optional[TokenizerConfig]  # null: a loader of your own does without
+    tokenizer: Optional[TokenizerConfig]  # null: for your own loader that needs no tokenizer
     train_loader: LoaderConfig
     eval_loader: Optional[LoaderConfig] = None
     eval_samples: int = Field(default=16384, ge=-1)
-    allow_same_split: bool = False  # train and eval on one split, as when profiling with val alone
+    allow_same_split: bool = False  # true: training and evaluation may read one split, as for profiling
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
@@ -248,15 +248,15 @@ class Config(Section):
 
     max_duration: TimeString
     eval_interval: TimeString = '1ep'
-    eval_first: bool = False  # also evaluate the model as it was initialised
-    global_train_batch_size: Count  # the maths
-    device_train_microbatch_size: Union[int, Literal['auto']]  # the execution
-    device_eval_batch_size: Optional[Count] = None  # null: the microbatch, which is a number then
+    eval_first: bool = False  # also evaluate before the first batch
+    global_train_batch_size: Count  # samples per optimizer step, over all devices
+    device_train_microbatch_size: Union[int, Literal['auto']]  # samples per forward pass on one device
+    device_eval_batch_size: Optional[Count] = None  # null: the same as the microbatch, if that is a number
     precision: Literal['auto', 'fp32', 'amp_fp16', 'amp_bf16'] = 'auto'
     fsdp_config: Optional[FSDPConfig] = None
-    compile_config: Optional[CompileConfig] = None  # {}: torch.compile with its defaults; null: without
+    compile_config: Optional[CompileConfig] = None  # {}: torch.compile with its defaults; null: no compilation
     dist_timeout: Seconds = 600.0
-    max_nonfinite_in_a_row: Count = 10  # batches with a loss or gradient that is no number, before it ends
+    max_nonfinite_in_a_row: Count = 10  # batches whose loss or gradients are not finite, before the run ends
 
     progress_bar: bool = True
     log_to_console: bool = True
@@ -270,12 +270,12 @@ class Config(Section):
     save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
     load_path: Optional[str] = None
     load_weights_only: bool = False
-    trust_checkpoint: bool = False  # load objects of any class from a checkpoint, which runs code that it may hold
+    trust_checkpoint: bool = False  # true: load objects of any class; this runs code that a checkpoint may hold
     autoresume: bool = False
 
     @model_validator(mode='before')
     @classmethod
-    def _evaluate_microbatches(cls, raw: Any) -> Any:
+    def _default_eval_batch_size(cls, raw: Any) -> Any:
         if not isinstance(raw, dict) or raw.get('device_eval_batch_size') is not None:
             return raw
         microbatch = raw.get('device_train_microbatch_size')
@@ -284,12 +284,12 @@ class Config(Section):
 
 # ---------------------------------------------------------------- types of settings
 def types_below(parent: Any, key: Any) -> list[Any]:
-    """The types that the value of a key may have, in a section or in a dictionary of a type."""
+    """The types that a key's value may have; `parent` is a section or a type such as `dict[str, StreamConfig]`."""
     if isinstance(parent, type) and issubclass(parent, BaseModel):
-        return alternatives(parent.model_fields[key].annotation) if key in parent.model_fields else []
-    return alternatives(get_args(parent)[1]) if get_origin(parent) is dict else []
+        return union_members(parent.model_fields[key].annotation) if key in parent.model_fields else []
+    return union_members(get_args(parent)[1]) if get_origin(parent) is dict else []
 
 
-def alternatives(annotation: Any) -> list[Any]:
+def union_members(annotation: Any) -> list[Any]:
     """The members of a Union, or the type itself."""
     return list(get_args(annotation)) if get_origin(annotation) is Union else [annotation]

@@ -1,4 +1,4 @@
-"""A section that leaves out a value has that of the top level; one that says it has its own."""
+"""A section that leaves out a value gets the top level's; a section with a value of its own keeps it."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from src.config.check import check
 from src.config.schema import Config
 
 QUICKSTART = 'yamls/quickstart.yaml'
-# What the sections of the YAMLs of before said
-SAID = {
+# The values that sections of older YAMLs wrote out
+WRITTEN_OUT = {
     'tokenizer': {'tokenizer_name': '${tokenizer_name}', 'max_seq_len': '${max_seq_len}'},
     **{loader: {'dataset': {'remote': '${data_remote}', 'local': '${data_local}', 'tokenizer_name': '${tokenizer_name}',
                             'max_seq_len': '${max_seq_len}'}} for loader in ('train_loader', 'eval_loader')},
     'model': {'init_seed': '${seed}'},
 }
-SAID['eval_loader']['eval_samples'] = '${eval_samples}'
+WRITTEN_OUT['eval_loader']['eval_samples'] = '${eval_samples}'
 OTHERS = ['max_seq_len=64', 'data_remote=s3://bucket/c4', 'data_local=/tmp/c4', 'tokenizer_name=other', 'seed=5',
           'eval_samples=7']
 
@@ -32,8 +32,8 @@ def resolved(yaml: str, *overrides: str) -> Config:
 def test_a_yaml_that_says_every_value_is_the_same_run(yaml: str, overrides: list[str], tmp_path: Path):
     of_mosaic = {'model': {'max_seq_len': '${max_seq_len}'}, **{f'{name}_loader': {'dataset': {
         'sequence_ids': '${model.attn_within_document}'}} for name in ('train', 'eval')}}
-    said = OmegaConf.merge(OmegaConf.load(yaml), SAID, {} if 'hf_causal_lm' in yaml else of_mosaic)
-    OmegaConf.save(said, tmp_path / 'before.yaml')
+    full = OmegaConf.merge(OmegaConf.load(yaml), WRITTEN_OUT, {} if 'hf_causal_lm' in yaml else of_mosaic)
+    OmegaConf.save(full, tmp_path / 'before.yaml')
     assert resolved(yaml, *overrides) == resolved(str(tmp_path / 'before.yaml'), *overrides)
 
 
@@ -66,7 +66,7 @@ def test_a_section_keeps_what_it_says(capfd):
 
 
 def test_data_in_place_is_not_copied_over(tmp_path: Path):
-    """A YAML that gives a dataset a place of its own, and nothing to copy from, means what lies there."""
+    """A dataset with its own `local` and no `remote` reads its folder in place."""
     yaml = tmp_path / 'own.yaml'
     yaml.write_text(Path(QUICKSTART).read_text().replace('split: val', 'split: val\n    local: ./mine'))
     c = resolved(str(yaml))

@@ -1,4 +1,4 @@
-"""YAMLs of 2022 and 2023 run as they are; a value that a YAML repeats is one value, or the run says so."""
+"""YAMLs of 2022 and 2023 run as they are; a value that a YAML repeats stays one value, or the run prints a line."""
 
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,12 @@ HF_MODEL = """
   tokenizer_name: *tokenizer_name
 """
 HUB = {'gpt2-small': 'gpt2', 'gpt-neo-125m': 'EleutherAI/gpt-neo-125M'}
-# What the tests' machine and data ask for, as the user of such a YAML would write it
-HERE = [*SHRUNK, 'precision=fp32', 'loggers.wandb=false', 'callbacks.memory_monitor=false']
+# Overrides for a small machine, as the user of such a YAML would write them
+SMALL_RUN = [*SHRUNK, 'precision=fp32', 'loggers.wandb=false', 'callbacks.memory_monitor=false']
 
 
 def old_text(name: str) -> str:
-    """The YAML of a pre-baked run as it was then."""
+    """The YAML of a pre-baked run as it was in 2022."""
     _, d_model, heads, layers, lr, batch, batches, every, micro, checkpoint = MOSAIC.get(name, MOSAIC['125m'])
     micro = 8 if name in HF else micro
     mosaic = MOSAIC_MODEL.format(d_model=d_model, heads=heads, layers=layers)
@@ -127,14 +127,14 @@ def old_text(name: str) -> str:
                       train=TRAIN_DATA.rstrip(), val=EVAL_DATA.rstrip())
 
 
-def there(root: Path) -> list[str]:
-    """The tests' data, on the command line."""
+def data_overrides(root: Path) -> list[str]:
+    """The overrides that point to the data of the tests."""
     return [f'data_remote={root}', f'data_local={root}', f'tokenizer_name={root}/tokenizer']
 
 
 @pytest.fixture
 def write(tmp_path: Path):
-    """Writes a YAML, some of its lines replaced, and returns its path."""
+    """Writes a YAML with some of its lines replaced, and returns its path."""
     def to(name: str, *lines: tuple[str, str]) -> str:
         text = old_text(name)
         for old, new in lines:
@@ -164,12 +164,12 @@ def test_an_old_yaml_is_the_run_of_today_and_trains(name, write, mds_root, capsy
     assert name not in HF or old['model']['pretrained_model_name_or_path'] == HUB[name]
 
     capsys.readouterr()
-    cfg = config.load([yaml, *there(mds_root), *HERE, *(SHRUNK_HF[name] if name in HF else SHRUNK_MOSAIC)])
-    said = capsys.readouterr().err.splitlines()
+    cfg = config.load([yaml, *data_overrides(mds_root), *SMALL_RUN, *(SHRUNK_HF[name] if name in HF else SHRUNK_MOSAIC)])
+    stderr = capsys.readouterr().err.splitlines()
     device = ['config: model.device: no longer needed: a Hugging Face model is built on the CPU']
-    shape = ['config: model.hf_config_name_or_path: left out: the command line sets '
+    shape = ['config: model.hf_config_name_or_path: ignored: the command line sets '
              'model.pretrained_model_name_or_path']
-    assert said[:-4] == [
+    assert stderr[:-4] == [
         'config: model.tokenizer_name: no longer needed: the model reads no tokenizer',
         'config: fsdp_config.min_params: no longer needed: every block of the model is sharded on its own',
         *(device if name in HF else []),
@@ -180,7 +180,7 @@ def test_an_old_yaml_is_the_run_of_today_and_trains(name, write, mds_root, capsy
         'config: tokenizer.args.max_seq_len: read as tokenizer.max_seq_len',
         'config: grad_clip_norm: read as algorithms.gradient_clipping='
         "{'clipping_type': 'norm', 'clipping_threshold': 1.0}"]
-    assert [line.split()[1] for line in said[-4:]] == ['max_seq_len:', 'data_remote:', 'data_local:', 'tokenizer_name:']
+    assert [line.split()[1] for line in stderr[-4:]] == ['max_seq_len:', 'data_remote:', 'data_local:', 'tokenizer_name:']
     trainer = main.main(cfg)
     assert (int(trainer.state.timestamp.batch), int(trainer.state.timestamp.token)) == (2, 2 * 4 * 31)  # not 2047
     assert 5.5 < trainer.state.eval_metric_values['LanguageCrossEntropy'].item() < 6.5  # ln 512 = 6.24
@@ -226,35 +226,35 @@ def test_an_old_key_on_the_command_line(override, key, value, write, monkeypatch
     assert c['eval_loader']['eval_samples'] == c['eval_samples']
 
 
-@pytest.mark.parametrize('lines, says', [
+@pytest.mark.parametrize('lines, message', [
     ((('grad_clip_norm: 1.0', 'grad_clip_norm: 1.0\nalgorithms: {gradient_clipping: {clipping_threshold: 2.0}}'),),
-     'grad_clip_norm: no such key; write algorithms.gradient_clipping alone'),
+     'grad_clip_norm: no such key; write only algorithms.gradient_clipping: {clipping_type'),
     ((('prefetch: 1000\n', 'prefetch: 1000\n    predownload: 5\n'),),
-     'eval_loader.dataset.prefetch: no such key; the old name of eval_loader.dataset.predownload; keep that alone'),
+     'eval_loader.dataset.prefetch: no such key; this is the old name of eval_loader.dataset.predownload; keep only eval_loader.'),
     ((('device_train_microbatch_size: 16', 'grad_accum: 4'),),
      'grad_accum: no such key; write device_train_microbatch_size, the samples of one forward pass on a device: '
      'global_train_batch_size / number of devices / grad_accum, rounded up'),
     ((('seed: 17', 'seed: 17\neval_subset_num_batches: many'),),
      'eval_subset_num_batches: no such key; write eval_samples: batches x device_eval_batch_size x number of devices'),
-    ((('attn_impl: flash', 'alibi: true'),), 'model.alibi: no such key; remove it: the kit does what false asked for'),
-    ((('min_params: 2e8', 'load_planner: {a: 1}'),), 'fsdp_config.load_planner: no such key; remove it: the kit does'),
-    ((('seed: 17', 'seed: 17\nicl_tasks: [a]'),), 'icl_tasks: no such key; run tasks after training, by lm-eval'),
+    ((('attn_impl: flash', 'alibi: true'),), 'model.alibi: no such key; remove it: the kit always behaves as with false'),
+    ((('min_params: 2e8', 'load_planner: {a: 1}'),), 'fsdp_config.load_planner: no such key; remove it: the kit always behaves as with null'),
+    ((('seed: 17', 'seed: 17\nicl_tasks: [a]'),), 'icl_tasks: no such key; remove this key, and run the tasks after training with lm-eval'),
     ((('grad_clip_norm: 1.0', 'grad_clip_norm: fast'),), "clipping.clipping_threshold: 'fast' must be a number"),
 ])
-def test_what_has_no_same_meaning_is_refused_with_what_to_write(lines, says, write):
+def test_what_has_no_same_meaning_is_refused_with_what_to_write(lines, message, write):
     with pytest.raises(UserError) as e:
         check(write('125m', *lines))
-    assert says in str(e.value)
+    assert message in str(e.value)
 
 
 def test_a_config_that_load_has_not_seen_is_told_the_new_names(write):
     with pytest.raises(UserError) as e:
         check_config(OmegaConf.load(write('125m')), plugins.REGISTRIES, 8, True)
-    for says in ('model.tokenizer_name: no such key; remove it: the model reads no tokenizer',
-                 'tokenizer.type: no such key; the old name of tokenizer.name',
+    for message in ('model.tokenizer_name: no such key; remove it: the model reads no tokenizer',
+                 'tokenizer.type: no such key; this is the old name of tokenizer.name',
                  'tokenizer.args: no such key; write its keys one level up',
                  'fsdp_config.min_params: no such key; remove it'):
-        assert says in str(e.value)
+        assert message in str(e.value)
 
 
 def test_rank_0_alone_speaks(write, capsys, monkeypatch):
@@ -263,9 +263,9 @@ def test_rank_0_alone_speaks(write, capsys, monkeypatch):
     assert not capsys.readouterr().err
     monkeypatch.setenv('RANK', '0')
     check(write('125m'), 'data_remote=s3://me:pass@bucket/c4')
-    said = capsys.readouterr().err
-    assert said.count('config: grad_clip_norm: ') == 1
-    assert 's3://***@bucket/c4 is also used for' in said and 'pass' not in said
+    stderr = capsys.readouterr().err
+    assert stderr.count('config: grad_clip_norm: ') == 1
+    assert 's3://***@bucket/c4 is also used for' in stderr and 'pass' not in stderr
 
 
 # ---------------------------------------------------------------- values that are written in several places
@@ -307,22 +307,22 @@ def test_a_section_that_is_set_on_purpose_stays(write, capsys):
     assert 'although' not in capsys.readouterr().err
     c = check(write('125m', (TRAIN_DATA, TRAIN_DATA.replace('*max_seq_len', '1024'))))
     assert c.train_loader.dataset.max_seq_len == 1024
-    said = capsys.readouterr().err
-    assert 'config: train_loader.dataset.max_seq_len: 1024 is used, although max_seq_len is 2048' in said
+    stderr = capsys.readouterr().err
+    assert 'config: train_loader.dataset.max_seq_len: 1024 is used, although max_seq_len is 2048' in stderr
 
 
-@pytest.mark.parametrize('key, value, wants', [
+@pytest.mark.parametrize('key, value, values', [
     ('max_seq_len', 2048, 'tokenizer.max_seq_len is 512, train_loader.dataset.max_seq_len is 512, eval_loader.dataset'),
     ('data_remote', './my-copy-c4', 'train_loader.dataset.remote is 512, eval_loader.dataset.remote is 512'),
     ('data_local', './my-copy-c4', 'train_loader.dataset.local is 512, eval_loader.dataset.local is 512'),
     ('tokenizer_name', 'gpt2', 'tokenizer.tokenizer_name is 512, train_loader.dataset.tokenizer_name is 512, eval_'),
 ])
-def test_a_value_that_no_section_follows_is_refused(key, value, wants, write):
+def test_a_value_that_no_section_follows_is_refused(key, value, values, write):
     yaml = write('125m', (f'*{key}', '512'))
     with pytest.raises(UserError) as e:
         config.load([yaml])
-    assert f'{key}: {value} has no effect: {wants}' in str(e.value)
-    assert f'Write ${{{key}}} there, or add ' in str(e.value)
+    assert f'{key}: {value} has no effect, because {values}' in str(e.value)
+    assert f'Write ${{{key}}} in these places, or add ' in str(e.value)
     assert f'={value} to the command line, or set {key} to' in str(e.value)
     with pytest.raises(UserError, match=f'{key}: 99 has no effect'):
         config.load([yaml, f'{key}=99'])
@@ -332,7 +332,7 @@ def test_a_value_that_no_section_follows_is_refused(key, value, wants, write):
 
 
 def test_the_plan_says_what_is_trained(mds_root, write, capsys):
-    argv = [write('125m'), *there(mds_root), *HERE, *SHRUNK_MOSAIC, 'train_loader.dataset.max_seq_len=16']
+    argv = [write('125m'), *data_overrides(mds_root), *SMALL_RUN, *SHRUNK_MOSAIC, 'train_loader.dataset.max_seq_len=16']
     trainer = main.main(config.load(argv), dry_run=True)
     assert 'batch: 4 samples of 16 tokens = 64 tokens per step' in capsys.readouterr().err
     trainer.close()
@@ -348,15 +348,15 @@ def test_evaluate_takes_an_old_yaml(write):
 # ---------------------------------------------------------------- messages
 
 
-@pytest.mark.parametrize('keys, named', [
+@pytest.mark.parametrize('keys, keys_named', [
     (['tokenizer_name'], 'tokenizer_name'),
     (['tokenizer.tokenizer_name'], 'tokenizer.tokenizer_name'),
     (['train_loader.dataset.tokenizer_name', 'eval_loader.dataset.tokenizer_name'],
      'train_loader.dataset.tokenizer_name and eval_loader.dataset.tokenizer_name'),
     (['eval_loader.dataset.tokenizer_name'], 'eval_loader.dataset.tokenizer_name'),
 ])
-def test_a_tokenizer_that_is_not_there_is_said_with_the_key_that_counts(keys, named, write, mds_root):
-    argv = [write('125m'), *there(mds_root), *HERE, *SHRUNK_MOSAIC]
+def test_a_tokenizer_that_is_not_there_is_said_with_the_key_that_counts(keys, keys_named, write, mds_root):
+    argv = [write('125m'), *data_overrides(mds_root), *SMALL_RUN, *SHRUNK_MOSAIC]
     with pytest.raises(UserError) as e:
         main.main(config.load([*argv, *(f'{key}=no/such' for key in keys)]))
-    assert str(e.value).startswith(f"{named}: 'no/such' is no folder here")
+    assert str(e.value).startswith(f"{keys_named}: 'no/such' is no folder here")

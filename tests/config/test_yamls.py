@@ -12,6 +12,7 @@ import main
 from src.common.errors import UserError
 from src.config import load as config
 from src.config.check import check as check_config
+from src.config.schema import Config
 from src.mosaic_gpt import MosaicGPT
 from src.training import plugins
 
@@ -27,7 +28,7 @@ MOSAIC = {
     '30b': (29_974_418_432, 7168, 56, 48, 1.0e-4, 2048, 143100, 10000, 8, True),
     '70b': (64_861_528_064, 8192, 64, 80, 8.0e-5, 2048, 333800, 10000, 4, True),
 }
-# The shapes of the hub's configs, which are not here: the hub is out of reach of the tests.
+# The shapes in the hub's configs, written out because the tests do not reach the hub
 HF = {
     'gpt2-small': (125_226_240, {'model_type': 'gpt2', 'n_positions': 2048}),
     'gpt-neo-125m': (125_198_592, {'model_type': 'gpt_neo', 'hidden_size': 768, 'num_heads': 12, 'num_layers': 12,
@@ -57,6 +58,12 @@ def load(yaml: str, *overrides: str, has_gpu: bool = True):
 
 def test_these_are_all_the_yamls():
     assert sorted(ALL + ['yamls/quickstart.yaml']) == sorted(str(p) for p in Path('yamls').rglob('*.yaml'))
+
+
+def test_the_guide_names_every_top_level_key():
+    table = Path('yamls/README.md').read_text().split('| section or key | what it decides |\n')[1].split('\n\n')[0]
+    keys = [key for row in table.splitlines() for key in re.findall(r'`(\w+)`', row.split('|')[1])]
+    assert sorted(keys) == sorted(Config.model_fields)
 
 
 @pytest.mark.parametrize('yaml', ALL)
@@ -90,6 +97,8 @@ def test_mosaic_yaml_is_the_row_of_the_table(name):
     head = Path(f'yamls/mosaic_gpt/{name}.yaml').read_text()
     assert f'{params:,} parameters, {tokens / 1e9:.1f}B tokens ({tokens / params:.1f} per parameter' in head
     assert bool(re.search('C4 holds roughly 170B tokens', head)) is (tokens > 170e9)
+    row = f'| {name} | {d_model} | {heads} | {layers} | {batches:,} | {micro} | {"yes" if checkpoint else "no"} |'
+    assert row in Path('yamls/README.md').read_text()
 
 
 @pytest.mark.parametrize('yaml', ['yamls/quickstart.yaml', *(f'yamls/mosaic_gpt/{name}.yaml' for name in MOSAIC)])

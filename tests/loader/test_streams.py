@@ -183,7 +183,7 @@ def test_a_linked_split_is_read_in_place(build, data: Path, whole, tmp_path: Pat
 
 def test_copies_do_not_lie_among_the_originals(build, data: Path, tmp_path: Path):
     with pytest.raises(UserError, match=f'dataset.local: {data}/train/train lies in {data}/train, a split of the '
-                                        f'remote {data}, and the run removes copies; set data_local to a folder of its own'):
+                                        f'remote {data}. A run deletes copies, .*; set data_local to a separate folder'):
         build(local=str(data / 'train'))
     assert not (data / 'train' / 'train').exists()
     assert build(local=str(data / 'copies'))
@@ -191,7 +191,7 @@ def test_copies_do_not_lie_among_the_originals(build, data: Path, tmp_path: Path
     part.mkdir()
     copy.mkdir(parents=True)
     (copy / '00000').symlink_to(part)
-    with pytest.raises(UserError, match=f'dataset.local: {copy}/00000 is a link to a folder of the remote {data}, and'):
+    with pytest.raises(UserError, match=f'dataset.local: {copy}/00000 is a link to a folder of the remote {data}. A run'):
         build()
     (copy / '00000').unlink()
     (tmp_path / 'disk').mkdir()
@@ -624,13 +624,13 @@ def test_training_and_evaluation_copy_to_places_of_their_own(mixed: Path, mix, t
 
 @pytest.mark.parametrize(('streams', 'dataset', 'says'), [
     ({'web': {}, 'nosuch': {}}, {}, r"dataset.streams.nosuch: .* has no split 'nosuch'; it has: books, code, web"),
-    ({'web': {}, 'code': {'split': 'web'}}, {}, r"dataset.streams.code.local: .* is also the place of dataset.streams.web"),
-    ({'web': {'proportion': 1}, 'code': {}}, {}, 'dataset.streams.code.proportion: missing; where one stream has a proportion'),
-    ({'web': {'repeat': 1, 'choose': 3}}, {}, 'dataset.streams.web: repeat and choose are two ways to say one thing'),
-    ({'web': {'repeat': 1.5}}, {'epoch_size': 10}, 'dataset.epoch_size: 10 together with repeat or choose'),
+    ({'web': {}, 'code': {'split': 'web'}}, {}, r"dataset.streams.code.local: .* is also the folder of dataset.streams.web"),
+    ({'web': {'proportion': 1}, 'code': {}}, {}, 'dataset.streams.code.proportion: missing; if one stream has a proportion'),
+    ({'web': {'repeat': 1, 'choose': 3}}, {}, 'dataset.streams.web: repeat and choose are set together; set only one'),
+    ({'web': {'repeat': 1.5}}, {'epoch_size': 10}, 'dataset.epoch_size: 10 does not go with repeat or choose'),
     ({'web': {'proportion': 0}}, {}, 'dataset.streams.web.proportion: 0 must be greater than 0'),
     ({'web': {'propotion': 1}}, {}, "dataset.streams.web.propotion: no such key; did you mean 'proportion'"),
-    ({'web': {}}, {'local': '/x'}, "dataset.local: '/x' together with streams"),
+    ({'web': {}}, {'local': '/x'}, "dataset.local: '/x' does not go with streams"),
     ({'web': {}}, {'cache_limit': '1gb'}, "dataset.cache_limit: '1gb' with no remote would delete the only copy"),
     ({'web': {'proportion': 1}, 'code': {'proportion': 0.001}}, {'batching_method': 'stratified'},
      r"dataset.streams.code: gives \d+ samples to an epoch and 0 to a batch of global_train_batch_size 48, with"),
@@ -643,7 +643,7 @@ def test_mistakes_in_streams_are_named(mix, streams, dataset, says: str):
 
 
 def test_a_dataset_needs_a_place(build):
-    with pytest.raises(UserError, match='dataset.local: missing; name the folder'):
+    with pytest.raises(UserError, match='dataset.local: missing; set the folder'):
         build(remote=None, local=None)
     with pytest.raises(UserError, match='dataset.streams: .*at least 1 item'):
         build(remote=None, local=None, streams={})
@@ -680,7 +680,7 @@ def check(*overrides: str):
 @pytest.mark.parametrize(('overrides', 'says'), [
     (STREAMS, "eval_loader.dataset.split: 'val' is also what train_loader reads"),
     ([*STREAMS[1:], 'train_loader.dataset.remote=./x'],
-     "train_loader.dataset.remote: './x' together with streams, which name their own; remove one"),
+     "train_loader.dataset.remote: './x' does not go with streams, which have their own remote; remove streams, or"),
     ([*STREAMS, 'train_loader.dataset.streams.a.lokal=x'], "streams.a.lokal: no such key; did you mean 'local'"),
     ([*STREAMS, 'train_loader.dataset.streams.c={split: x}'], 'train_loader.dataset.streams.c.local: missing'),
     ([*STREAMS, 'train_loader.dataset.streams.a.repeat=x'], "train_loader.dataset.streams.a.repeat: 'x' must be a number"),

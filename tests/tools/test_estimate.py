@@ -198,7 +198,7 @@ def rows(table: str) -> list[list[str]]:
 
 
 def readme_table() -> str:
-    shown = re.search(r'```text\n(\| run .*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    shown = re.search(r'```text\n(\| run .*?)```', (ROOT / 'yamls' / 'README.md').read_text(), re.DOTALL)
     assert shown
     return shown[1]
 
@@ -246,7 +246,7 @@ def test_settings_without_a_yaml_are_for_all(monkeypatch):
     'mfu': (['--mfu', '1.5'], '--mfu: 1.5 must be above 0 and at most 1'),
     'no mfu': (['--mfu', 'nan'], '--mfu: nan must be above 0'),
     'price': (['--price', '-1'], '--price: -1 must be a number of dollars, 0 or more'),
-    'gpus': (['yamls/mosaic_gpt/7b.yaml', '--gpus', '3'], '1024 does not divide by 3 devices; nearest that do: 1023, 1026'),
+    'gpus': (['yamls/mosaic_gpt/7b.yaml', '--gpus', '3'], '1024 does not divide by 3 devices; set 1023 or 1026'),
     'one of all': (['--gpus', '512'], '125m.yaml: .*\n.*256 does not divide by 512 devices'),
     'key': (['yamls/mosaic_gpt/7b.yaml', 'model.d_modle=3'], 'model.d_modle: no such key'),
     'yaml': (['yamls/mosaic_gpt/8b.yaml'], 'no such file. Did you mean'),

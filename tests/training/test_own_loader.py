@@ -190,7 +190,7 @@ def test_what_is_no_loader_is_a_message(given):
 def test_the_kits_own_loader_needs_a_tokenizer(mds_root):
     with pytest.raises(UserError, match='tokenizer: null is for a loader of your own'):
         main.main(config.load([QUICKSTART, *tiny(mds_root, 'tokenizer=null', 'callbacks.text_samples=false')]))
-    with pytest.raises(UserError, match='callbacks.text_samples: writes with the tokenizer, which is null'):
+    with pytest.raises(UserError, match='callbacks.text_samples: needs a tokenizer, but tokenizer is null'):
         main.main(config.load([QUICKSTART, *tiny(mds_root, 'tokenizer=null')]))
 
 
