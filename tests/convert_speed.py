@@ -37,9 +37,9 @@ print(f'{time.perf_counter() - start:.1f} seconds')
 
 def make_input(folder: Path, n_documents: int) -> int:
     """Returns the bytes of text."""
-    from src.conversion.sample_corpus import gather
+    from src.conversion.sample_corpus import gather_sample
 
-    corpus, rng, size = gather()['train'], random.Random(0), 0
+    corpus, rng, size = gather_sample()['train'], random.Random(0), 0
     for i in range(FILES):
         with gzip.open(folder / f'c4-train.{i:05}-of-01024.json.gz', 'wt') as file:
             for document in rng.choices(corpus, k=n_documents // FILES):
@@ -87,7 +87,7 @@ def timed(name):
 tokenizer._load = timed
 file = sources.SourceFile(sys.argv[1], 0)
 options = shards.Options(('text',), concat_tokens=2048, tokenizer=sys.argv[2])
-shards._tokenizer(sys.argv[2], 2048)
+shards._load_tokenizer(sys.argv[2], 2048)
 import streaming
 start = time.perf_counter()
 part = parts.convert(parts.Job(sys.argv[3], 0, file, options))
