@@ -64,8 +64,8 @@ class RemoteOutput(AnyFolder):
             yield
         except Exception as error:
             reason = f'{type(error).__name__}: {hide_url_secrets(first_line(error))}'
-            raise UserError(f'--out_root: cannot {verb} {hide_url_secrets(url)}: {reason}; check the address, the network '
-                            'and the credentials, then run the same command again: it continues') from error
+            raise UserError(f'--out_root: cannot {verb} {hide_url_secrets(url)}: {reason}; check the address, the '
+                            'network and the credentials, then run the same command again: it continues') from error
 
     def read_bytes(self, name: str) -> bytes:
         url = f'{self.root}/{name}'

@@ -142,15 +142,14 @@ def call_with_retries(call: Callable[[], Any], what: str, attempts: int = MAX_AT
             if is_refused or is_absent and not isinstance(error, LocalEntryNotFoundError):
                 raise UserError(f'{setting}: {what} is not on the hub, or you have no access: check the name and '
                                 '--revision; for a private or gated data set log in with `hf auth login`, or set '
-                                'HF_TOKEN\n'
-                                f'{reason}') from error
+                                f'HF_TOKEN\n{reason}') from error
             limit = attempts if not status and _is_unreachable(error) else MAX_ATTEMPTS
             if constants.HF_HUB_OFFLINE or attempt >= limit:
                 endpoint = hide_url_secrets(constants.ENDPOINT)
-                raise UserError(f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT ({endpoint}) '
-                                'and that HF_HUB_OFFLINE is not set, then run again; or use --source FOLDER with C4\'s '
-                                'own files, or --source sample, which needs no network'
-                                f'\n{reason}') from error
+                raise UserError(f'{setting}: cannot reach {what} on the hub: check the network, HF_ENDPOINT '
+                                f'({endpoint}) and that HF_HUB_OFFLINE is not set, then run again; or use --source '
+                                "FOLDER with C4's own files, or --source sample, which needs no network\n"
+                                f'{reason}') from error
             print(f'note: {what}: attempt {attempt} of {limit} failed: {reason}', flush=True)
             time.sleep(min(2 ** (attempt - 1), 60))
     return None
