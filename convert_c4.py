@@ -64,14 +64,14 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add('--out_root', type=parse_folder, metavar='DIR|URL',
         help='where to write: the splits become DIR/train and DIR/val; or s3://bucket/..., gs://bucket/...')
-    add('--verify', type=parse_folder, metavar='DIR', help='only check that the files in DIR are complete')
+    add('--verify', type=parse_folder, metavar='DIR', help='only check that no file in DIR is missing or changed')
 
     add = parser.add_argument
     add('--splits', nargs='+', choices=list(SPLITS), default=['train', 'val'],
         help=f'what to convert (default: train val); train_small is the first {N_SMALL:,} documents of train')
     add('--source', type=parse_folder, default='hub', metavar='hub|sample|FOLDER',
         help='hub: a data set from the Hugging Face hub (default); sample: English prose from the Python '
-        'installation, without a network, and a tokenizer of 4096 tokens in DIR/tokenizer; FOLDER: a folder with '
+        'installation (no network), with a tokenizer of 4096 tokens in DIR/tokenizer; FOLDER: a folder with '
         'C4\'s own files, such as c4-train.00000-of-01024.json.gz, or with other .jsonl, .parquet or .txt files')
     add('--dataset', default=C4, metavar='NAME', help='the data set on the hub (default: %(default)s)')
     add('--config', metavar='NAME', help='the configuration of the data set (default: en for C4)')

@@ -1,4 +1,4 @@
-"""The parallel conversion: the same bytes from every way to make them, and nothing finished is lost."""
+"""Processes, machines and interruptions give the bytes of one plain run, and no finished part is lost."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def big_whole(big: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process makes of `big` without an interruption."""
+    """The files that one process makes of `big` without an interruption."""
     out = tmp_path_factory.mktemp('big_whole')
     convert(out, big, 'train')
     return tree(out)

@@ -1,4 +1,4 @@
-"""convert_c4: what goes in comes out, from files and the sample; what is wrong is said, and never leaves half a part."""
+"""convert_c4 converts files and the sample unchanged; it reports bad files, and leaves no unfinished part."""
 
 import functools
 import gzip
@@ -48,7 +48,7 @@ def fingerprint(documents: Documents) -> tuple[int, int]:
 
 
 def convert(out_root: object, source: object, *splits: str, **options: object) -> None:
-    """In this process; `compression='zstd'` is --compression zstd, and True is a flag."""
+    """Runs the conversion in this process; `compression='zstd'` is --compression zstd, and True is a flag."""
     argv = ['--out_root', str(out_root), '--source', str(source), '--num_workers', '1']
     argv += ['--splits', *splits] if splits else []
     for name, value in options.items():
@@ -57,7 +57,7 @@ def convert(out_root: object, source: object, *splits: str, **options: object) -
 
 
 def start(out_root: object, source: object, *splits: str, argv: Sequence[str] = (), **env: str) -> subprocess.Popen:
-    """In a process group of its own."""
+    """Starts the program in a process group of its own."""
     command = [sys.executable, 'convert_c4.py', '--out_root', str(out_root), '--source', str(source), '--splits', *splits, *argv]
     inherited = {name: value for name, value in os.environ.items() if name != 'TQDM_DISABLE'}
     return subprocess.Popen(command, cwd=REPO, env={**inherited, **env}, text=True, stdout=subprocess.PIPE,
@@ -78,7 +78,7 @@ def c4_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope='module')
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole sample, converted once for all the tests that look at it."""
+    """The whole sample, converted once for all tests that read it."""
     out_root = tmp_path_factory.mktemp('sample') / 'out'
     convert(out_root, 'sample')
     return out_root

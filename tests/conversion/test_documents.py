@@ -1,4 +1,4 @@
-"""One bad thing in a good file: it is read right, or said; and --skip_bad_docs leaves out a document, never a file."""
+"""Bad documents are read correctly or reported; --skip_bad_docs leaves out documents, never a whole file."""
 
 import argparse
 import gzip

@@ -1,4 +1,4 @@
-"""Which files of a folder are converted: each once, in its own split; what is not read is said."""
+"""Each file of a folder is converted once, in its split; files that are not read are listed."""
 
 import gzip
 import json
