@@ -119,8 +119,8 @@ def check_out_root(out_root: str, splits: Iterable[str]) -> None:
         output.check()
         return
     for folder in out_root, *(f'{out_root}/{split}' for split in splits):
-        if wrong := find_unwritable_folder(folder):
-            raise UserError(f'--out_root: {wrong} is a file or cannot be written; change its permissions, or name '
+        if blocked := find_unwritable_folder(folder):
+            raise UserError(f'--out_root: {blocked} is a file or cannot be written; change its permissions, or name '
                             'another folder')
     try:
         Path(out_root).mkdir(parents=True, exist_ok=True)
@@ -180,14 +180,14 @@ def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
     need = sum(job.file.size * TEXT_BYTES.get(Path(job.file.path).suffix.lower(), 1) for job in todo) * share
     free = shutil.disk_usage(disk).free
     if need > free and not args.skip_disk_check:
-        raise UserError(f'--out_root: {disk} has {free / 1e9:,.3f} GB free; the {len(todo)} files that are left will '
-                        f'take about {need / 1e9:,.3f} GB. Free space, name another disk, or add --compression zstd; '
+        raise UserError(f'--out_root: {disk} has {free / 1e9:,.3f} GB free; the {len(todo)} files still to convert '
+                        f'need about {need / 1e9:,.3f} GB. Free space, name another disk, or add --compression zstd; '
                         '--skip_disk_check starts anyway')
 
 
 # ---------------------------------------------------------------- the work
 def list_jobs(args: argparse.Namespace, source: Source, split_files: dict[str, list[SourceFile]], folder: Path,
-         ) -> dict[str, list[Job]]:
+              ) -> dict[str, list[Job]]:
     """Returns the jobs of every split: one for each file."""
     options = Options(source.columns if args.concat_tokens is None else ('text',), args.text_column, args.concat_tokens,
                       *load_packing_tokenizer(args, folder), args.compression, tuple(args.hashes), args.size_limit,
@@ -205,8 +205,8 @@ def print_files(source: Source, split_files: dict[str, list[SourceFile]]) -> Non
     if isinstance(source, SampleSource):
         return
     for split, files in split_files.items():
-        of_c4 = f' of the {C4_COUNTS[SPLITS[split]][0]:,} files of C4' if source.is_c4 else ' files'
-        print(f'{split}: {sum(len(file.paths) for file in files):,}{of_c4} in {source.name}, '
+        kind = f'of the {C4_COUNTS[SPLITS[split]][0]:,} files of C4' if source.is_c4 else 'files'
+        print(f'{split}: {sum(len(file.paths) for file in files):,} {kind} in {source.name}, '
               f'{sum(file.size for file in files):,} bytes')
     if isinstance(source, FolderSource):
         for line in [*source.unread_lines(), *find_duplicates(source.read_files.values())]:
@@ -230,7 +230,7 @@ def convert_split(split: str, jobs: list[Job], finished: list[Optional[Part]], a
     """Converts the parts of a split that are missing, and finishes the split unless --partition is set."""
     start, root = time.perf_counter(), jobs[0].root
     n_files, n_documents = C4_COUNTS[SPLITS[split]]
-    of_c4 = source.is_c4 and jobs[0].max_docs is None
+    is_full_c4 = source.is_c4 and jobs[0].max_docs is None
     if args.partition:
         i, n = args.partition
         make_parts(split, jobs[i::n], finished[i::n], args.num_workers)
@@ -238,14 +238,14 @@ def convert_split(split: str, jobs: list[Job], finished: list[Optional[Part]], a
               'the same command with --merge instead of --partition')
         return
     if not args.merge:
-        total = n_documents if of_c4 and len(jobs) == n_files else None
+        total = n_documents if is_full_c4 and len(jobs) == n_files else None
         jobs = make_parts(split, jobs, finished, args.num_workers, total)
     manifest = merge(split, jobs, source)
     tokens = f'{manifest["tokens"]:,} tokens, ' if 'tokens' in manifest else ''
     skipped = f'{manifest["bad_documents"]:,} skipped, ' if manifest['bad_documents'] else ''
     print(f'{root}: {manifest["documents"]:,} documents, {skipped}{manifest["text_bytes"]:,} bytes of text, {tokens}'
           f'{time.perf_counter() - start:.1f} seconds')
-    if of_c4 and manifest['documents'] != n_documents:
+    if is_full_c4 and manifest['documents'] != n_documents:
         print(f'note: C4 has {n_documents:,} documents in {split}; the source has {manifest["documents"]:,}')
 
 

@@ -53,7 +53,7 @@ class RemoteOutput(AnyFolder):
         scheme, _, bucket = self.root.partition(':/')
         if scheme not in UPLOADERS or not bucket.strip('/'):
             known = ', '.join(f'{name}://' for name in UPLOADERS if name and '/' not in name)
-            raise UserError(f'--out_root: {self.root}: must be a folder, or a bucket or the like with one of {known}')
+            raise UserError(f'--out_root: {self.root}: must be a folder, or a URL with a bucket and one of {known}')
         with tempfile.TemporaryDirectory() as empty:
             self.send(Path(empty), [])
 

@@ -123,10 +123,10 @@ def _write_part(job: Job, folder: Path) -> dict[str, Any]:
 
     def documents() -> Iterator[Document]:
         nonlocal texts_hash
-        of_file = job.documents
-        if of_file is None:
-            of_file = read_source_file(job.file, folder / 'source', o.columns, o.text_column, o.txt_lines)
-        for document in islice(good_documents(of_file, o.skip_bad_docs, counts), job.max_docs):
+        found = job.documents
+        if found is None:
+            found = read_source_file(job.file, folder / 'source', o.columns, o.text_column, o.txt_lines)
+        for document in islice(good_documents(found, o.skip_bad_docs, counts), job.max_docs):
             text = document['text'].encode()
             counts['documents'] += 1
             counts['text_bytes'] += len(text)

@@ -22,7 +22,7 @@ SPLIT_WORDS = {
     'test': ('tests?', 'testing', 'evals?', 'evaluation', 'h[eo]ld[-_ ]?out'),  # never read
 }  # fmt: skip
 SPLIT_PATTERNS = {split: re.compile(rf'(?<![a-z])({"|".join(words)})((set|split)s?|data)?(?![a-z])', re.IGNORECASE)
-           for split, words in SPLIT_WORDS.items()}
+                  for split, words in SPLIT_WORDS.items()}
 HASHED_BYTES = 1 << 16  # bytes at each end of a file that are hashed, to tell files apart
 MAX_GROUP_BYTES = 1 << 26  # bytes of small text files that become one part
 MAX_SHOWN = 5  # names in a message
@@ -72,11 +72,11 @@ class FolderSource:
         self.read_files: dict[str, SourceFile] = {}
         if out == self.folder.resolve():
             raise UserError(f'--out_root: {out_root} is also the folder of --source, and shards would lie among the '
-                            'documents; name another folder, which may lie in that of --source')
+                            'documents; name another folder; it may lie inside that of --source')
         with _explain_read_errors():
             paths, self.unread = _list_files(self.folder, out)
             self.paths = self._assign_splits(paths)
-        read = [path for of_split in self.paths.values() for path in of_split]
+        read = [path for split_paths in self.paths.values() for path in split_paths]
         others = [path for path in read if not re.match(r'c4-(train|validation)\.', Path(path).name)]
         self.is_c4 = bool(read) and not others
         if 0 < len(others) < len(read):
@@ -111,7 +111,7 @@ class FolderSource:
         """Keeps one name of each file that has several, through symbolic or hard links."""
         first: dict[object, tuple[str, str]] = {}
         inside = self.folder.resolve()
-        names = [(path, split) for split, of_split in splits.items() for path in of_split]
+        names = [(path, split) for split, split_paths in splits.items() for path in split_paths]
         # Sort links last, so that the file's own name is kept
         for path, split in sorted(names, key=lambda name: ((inside / name[0]).resolve() != inside / name[0], name)):
             info = os.stat(self.folder / path)
@@ -233,7 +233,7 @@ def _why_skip_file(name: str, path: Path) -> str:
 
 
 def _find_split(path: str) -> str:
-    """Returns the split that the last part of a path names: train for `dev/train.jsonl`. Or '' if none does."""
+    """Returns the split that a path names, by its last part that names one (`dev/train.jsonl`: train); '' for none."""
     for part in reversed(path.split('/')):
         found = [split for split, word in SPLIT_PATTERNS.items() if word.search(part)]
         if len(found) > 1:

@@ -103,8 +103,8 @@ def hide_url_secrets(text: str) -> str:
 
 def _http_status(error: Optional[BaseException]) -> int:
     """Returns the HTTP status of an error or of its causes; 0 if there is none."""
-    found = (getattr(getattr(cause, 'response', None), 'status_code', None) for cause in exception_chain(error))
-    return next((status for status in found if status is not None), 0)
+    statuses = (getattr(getattr(cause, 'response', None), 'status_code', None) for cause in exception_chain(error))
+    return next((status for status in statuses if status is not None), 0)
 
 
 def _is_unreachable(error: Optional[BaseException]) -> bool:

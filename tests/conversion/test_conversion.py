@@ -743,7 +743,7 @@ def test_disk_that_fills_as_the_hub_sends(source: Path, tmp_path: Path, small_di
 
 def test_disk_that_is_too_small_is_said_at_once(source: Path, tmp_path: Path, small_disk: Path) -> None:  # noqa: F811
     folder = write_jsonl(tmp_path / 'in/a.jsonl', ['x' * 2_000_000]).parent
-    with pytest.raises(UserError, match=r'--out_root: .*/disk has 0.001 GB free; the 1 files that are left will take about '
+    with pytest.raises(UserError, match=r'--out_root: .*/disk has 0.001 GB free; the 1 files still to convert need about '
                                         '0.002 GB. Free space, name another disk, or add --compression zstd; --skip_disk_check'):
         convert(small_disk, folder, 'train')
     assert os.listdir(small_disk) == []

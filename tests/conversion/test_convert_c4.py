@@ -167,8 +167,8 @@ def test_empty_folder_of_a_split_is_filled(c4_folder: Path, tmp_path: Path) -> N
     ('file/below', 'is a file or cannot be written'),
     ('with', 'is a file or cannot be written'),
     ('link', 'cannot be made .*; name a folder that can be written'),
-    ('s4://bucket/c4', 'must be a folder, or a bucket or the like with one of s3://, gs://'),
-    ('s3://', 'must be a folder, or a bucket or the like with one of s3://, gs://'),
+    ('s4://bucket/c4', 'must be a folder, or a URL with a bucket and one of s3://, gs://'),
+    ('s3://', 'must be a folder, or a URL with a bucket and one of s3://, gs://'),
 ])  # fmt: skip
 def test_out_root_that_cannot_be_a_folder(out_root: str, message: str, c4_folder: Path, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
