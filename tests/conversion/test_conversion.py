@@ -566,7 +566,7 @@ def test_a_tokenizer_trained_on_the_text_is_the_same_in_s3(s3: Any, source: Path
     convert('s3://bucket/c4', source, **both)
     assert objects(s3, 'c4/') == tree(tmp_path / 'c4')
     convert(tmp_path / 'c4', source, **both)
-    with pytest.raises(UserError, match=r'--train_tokenizer: 400, and .*/c4/tokenizer was trained with 300; set 300, or delete'):
+    with pytest.raises(UserError, match=r'--train_tokenizer: 400, but .*/c4/tokenizer was trained with 300; set 300, or delete'):
         convert(tmp_path / 'c4', source, train_tokenizer=400, concat_tokens=64)
 
 
