@@ -1,8 +1,8 @@
 """Measures conversion: `python tests/convert_speed.py [DOCUMENTS]`, with the input on the local disk.
 
-The seconds of a conversion, from which the rates come, leave out the seconds in which Python imports its libraries.
-The straightforward way is one process that streams the JSON files with `datasets` into one MDSWriter. The input is eight files
-with random documents of the sample, in C4's form. The tokenizer is the sample's, of 4096 tokens.
+The input is eight files in C4's form, with random documents of the sample. The tokenizer is the sample's, of 4096 tokens. The
+straightforward way, for comparison, is one process that streams the JSON files with `datasets` into one MDSWriter. The rates leave
+out the seconds in which Python imports its libraries.
 """
 
 import gzip
@@ -36,10 +36,10 @@ print(f'{time.perf_counter() - start:.1f} seconds')
 
 
 def make_input(folder: Path, n_documents: int) -> int:
-    """Returns the bytes of text."""
-    from src.conversion.sample_corpus import gather
+    """Writes the files; returns the bytes of text in them."""
+    from src.conversion.sample_corpus import gather_sample
 
-    corpus, rng, size = gather()['train'], random.Random(0), 0
+    corpus, rng, size = gather_sample()['train'], random.Random(0), 0
     for i in range(FILES):
         with gzip.open(folder / f'c4-train.{i:05}-of-01024.json.gz', 'wt') as file:
             for document in rng.choices(corpus, k=n_documents // FILES):
@@ -49,7 +49,7 @@ def make_input(folder: Path, n_documents: int) -> int:
 
 
 def timed(command: list[str], log: Path) -> tuple[float, float, float]:
-    """Seconds of the whole command, seconds of it that the conversion took, and MiB of the largest process."""
+    """Runs a command; returns its seconds, those of the conversion alone, and MiB of its largest process."""
     start = time.perf_counter()
     with log.open('w') as out:
         process = subprocess.Popen(command, stdout=out, env={**os.environ, 'TQDM_DISABLE': '1'})
@@ -87,7 +87,7 @@ def timed(name):
 tokenizer._load = timed
 file = sources.SourceFile(sys.argv[1], 0)
 options = shards.Options(('text',), concat_tokens=2048, tokenizer=sys.argv[2])
-shards._tokenizer(sys.argv[2], 2048)
+shards._load_tokenizer(sys.argv[2], 2048)
 import streaming
 start = time.perf_counter()
 part = parts.convert(parts.Job(sys.argv[3], 0, file, options))

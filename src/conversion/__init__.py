@@ -1,1 +1,1 @@
-"""How files of documents become shards: wholly or not at all."""
+"""Converts files of documents into shards. Each file is converted completely, or nothing of it is kept."""

@@ -1,4 +1,4 @@
-"""The documents of a file: JSON lines, plain text or Parquet, as they are or compressed."""
+"""Reads the documents of a file: JSON lines, text or Parquet, compressed or not."""
 
 import codecs
 import io
@@ -13,63 +13,62 @@ import orjson
 from isal import igzip, igzip_lib
 
 from src.common.errors import UserError
-from src.conversion.source_files import TXT, list_some
+from src.conversion.source_files import TXT_ENDINGS, list_some
 
-SHOWN = 5  # documents that --skip_bad_docs names, of each file
-MAX_TEXT = 1 << 30  # bytes of a text file that is one document
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # the first is the start of UTF-32's, too
-# How files begin that are gzip, zstd, Parquet, zip, bzip2 or xz, or zeros that a damaged disk gives
-NOT_TEXT = (b'\x1f\x8b', b'\x28\xb5\x2f\xfd', b'PAR1\x15', b'PK\x03\x04', b'BZh91AY&SY', b'\xfd7zXZ', bytes(4))
+MAX_SHOWN = 5  # bad documents of each file that --skip_bad_docs names
+MAX_TEXT = 1 << 30  # bytes in a text file that is one document
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # BOM_UTF32_LE begins with the first
+# First bytes of gzip, zstd, Parquet, zip, bzip2 and xz; and zeros, which a damaged disk returns
+BINARY_STARTS = (b'\x1f\x8b', b'\x28\xb5\x2f\xfd', b'PAR1\x15', b'PK\x03\x04', b'BZh91AY&SY', b'\xfd7zXZ', bytes(4))
 
 Document = dict[str, str]
 
 
 class BadDocument(NamedTuple):
-    """A document that cannot be used, and why."""
+    """A document that cannot be used, with the reason."""
     reason: str
     setting: str = '--source'
-    several: bool = False  # documents that are not on lines of their own
+    holds_several: bool = False  # several documents that are not on lines of their own
 
 
-def good_documents(found: Iterable[Document | BadDocument], skip_bad_docs: bool, counts: dict[str, int],
-                   shown: int = SHOWN) -> Iterator[Document]:
-    """The documents of one file that can be used.
+def good_documents(documents: Iterable[Document | BadDocument], skip_bad_docs: bool, counts: dict[str, int],
+                   max_shown: int = MAX_SHOWN) -> Iterator[Document]:
+    """Yields the documents of one file that can be used.
 
-    With `skip_bad_docs` the others are left out, counted in `counts`, and the first of them are named. Raises UserError
-    where a document is bad; or, with `skip_bad_docs`, where all of several are, so that a whole file would be left out.
+    With `skip_bad_docs` the others are left out and counted in `counts`, and the first of them are named. Raises
+    UserError where a document is bad; or, with `skip_bad_docs`, where all of several documents are bad.
     """
     good, bad, first = 0, 0, None
-    for document in found:
+    for document in documents:
         if not isinstance(document, BadDocument):
             good += 1
             yield document
             continue
         if not skip_bad_docs:
-            raise UserError(f'{document.setting}: {document.reason}; or leave such documents out with --skip_bad_docs')
+            raise UserError(f'{document.setting}: {document.reason}; or leave such documents out by --skip_bad_docs')
         first = first or document
         bad += 1
         counts['bad_documents'] += 1
-        if bad <= shown:
+        if bad <= max_shown:
             print(f'skipped: {document.reason}', flush=True)
-    if first and not good and (bad > 1 or first.several):
+    if first and not good and (bad > 1 or first.holds_several):
         raise UserError(f'{first.setting}: {first.reason}; none of the documents of this file can be used, and '
-                        '--skip_bad_docs leaves out a document, not a file: mend the file, or move it away')
+                        '--skip_bad_docs does not leave out a whole file: repair the file, or move it away')
 
 
-def documents(path: Path, columns: Iterable[str], text_column: str = 'text', where: Optional[str] = None,
-              txt_lines: bool = False) -> Iterator[Document | BadDocument]:
-    """The documents of a file in order, each with `columns` as strings. One that cannot be used is `Bad`.
+def read_documents(path: Path, columns: Iterable[str], text_column: str = 'text', where: Optional[str] = None,
+                   txt_lines: bool = False) -> Iterator[Document | BadDocument]:
+    """Yields the documents of a file in order, with `columns` as strings, or a BadDocument for one that cannot be used.
 
-    The end of the file's name, in small or capital letters, says its format. The file's field `text_column` becomes the
-    column `text`. With `txt_lines` each line of a text file is a document, in place of the whole file. Messages name
-    the file as `where`. Raises UserError where the file is cut short or damaged, so that what follows is lost; or where
-    no document can have the text.
+    The ending of the file's name, in small or capital letters, tells the format. The file's field `text_column` becomes
+    the column `text`. With `txt_lines` each line of a text file is a document, else the whole file is one. Messages
+    name the file as `where`. Raises UserError where the file is cut short or damaged, or can hold no text.
     """
     fields = {column: text_column if column == 'text' else column for column in columns}
     where, name, number = where or str(path), path.name.lower(), 0
     if name.endswith('.parquet'):
         kind, rows = 'row', _parquet_rows(path, list(fields.values()))
-    elif not name.endswith(TXT):
+    elif not name.endswith(TXT_ENDINGS):
         kind, rows = 'line', _json_rows(path, where, text_column)
     else:
         kind, rows = 'line' if txt_lines else 'document', _texts(path, where, text_column, txt_lines)
@@ -84,17 +83,17 @@ def documents(path: Path, columns: Iterable[str], text_column: str = 'text', whe
     except (OSError, EOFError, ValueError, igzip_lib.IsalError) as error:  # pyright: ignore  (its stub has an instance)
         why = f': it is cut short or damaged ({error}); download the file again'
         if isinstance(error, OSError) and error.errno:
-            why = f' ({error.strerror}); mend that, then run again'
+            why = f' ({error.strerror}); correct this, then run the same command again'
         raise UserError(f'--source: {where} cannot be read after {kind} {number}{why}') from error
 
 
 def _document(row: Any, fields: dict[str, str], is_line: bool) -> Document | BadDocument:
-    """The columns of a row, a JSON value (of a line) or a text, by their names in the file."""
+    """Makes a document of a row. `fields` maps each column to the name of its field in the file."""
     if isinstance(row, BadDocument):
         return row
     row = row if isinstance(row, dict) else dict.fromkeys(fields.values())
     if fields['text'] not in row:
-        # JSON can spell names that cannot be printed.
+        # JSON can spell names that cannot be printed
         has = list_some(list(row)).encode(errors='backslashreplace').decode()
         return BadDocument(f'has no field {fields["text"]!r}; it has: {has or "none"}', '--text_column')
     document = {column: row.get(field) for column, field in fields.items()}
@@ -106,10 +105,10 @@ def _document(row: Any, fields: dict[str, str], is_line: bool) -> Document | Bad
                                'as UTF-8')
         wrong = [field for column, field in fields.items() if not isinstance(document[column], str)]
         if wrong:
-            in_columns = is_line and isinstance(document['text'], (dict, list))  # as pandas writes a table
+            in_columns = is_line and isinstance(document['text'], (dict, list))  # a table that pandas wrote
             hint = "; write an object a line (df.to_json(FILE, orient='records', lines=True) does)" * in_columns
             return BadDocument(f'has no string {", ".join(wrong)}; a document is an object with the strings '
-                               f'{", ".join(fields.values())}{hint}', several=in_columns)
+                               f'{", ".join(fields.values())}{hint}', holds_several=in_columns)
     joined = ''.join(document.values())
     if not joined.isascii():
         try:
@@ -120,7 +119,7 @@ def _document(row: Any, fields: dict[str, str], is_line: bool) -> Document | Bad
 
 
 def _as_text(value: Any) -> Any:
-    """What C4 has as a string and Parquet may have as something else. Raises UnicodeDecodeError."""
+    """Turns a time or bytes from a Parquet file into a string, as C4 has it. Raises UnicodeDecodeError."""
     if isinstance(value, datetime):  # C4 has 2019-04-25T12:57:54Z
         return (value.astimezone(timezone.utc) if value.tzinfo else value).strftime('%Y-%m-%dT%H:%M:%SZ')
     return value.decode() if isinstance(value, bytes) else value
@@ -137,7 +136,7 @@ def _parquet_rows(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
         for batch in file.iter_batches(1000, columns=[name for name in names if name in known]):
             try:
                 rows = batch.to_pylist()
-            except UnicodeDecodeError:  # of one string: as bytes, they are decoded one by one
+            except UnicodeDecodeError:  # one string is bad: return bytes, which are decoded one by one
                 strings, binary = {pyarrow.string(), pyarrow.large_string()}, pyarrow.large_binary()
                 columns = [column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
                            for column in batch.columns]
@@ -156,15 +155,16 @@ def _json_rows(path: Path, where: str, text_column: str) -> Iterator[tuple[int, 
             row = orjson.loads(line)
         except ValueError:
             try:
-                row = json.loads(line)  # what the standard alone refuses: NaN, half a surrogate pair, a byte order mark
+                row = json.loads(line)  # reads NaN, half a surrogate pair, a byte order mark
             except (ValueError, RecursionError) as error:
-                several = 'Extra data' in str(error)
-                mend = 'write an object a line (jq -c . does), or ' if several else ''
-                row = BadDocument(f'is not JSON ({error}); {mend}download the file again', several=several)
+                holds_several = 'Extra data' in str(error)
+                remedy = 'write an object a line (jq -c . does), or ' if holds_several else ''
+                row = BadDocument(f'is not JSON ({error}); {remedy}download the file again',
+                                  holds_several=holds_several)
         is_array = isinstance(row, list) and row and (first or isinstance(row[0], dict))
         if is_array or first and isinstance(row, BadDocument) and re.match(rb'\s*\[\s*([{"]|$)', line):
-            what = where if first else f'{where}, line {number}'
-            raise UserError(f'--source: {what} is one JSON array; write an object a line (jq -c .[] does)')
+            place = where if first else f'{where}, line {number}'
+            raise UserError(f'--source: {place} is one JSON array; write an object a line (jq -c .[] does)')
         if first and line.strip() == b'{':
             raise UserError(f'--source: {where} is JSON over several lines; write an object a line (jq -c . does)')
         if first and isinstance(row, dict) and text_column not in row:
@@ -178,33 +178,33 @@ def _json_rows(path: Path, where: str, text_column: str) -> Iterator[tuple[int, 
 
 
 def _texts(path: Path, where: str, text_column: str, txt_lines: bool) -> Iterator[tuple[int, Any]]:
-    """The lines of a text file that are not blank, or the one document that it is."""
+    """Yields the lines of a text file that are not blank, or the whole file as one text."""
     lines = _lines(path, where)
-    for number, text in enumerate(lines if txt_lines else _whole(lines, where), start=1):
+    for number, text in enumerate(lines if txt_lines else _join_lines(lines, where), start=1):
         if 0 in text:
-            yield number, BadDocument('holds NUL bytes: it is damaged or not UTF-8; download the file again, or '
-                                      'write it as UTF-8')
+            yield number, BadDocument('holds NUL bytes: it is damaged or not UTF-8; download the file again, or write '
+                                      'it as UTF-8')
         elif text.strip():
             yield number, {text_column: text.removesuffix(b'\n').removesuffix(b'\r') if txt_lines else text}
 
 
-def _whole(lines: Iterator[bytes], where: str) -> Iterator[bytes]:
-    whole = bytearray()
+def _join_lines(lines: Iterator[bytes], where: str) -> Iterator[bytes]:
+    data = bytearray()
     for line in lines:
-        whole += line
-        if len(whole) > MAX_TEXT:
+        data += line
+        if len(data) > MAX_TEXT:
             raise UserError(f'--source: {where} has more than {MAX_TEXT:,} bytes, and would be one document; '
                             'add --txt_lines if each line is a document, or split the file')
-    yield bytes(whole)
+    yield bytes(data)
 
 
 def _lines(path: Path, where: str) -> Iterator[bytes]:
-    """The lines of a file with their ends. A byte order mark of UTF-8 is left out."""
+    """Yields the lines of a file with their line ends, without the byte order mark of UTF-8."""
     name = path.name.lower()
     if name.endswith(('.gz', '.zst')) and not path.stat().st_size:
-        raise EOFError('it is empty')  # which these formats never are
+        raise EOFError('it is empty')  # a compressed file is never empty
     lines: Any
-    if name.endswith('.gz'):  # isal's buffer of 512 KB, or its rest, is all that damage hides before it
+    if name.endswith('.gz'):  # damage hides at most the 512 KB before it, isal's buffer
         lines = igzip.IGzipFile(path)
     elif name.endswith('.zst'):
         import pyarrow
@@ -214,19 +214,19 @@ def _lines(path: Path, where: str) -> Iterator[bytes]:
     try:
         with lines:
             for number, line in enumerate(lines):
-                yield line if number else _checked(line, where)
+                yield line if number else _check_first_line(line, where)
     except OSError as error:
         if 'too much memory' not in str(error):
             raise
-        raise UserError(f'--source: {where} has a zstd window of more than 128 MB, which the program zstd alone reads; '
+        raise UserError(f'--source: {where} has a zstd window of more than 128 MB, which only the program zstd reads; '
                         'unpack the file (zstd -d --long=31)') from None
 
 
-def _checked(first: bytes, where: str) -> bytes:
-    """The first line of a file without a byte order mark. Raises UserError where the file is no text in UTF-8."""
-    if first.startswith(NOT_TEXT):
-        raise UserError(f'--source: {where} holds no text: it is damaged, or of a format that its name does not end '
-                        'in, such as .gz, .zst or .parquet; rename, unpack or delete it')
+def _check_first_line(first: bytes, where: str) -> bytes:
+    """Returns a file's first line without a byte order mark. Raises UserError where the file is not UTF-8 text."""
+    if first.startswith(BINARY_STARTS):
+        raise UserError(f'--source: {where} is not text: it is damaged, or its name lacks the ending of its format, '
+                        'such as .gz, .zst or .parquet; rename, unpack or delete it')
     if first.startswith(UTF_16) or 0 in first[:4]:
         raise UserError(f'--source: {where} is UTF-16 or UTF-32 text; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)')
     return first.removeprefix(codecs.BOM_UTF8)

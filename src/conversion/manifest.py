@@ -1,4 +1,4 @@
-"""What closes a split: one index over its parts and a manifest of all files; and the check of a copy against it."""
+"""Finishes a split, by an index over its parts and a manifest of its files, and checks a copy against the manifest."""
 
 import json
 import os
@@ -13,26 +13,26 @@ from src.conversion.output import Output, open_output, read_if_exists, remove_le
 from src.conversion.parts import HASH, PART, Job, Part, file_info, finished_parts
 from src.conversion.sources import Source
 
-INDEX, MANIFEST, TRAINED = 'index.json', 'manifest.json', 'trained.json'  # the last: of a tokenizer
+INDEX, MANIFEST, TRAINED = 'index.json', 'manifest.json', 'trained.json'  # TRAINED is a tokenizer's manifest
 
 
 def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
     """Writes the index over all parts, then the manifest, and returns the manifest.
 
-    Raises UserError where parts are missing, or none holds a document.
+    Raises UserError where parts are missing, or no part holds a document.
     """
-    output, there = open_output(jobs[0].root), finished_parts(jobs)
-    missing = [job.name for job, part in zip(jobs, there, strict=True) if part is None]
+    output, finished = open_output(jobs[0].root), finished_parts(jobs)
+    missing = [job.name for job, part in zip(jobs, finished, strict=True) if part is None]
     if missing:
         shown = ', '.join(missing[:10]) + (', ...' if len(missing) > 10 else '')
         raise UserError(f'--merge: {output}: {len(missing)} of {len(jobs)} parts are missing: {shown}; run their '
-                        '--partition, or the same command without --partition and --merge')
-    parts = {job.name: part for job, part in zip(jobs, there, strict=True) if part is not None}
+                        '--partition, or the same command without --merge')
+    parts = {job.name: part for job, part in zip(jobs, finished, strict=True) if part is not None}
     full = {name: part for name, part in parts.items() if part['documents']}
     if not full:
-        raise UserError(f'--source: no documents for {split}')
+        raise UserError(f'--source: there are no documents for {split}')
     with ThreadPoolExecutor(16) as threads:
-        shards = list(chain.from_iterable(threads.map(lambda name: _shards(output, name), full)))
+        shards = list(chain.from_iterable(threads.map(lambda name: _read_shards(output, name), full)))
     with unfinished_folder(output, INDEX) as folder:
         (folder / INDEX).write_text(json.dumps({'version': 2, 'shards': shards}), 'utf-8')
         files = {INDEX: file_info(folder / INDEX)}
@@ -40,56 +40,58 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
         options = jobs[0].options
         manifest = {'version': 1, 'source': source.name, 'revision': source.revision, 'split': split,
                     'options': {'max_docs': jobs[0].max_docs, **options.identity},
-                    'tokenizer_name': options.tokenizer_name, **_total(list(parts.values())), 'files': files}
+                    'tokenizer_name': options.tokenizer_name, **_sum_counts(list(parts.values())), 'files': files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), 'utf-8')
         output.send(folder, [INDEX, MANIFEST])
     remove_leftovers(output, of_all=True)
     return manifest
 
 
-def _total(parts: list[Part]) -> dict[str, Any]:
+def _sum_counts(parts: list[Part]) -> dict[str, Any]:
+    """Adds up the counts of all parts, and their hashes of the texts, which do not depend on the order of the texts."""
     counted = [key for key in ('documents', 'text_bytes', 'bad_documents', 'tokens') if key in parts[0]]
     texts_hash = sum(int(part['texts_hash'], 16) for part in parts) % 2**128
     return {key: sum(part[key] for part in parts) for key in counted} | {'texts_hash': f'{texts_hash:032x}'}
 
 
-def _shards(output: Output, part: str) -> list[dict[str, Any]]:
-    """The shards of a part, as the split's index has them: the same that streaming's `merge_index` makes."""
+def _read_shards(output: Output, part: str) -> list[dict[str, Any]]:
+    """Reads a part's index, and makes its paths relative to the split, as streaming's `merge_index` does."""
     try:
         shards = json.loads(output.read(f'{part}/{INDEX}'))['shards']
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise UserError(f'--out_root: {output}/{part}/{INDEX} is missing or damaged; delete {output}/{part}, then run '
-                        'the same command again: it makes that part anew') from None
+                        'the same command again: it makes this part anew') from None
     for file in (shard[key] for shard in shards for key in ('raw_data', 'zip_data') if shard[key]):
         file['basename'] = f'{part}/{file["basename"]}'
     return shards
 
 
 def check_no_foreign_files(root: str, n_parts: int) -> None:
-    """Raises UserError where a split holds other data than its parts; the message names what is there."""
+    """Raises UserError where the folder of a split holds files that are not of this conversion, and names one."""
     output, folder = open_output(root), Path(root)
     if output.remote:
-        names = sorted({name.partition('/')[0] for name in output.listed() or ()})
+        names = sorted({name.partition('/')[0] for name in output.list_names() or ()})
     else:
         names = sorted(path.name for path in folder.iterdir() if path.name[0] != '.') if folder.is_dir() else []
-    parts = _parts(names)
-    strange = [name for name in names if name not in (INDEX, MANIFEST, *parts)]
+    parts = _part_names(names)
+    foreign = [name for name in names if name not in (INDEX, MANIFEST, *parts)]
     lone_index = INDEX in names and not parts and MANIFEST not in names
-    if strange or lone_index or output.remote and _is_of_others(read_if_exists(output, INDEX)):
-        raise UserError(f'--out_root: {root} already there and not empty: it holds {(strange or names or [INDEX])[0]}, '
-                        'which is not of this program; nothing was written. Leave it out of --splits, name another '
-                        '--out_root, or delete it')
+    if foreign or lone_index or output.remote and _is_foreign_index(read_if_exists(output, INDEX)):
+        raise UserError(f'--out_root: {root} holds {(foreign or names or [INDEX])[0]}, which this program did not '
+                        f'write; nothing was changed. Name another --out_root, delete {root}, or leave the split out '
+                        'of --splits')
     if f'{n_parts:05}' in parts or output.remote and not names and read_if_exists(output, f'{n_parts:05}/{PART}'):
-        raise UserError(f'--out_root: {root} holds the part {n_parts:05}, and the source has only {n_parts} files for '
-                        f'it: it was made from more; use that source, name another --out_root, or delete {root}')
+        raise UserError(f'--out_root: {root} holds the part {n_parts:05}, but the source has only {n_parts} files for '
+                        'this split: the parts were made from another source; use that source, name another '
+                        f'--out_root, or delete {root}')
 
 
-def _parts(names: list[str]) -> list[str]:
+def _part_names(names: list[str]) -> list[str]:
     return [name for name in names if name.isdecimal() and len(name) >= 5]
 
 
-def _is_of_others(index: Optional[bytes]) -> bool:
-    """Whether an index points to shards that are in no part."""
+def _is_foreign_index(index: Optional[bytes]) -> bool:
+    """Whether an index lists shards that lie outside of a part's subfolder, or cannot be read."""
     try:
         shards = json.loads(index)['shards'] if index else []
         return any('/' not in (shard['zip_data'] or shard['raw_data'])['basename'] for shard in shards)
@@ -98,41 +100,42 @@ def _is_of_others(index: Optional[bytes]) -> bool:
 
 
 def verify(root: str) -> list[str]:
-    """Checks each split below a folder, or one split, against its manifest, and a tokenizer that was trained with them.
+    """Checks each split in a folder, or one split, against its manifest; also a tokenizer that was trained with them.
 
-    Returns a line for each file that is missing, cut short or changed, and for each split that was not finished. Raises
-    UserError where there is no manifest, or it is damaged.
+    Returns a line for each file that is missing, cut short or changed, and for each split that is not finished. Raises
+    UserError where there is no manifest, or the manifest is damaged.
     """
     manifests = sorted(Path(root).glob(f'*/{MANIFEST}')) or sorted(Path(root).glob(MANIFEST))
     if not manifests:
-        raise UserError(f'--verify: {root} holds no SPLIT/{MANIFEST}: it is no folder that this program finished. Name '
-                        'one on this machine; to make or finish one, give --out_root')
+        raise UserError(f'--verify: {root} holds no SPLIT/{MANIFEST}, so this program did not finish a split there. '
+                        'Name a folder on this machine; to make or finish its splits, use --out_root')
     damage = [f'{folder}: has no {MANIFEST}, so it was not finished' for folder in sorted(Path(root).iterdir())
-              if folder.is_dir() and not (folder / MANIFEST).exists() and _parts(os.listdir(folder))]
+              if folder.is_dir() and not (folder / MANIFEST).exists() and _part_names(os.listdir(folder))]
     for path in [*manifests, *Path(root).glob(f'tokenizer/{TRAINED}')]:
         try:
             manifest = json.loads(path.read_text('utf-8'))
             files = {path.parent / name: {key: info[key] for key in ('bytes', HASH)}
                      for name, info in manifest['files'].items()}
-            made = 'tokenizer' if path.name == TRAINED else f'{manifest["documents"]:,} documents'
+            contents = 'tokenizer' if path.name == TRAINED else f'{manifest["documents"]:,} documents'
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split: it writes it '
-                            'anew') from error
+            raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split again: it '
+                            'writes this file anew') from error
         bad, size = [], sum(info['bytes'] for info in files.values())
         with ThreadPoolExecutor(4) as threads, progress(str(path.parent), size) as bar:
-            for info, line in zip(files.values(), threads.map(_damage, files, files.values())):
+            for info, line in zip(files.values(), threads.map(_find_damage, files, files.values())):
                 bad += [line] if line else []
                 bar.update(info['bytes'])
-        print(f'{path.parent}: {made} in {len(files):,} files: {f"{len(bad)} damaged" if bad else "whole"}')
+        print(f'{path.parent}: {contents} in {len(files):,} files: {f"{len(bad)} damaged" if bad else "whole"}')
         damage += bad
     return damage
 
 
-def _damage(file: Path, info: dict[str, Any]) -> Optional[str]:
+def _find_damage(file: Path, info: dict[str, Any]) -> Optional[str]:
+    """Describes how a file differs from its manifest; None where it does not."""
     try:
         size = file.stat().st_size
         if size != info['bytes']:
             return f'{file}: {size:,} bytes, should be {info["bytes"]:,}'
-        return None if file_info(file) == info else f'{file}: its contents were changed ({HASH})'
+        return None if file_info(file) == info else f'{file}: its contents have changed ({HASH})'
     except OSError as error:
         return f'{file}: {"missing" if isinstance(error, FileNotFoundError) else error.strerror}'

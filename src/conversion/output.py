@@ -1,4 +1,4 @@
-"""Where the parts of a split go: a folder or a URL, each of them in one step."""
+"""The output of a conversion: a folder, or a URL of an object store. A part appears there in one step."""
 
 import logging
 import os
@@ -20,25 +20,26 @@ from src.conversion.sources import hide_url_secrets
 class LocalOutput(LocalFolder):
     """A folder on a disk."""
 
-    def listed(self, below: str = '') -> Optional[set[str]]:
+    def list_names(self, below: str = '') -> Optional[set[str]]:
+        """Returns None: to look at single files of a disk is cheap."""
         return None
 
     def send(self, folder: Path, names: Iterable[str]) -> None:
-        """Moves files here, in this order."""
+        """Moves files from `folder` to the output, in this order."""
         for name in names:
             (folder / name).replace(self.root / name)
 
     def commit(self, staging: Path, name: str, last: str) -> None:
-        """Moves a finished folder here; the file `last` says that it is whole."""
+        """Moves a finished folder to the output; the file `last` marks it as complete."""
         target, damaged = self.root / name, staging.with_name(f'.old{staging.name}')
         if (target / last).exists():
             target.rename(damaged)
-        staging.rename(target)  # fails where the folder has other contents
+        staging.rename(target)  # fails if the target still has contents
         shutil.rmtree(damaged, ignore_errors=True)
 
 
 class RemoteOutput(AnyFolder):
-    """A URL of any scheme that streaming writes and reads, by its own clients: Composer knows fewer of them."""
+    """A URL, written and read by streaming's clients, which know more object stores than Composer's."""
 
     remote = True
 
@@ -46,31 +47,31 @@ class RemoteOutput(AnyFolder):
         self.root = root
 
     def check(self) -> None:
-        """Raises UserError where streaming does not write to such a URL, or the bucket is not there."""
+        """Raises UserError where streaming does not write to such a URL, or the bucket does not exist."""
         from streaming.base.storage.upload import UPLOADERS
 
         scheme, _, bucket = self.root.partition(':/')
         if scheme not in UPLOADERS or not bucket.strip('/'):
             known = ', '.join(f'{name}://' for name in UPLOADERS if name and '/' not in name)
-            raise UserError(f'--out_root: {self.root}: must be a folder, or a bucket or the like with one of {known}')
+            raise UserError(f'--out_root: {self.root}: must be a folder, or a URL with a bucket and one of {known}')
         with tempfile.TemporaryDirectory() as empty:
             self.send(Path(empty), [])
 
     @contextmanager
-    def reaching(self, verb: str, url: str) -> Iterator[None]:
-        """Has an error of the store, which has classes of its own, say what could not be done."""
+    def explain_errors(self, verb: str, url: str) -> Iterator[None]:
+        """Turns every error of a store, which has classes of its own, into a UserError with `verb` and `url`."""
         try:
             yield
         except Exception as error:
-            raise UserError(f'--out_root: cannot {verb} {hide_url_secrets(url)}: {type(error).__name__}: '
-                            f'{hide_url_secrets(first_line(error))}; check the address, the network and the '
-                            'credentials, then run the same command again: it goes on') from error
+            reason = f'{type(error).__name__}: {hide_url_secrets(first_line(error))}'
+            raise UserError(f'--out_root: cannot {verb} {hide_url_secrets(url)}: {reason}; check the address, the '
+                            'network and the credentials, then run the same command again: it continues') from error
 
     def read_bytes(self, name: str) -> bytes:
         url = f'{self.root}/{name}'
 
         def download() -> bool:
-            Path(file).unlink(missing_ok=True)  # half a file, of an attempt before
+            Path(file).unlink(missing_ok=True)  # from an earlier attempt
             try:
                 _downloader(self.root).download(url, file)
             except Exception as error:
@@ -81,25 +82,25 @@ class RemoteOutput(AnyFolder):
 
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, 'file')
-            with self.reaching('read', url):
-                there = self.ask(download, 5)
-            if not there:
+            with self.explain_errors('read', url):
+                exists = self.ask(download, 5)
+            if not exists:
                 raise FileNotFoundError(url)
             return Path(file).read_bytes()
 
-    def listed(self, below: str = '') -> Optional[set[str]]:
-        """The names of the files that begin with `below`; None where streaming cannot list the store."""
+    def list_names(self, below: str = '') -> Optional[set[str]]:
+        """Returns the names of the files that begin with `below`; None where streaming cannot list the store."""
         if not self.root.startswith(('s3://', 'gs://')):
             return None
-        with tempfile.TemporaryDirectory() as empty, self.reaching('list', self.root):
+        with tempfile.TemporaryDirectory() as empty, self.explain_errors('list', self.root):
             keys = _uploader(empty, self.root).list_objects(below)
         prefix = self.root.partition('://')[2].partition('/')[2].rstrip('/') + '/'
         return {key.removeprefix(prefix) for key in keys}
 
     def send(self, folder: Path, names: Iterable[str], below: str = '') -> None:
-        """Uploads files here, or below, in this order. Without any, it looks for the bucket."""
+        """Uploads files to `below` in this order. Without files, it only checks that the bucket exists."""
         url = f'{self.root}/{below}' if below else self.root
-        with self.reaching('write', url):
+        with self.explain_errors('write', url):
             uploader = _uploader(str(folder), url)
             for name in names:
                 uploader.upload_file(name)
@@ -108,7 +109,7 @@ class RemoteOutput(AnyFolder):
         self.send(staging, [*sorted({*os.listdir(staging)} - {last}), last], name)
 
 
-@cache  # its client takes a tenth of a second to make
+@cache  # a client takes 0.1 s to make
 def _downloader(root: str) -> Any:
     from streaming.base.storage.download import CloudDownloader
 
@@ -118,7 +119,7 @@ def _downloader(root: str) -> Any:
 def _uploader(folder: str, url: str) -> Any:
     from streaming.base.storage.upload import CloudUploader
 
-    logging.getLogger('streaming.base.storage.upload').setLevel(logging.ERROR)  # it says that the folder is not empty
+    logging.getLogger('streaming.base.storage.upload').setLevel(logging.ERROR)  # it warns of a folder with files
     return CloudUploader.get((folder, url), keep_local=True, retry=5, exist_ok=True)
 
 
@@ -130,20 +131,20 @@ def open_output(root: str) -> Output:
 
 
 def read_if_exists(output: AnyFolder, name: str) -> Optional[bytes]:
-    """A small file; None where there is none."""
+    """Returns the bytes of a small file; None where it does not exist."""
     try:
         return output.read_bytes(name)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def disk_of(output: Output) -> Path:
-    """The folder for what is unfinished: the output itself, or this machine's temporary folder."""
+def staging_root(output: Output) -> Path:
+    """Returns the folder for unfinished parts: the output itself or, for a URL, this machine's temporary folder."""
     return Path(tempfile.gettempdir() if output.remote else output.root).absolute()
 
 
 def make_unfinished_folder(folder: Path, name: str) -> Path:
-    """A new, empty folder whose name says which process has it."""
+    """Makes an empty folder, whose name tells which process uses it."""
     path = folder / f'.{name}.partial-{owner_tag()}'
     path.mkdir(parents=True)
     return path
@@ -151,27 +152,27 @@ def make_unfinished_folder(folder: Path, name: str) -> Path:
 
 @contextmanager
 def unfinished_folder(output: Output, name: str) -> Iterator[Path]:
-    """An empty folder for what is not finished yet, removed in the end.
+    """Gives an empty folder for an unfinished part, and removes the folder in the end.
 
-    Raises UserError where the disk is full or cannot be written. Sources turn their OSErrors into UserErrors before.
+    Raises UserError where the disk is full or cannot be written: sources have turned their OSErrors into UserErrors.
     """
-    path, disk = None, disk_of(output)
+    path, disk = None, staging_root(output)
     try:
         path = make_unfinished_folder(disk, name)
         yield path
     except OSError as error:
-        mend = 'Free space' if error.errno in DISK_FULL else 'Mend the disk or its permissions'
+        remedy = 'Free space' if error.errno in DISK_FULL else 'Repair the disk or its permissions'
         raise UserError(f'--out_root: cannot write {output.root}/{name} on {disk}: {error.strerror or error}; the '
-                        f'unfinished part was removed, what was finished before is untouched. {mend}, then run the '
-                        'same command again: it goes on') from error
+                        f'unfinished part was removed, finished parts stay. {remedy}, then run the same command again: '
+                        'it continues') from error
     finally:
         if path:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(output: Output, of_all: bool = False) -> None:
-    """Removes what killed processes of this machine left unfinished; or what all did, once nothing is missing."""
-    disk = disk_of(output)
+    """Removes unfinished parts of killed processes of this machine; with `of_all`, also those of other machines."""
+    disk = staging_root(output)
     for path in chain(disk.glob('.*.partial-*'), Path(tempfile.gettempdir()).glob('.*.partial-*')):
         if is_leftover(path.name, of_all and path.parent == disk and not output.remote):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The conversion of one file of documents into a folder of MDS shards: the unit of work, done wholly or not at all.
+"""Converts one file of documents into a part: a folder of MDS shards, which appears only when it is complete.
 
-The folder of file K of a split is `SPLIT/K`, five digits. It holds streaming's shards and index and, written last,
-`part.json` with counts, hashes and the options it was made with. What it holds depends on nothing but the file and the
+The folder of file K of a split is `SPLIT/K`, with five digits. It holds streaming's shards and index and, written last,
+`part.json`, with the counts, the hashes, and the options it was made with. Its bytes depend only on the file and the
 options.
 """
 
@@ -20,21 +20,21 @@ from src.conversion.documents import Document, good_documents
 from src.conversion.output import RemoteOutput, open_output, read_if_exists, unfinished_folder
 from src.conversion.shards import Options, write_shards
 from src.conversion.source_files import SourceFile
-from src.conversion.sources import read
+from src.conversion.sources import read_source_file
 
 PART = 'part.json'
-HASH = 'xxh128'  # of files: finds damage, at memory speed
-Part = dict[str, Any]  # what `part.json` says
+HASH = 'xxh128'  # the hash of files: it finds damage, as fast as memory is read
+Part = dict[str, Any]  # the contents of `part.json`
 
 
 class Job(NamedTuple):
-    """A file and where its shards go."""
-    root: str  # SPLIT's folder or URL
+    """A file to convert, and the place for its shards."""
+    root: str  # folder or URL of the split
     number: int
     file: SourceFile
     options: Options
     max_docs: Optional[int] = None
-    documents: Optional[list[Document]] = None  # of the sample, which is in no file
+    documents: Optional[list[Document]] = None  # the sample's, which are in no file
 
     @property
     def name(self) -> str:
@@ -42,42 +42,43 @@ class Job(NamedTuple):
 
     @property
     def identity(self) -> dict[str, Any]:
+        """The file and the options that decide the bytes of the part."""
         return {'file': self.file.identity, 'max_docs': self.max_docs, **self.options.identity}
 
 
-def finished_part(job: Job, listed: Optional[set[str]] = None) -> Optional[Part]:
-    """What `part.json` says of a part that is there, whole; None where it is still to be made.
+def finished_part(job: Job, stored_names: Optional[set[str]] = None) -> Optional[Part]:
+    """Returns `part.json` of a part that is complete; None where the part has still to be made.
 
-    `listed` are all names in an object store, where they are known already. Raises UserError where the part was made
-    from another file or with other options, or its folder holds something else.
+    `stored_names` are the names of all files in the object store, if they are known already. Raises UserError where the
+    part was made from another file or with other options, or its folder holds something else.
     """
     output, folder = open_output(job.root), Path(job.root, job.name)
-    listed = output.listed(f'{job.name}/') if listed is None else listed
-    if listed is not None and f'{job.name}/{PART}' not in listed:
+    stored_names = output.list_names(f'{job.name}/') if stored_names is None else stored_names
+    if stored_names is not None and f'{job.name}/{PART}' not in stored_names:
         return None
-    # This look first: between the two, another machine may finish the part, which moves it here in one step.
-    occupied = not output.remote and folder.is_dir() and any(folder.iterdir())
+    # Look at the folder before `part.json`: in between, another machine may move its finished part here.
+    is_occupied = not output.remote and folder.is_dir() and any(folder.iterdir())
     text = read_if_exists(output, f'{job.name}/{PART}')
-    if text is None and occupied:
-        raise UserError(f'--out_root: {folder} holds no {PART}, so it is no part that this program finished; delete '
-                        'it, or name another --out_root')
+    if text is None and is_occupied:
+        raise UserError(f'--out_root: {folder} holds no {PART}, so this program did not finish it; delete it, or name '
+                        'another --out_root')
     try:
         part = json.loads(text or '')
         made_from, files = dict(part['made_from']), part['files']
     except (ValueError, KeyError, TypeError):
-        return None  # missing, or damaged: made anew
-    _check_same(job, made_from, bool(part.get('bad_documents')))
+        return None  # missing or damaged
+    _check_same_options(job, made_from, bool(part.get('bad_documents')))
     if isinstance(output, RemoteOutput):
-        whole = listed is None or {f'{job.name}/{name}' for name in files} <= listed
+        is_whole = stored_names is None or {f'{job.name}/{name}' for name in files} <= stored_names
     else:
-        whole = all(output.size(f'{job.name}/{name}') == info['bytes'] for name, info in files.items())
-    return part if whole else None
+        is_whole = all(output.size(f'{job.name}/{name}') == info['bytes'] for name, info in files.items())
+    return part if is_whole else None
 
 
-def _check_same(job: Job, old: dict[str, Any], skipped: bool) -> None:
-    """Refuses a part that is of another file, or that was made with other options."""
+def _check_same_options(job: Job, old: dict[str, Any], has_skipped: bool) -> None:
+    """Raises UserError where a part was made from another file or with other options."""
     new = job.identity
-    if not skipped:  # then this option has changed nothing
+    if not has_skipped:  # without bad documents, this option changes nothing
         old['skip_bad_docs'] = new['skip_bad_docs']
     if old != new:
         differ = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in new.items() if old.get(k) != v)
@@ -86,27 +87,27 @@ def _check_same(job: Job, old: dict[str, Any], skipped: bool) -> None:
 
 
 def finished_parts(jobs: list[Job]) -> list[Optional[Part]]:
-    """`done` of each, side by side: on an object store each takes its time."""
-    listed = open_output(jobs[0].root).listed()
+    """Calls `finished_part` for each job, in threads, since an object store is slow to answer."""
+    stored_names = open_output(jobs[0].root).list_names()
     with ThreadPoolExecutor(16) as threads:
-        return list(threads.map(lambda job: finished_part(job, listed), jobs))
+        return list(threads.map(lambda job: finished_part(job, stored_names), jobs))
 
 
 def convert(job: Job) -> Part:
-    """Makes a part, unless it is there, and returns what its `part.json` says.
+    """Makes a part, unless it is complete already, and returns its `part.json`.
 
-    Raises UserError where the file or the disk does not do. Then nothing of the part is left, and what was finished
-    before stays.
+    Raises UserError where the file cannot be read or the disk cannot be written. Then nothing of the part is left;
+    finished parts stay.
     """
     if part := finished_part(job):
         return part
     output = open_output(job.root)
     try:
         with unfinished_folder(output, job.name) as folder:
-            counts = _write(job, folder)
+            counts = _write_part(job, folder)
             part = {'made_from': job.identity, **counts, 'files': folder_info(folder)}
             (folder / PART).write_text(json.dumps(part, sort_keys=True), 'utf-8')
-            if not finished_part(job):  # by another run at the same time
+            if not finished_part(job):  # another run may have finished it meanwhile
                 output.commit(folder, job.name, PART)
             return part
     except UserError as error:
@@ -115,17 +116,17 @@ def convert(job: Job) -> Part:
         raise
 
 
-def _write(job: Job, folder: Path) -> dict[str, Any]:
-    """Writes shards and index; returns the counts."""
+def _write_part(job: Job, folder: Path) -> dict[str, Any]:
+    """Writes the shards and their index to `folder`; returns the counts."""
     counts = {'documents': 0, 'text_bytes': 0, 'bad_documents': 0}
     texts_hash, o = 0, job.options
 
     def documents() -> Iterator[Document]:
         nonlocal texts_hash
-        of_file = job.documents
-        if of_file is None:
-            of_file = read(job.file, folder / 'source', o.columns, o.text_column, o.txt_lines)
-        for document in islice(good_documents(of_file, o.skip_bad_docs, counts), job.max_docs):
+        found = job.documents
+        if found is None:
+            found = read_source_file(job.file, folder / 'source', o.columns, o.text_column, o.txt_lines)
+        for document in islice(good_documents(found, o.skip_bad_docs, counts), job.max_docs):
             text = document['text'].encode()
             counts['documents'] += 1
             counts['text_bytes'] += len(text)
@@ -141,11 +142,11 @@ def _write(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def file_info(path: Path) -> dict[str, Any]:
-    """Size and hash of a file."""
+    """Returns the size and the hash of a file."""
     data = path.read_bytes()
     return {'bytes': len(data), HASH: xxh128_hexdigest(data)}
 
 
 def folder_info(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of each file of a folder."""
+    """Returns the size and the hash of each file in a folder."""
     return {path.name: file_info(path) for path in sorted(folder.iterdir())}

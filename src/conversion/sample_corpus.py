@@ -1,9 +1,9 @@
-"""English prose from the Python installation itself: a small corpus that needs no network.
+"""Makes a small corpus of English prose from the Python installation, without a network.
 
 The sources are Python's own reference (`pydoc_data.topics`) and the docstrings of the standard library and of the
-packages in `PACKAGES`, which are read as files and never imported. What `paragraphs()` leaves is running text, one
-paragraph a line. No paragraph and no long sentence occurs twice in the corpus, so none of `val` is in `train`. Texts,
-order and split depend on the installed versions only, and so does the tokenizer.
+packages in `PACKAGES`, which are read as files and never imported. `paragraphs()` keeps only running text, one
+paragraph a line. No paragraph and no long sentence occurs twice, so nothing of `val` is in `train`. Texts, order,
+splits and tokenizer depend only on the installed versions.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from src.common.progress import progress
 
-# What requirements.txt installs, in the order in which it fills the corpus. One that is absent is skipped.
+# Packages of requirements.txt, in the order in which they fill the corpus. Missing ones are skipped.
 PACKAGES = [
     'torch', 'composer', 'streaming', 'datasets', 'huggingface_hub', 'tokenizers', 'numpy', 'pandas', 'networkx',
     'sympy', 'matplotlib', 'torchmetrics', 'torchvision', 'fsspec', 'PIL', 'requests', 'urllib3', 'aiohttp', 'jinja2',
@@ -24,30 +24,30 @@ PACKAGES = [
     'packaging', 'google', 'azure', 'pip', 'setuptools', 'transformers',
 ]
 SKIPPED_FOLDERS = {'test', 'tests', 'testing', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', '_vendor'}
-TIMESTAMP = '2019-04-25T00:00:00Z'  # the same for every document, in C4's form
+TIMESTAMP = '2019-04-25T00:00:00Z'  # of every document, in C4's form
 MAX_BYTES = 12_000_000
 MIN_PARAGRAPH, MIN_DOCUMENT, FULL_DOCUMENT = 60, 200, 3000  # characters; a C4 document has about 2,200
-VAL_ONE_IN = 16  # documents
+VAL_ONE_IN = 16  # one document in so many goes to val
 
 DOCSTRING = re.compile(r'^[^\n#\'"]{0,80}"""(.*?)"""', re.DOTALL | re.MULTILINE)
-# What opens a new paragraph and is cut off: the `name (type):` of a parameter list, a list's bullet or number.
+# A start that opens a new paragraph and is cut off: the `name (type):` of a parameter, a list's bullet or number
 ENTRY = re.compile(r'\s*(?:[\w*`, ]+ : .*$|:?[\w*.]+(?: \w+)?(?: ?\([^()]*\))? ?:(?: |$)|[-*+] |\d+[.)] )')
-RULE = re.compile(r'\s*[-=~^*"_.#]{3,}\s*$')  # underlines the heading above it
+RULE = re.compile(r'\s*[-=~^*"_.#]{3,}\s*$')  # a line under a heading
 NOT_PROSE = re.compile(r'>>>|\.\. |::|\S   +\S|\|')
 MARKUP = re.compile(r':[\w:+-]+:`[~!]?([^`<]*?)(?: ?<[^`>]*>)?`|`([^`<]+?) ?<[^`>]*>`_*|\[([^]]+)\]\([^)]*\)')
-ODD = re.compile(r'[^A-Za-z \'",.;:!?()-]')
+UNUSUAL = re.compile(r'[^A-Za-z \'",.;:!?()-]')
 LETTER = re.compile(r'[A-Za-z]')
 ODD_WORD = re.compile(r'\S*[^a-z\s]\S*')
 
 
 def is_prose(line: str) -> bool:
-    """Whether a line reads as sentences: a capital first, punctuation last, ten words or more, nearly all letters."""
+    """Whether a line is sentences: it starts with a capital, ends with punctuation, has ten words, mostly letters."""
     return (len(line) >= MIN_PARAGRAPH and line[0].isupper() and line[-1] in '.!?:)"' and line.count(' ') >= 9
-            and len(ODD.findall(line)) <= 0.05 * len(line) and len(LETTER.findall(line)) >= 0.72 * len(line))
+            and len(UNUSUAL.findall(line)) <= 0.05 * len(line) and len(LETTER.findall(line)) >= 0.72 * len(line))
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The running text of a docstring, one paragraph a line: no code, doctests, tables, headings or markup."""
+    """Yields the running text of a docstring, one paragraph a line, without code, doctests, tables or markup."""
     blocks: list[list[str]] = [[]]
     for line in text.expandtabs().splitlines():
         entry = ENTRY.match(line)
@@ -66,18 +66,17 @@ def paragraphs(text: str) -> Iterator[str]:
             yield line
 
 
-def identities(line: str) -> set[str]:
-    """What makes a paragraph a repetition of another: its plain lower-case words, or those of one of its long
-    sentences.
+def repetition_keys(line: str) -> set[str]:
+    """Returns the keys by which a paragraph repeats another: its lower-case words, and those of each long sentence.
 
-    Words that hold a capital, digit or sign do not count: the docstrings of sibling classes differ in those alone.
+    Words with a capital, digit or sign do not count, since docstrings of similar classes differ only in such words.
     """
     parts = [line, *(part for part in re.split(r'(?<=[.!?:;]) ', line) if len(part) >= MIN_PARAGRAPH)]
     return {' '.join(ODD_WORD.sub('', part).split()) for part in parts}
 
 
-def sources() -> Iterator[tuple[str, list[str]]]:
-    """Name and texts of every source, in a fixed order: the reference, the standard library, the packages."""
+def read_sources() -> Iterator[tuple[str, list[str]]]:
+    """Yields the name and the texts of every source in a fixed order: reference, standard library, packages."""
     from pydoc_data.topics import topics
     yield from ((f'pydoc_data/topics.py#{name}', [text]) for name, text in sorted(topics.items()))
     roots = [('', Path(sysconfig.get_paths()['stdlib']))]
@@ -91,16 +90,16 @@ def sources() -> Iterator[tuple[str, list[str]]]:
                 yield prefix + name, DOCSTRING.findall(path.read_text('utf-8', errors='replace'))
 
 
-def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
-    """The corpus as C4-shaped documents (`text`, `timestamp`, `url`) under `train` and `val`.
+def gather_sample(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
+    """Returns the documents of `train` and `val`, with C4's fields `text`, `timestamp` and `url`.
 
     The hash of a document's text puts one in 16 into `val`. The source that reaches `max_bytes` of text is the last.
     """
     splits: dict[str, list[dict[str, str]]] = {'train': [], 'val': []}
     seen: set[str] = set()
     total, bar = 0, progress('sample', max_bytes)
-    for name, texts in sources():
-        for number, text in enumerate(_join(texts, seen)):
+    for name, texts in read_sources():
+        for number, text in enumerate(_new_documents(texts, seen)):
             if len(text) >= MIN_DOCUMENT:
                 total += len(text.encode())
                 bar.update(len(text.encode()))
@@ -113,12 +112,12 @@ def gather(max_bytes: int = MAX_BYTES) -> dict[str, list[dict[str, str]]]:
     return splits
 
 
-def _join(texts: list[str], seen: set[str]) -> list[str]:
-    """What is new in the texts of one file: one document or, about every 3,000 characters, a further one."""
+def _new_documents(texts: list[str], seen: set[str]) -> list[str]:
+    """Returns the new paragraphs in the texts of one file, as documents of about 3,000 characters."""
     chunks: list[list[str]] = [[]]
     for text in texts:
         for line in paragraphs(text):
-            keys = identities(line)
+            keys = repetition_keys(line)
             if seen.isdisjoint(keys):
                 chunks[-1].append(line)
             seen |= keys
@@ -130,8 +129,8 @@ def _join(texts: list[str], seen: set[str]) -> list[str]:
 def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 4096) -> int:
     """Trains a byte-level BPE (as GPT-2's, https://openai.com/research/better-language-models), and saves it.
 
-    The folder loads with `AutoTokenizer.from_pretrained(folder)`. `<|endoftext|>` is the one special token. Returns the
-    number of tokens: fewer than `vocab_size` where the texts are few.
+    `AutoTokenizer.from_pretrained(folder)` loads it. `<|endoftext|>` is the only special token. Returns the number of
+    tokens, which is below `vocab_size` if there is little text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -144,7 +143,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[end], show_progress=sys.stderr.isatty(),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(texts, trainer)
-    # `save_pretrained` writes this file again, in Rust, where a full disk is a bare Exception; here it is an OSError.
+    # `save_pretrained` writes this file too, but raises a bare Exception on a full disk; this raises an OSError.
     Path(folder, 'tokenizer.json').write_text(bpe.to_str(pretty=True), 'utf-8')
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end, pad_token=end,
                             model_input_names=['input_ids', 'attention_mask'],  # no token_type_ids: GPT-2 adds them

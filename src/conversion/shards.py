@@ -1,4 +1,4 @@
-"""Documents become samples, and samples shards: text as it is, or tokens that are packed into sequences."""
+"""Writes documents to MDS shards: as text, or as tokens that are packed into sequences."""
 
 import os
 import struct
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from src.common.errors import UserError
 from src.conversion.documents import Document
 
-DOCUMENTS_PER_CALL, TEXT_PER_CALL = 256, 1_000_000  # of the tokenizer: whichever comes first, the latter in characters
+DOCUMENTS_PER_CALL, TEXT_PER_CALL = 256, 1_000_000  # a call of the tokenizer takes so many documents, or characters
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes of a part, besides its file."""
+    """The options that, with its file, decide the bytes of a part."""
     columns: tuple[str, ...]
     text_column: str = 'text'
-    concat_tokens: Optional[int] = None  # tokens in a sequence; None: text is stored
-    tokenizer: Optional[str] = None  # a hub name or a local folder
-    tokenizer_name: Optional[str] = None  # as the user names it
+    concat_tokens: Optional[int] = None  # tokens in a sequence; None stores text
+    tokenizer: Optional[str] = None  # a hub name or a local folder, to load it from
+    tokenizer_name: Optional[str] = None  # the name for the manifest
     tokenizer_hash: Optional[str] = None
     compression: Optional[str] = None
     hashes: tuple[str, ...] = ()
@@ -34,14 +34,14 @@ class Options:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a second run must agree with; where the tokenizer lies is no part of it."""
-        options = asdict(self) | {'columns': list(self.columns), 'hashes': list(self.hashes)}  # as JSON has them
+        """The options that a second run must repeat. Where the tokenizer lies may change, but not its hash."""
+        options = asdict(self) | {'columns': list(self.columns), 'hashes': list(self.hashes)}  # lists, as JSON has them
         left_out = ['tokenizer', 'tokenizer_name', *([] if self.txt_lines else ['txt_lines'])]
         return {name: value for name, value in options.items() if name not in left_out}
 
 
 def check_streaming_options(compression: Optional[str], hashes: Iterable[str], size_limit: Optional[str]) -> None:
-    """Raises UserError for an option of streaming's writer that it does not know."""
+    """Raises UserError for values that streaming's writer does not know."""
     from streaming.base.compression import get_compressions, is_compression
     from streaming.base.hashing import get_hashes, is_hash
     from streaming.base.util import bytes_to_int
@@ -49,34 +49,34 @@ def check_streaming_options(compression: Optional[str], hashes: Iterable[str], s
     named = [('compression', compression, is_compression, get_compressions)] if compression is not None else []
     for setting, name, is_known, known in [*named, *(('hashes', name, is_hash, get_hashes) for name in hashes)]:
         if not is_known(name):
-            raise UserError(f'--{setting}: {name!r} is none of {", ".join(sorted(known()))}; set one')
+            raise UserError(f'--{setting}: {name!r} is not known; set one of {", ".join(sorted(known()))}')
     try:
         if size_limit is not None and not 0 < bytes_to_int(size_limit) < 2**32:
             raise ValueError
     except ValueError:
-        raise UserError(f'--size_limit: {size_limit!r} is no size below 4gb; write 64mb, or a number of '
+        raise UserError(f'--size_limit: {size_limit!r} is not a size below 4gb; set one such as 64mb, or a number of '
                         'bytes') from None
 
 
 def write_shards(documents: Iterator[Document], folder: Path, options: Options, counts: dict[str, int]) -> None:
-    """Writes shards and their index to `folder`, and, of tokens, counts them."""
+    """Writes shards and their index to `folder`, and puts the number of tokens, if any, into `counts`."""
     from streaming import MDSWriter
 
     class ShardWriter(MDSWriter):
         def encode_sample(self, sample: dict[str, Any]) -> bytes:
             if options.concat_tokens:
                 return super().encode_sample(sample)
-            # The same bytes; looking each column's encoding up for each sample would be a third of a conversion's time.
+            # The same bytes as MDSWriter's, which looks up each column's encoding again: a third of the whole time.
             data = [sample[name].encode() for name in self.column_names]
             return struct.pack(f'<{len(data)}I', *map(len, data)) + b''.join(data)
 
         def flush_shard(self) -> None:
-            if self.new_samples:  # else a sample larger than a shard would leave an empty one before it
+            if self.new_samples:  # a sample larger than a shard would leave an empty shard before it
                 super().flush_shard()
 
         def _process_file(self, raw_data: bytes, raw_basename: str, zip_basename: Optional[str]) -> tuple[dict, Any]:
             raw, zipped = super()._process_file(raw_data, raw_basename, zip_basename)
-            if zip_basename and zip_basename.endswith('.gz'):  # bytes 4 to 8 are the time
+            if zip_basename and zip_basename.endswith('.gz'):  # clear the time, bytes 4 to 8
                 path = Path(self.local, zip_basename)
                 data = path.read_bytes()
                 path.write_bytes(data := data[:4] + bytes(4) + data[8:])
@@ -85,34 +85,35 @@ def write_shards(documents: Iterator[Document], folder: Path, options: Options, 
 
     columns, rows = dict.fromkeys(options.columns, 'str'), documents
     if options.concat_tokens:
-        tokenizer = _tokenizer(options.tokenizer, options.concat_tokens)
+        tokenizer = _load_tokenizer(options.tokenizer, options.concat_tokens)
         columns = {'tokens': f'ndarray:{token_dtype(tokenizer).name}:{options.concat_tokens}'}
-        rows = ({'tokens': row} for row in packed(documents, tokenizer, options.concat_tokens, counts))
+        rows = ({'tokens': row} for row in pack_tokens(documents, tokenizer, options.concat_tokens, counts))
     limit: dict[str, Any] = {'size_limit': options.size_limit} if options.size_limit else {}
     writer = ShardWriter(out=str(folder), columns=columns, compression=options.compression, hashes=list(options.hashes),
                          **limit)
     for row in rows:
         writer.write(row)
-    writer.finish()  # not `with`, which would end well after an error
+    writer.finish()  # not `with`, which would finish the shards after an error, too
 
 
 @cache
-def _tokenizer(name: Optional[str], length: int) -> Any:
+def _load_tokenizer(name: Optional[str], length: int) -> Any:
     from src.tokenizer import HFTokenizer
 
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # processes are the parallelism
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # each worker process uses one core
     return HFTokenizer(name or '', length).tokenizer
 
 
 def token_dtype(tokenizer: Any) -> np.dtype:
-    """The smallest type that holds every id of a tokenizer, added ones too."""
+    """Returns the smallest type that holds every id of a tokenizer, those of added tokens too."""
     return np.min_scalar_type(max(tokenizer.get_vocab().values()))
 
 
-def packed(documents: Iterator[Document], tokenizer: Any, length: int, counts: dict[str, int]) -> Iterator[NDArray]:
-    """Sequences of `length` tokens, across documents that are each closed by EOS.
+def pack_tokens(documents: Iterator[Document], tokenizer: Any, length: int, counts: dict[str, int],
+                ) -> Iterator[NDArray]:
+    """Joins documents, each with EOS at its end, and cuts them into sequences of `length` tokens.
 
-    The last one is filled up with EOS, so that no token is dropped.
+    The last sequence is filled up with EOS, so that no token is dropped. `counts['tokens']` counts all but this fill.
     """
     from src.tokenizer import encode_documents
 
@@ -123,16 +124,16 @@ def packed(documents: Iterator[Document], tokenizer: Any, length: int, counts: d
         tokens = encode_documents(tokenizer, texts)
         counts['tokens'] += sum(map(len, tokens))
         stream = np.concatenate([rest, *tokens], dtype=dtype, casting='unsafe')
-        del tokens  # of a long document, they are large
-        whole = len(stream) // length * length
-        rest = stream[whole:].copy()  # a view would keep the whole stream
-        yield from stream[:whole].reshape(-1, length)
+        del tokens  # a long document has large arrays
+        full = len(stream) // length * length
+        rest = stream[full:].copy()  # a view would keep the whole stream
+        yield from stream[:full].reshape(-1, length)
     if len(rest):
         yield np.pad(rest, (0, length - len(rest)), constant_values=tokenizer.eos_token_id)
 
 
 def split_into_calls(documents: Iterator[Document]) -> Iterator[list[str]]:
-    """The texts for each call of the tokenizer, which takes a hundred bytes of memory for a byte of text."""
+    """Yields the texts for each call of the tokenizer, which needs a hundred bytes of memory for a byte of text."""
     texts, size = [], 0
     for document in documents:
         texts.append(document['text'])

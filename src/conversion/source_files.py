@@ -1,4 +1,4 @@
-"""The files of a folder: which of them hold the documents of which split, and which are not read, and why."""
+"""Finds the files of documents in a folder, assigns each to a split, and tells why others are not read."""
 
 import hashlib
 import os
@@ -13,49 +13,51 @@ from src.common.errors import UserError
 from src.config.data_places import is_url
 
 C4_COLUMNS = ('text', 'timestamp', 'url')
-PACKED = ('', '.gz', '.zst')
-TXT = tuple(f'.txt{packed}' for packed in PACKED)
-FORMATS = (*(f'.{kind}{packed}' for packed in PACKED for kind in ('jsonl', 'json', 'ndjson')), '.parquet', *TXT)
+COMPRESSION_ENDINGS = ('', '.gz', '.zst')
+TXT_ENDINGS = tuple(f'.txt{ending}' for ending in COMPRESSION_ENDINGS)
+JSON_ENDINGS = tuple(f'.{kind}{ending}' for ending in COMPRESSION_ENDINGS for kind in ('jsonl', 'json', 'ndjson'))
+ENDINGS = (*JSON_ENDINGS, '.parquet', *TXT_ENDINGS)
 SPLIT_WORDS = {
     'train': ('train',), 'val': ('validation', 'valid', 'val', 'dev'),
     'test': ('tests?', 'testing', 'evals?', 'evaluation', 'h[eo]ld[-_ ]?out'),  # never read
 }  # fmt: skip
-IN_PATH = {split: re.compile(rf'(?<![a-z])({"|".join(words)})((set|split)s?|data)?(?![a-z])', re.IGNORECASE)
-           for split, words in SPLIT_WORDS.items()}
-SAMPLED = 1 << 16  # bytes at both ends of a file that tell it from another
-GROUPED = 1 << 26  # bytes of small text files that are converted together
-SHOWN = 5  # names in a list
-READABLE = '.jsonl, .json, .ndjson or .txt, also with .gz or .zst, or in .parquet'
+SPLIT_PATTERNS = {split: re.compile(rf'(?<![a-z])({"|".join(words)})((set|split)s?|data)?(?![a-z])', re.IGNORECASE)
+                  for split, words in SPLIT_WORDS.items()}
+HASHED_BYTES = 1 << 16  # bytes at each end of a file that are hashed, to tell files apart
+MAX_GROUP_BYTES = 1 << 26  # bytes of small text files that become one part
+MAX_SHOWN = 5  # names in a message
+READABLE_ENDINGS = '.jsonl, .json, .ndjson or .txt, also with .gz or .zst, or in .parquet'
 
 
 class SourceFile(NamedTuple):
-    """A file of documents: the unit of work of a conversion."""
+    """A file of documents, or a group of small text files, that one process converts into one part."""
     path: str  # on this disk, or `hf://datasets/REPOSITORY@REVISION/PATH`
-    size: int  # in bytes, of all its paths
-    digest: str = ''  # a hash of the ends of the file, where no revision names its content
-    more: tuple[str, ...] = ()  # further paths: small text files are converted together
+    size: int  # in bytes, of all paths
+    digest: str = ''  # a hash of both ends of a local file; a file on the hub has a revision instead
+    more_paths: tuple[str, ...] = ()  # the other files of a group
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return self.path, *self.more
+        return self.path, *self.more_paths
 
     @property
     def identity(self) -> str:
-        """What a file of the same content keeps where it is moved to another folder."""
+        """Tells files of other content apart; stays the same if the file is moved to another folder."""
         name = self.path if is_url(self.path) else Path(self.path).name
-        name += f' and {len(self.more)} more' if self.more else ''
+        name += f' and {len(self.more_paths)} more' if self.more_paths else ''
         return f'{name} ({self.size} bytes{self.digest and " "}{self.digest})'
 
 
 class FolderSource:
-    """Files below a folder: C4's own, such as `c4-train.00000-of-01024.json.gz`, or others, by the name of their split.
+    """The files in a folder and its subfolders: C4's own, such as `c4-train.00000-of-01024.json.gz`, or others.
 
-    Links to folders are followed. What lies in `out_root`, where the shards will lie, is not read. Raises UserError
-    where there is no such folder, or the splits of its files are not clear.
+    A word in its path assigns a file to a split. Links to folders are followed. `out_root`, where the shards go, is not
+    read. Raises UserError where there is no such folder, or a file could belong to two splits.
 
     Attributes:
-        paths: Of the files, relative to `folder`, by split.
-        unread: The files and folders that are not read, relative to `folder`: path → reason.
+        paths: split → the paths of its files, relative to `folder`.
+        unread: path of a file or folder that is not read, relative to `folder` → reason.
+        read_files: path → file, of the splits that were asked for. Here text files are not grouped.
     """
 
     revision = None
@@ -64,85 +66,86 @@ class FolderSource:
         if not Path(folder).is_dir():
             is_file = ' (it is a file: name its folder)' if Path(folder).exists() else ''
             raise UserError(f'--source: {folder} is neither hub nor sample nor a FOLDER that exists{is_file}; a FOLDER '
-                            f"holds files of documents: C4's own, or others that end in {READABLE}")
+                            f"holds files of documents: C4's own, or others that end in {READABLE_ENDINGS}")
         out = None if is_url(out_root) else Path(out_root).resolve()
         self.folder, self.name = Path(folder), folder
-        self.read: dict[str, SourceFile] = {}  # those of the splits that were asked for, each alone, by path
+        self.read_files: dict[str, SourceFile] = {}
         if out == self.folder.resolve():
-            raise UserError(f'--out_root: {out_root} is the folder of --source too, so that the shards would lie among '
-                            'the documents; name another folder, which may lie below --source')
-        with _readable():
+            raise UserError(f'--out_root: {out_root} is also the folder of --source, and shards would lie among the '
+                            'documents; name another folder; it may lie inside that of --source')
+        with _explain_read_errors():
             paths, self.unread = _list_files(self.folder, out)
-            self.paths = self._assign(paths)
-        found = [path for of_split in self.paths.values() for path in of_split]
-        others = [path for path in found if not re.match(r'c4-(train|validation)\.', Path(path).name)]
-        self.is_c4 = bool(found) and not others
-        if 0 < len(others) < len(found):
-            print(f'note: beside the files of C4 there are others: {list_some(others)}; so the text alone is written. '
-                  'To keep timestamp and url, move the others to a folder of their own')
+            self.paths = self._assign_splits(paths)
+        read = [path for split_paths in self.paths.values() for path in split_paths]
+        others = [path for path in read if not re.match(r'c4-(train|validation)\.', Path(path).name)]
+        self.is_c4 = bool(read) and not others
+        if 0 < len(others) < len(read):
+            print(f'note: there are other files beside those of C4: {list_some(others)}; only the text is written. '
+                  'To keep timestamp and url too, move the other files to another folder')
         self.columns = C4_COLUMNS if self.is_c4 else C4_COLUMNS[:1]
 
-    def _assign(self, paths: list[str]) -> dict[str, list[str]]:
-        """Gives each file to a split, once."""
-        texts = [path for path in paths if path.lower().endswith(TXT)]
+    def _assign_splits(self, paths: list[str]) -> dict[str, list[str]]:
+        """Assigns each file to one split."""
+        texts = [path for path in paths if path.lower().endswith(TXT_ENDINGS)]
         if len(texts) < len(paths):
             paths = [path for path in paths if path not in {*texts}]
-            self.unread |= dict.fromkeys(texts, 'text files are read from a folder that has no JSON or parquet files')
+            self.unread |= dict.fromkeys(texts, 'text files are read only if the folder has no JSON or Parquet files')
         splits: dict[str, list[str]] = {'train': [], 'val': [], 'test': [], '': []}
         for path in paths:
-            splits[_split_of(path)].append(path)
+            splits[_find_split(path)].append(path)
         unnamed = splits.pop('')
-        if unnamed and not any(splits.values()) and IN_PATH['val'].fullmatch(Path(os.path.abspath(self.folder)).name):
-            print(f'val: no file says a split, and the name of the folder is a word of val: {list_some(unnamed)}')
+        folder_name = Path(os.path.abspath(self.folder)).name
+        if unnamed and not any(splits.values()) and SPLIT_PATTERNS['val'].fullmatch(folder_name):
+            print(f'val: no path names a split, and the folder is named {folder_name}: {list_some(unnamed)}')
             splits['val'] = unnamed
         elif splits['train']:
-            self.unread |= dict.fromkeys(unnamed, 'no word of the path says a split, and other files say train')
+            self.unread |= dict.fromkeys(unnamed, 'the path names no split, and other files are named train')
         elif unnamed:
-            print(f'train: no file says train, so it is all files that say no split: {list_some(unnamed)}')
+            print(f'train: no path names train, so all files without a split are train: {list_some(unnamed)}')
             splits['train'] = unnamed
-        self._drop_second_names(splits)
+        self._drop_duplicate_names(splits)
         self.unread |= dict.fromkeys(splits.pop('test'), 'a test set')
         return splits
 
-    def _drop_second_names(self, splits: dict[str, list[str]]) -> None:
-        """Keeps one name of a file that has several, by symbolic or hard links."""
+    def _drop_duplicate_names(self, splits: dict[str, list[str]]) -> None:
+        """Keeps one name of each file that has several, through symbolic or hard links."""
         first: dict[object, tuple[str, str]] = {}
         inside = self.folder.resolve()
-        names = [(path, split) for split, of_split in splits.items() for path in of_split]
-        # links last
+        names = [(path, split) for split, split_paths in splits.items() for path in split_paths]
+        # Sort links last, so that the file's own name is kept
         for path, split in sorted(names, key=lambda name: ((inside / name[0]).resolve() != inside / name[0], name)):
             info = os.stat(self.folder / path)
-            # On some network file systems the number of an inode is not its own
+            # On some network file systems, files share the number of an inode
             file = (info.st_dev, info.st_ino) if info.st_nlink > 1 else (inside / path).resolve()
             known_split, known = first.setdefault(file, (split, path))
             if known_split != split:
                 raise UserError(f'--source: {self.folder / known} ({known_split}) and {self.folder / path} ({split}) '
-                                'are one file; delete one of the names, or copy the file if both splits are to have it')
+                                'are one file; delete one of the names, or copy the file to use it in both splits')
             if known != path:
                 splits[split].remove(path)
                 self.unread[path] = f'another name of {known}'
 
     def files(self, split: str) -> list[SourceFile]:
-        """The files of `train` or `val`, sorted. Raises UserError where there are none."""
-        found, words = self.paths[split], SPLIT_WORDS[split]
-        if not found:
+        """Returns the files of `train` or `val`, sorted. Raises UserError where there are none."""
+        paths, words = self.paths[split], SPLIT_WORDS[split]
+        if not paths:
             raise UserError('\n'.join([
                 f'--source: {self.folder} holds no files for the split {split}: expected c4-{words[0]}.*.json.gz, or '
-                f'the word {" or ".join(words)} in the path of a file that ends in {READABLE}. Move some files to '
-                f'{self.folder / words[0]}, or leave the split out of --splits', *self.unread_lines()]))
+                f'the word {" or ".join(words)} in the path of a file that ends in {READABLE_ENDINGS}. Move some files '
+                f'to {self.folder / words[0]}, or leave the split out of --splits', *self.unread_lines()]))
         by_name: dict[str, str] = {}
-        for path in map(Path, found):
+        for path in map(Path, paths):
             other = by_name.setdefault(path.name, str(self.folder / path.parent))
             if self.is_c4 and other != str(self.folder / path.parent):
                 raise UserError(f'--source: {path.name} lies in {other} and {self.folder / path.parent}; name the '
                                 'folder of one of them')
-        with _readable():
-            files = [_local_file(str(self.folder / p)) for p in found]
-        self.read |= {file.path: file for file in files}
-        return _grouped(files)
+        with _explain_read_errors():
+            files = [_describe_file(str(self.folder / p)) for p in paths]
+        self.read_files |= {file.path: file for file in files}
+        return _group_text_files(files)
 
     def unread_lines(self) -> list[str]:
-        """What is not read, a line for each reason."""
+        """Returns a line for each reason, with the files that are not read."""
         by_reason: dict[str, list[str]] = {}
         for path, reason in sorted(self.unread.items()):
             by_reason.setdefault(reason, []).append(path)
@@ -150,12 +153,12 @@ class FolderSource:
 
 
 def list_some(names: list[str]) -> str:
-    """A few names, and how many there are more."""
-    return ', '.join(names[:SHOWN]) + (f' and {len(names) - SHOWN} more' if len(names) > SHOWN else '')
+    """Joins the first names, and says how many more there are."""
+    return ', '.join(names[:MAX_SHOWN]) + (f' and {len(names) - MAX_SHOWN} more' if len(names) > MAX_SHOWN else '')
 
 
 def find_duplicates(files: Iterable[SourceFile]) -> list[str]:
-    """A note for files that seem to hold the same documents: by content, or by names such as a.jsonl and a.jsonl.gz."""
+    """Returns a note for files of the same content, or of names such as a.jsonl and a.jsonl.gz."""
     alike: dict[object, list[str]] = {}
     for file in files:
         if file.size:
@@ -164,39 +167,40 @@ def find_duplicates(files: Iterable[SourceFile]) -> list[str]:
                 alike.setdefault(key, []).append(file.path)
     same = dict.fromkeys(tuple(paths) for paths in alike.values() if len(paths) > 1)
     return [f'note: these files seem to hold the same documents, and all of them are read: {list_some(list(paths))}'
-            for paths in same][:SHOWN]
+            for paths in same][:MAX_SHOWN]
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
+def _explain_read_errors() -> Iterator[None]:
+    """Turns an OSError into a UserError that names the file."""
     try:
         yield
     except OSError as error:
-        raise UserError(f'--source: {error.filename} cannot be read ({error.strerror}); mend its permissions or the '
-                        'disk; of a link, the file that it leads to, or delete it') from error
+        raise UserError(f'--source: {error.filename} cannot be read ({error.strerror}); correct its permissions or '
+                        'the disk; if it is a link, correct its target or delete the link') from error
 
 
-def _raise(error: OSError) -> None:
+def _raise_error(error: OSError) -> None:
     raise error
 
 
 def _list_files(folder: Path, out_root: Optional[Path]) -> tuple[list[str], dict[str, str]]:
-    """Relative paths of the files that can hold documents, sorted; and reasons of all others."""
-    paths, unread, waiting = [], {}, [str(folder)]
+    """Returns the relative paths of files that can hold documents, sorted; and others with the reason."""
+    paths, unread, queue = [], {}, [str(folder)]
     visited = {str(parent) for parent in folder.resolve().parents}  # a link to one of them is a loop
     if out_root and folder.resolve().is_relative_to(out_root):
-        out_root = None  # the documents lie below it
-    for top in waiting:  # grows by links to folders, so that a folder is read by its own name first
-        for root, folders, names in os.walk(top, onerror=_raise):
-            here, real = Path(root).relative_to(folder), Path(root).resolve()
-            if reason := _why_skip_folder(here.name, real, names, visited, out_root):
-                unread[f'{here.as_posix()}/'] = reason
+        out_root = None  # the documents lie in it: do not skip it
+    for top in queue:  # links to folders are added at the end, so that a folder is read by its own name first
+        for root, folders, names in os.walk(top, onerror=_raise_error):
+            relative, resolved = Path(root).relative_to(folder), Path(root).resolve()
+            if reason := _why_skip_folder(relative.name, resolved, names, visited, out_root):
+                unread[f'{relative.as_posix()}/'] = reason
                 folders.clear()
                 continue
-            visited.add(str(real))
-            waiting += sorted(path for name in folders if os.path.islink(path := os.path.join(root, name)))
+            visited.add(str(resolved))
+            queue += sorted(path for name in folders if os.path.islink(path := os.path.join(root, name)))
             for name in names:
-                path = (here / name).as_posix()
+                path = (relative / name).as_posix()
                 if reason := _why_skip_file(name, folder / path):
                     unread[path] = reason
                 else:
@@ -204,57 +208,59 @@ def _list_files(folder: Path, out_root: Optional[Path]) -> tuple[list[str], dict
     return sorted(paths), unread
 
 
-def _why_skip_folder(name: str, real: Path, names: Iterable[str], visited: set[str], out_root: Optional[Path]) -> str:
+def _why_skip_folder(name: str, resolved: Path, names: Iterable[str], visited: set[str], out_root: Optional[Path],
+                     ) -> str:
+    """Returns why a folder is not read; an empty text if it is read."""
     names = set(names)
     if name.startswith('.'):
         return 'hidden'
-    if out_root and real.is_relative_to(out_root):
+    if out_root and resolved.is_relative_to(out_root):
         return 'it is the folder of --out_root'
-    if str(real) in visited:
+    if str(resolved) in visited:
         return 'another name of a folder that is read, or a link to a folder above'
-    shards = 'manifest.json' in names or any('.mds' in name for name in names)
-    if 'index.json' in names and ('part.json' in names or shards):
-        return 'it holds shards, which a conversion has made'
-    return 'it holds a tokenizer, which a conversion has made' if {'trained.json', 'tokenizer.json'} <= names else ''
+    has_shards = 'manifest.json' in names or any('.mds' in name for name in names)
+    if 'index.json' in names and ('part.json' in names or has_shards):
+        return 'it holds shards that a conversion wrote'
+    return 'it holds a tokenizer that a conversion wrote' if {'trained.json', 'tokenizer.json'} <= names else ''
 
 
 def _why_skip_file(name: str, path: Path) -> str:
     if name.startswith('.'):
         return 'hidden'
-    if not name.lower().endswith(FORMATS):
-        return f'the name does not end in {READABLE}'
-    return '' if stat.S_ISREG(path.stat().st_mode) else 'no regular file'  # which raises at a link to nowhere
+    if not name.lower().endswith(ENDINGS):
+        return f'the name does not end in {READABLE_ENDINGS}'
+    return '' if stat.S_ISREG(path.stat().st_mode) else 'not a regular file'  # `stat` raises at a broken link
 
 
-def _split_of(path: str) -> str:
-    """The split that a path says, by the last of its parts that says one: `dev/train.jsonl` is of train. Or ''."""
+def _find_split(path: str) -> str:
+    """Returns the split that a path names, by its last part that names one (`dev/train.jsonl`: train); '' for none."""
     for part in reversed(path.split('/')):
-        found = [split for split, word in IN_PATH.items() if word.search(part)]
+        found = [split for split, word in SPLIT_PATTERNS.items() if word.search(part)]
         if len(found) > 1:
             raise UserError(f'--source: {path}: the name {part} has words of several splits, {" and ".join(found)}; '
-                            'rename it, so that it says one of them')
+                            'rename it, so that it names only one')
         if found:
             return found[0]
     return ''
 
 
-def _local_file(path: str) -> SourceFile:
+def _describe_file(path: str) -> SourceFile:
     with open(path, 'rb') as file:
-        ends = hashlib.blake2b(file.read(SAMPLED), digest_size=8)
+        ends = hashlib.blake2b(file.read(HASHED_BYTES), digest_size=8)
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - SAMPLED, 0))
-        ends.update(file.read(SAMPLED))
+        file.seek(max(size - HASHED_BYTES, 0))
+        ends.update(file.read(HASHED_BYTES))
     return SourceFile(path, size, ends.hexdigest())
 
 
-def _grouped(files: list[SourceFile]) -> list[SourceFile]:
-    """Joins text files that follow one another, up to GROUPED bytes: a shard for each document would be too small."""
+def _group_text_files(files: list[SourceFile]) -> list[SourceFile]:
+    """Joins neighbouring text files up to MAX_GROUP_BYTES: a part for each document would be too small."""
     out: list[SourceFile] = []
     for file in files:
         last = out[-1] if out else None
-        if last is None or not file.path.lower().endswith(TXT) or last.size + file.size > GROUPED:
+        if last is None or not file.path.lower().endswith(TXT_ENDINGS) or last.size + file.size > MAX_GROUP_BYTES:
             out.append(file)
         else:
             digest = hashlib.blake2b(f'{last.digest} {file.digest}'.encode(), digest_size=8).hexdigest()
-            out[-1] = SourceFile(last.path, last.size + file.size, digest, (*last.more, file.path))
+            out[-1] = SourceFile(last.path, last.size + file.size, digest, (*last.more_paths, file.path))
     return out

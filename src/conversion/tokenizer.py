@@ -1,4 +1,4 @@
-"""The tokenizer of a conversion: trained on its text, or one that is there already."""
+"""The tokenizer of a conversion: trained on its text, or an existing one."""
 
 import argparse
 import json
@@ -18,30 +18,31 @@ from src.conversion.manifest import TRAINED
 from src.conversion.output import open_output, read_if_exists, unfinished_folder
 from src.conversion.parts import folder_info
 from src.conversion.source_files import SourceFile
-from src.conversion.sources import call_with_retries, read
+from src.conversion.sources import call_with_retries, read_source_file
 
-TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # of a repository on the hub
-STORED_TOKENIZER = [  # of a folder in an object store
+TOKENIZER_FILES = ['*.json', '*.txt', '*.model', '*.tiktoken', '*.jinja']  # files to download from the hub
+STORED_TOKENIZER = [  # files to download from an object store
     'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
     'spiece.model', 'vocab.json', 'merges.txt', 'vocab.txt',
 ]
-TOKENIZER_BYTES = 200_000_000  # of text, that --train_tokenizer reads
+TRAINING_BYTES = 200_000_000  # of text that --train_tokenizer reads
 
 
-def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterator[str]:
-    """The texts of the files, up to TOKENIZER_BYTES.
+def texts_to_train_on(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterator[str]:
+    """Yields the texts of the files, up to TRAINING_BYTES.
 
     Raises UserError where a file or, without --skip_bad_docs, a document cannot be read; or where there is no text.
     """
     total, counts = 0, {'bad_documents': 0}
     with tempfile.TemporaryDirectory() as folder:
-        of_files = (read(file, Path(folder), ['text'], args.text_column, args.txt_lines, quiet=False)
+        of_files = (read_source_file(file, Path(folder), ['text'], args.text_column, args.txt_lines, quiet=False)
                     for file in files)
-        found = chain.from_iterable(good_documents(of, args.skip_bad_docs, counts, shown=0) for of in of_files)
-        for document in islice(found, args.max_docs):
+        documents = chain.from_iterable(good_documents(of_file, args.skip_bad_docs, counts, max_shown=0)
+                                        for of_file in of_files)
+        for document in islice(documents, args.max_docs):
             yield document['text']
             total += len(document['text'])
-            if total >= TOKENIZER_BYTES:
+            if total >= TRAINING_BYTES:
                 break
     if not total:
         raise UserError('--train_tokenizer: the files hold no text to train it on; check --source and --text_column')
@@ -50,48 +51,50 @@ def first_texts(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterat
 
 
 def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:
-    """Trains a tokenizer, unless there is one already, since splits may be tokenized with it."""
+    """Trains a tokenizer, unless there is one: splits may be tokenized with it. Raises UserError for other files."""
     from src.conversion.sample_corpus import train_tokenizer
 
     output, folder = open_output(out_root), Path(out_root, 'tokenizer')
     if read_if_exists(output, 'tokenizer/tokenizer.json') is not None:
         trained = read_if_exists(output, f'tokenizer/{TRAINED}')
         try:
-            asked = vocab_size if trained is None else json.loads(trained)['vocab_size']
+            trained_size = vocab_size if trained is None else json.loads(trained)['vocab_size']
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'--train_tokenizer: {out_root}/tokenizer/{TRAINED} is no whole JSON object; delete '
-                            f'{out_root}/tokenizer and what was tokenized with it') from None
-        if asked != vocab_size:
-            raise UserError(f'--train_tokenizer: {vocab_size}, and {out_root}/tokenizer was trained with {asked}; set '
-                            'that, delete the folder and what was tokenized with it, or name another --out_root')
-        print(f'{out_root}/tokenizer: kept, it was there before')
+            raise UserError(f'--train_tokenizer: {out_root}/tokenizer/{TRAINED} is damaged; delete '
+                            f'{out_root}/tokenizer and the packed tokens made with it') from None
+        if trained_size != vocab_size:
+            raise UserError(f'--train_tokenizer: {vocab_size}, but {out_root}/tokenizer was trained with '
+                            f'{trained_size}; set {trained_size}, or delete the folder and the packed tokens made with '
+                            'it, or name another --out_root')
+        print(f'{out_root}/tokenizer: kept, because it exists')
         return
     if not output.remote and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f'--out_root: {folder} is there, and holds something else than a trained tokenizer; move '
-                        'it away, or name another --out_root')
+        raise UserError(f'--out_root: {folder} holds something other than a trained tokenizer; move it away, or name '
+                        'another --out_root')
     with unfinished_folder(output, 'tokenizer') as staging:
         n_tokens = train_tokenizer(texts, staging, vocab_size)
         (staging / TRAINED).write_text(json.dumps({'vocab_size': vocab_size, 'files': folder_info(staging)}), 'utf-8')
         output.commit(staging, 'tokenizer', 'tokenizer.json')
     print(f'{out_root}/tokenizer: trained')
     if n_tokens < vocab_size:
-        print(f'note: --train_tokenizer: {vocab_size}, and the text gives no more than {n_tokens} tokens')
+        print(f'note: --train_tokenizer: {vocab_size}, but the text yields only {n_tokens} tokens')
 
 
-def load_packing_tokenizer(args: argparse.Namespace,
-                           folder: Path) -> tuple[Optional[str], Optional[str], Optional[str]]:
-    """The tokenizer for --concat_tokens; `folder` is for a copy of one that is in an object store.
+def load_packing_tokenizer(args: argparse.Namespace, folder: Path,
+                           ) -> tuple[Optional[str], Optional[str], Optional[str]]:
+    """Finds the tokenizer for --concat_tokens; one in an object store is copied to `folder`.
 
-    Returns the name or local folder that it is loaded from, the name that the user gives it, and its `tokenizer_hash`.
+    Returns the name or local folder to load it from, the name for the manifest, and its `tokenizer_hash`. Raises
+    UserError where there is no such tokenizer, or it has no EOS token.
     """
     if args.concat_tokens is None:
         return None, None, None
     from src.tokenizer import HFTokenizer
 
     name = args.tokenizer or f'{args.out_root}/tokenizer'
-    given = args.tokenizer or '../tokenizer'  # from each split, wherever they lie
+    shown_name = args.tokenizer or '../tokenizer'  # relative to the folder of a split
     if args.tokenizer is None and all(read_if_exists(open_output(name), file) is None for file in STORED_TOKENIZER[:2]):
-        raise UserError(f'--tokenizer: missing, and there is no {name}; give a name on the hub, such as gpt2, or a '
+        raise UserError(f'--tokenizer: not set, and there is no {name}; set a name on the hub, such as gpt2, or a '
                         'folder, or add --train_tokenizer VOCAB')
     if is_url(name):
         for file in STORED_TOKENIZER:
@@ -100,11 +103,11 @@ def load_packing_tokenizer(args: argparse.Namespace,
         name = str(folder)
     if args.tokenizer and re.fullmatch(r'\w[^/]*(/[^/]+)?', name) and not Path(name).exists():
         from huggingface_hub import snapshot_download
-        # Once, so that the workers find it on this disk.
+        # Download once, so that the workers find it on this disk
         download = partial(snapshot_download, args.tokenizer, allow_patterns=TOKENIZER_FILES)
         name = call_with_retries(download, name, 2, '--tokenizer')
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # processes are the parallelism, and they are forked
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # each worker process uses one core
     try:
-        return name, given, HFTokenizer(name, args.concat_tokens).hash
+        return name, shown_name, HFTokenizer(name, args.concat_tokens).hash
     except UserError as error:
         raise UserError(str(error).replace('tokenizer_name', '--tokenizer')) from None

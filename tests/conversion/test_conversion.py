@@ -1,4 +1,4 @@
-"""The parallel conversion: the same bytes from every way to make them, and nothing finished is lost."""
+"""Processes, machines and interruptions give the bytes of one plain run, and no finished part is lost."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ from xxhash import xxh3_128_intdigest
 from src.common import storage
 from src.common.errors import UserError
 from src.conversion import output, parts, shards
-from src.conversion.documents import documents
+from src.conversion.documents import read_documents
 from src.conversion.manifest import verify
 from src.conversion.shards import token_dtype
 from src.conversion.sources import hide_url_secrets
@@ -86,7 +86,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def big_whole(big: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process makes of `big` without an interruption."""
+    """The files that one process makes of `big` without an interruption."""
     out = tmp_path_factory.mktemp('big_whole')
     convert(out, big, 'train')
     return tree(out)
@@ -176,7 +176,7 @@ def test_shards_are_those_of_the_plain_writer(source: Path, tmp_path: Path) -> N
     part = tmp_path / 'out/train/00000'
     columns = ('text', 'timestamp', 'url')
     with MDSWriter(out=str(tmp_path / 'plain'), columns=dict.fromkeys(columns, 'str'), size_limit='4kb') as out:
-        for document in documents(next(source.glob('*train*00000*')), columns):
+        for document in read_documents(next(source.glob('*train*00000*')), columns):
             out.write(document)
     written = {path.name: path.read_bytes() for path in (tmp_path / 'plain').iterdir()}
     assert len(written) > 3 and written == {name: (part / name).read_bytes() for name in written}
@@ -242,7 +242,7 @@ def test_packing_never_loses_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, 'DOCUMENTS_PER_CALL', 3)
     rng, total = np.random.default_rng(0), {}
     given = [''.join(map(str, rng.integers(0, 9, rng.integers(0, 30)))) for _ in range(100)]
-    stream = np.concatenate(list(shards.packed(({'text': text} for text in given), Counter, 7, total)))
+    stream = np.concatenate(list(shards.pack_tokens(({'text': text} for text in given), Counter, 7, total)))
     expected = np.concatenate([[*map(int, text), 9] for text in given])
     n = len(expected)
     assert (stream[:n] == expected).all() and len(stream) - n < 7 and (stream[n:] == 9).all()
@@ -268,11 +268,11 @@ def test_max_docs_and_train_small_take_the_first(source: Path, tmp_path: Path, t
     assert tree(tmp_path) == before and manifest(tmp_path / 'train')['options']['max_docs'] == 200
     with pytest.raises(UserError, match='train/00000 was made with max_docs 200, now 300; use the same options'):
         convert(tmp_path, source, 'train', max_docs=300)
-    monkeypatch.setattr('convert_c4.SMALL', 90)
+    monkeypatch.setattr('convert_c4.N_SMALL', 90)
     convert(tmp_path, source, 'train_small', 'val')
     assert [row['text'] for row in read_split(tmp_path / 'train_small')] == texts[:90]
     assert len(read_split(tmp_path / 'val')) == 90
-    assert 'the source gave 90' in capsys.readouterr().out
+    assert 'the source has 90' in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the hub
@@ -320,11 +320,11 @@ def test_another_data_set_of_the_hub(texts: list[str], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_the_hub_refuses_is_said(source: Path, tmp_path: Path) -> None:
     cases: dict[str, tuple[list[str], str]] = {
-        'no data set': (['--dataset', 'nobody/nothing'], '--source hub: the hub has no nobody/nothing, or not for you'),
+        'no data set': (['--dataset', 'nobody/nothing'], '--source hub: nobody/nothing is not on the hub, or you have no access'),
         'no config': (['--config', 'de'], "--dataset: allenai/c4 de: BuilderConfig 'de' not found. Available: ['en']; set "),
-        'no revision': (['--revision', 'no-such'], '--source hub: the hub has no allenai/c4 en, or not for you: check the '),
+        'no revision': (['--revision', 'no-such'], '--source hub: allenai/c4 en is not on the hub, or you have no access: check the '),
         'gated file': (['--splits', 'train'], 'or set HF_TOKEN'),
-        'short name': (['--dataset', 'a b'], '--source hub: the hub has no a b, or not for you'),
+        'short name': (['--dataset', 'a b'], '--source hub: a b is not on the hub, or you have no access'),
     }
     code = ('import json, sys, convert_c4\n'
             'from src.common.errors import UserError\n'
@@ -384,10 +384,10 @@ def workers_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize('how, status, says', [
-    pytest.param('SIGINT to all', 130, 'interrupted: the unfinished parts were removed, finished ones stay; the same command '
-                 'goes on', marks=pytest.mark.slow),
+    pytest.param('SIGINT to all', 130, 'interrupted: unfinished parts were removed, finished parts stay; to continue, run the '
+                 'same command again', marks=pytest.mark.slow),
     pytest.param('SIGTERM', 143, '', marks=pytest.mark.slow),
-    pytest.param('SIGKILL to a worker', 1, 'error: --num_workers: a worker process was killed, perhaps for want of memory',
+    pytest.param('SIGKILL to a worker', 1, 'error: --num_workers: a worker process was killed, perhaps because memory ran out',
                  marks=pytest.mark.slow),
 ], ids=['SIGINT', 'SIGTERM', 'SIGKILL'])
 def test_stopped_in_parallel_then_run_again(how: str, status: int, says: str, big: Path, big_whole: dict[str, bytes],
@@ -445,7 +445,7 @@ def test_20_kills_at_random_moments(big: Path, big_whole: dict[str, bytes], tmp_
 
 def test_two_runs_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(tmp_path / 'alone', source, 'train')
-    write, first = parts._write, []
+    write, first = parts._write_part, []
 
     def slow(job: parts.Job, out: Path) -> dict[str, Any]:
         if not first:  # the other run comes, finishes all, and clears up, while this one is at its first part
@@ -454,7 +454,7 @@ def test_two_runs_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
             assert not out.exists()
         return write(job, out)
 
-    monkeypatch.setattr(parts, '_write', slow)
+    monkeypatch.setattr(parts, '_write_part', slow)
     convert(tmp_path / 'both', source, 'train')
     assert tree(tmp_path / 'both') == tree(tmp_path / 'alone')
 
@@ -490,11 +490,11 @@ def test_an_object_store_is_looked_through(s3: Any, source: Path, monkeypatch: p
         convert(root, source, 'train')
         assert objects(s3, '404/c4/') == whole
     s3.put_object(Bucket='bucket', Key='val-of-others/val/shard.00000.mds', Body=b'precious')
-    with pytest.raises(UserError, match='val already there and not empty: it holds shard.00000.mds, which is not of this'):
+    with pytest.raises(UserError, match='val holds shard.00000.mds, which this program did not write'):
         convert('s3://bucket/val-of-others', source, 'val')
     for damaged in b'[]', b'{', b'{"shards": [1]}':
         s3.put_object(Bucket='bucket', Key='damaged/val/index.json', Body=damaged)
-        with pytest.raises(UserError, match='damaged/val already there and not empty: it holds index.json'):
+        with pytest.raises(UserError, match='damaged/val holds index.json, which this program did not'):
             convert('s3://bucket/damaged', source, 'val')
     monkeypatch.setenv('S3_ENDPOINT_URL', 'http://127.0.0.1:9')
     output._downloader.cache_clear()
@@ -542,7 +542,7 @@ def test_s3_killed_then_in_partitions_holds_what_a_disk_would(s3: Any, big: Path
 def test_a_bucket_that_cannot_be_used(s3: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s3.put_object(Bucket='bucket', Key='other/train/index.json',
                   Body=json.dumps({'shards': [{'raw_data': {'basename': 'shard.00000.mds'}, 'zip_data': None}]}).encode())
-    with pytest.raises(UserError, match='--out_root: s3://bucket/other/train already there and not empty: it holds index.json'):
+    with pytest.raises(UserError, match='--out_root: s3://bucket/other/train holds index.json, which this program did'):
         convert('s3://bucket/other', source)
     with pytest.raises(UserError, match='--out_root: cannot write s3://none/x: ClientError: .*Not Found; check the address'):
         convert('s3://none/x', source)
@@ -566,7 +566,7 @@ def test_a_tokenizer_trained_on_the_text_is_the_same_in_s3(s3: Any, source: Path
     convert('s3://bucket/c4', source, **both)
     assert objects(s3, 'c4/') == tree(tmp_path / 'c4')
     convert(tmp_path / 'c4', source, **both)
-    with pytest.raises(UserError, match=r'--train_tokenizer: 400, and .*/c4/tokenizer was trained with 300; set that, delete'):
+    with pytest.raises(UserError, match=r'--train_tokenizer: 400, but .*/c4/tokenizer was trained with 300; set 300, or delete'):
         convert(tmp_path / 'c4', source, train_tokenizer=400, concat_tokens=64)
 
 
@@ -576,7 +576,7 @@ def test_a_folder_of_the_users_is_no_place_for_a_trained_tokenizer(source: Path,
     (tmp_path / 'file').mkdir()
     (tmp_path / 'file/tokenizer').write_text('{}')
     for out in (tmp_path / 'out', tmp_path / 'file'):
-        with pytest.raises(UserError, match=f'--out_root: {out}/tokenizer is there, and holds something else than'):
+        with pytest.raises(UserError, match=f'--out_root: {out}/tokenizer holds something other than'):
             convert(out, source, 'val', train_tokenizer=300)
     assert tree(tmp_path) == {'file/tokenizer': b'{}', 'out/tokenizer/vocab.json': b'{}'}
 
@@ -586,7 +586,7 @@ def test_a_damaged_record_of_a_trained_tokenizer(tmp_path: Path) -> None:
     for text in (b'', b'[]', b'{"vocab_size": 3', b'\xff'):
         (tmp_path / 'tokenizer/tokenizer.json').write_text('{}')
         (tmp_path / 'tokenizer/trained.json').write_bytes(text)
-        with pytest.raises(UserError, match='--train_tokenizer: .*trained.json is no whole JSON object; delete /'):
+        with pytest.raises(UserError, match='--train_tokenizer: .*trained.json is damaged; delete /'):
             write_tokenizer(str(tmp_path), [], 300)
 
 
@@ -604,7 +604,7 @@ def test_tokenizers_that_do_not_do(source: Path, tokenizer_dir: Path, tmp_path: 
     config = json.loads((plain / 'tokenizer_config.json').read_text())
     (plain / 'tokenizer_config.json').write_text(json.dumps({k: v for k, v in config.items() if k != 'eos_token'}))
     for name, message in [(plain, f"--tokenizer: '{plain}' has no EOS token"), ('./none', "--tokenizer: no folder './none'"),
-                          (None, '--tokenizer: missing, and there is no .*/out/tokenizer; give')]:
+                          (None, '--tokenizer: not set, and there is no .*/out/tokenizer; set')]:
         with pytest.raises(UserError, match=message):
             convert(tmp_path / 'out', source, 'val', concat_tokens=32, **({'tokenizer': name} if name else {}))
     assert os.listdir(tmp_path / 'out') == []
@@ -706,8 +706,8 @@ def test_bad_documents_are_counted_and_named(source: Path, tmp_path: Path, capsy
 
 def test_unreadable_source(tmp_path: Path) -> None:
     (tmp_path / 'a.jsonl').mkdir()
-    with pytest.raises(UserError, match=r'a.jsonl cannot be read after line 0 \(Is a directory\); mend that, then run again'):
-        list(documents(tmp_path / 'a.jsonl', ['text']))
+    with pytest.raises(UserError, match=r'a.jsonl cannot be read after line 0 \(Is a directory\); correct this, then run the same'):
+        list(read_documents(tmp_path / 'a.jsonl', ['text']))
 
 
 # ---------------------------------------------------------------- disks
@@ -743,7 +743,7 @@ def test_disk_that_fills_as_the_hub_sends(source: Path, tmp_path: Path, small_di
 
 def test_disk_that_is_too_small_is_said_at_once(source: Path, tmp_path: Path, small_disk: Path) -> None:  # noqa: F811
     folder = write_jsonl(tmp_path / 'in/a.jsonl', ['x' * 2_000_000]).parent
-    with pytest.raises(UserError, match=r'--out_root: .*/disk has 0.001 GB free; the 1 files that are left will take about '
+    with pytest.raises(UserError, match=r'--out_root: .*/disk has 0.001 GB free; the 1 files still to convert need about '
                                         '0.002 GB. Free space, name another disk, or add --compression zstd; --skip_disk_check'):
         convert(small_disk, folder, 'train')
     assert os.listdir(small_disk) == []
@@ -772,7 +772,7 @@ def test_other_options_or_another_source(source: Path, tmp_path: Path) -> None:
     refused(r"train/00002 was made with file 'c4-train.00002-of-01024.json.gz \(\d+ bytes \w+\)', now 'c4-train.00002")
     (folder / 'c4-train.00002-of-01024.json.gz').write_bytes(data)
     (folder / 'c4-train.00004-of-01024.json.gz').rename(tmp_path / 'away')
-    refused('train holds the part 00004, and the source has only 4 files for it: it was made from more')
+    refused('train holds the part 00004, but the source has only 4 files for this split: the parts were made from another')
     (tmp_path / 'away').rename(folder / 'c4-train.00004-of-01024.json.gz')
     shutil.move(folder, tmp_path / 'elsewhere')
     with pytest.raises(UserError, match='neither hub nor sample nor a FOLDER'):
@@ -782,10 +782,10 @@ def test_other_options_or_another_source(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('names, message', [
-    (['index.json', 'shard.00000.mds'], '/train already there and not empty: it holds shard.00000.mds, which is not of this'),
-    (['index.json'], '/train already there and not empty: it holds index.json, which is not of this program'),
-    (['notes.txt'], '/train already there and not empty: it holds notes.txt'),
-    (['00000/shard.00000.mds'], '/train/00000 holds no part.json, so it is no part that this program finished; delete it'),
+    (['index.json', 'shard.00000.mds'], '/train holds shard.00000.mds, which this program did not write'),
+    (['index.json'], '/train holds index.json, which this program did not write'),
+    (['notes.txt'], '/train holds notes.txt, which this program did not write'),
+    (['00000/shard.00000.mds'], '/train/00000 holds no part.json, so this program did not finish it; delete it'),
 ])
 def test_other_data_is_refused_and_left_alone(names: list[str], message: str, source: Path, tmp_path: Path) -> None:
     for name in names:
@@ -821,11 +821,11 @@ def test_verify_names_what_is_damaged_and_the_same_command_mends_it(source: Path
     size, index = cut.stat().st_size, (tmp_path / 'made/train/index.json').stat().st_size
     assert verify(str(tmp_path / 'copy')) == [
         f'{copy}/index.json: 1 bytes, should be {index:,}', f'{cut}: {size:,} bytes, should be {size + 1:,}',
-        f'{flipped}: its contents were changed (xxh128)', f'{lost}: missing']
+        f'{flipped}: its contents have changed (xxh128)', f'{lost}: missing']
     done = subprocess.run([sys.executable, 'convert_c4.py', '--verify', str(tmp_path / 'copy')], cwd=REPO, text=True,
                           capture_output=True)
     assert done.returncode == 1 and done.stderr.startswith('error: --verify: 4 damaged\n') and str(lost) in done.stderr
-    assert 'Delete the subfolder of each (such as train/00012), then run the command' in done.stderr
+    assert 'Delete the subfolder of each damaged file, such as train/00012, then run the command' in done.stderr
     assert f'{tmp_path}/copy/val: 90 documents in 3 files: whole' in done.stdout
     shutil.rmtree(flipped.parent)  # what changed without a change of size, only its hash tells
     (copy / '00004/part.json').write_text('')
@@ -840,7 +840,7 @@ def test_verify_names_what_is_damaged_and_the_same_command_mends_it(source: Path
             verify(str(copy))
     (copy / 'manifest.json').unlink()
     assert verify(str(tmp_path / 'copy')) == [f'{copy}: has no manifest.json, so it was not finished']
-    with pytest.raises(UserError, match='--verify: .* holds no SPLIT/manifest.json: it is no folder that this program finished'):
+    with pytest.raises(UserError, match='--verify: .* holds no SPLIT/manifest.json, so this program did not finish a split there'):
         verify(str(tmp_path))
 
 
@@ -852,7 +852,7 @@ def test_verify_covers_the_tokenizer_and_a_split_of_one_part(source: Path, tmp_p
     tokenizer.write_text(tokenizer.read_text().replace('e', 'f', 1))
     (tmp_path / 'val/00000/shard.00000.mds').unlink()
     assert verify(str(tmp_path)) == [f'{tmp_path}/val/00000/shard.00000.mds: missing',
-                                     f'{tokenizer}: its contents were changed (xxh128)']
+                                     f'{tokenizer}: its contents have changed (xxh128)']
     shutil.rmtree(tmp_path / 'val/00000')  # as it is told to, and the only part
     shutil.rmtree(tmp_path / 'tokenizer')
     convert(tmp_path, source, 'val', train_tokenizer=300)
@@ -861,7 +861,7 @@ def test_verify_covers_the_tokenizer_and_a_split_of_one_part(source: Path, tmp_p
 
 def test_train_small_trains_the_tokenizer_before_the_machines_share_train(source: Path, tmp_path: Path,
                                                                           capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(UserError, match='--partition: .*train it on one of them first, by --splits train_small'):
+    with pytest.raises(UserError, match='--partition: .* a tokenizer of its own; run --splits train_small --train_tokenizer'):
         convert(tmp_path, source, 'train', train_tokenizer=300, partition='0/2')
     convert(tmp_path / 'alone', source, 'train', train_tokenizer=300)
     convert(tmp_path, source, 'val', 'train_small', train_tokenizer=300)
@@ -892,20 +892,20 @@ def test_arguments_that_cannot_be_read(argv: list[str], message: str, capsys: py
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'compression': 'zstd:99'}, "--compression: 'zstd:99' is none of .*zstd:7.*; set one"),
-    ({'hashes': 'sha1 md6'}, "--hashes: 'md6' is none of .*md5.*; set one"),
-    ({'size_limit': '5gb'}, "--size_limit: '5gb' is no size below 4gb; write 64mb, or a number of bytes"),
-    ({'size_limit': '0'}, "--size_limit: '0' is no size below 4gb"),
-    ({'size_limit': 'big'}, "--size_limit: 'big' is no size below 4gb"),
+    ({'compression': 'zstd:99'}, "--compression: 'zstd:99' is not known; set one of .*zstd:7"),
+    ({'hashes': 'sha1 md6'}, "--hashes: 'md6' is not known; set one of .*md5"),
+    ({'size_limit': '5gb'}, "--size_limit: '5gb' is not a size below 4gb; set one such as 64mb, or a number of bytes"),
+    ({'size_limit': '0'}, "--size_limit: '0' is not a size below 4gb"),
+    ({'size_limit': 'big'}, "--size_limit: 'big' is not a size below 4gb"),
     ({'tokenizer': 'gpt2'}, '--tokenizer: gpt2 is not used for text; add --concat_tokens N'),
     ({'concat_tokens': 1}, '--concat_tokens: 1 leaves nothing to predict'),
-    ({'partition': '0/2', 'merge': True}, '--merge: closes the splits once every --partition is done'),
-    ({'merge': True, 'max_docs': 5}, '--merge: the first N documents .* have no --partition; leave --merge out'),
-    ({'partition': '0/2', 'max_docs': 5}, '--partition: the first N documents .* are read in order; leave --partition out'),
-    ({'partition': '0/2', 'train_tokenizer': 300}, '--partition: with --train_tokenizer each machine would train one'),
-    ({'train_tokenizer': 300, 'concat_tokens': 8, 'tokenizer': 'gpt2'}, '--train_tokenizer: --tokenizer names one that is there'),
-    ({'train_tokenizer': 256}, '--train_tokenizer: 256 tokens; a byte-level BPE has 257 .* or more'),
-    ({'config': 'en'}, '--dataset, --config and --revision are of --source hub; --source is '),
+    ({'partition': '0/2', 'merge': True}, '--merge: does not go with --partition; run it alone, when every'),
+    ({'merge': True, 'max_docs': 5}, '--merge: --max_docs and train_small are converted without --partition; leave'),
+    ({'partition': '0/2', 'max_docs': 5}, '--partition: --max_docs and train_small are converted on one machine; leave'),
+    ({'partition': '0/2', 'train_tokenizer': 300}, '--partition: with --train_tokenizer each machine would train a tokenizer'),
+    ({'train_tokenizer': 300, 'concat_tokens': 8, 'tokenizer': 'gpt2'}, '--train_tokenizer: --tokenizer names an existing tokenizer; leave'),
+    ({'train_tokenizer': 256}, '--train_tokenizer: 256 must be at least 257'),
+    ({'config': 'en'}, '--dataset, --config, --revision: only for --source hub, but --source is '),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(options: dict[str, object], message: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):

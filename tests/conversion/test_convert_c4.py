@@ -1,4 +1,4 @@
-"""convert_c4: what goes in comes out, from files and the sample; what is wrong is said, and never leaves half a part."""
+"""convert_c4 converts files and the sample unchanged; it reports bad files, and leaves no unfinished part."""
 
 import functools
 import gzip
@@ -48,7 +48,7 @@ def fingerprint(documents: Documents) -> tuple[int, int]:
 
 
 def convert(out_root: object, source: object, *splits: str, **options: object) -> None:
-    """In this process; `compression='zstd'` is --compression zstd, and True is a flag."""
+    """Runs the conversion in this process; `compression='zstd'` is --compression zstd, and True is a flag."""
     argv = ['--out_root', str(out_root), '--source', str(source), '--num_workers', '1']
     argv += ['--splits', *splits] if splits else []
     for name, value in options.items():
@@ -57,7 +57,7 @@ def convert(out_root: object, source: object, *splits: str, **options: object) -
 
 
 def start(out_root: object, source: object, *splits: str, argv: Sequence[str] = (), **env: str) -> subprocess.Popen:
-    """In a process group of its own."""
+    """Starts the program in a process group of its own."""
     command = [sys.executable, 'convert_c4.py', '--out_root', str(out_root), '--source', str(source), '--splits', *splits, *argv]
     inherited = {name: value for name, value in os.environ.items() if name != 'TQDM_DISABLE'}
     return subprocess.Popen(command, cwd=REPO, env={**inherited, **env}, text=True, stdout=subprocess.PIPE,
@@ -78,7 +78,7 @@ def c4_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope='module')
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole sample, converted once for all the tests that look at it."""
+    """The whole sample, converted once for all tests that read it."""
     out_root = tmp_path_factory.mktemp('sample') / 'out'
     convert(out_root, 'sample')
     return out_root
@@ -117,12 +117,12 @@ def test_progress_bar_counts_to_all_of_c4_only_for_all_files_of_c4(c4_folder: Pa
     convert(tmp_path / 'out', c4_folder, 'val', 'train')
     out, err = capsys.readouterr()
     assert '16.0/365k' in err
-    assert 'note: C4 has 364,608 documents in val; the source gave 16' in out
+    assert 'note: C4 has 364,608 documents in val; the source has 16' in out
     assert 'train: 150 documents [' in err and '/365M' not in err
     assert read_split(tmp_path / 'out/val') == c4_documents('val', 16)
     convert(tmp_path / 'out', c4_folder, 'val')
     out, err = capsys.readouterr()
-    assert 'val: 8 of 8 parts were there before' in out and '16.0/365k' in err and '/s' in err
+    assert 'val: 8 of 8 parts are already finished' in out and '16.0/365k' in err and '/s' in err
 
 
 @pytest.mark.parametrize('splits', [['validation'], ['train', 'test']], ids=' '.join)
@@ -163,12 +163,12 @@ def test_empty_folder_of_a_split_is_filled(c4_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize('out_root, message', [
-    ('file', 'is a file or may not be written'),
-    ('file/below', 'is a file or may not be written'),
-    ('with', 'is a file or may not be written'),
-    ('link', 'cannot be made .*; name a folder that may be written'),
-    ('s4://bucket/c4', 'must be a folder, or a bucket or the like with one of s3://, gs://'),
-    ('s3://', 'must be a folder, or a bucket or the like with one of s3://, gs://'),
+    ('file', 'is a file or cannot be written'),
+    ('file/below', 'is a file or cannot be written'),
+    ('with', 'is a file or cannot be written'),
+    ('link', 'cannot be made .*; name a folder that can be written'),
+    ('s4://bucket/c4', 'must be a folder, or a URL with a bucket and one of s3://, gs://'),
+    ('s3://', 'must be a folder, or a URL with a bucket and one of s3://, gs://'),
 ])  # fmt: skip
 def test_out_root_that_cannot_be_a_folder(out_root: str, message: str, c4_folder: Path, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ BAD_FILES = {
     'no url': (gzip.compress(GOOD + b'{"text": "", "timestamp": ""}\n'), 'line 2 has no string url;'),
     'half a surrogate': (gzip.compress(GOOD + b'{"text": "\\ud800", "timestamp": "", "url": ""}\n'),
                          'line 2 holds characters that are not Unicode'),
-    'empty': (gzip.compress(b''), 'no documents for train'),
+    'empty': (gzip.compress(b''), 'there are no documents for train'),
 }
 
 
@@ -236,7 +236,7 @@ def test_full_disk_under_the_tokenizer(small_disk: Path) -> None:
 
 def test_disk_that_is_mounted_read_only(c4_folder: Path, small_disk: Path) -> None:
     subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
-    with pytest.raises(UserError, match='--out_root: .*disk is a file or may not be written; change its permissions, or name another'):
+    with pytest.raises(UserError, match='--out_root: .*disk is a file or cannot be written; change its permissions, or name another'):
         convert(small_disk, c4_folder, 'val')
 
 
@@ -330,16 +330,16 @@ def test_sample_and_tokenizer_are_the_same_in_every_run(tmp_path: Path) -> None:
 
 def test_sample_keeps_a_tokenizer_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                 capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sample_corpus, 'gather', lambda: {'train': c4_documents('train', 9), 'val': c4_documents('val', 3)})
+    monkeypatch.setattr(sample_corpus, 'gather_sample', lambda: {'train': c4_documents('train', 9), 'val': c4_documents('val', 3)})
     convert(tmp_path / 'out', 'sample', 'val')
     first = (tmp_path / 'out/tokenizer/tokenizer.json').read_text()
     assert 'Ġ30' not in first and 'rain' in json.loads(first)['model']['vocab']  # from train, although only val was asked for
-    monkeypatch.setattr(sample_corpus, 'gather', lambda: {'train': c4_documents('other', 9), 'val': []})
+    monkeypatch.setattr(sample_corpus, 'gather_sample', lambda: {'train': c4_documents('other', 9), 'val': []})
     convert(tmp_path / 'out', 'sample', 'train')
     assert (tmp_path / 'out/tokenizer/tokenizer.json').read_text() == first
     assert sorted(os.listdir(tmp_path / 'out')) == ['tokenizer', 'train', 'val']
     out = capsys.readouterr().out
-    assert f'{tmp_path}/out/tokenizer: kept, it was there before' in out
+    assert f'{tmp_path}/out/tokenizer: kept, because it exists' in out
     assert out.endswith(f'next: composer main.py yamls/quickstart.yaml data_remote={tmp_path}/out\n')
     monkeypatch.chdir(tmp_path)
     convert(Path('./my-copy-c4'), 'sample', 'train')

@@ -1,4 +1,4 @@
-"""One bad thing in a good file: it is read right, or said; and --skip_bad_docs leaves out a document, never a file."""
+"""Bad documents are read correctly or reported; --skip_bad_docs leaves out documents, never a whole file."""
 
 import argparse
 import gzip
@@ -19,7 +19,7 @@ from test_convert_c4 import REPO, convert, read_split
 import convert_c4
 from src.common.errors import UserError
 from src.conversion.documents import _as_text
-from src.conversion.shards import packed
+from src.conversion.shards import pack_tokens
 
 
 def texts(split: Path) -> list[object]:
@@ -70,7 +70,7 @@ def test_a_file_is_not_left_out_as_a_bad_document(data: str, message: str, tmp_p
 def test_files_that_hold_no_text(name: str, data: bytes, tmp_path: Path) -> None:
     write_jsonl(tmp_path / 'in/a.jsonl', ['good'])
     (tmp_path / 'in' / name).write_bytes(gzip.compress(data) if name.endswith('.gz') else data)
-    with pytest.raises(UserError, match=f'{name} holds no text: it is damaged, or of a format that its name does not'):
+    with pytest.raises(UserError, match=f'{name} is not text: it is damaged, or its name lacks the ending of its'):
         convert(tmp_path / 'out', tmp_path / 'in', 'train', skip_bad_docs=True)
 
 
@@ -105,7 +105,7 @@ def test_strings_that_are_not_unicode_are_bad_documents(tmp_path: Path, capsys: 
     assert 'a.jsonl, line 3 holds characters that are not Unicode' in out
     assert r"a.jsonl, line 4 has no field 'text'; it has: \ud800" in out
     assert out.count('.parquet, row 2 holds bytes that are not UTF-8 (invalid start byte, byte 0)') == 4
-    with pytest.raises(UserError, match='a.jsonl, line 3 holds .*or leave such documents out with --skip_bad_docs'):
+    with pytest.raises(UserError, match='a.jsonl, line 3 holds .*or leave such documents out by --skip_bad_docs'):
         convert(tmp_path / 'out2', tmp_path / 'in', 'train')
 
 
@@ -142,7 +142,7 @@ def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert 'd.txt, line 2 holds bytes that are not UTF-8' in capsys.readouterr().out
     with pytest.raises(UserError, match="was made with txt_lines None, now True"):
         convert(tmp_path / 'files', folder, 'train', skip_bad_docs=True, txt_lines=True)
-    with pytest.raises(UserError, match='--text_column: body, and what is read of --source .*in has no fields: leave'):
+    with pytest.raises(UserError, match='--text_column: body: the documents of --source .*in have no fields; leave'):
         convert(tmp_path / 'body', folder, 'train', text_column='body')
     monkeypatch.setattr('src.conversion.documents.MAX_TEXT', 10)
     with pytest.raises(UserError, match='a.txt has more than 10 bytes, and would be one document; add --txt_lines'):
@@ -158,7 +158,7 @@ def test_a_tokenizer_of_little_text(tmp_path: Path, capsys: pytest.CaptureFixtur
         file.write('{"text": 1}\n{"text": 2}\n')
     convert(tmp_path / 'out', folder, 'train', train_tokenizer=1000, skip_bad_docs=True)
     out = capsys.readouterr().out
-    assert 'note: --train_tokenizer: 1000, and the text gives no more than 260 tokens' in out
+    assert 'note: --train_tokenizer: 1000, but the text yields only 260 tokens' in out
     assert out.count('skipped: ') == 2 and '--train_tokenizer: 2 bad documents were left out' in out
     write_jsonl(folder / 'a.jsonl', ['', ''])
     with pytest.raises(UserError, match='--train_tokenizer: the files hold no text to train it on; check --source'):
@@ -209,7 +209,7 @@ def test_packing_does_not_multiply_a_long_document(monkeypatch: pytest.MonkeyPat
 
     document: Any = np.arange(4_000_001) % 60_000
     monkeypatch.setattr('src.tokenizer.encode_documents', lambda *_: [document])
-    rows = packed(iter([{'text': 'long'}]), Tokenizer, 2048, {})
+    rows = pack_tokens(iter([{'text': 'long'}]), Tokenizer, 2048, {})
     tracemalloc.start()
     first = next(rows)
     peak = tracemalloc.get_traced_memory()[1]

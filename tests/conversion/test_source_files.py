@@ -1,4 +1,4 @@
-"""Which files of a folder are converted: each once, in its own split; what is not read is said."""
+"""Each file of a folder is converted once, in its split; files that are not read are listed."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from test_conversion import write_format, write_jsonl
 from test_convert_c4 import c4_documents, convert, read_split, write_file
 
 from src.common.errors import UserError
-from src.conversion.source_files import SourceFile, _split_of, find_duplicates
+from src.conversion.source_files import SourceFile, _find_split, find_duplicates
 
 
 def texts(out: Path, *splits: str) -> list[list[object]]:
@@ -35,7 +35,7 @@ def test_the_last_word_of_a_path_says_the_split(tmp_path: Path, capsys: pytest.C
     out = capsys.readouterr().out
     assert f'train: 3 files in {folder}, {sum(len(json.dumps({"text": name})) + 1 for name in train)} bytes\n' in out
     for line in ('.cache/, train/.a.jsonl: hidden', 'test.jsonl, train/eval-1.jsonl: a test set',
-                 'other.jsonl, training.jsonl: no word of the path says a split, and other files say train',
+                 'other.jsonl, training.jsonl: the path names no split, and other files are named train',
                  'train.jsonl~, valid-00002-of-00002: the name does not end in .jsonl, .json, .ndjson or .txt, also'):
         assert f'not read: {line}' in out
 
@@ -49,7 +49,7 @@ def test_files_of_no_split_are_train_where_no_file_says_train(tmp_path: Path, ca
     convert(tmp_path / 'out', folder, 'train')
     assert texts(tmp_path / 'out', 'train') == [parts]
     out = capsys.readouterr().out
-    assert 'train: no file says train, so it is all files that say no split: part-0.jsonl, part-1.jsonl' in out
+    assert 'train: no path names train, so all files without a split are train: part-0.jsonl, part-1.jsonl' in out
     assert 'part-4.jsonl and 2 more\n' in out and 'not read: test.jsonl: a test set' in out
     (folder / 'validation').mkdir()
     shutil.move(folder / parts.pop(), folder / 'validation')
@@ -65,14 +65,14 @@ def test_files_of_no_split_are_train_where_no_file_says_train(tmp_path: Path, ca
     ('train', ['trainset', 'TrainData', 'train-split']), ('val', ['valset', 'devset', 'validation_data', 'ValidSplit']),
     ('', ['latest', 'contest', 'trainer', 'evaluate', 'trains', 'value', 'device', 'testament', 'upheld_outside'])])
 def test_words_of_splits(split: str, names: list[str]) -> None:
-    assert {name: _split_of(f'{name}.jsonl') for name in names} == dict.fromkeys(names, split)
+    assert {name: _find_split(f'{name}.jsonl') for name in names} == dict.fromkeys(names, split)
 
 
 def test_a_folder_that_is_named_val(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_named(tmp_path / 'val', 'a.jsonl', 'b.jsonl')
     convert(tmp_path / 'out', folder, 'val')
     assert texts(tmp_path / 'out', 'val') == [['a.jsonl', 'b.jsonl']]
-    assert 'the name of the folder is a word of val: a.jsonl, b.jsonl\n' in capsys.readouterr().out
+    assert 'val: no path names a split, and the folder is named val: a.jsonl, b.jsonl\n' in capsys.readouterr().out
     convert(tmp_path / 'out2', write_named(folder, 'val.jsonl'))
     assert texts(tmp_path / 'out2', 'train', 'val') == [['a.jsonl', 'b.jsonl'], ['val.jsonl']]
 
@@ -84,7 +84,7 @@ def test_files_beside_those_of_c4(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert read_split(tmp_path / 'out/train') == [{'text': row['text']} for row in c4_documents('train', 2)]
     assert texts(tmp_path / 'out', 'val') == [['val.jsonl']]
     out = capsys.readouterr().out
-    assert 'note: beside the files of C4 there are others: val.jsonl; so the text alone is written.' in out
+    assert 'note: there are other files beside those of C4: val.jsonl; only the text is written.' in out
     assert 'val: 1 files in ' in out and 'files of C4 in' not in out
 
 
@@ -120,7 +120,7 @@ def test_files_of_unclear_splits_are_refused(tmp_path: Path) -> None:
     os.link(folder / 'a.jsonl', folder / 'test.jsonl')
     refused(r'in/a.jsonl \(train\) and .*in/test.jsonl \(test\) are one file', 'test.jsonl')
     (folder / 'b.jsonl').symlink_to('gone.jsonl')
-    refused(r'in/b.jsonl cannot be read \(No such file or directory\); mend .* of a link, the file that', 'b.jsonl')
+    refused(r'in/b.jsonl cannot be read \(No such file or directory\); correct .* if it is a link, correct', 'b.jsonl')
     write_named(folder, 'x/train-val.jsonl')
     refused('x/train-val.jsonl: the name train-val.jsonl has words of several splits, train and', 'x/train-val.jsonl')
     with pytest.raises(UserError, match=r'a.jsonl is neither hub .* exists \(it is a file: name its folder\)'):
@@ -141,10 +141,10 @@ def test_what_the_program_wrote_is_no_source(tmp_path: Path, capsys: pytest.Capt
     convert(tmp_path / 'out', folder)
     assert texts(tmp_path / 'out', 'train', 'val') == [['train/a.jsonl'], ['val/a.jsonl']]
     out = capsys.readouterr().out
-    assert 'not read: mds/tokenizer/: it holds a tokenizer, which a conversion has made' in out
-    assert 'not read: mds/train/00000/, mds/val/: it holds shards, which a conversion has made' in out
+    assert 'not read: mds/tokenizer/: it holds a tokenizer that a conversion wrote' in out
+    assert 'not read: mds/train/00000/, mds/val/: it holds shards that a conversion wrote' in out
     for same in folder, folder / 'train/..':
-        with pytest.raises(UserError, match='--out_root: .* is the folder of --source too'):
+        with pytest.raises(UserError, match='--out_root: .* is also the folder of --source'):
             convert(same, folder)
     convert(tmp_path, folder, 'val')  # the other way round
     assert texts(tmp_path, 'val') == [['val/a.jsonl']]
@@ -165,8 +165,8 @@ def test_endings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert texts(tmp_path / 'out', 'train') == [names]
     out = capsys.readouterr().out
     assert f'not read: {", ".join(others)}: the name does not end in' in out
-    assert 'not read: o.jsonl: no regular file' in out
-    assert 'not read: m.txt, n.txt.gz: text files are read from a folder that has no JSON or parquet files' in out
+    assert 'not read: o.jsonl: not a regular file' in out
+    assert 'not read: m.txt, n.txt.gz: text files are read only if the folder has no JSON or Parquet files' in out
 
 
 def test_files_that_seem_the_same_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -195,7 +195,7 @@ def test_small_text_files_are_converted_together(tmp_path: Path, monkeypatch: py
     folder.mkdir()
     for i in range(5):
         (folder / f'{i}.txt').write_text(f'document {i}')
-    monkeypatch.setattr('src.conversion.source_files.GROUPED', 25)
+    monkeypatch.setattr('src.conversion.source_files.MAX_GROUP_BYTES', 25)
     convert(tmp_path / 'out', folder, 'train')
     parts = [json.loads((tmp_path / f'out/train/0000{i}/part.json').read_text()) for i in range(3)]
     assert [part['documents'] for part in parts] == [2, 2, 1]
