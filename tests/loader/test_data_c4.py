@@ -243,8 +243,8 @@ def test_any_integers_are_tokens(tokenizer_dir: Path, tmp_path: Path, encoding: 
     assert [sample['labels'].tolist() for sample in dataset] == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
 
 
-LENGTH = (r'dataset.max_seq_len: 64, but the sequences in .*/val have 32 tokens; set max_seq_len=32, or 31 \(then each has a '
-          r'target at its last position too\), or make the data anew with sequences of 64 or 65')
+LENGTH = (r'dataset.max_seq_len: 64, but the sequences in .*/val have 32 tokens; set max_seq_len=32, or 31 \(then the '
+          r'last position has a target too\), or convert the data again with sequences of 64 or 65')
 WRONG = {
     'length': ([np.zeros(32, np.uint16)], 'ndarray:uint16', LENGTH),
     'length in the index': ([np.zeros(32, np.uint16)], 'ndarray:uint16:32', LENGTH),

@@ -71,7 +71,7 @@ def test_a_manifest_that_is_not_whole_is_refused(packed: Path, tmp_path: Path):
     other = HFTokenizer(str(packed / 'other'), 32)
     for text in ('', '{"options": ', '{"options": {}, "\xff'):
         manifest.write_text(text, 'latin-1')
-        with pytest.raises(UserError, match='^dataset: manifest.json of .*val is no whole manifest; copy it again'):
+        with pytest.raises(UserError, match='^dataset: manifest.json of .*val is not complete JSON; copy it again'):
             check_tokenizer(stream, other)
     manifest.write_text('{"options": {"tokenizer_hash": 3}}')
     with pytest.raises(UserError, match='is another tokenizer than that of'):
@@ -90,7 +90,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(packed: Path, tmp_path:
     rows = np.zeros((4, 32), dtype)
     rows[2, 5] = wrong
     write_mds(tmp_path / 'val', [{'tokens': row} for row in rows], {'tokens': f'ndarray:{dtype}'})
-    with pytest.raises(UserError, match=rf'tokenizer_name: .* has ids from 0 to 289, and .*val holds the token id {wrong}; set'):
+    with pytest.raises(UserError, match=rf'tokenizer_name: .* has ids from 0 to 289, but .*val holds the token id {wrong}; set'):
         list(read(tmp_path, packed / 'other'))
     rows[2, 5] = 289
     write_mds(tmp_path / 'good' / 'val', [{'tokens': row} for row in rows], {'tokens': f'ndarray:{dtype}'})

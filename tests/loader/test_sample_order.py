@@ -185,7 +185,7 @@ def test_a_state_before_the_first_batch_is_the_beginning(build, want):
 
 
 def test_a_checkpoint_of_samples_packed_on_the_fly_has_no_place_in_others(build):
-    with pytest.raises(UserError, match='its run packed them on the fly.*load_weights_only=true'):
+    with pytest.raises(UserError, match='the run packed them on the fly.*load_weights_only=true'):
         build().dataset.load_state_dict(None)
 
 

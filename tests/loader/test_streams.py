@@ -97,9 +97,9 @@ def with_hashes(root: Path, hashes: list[str], compression: Optional[str] = None
 # ---------------------------------------------------------------- a shard that is not whole
 
 
-SAYS = {'missing': 'it is missing', 'truncated': r'it has [\d,]+ bytes, and the index says [\d,]+',
-        'empty': r'it has 0 bytes, and the index says [\d,]+',
-        'damaged': 'its xxh64 is [0-9a-f]{16}, and the index says [0-9a-f]{16}'}
+SAYS = {'missing': 'it is missing', 'truncated': r'it has [\d,]+ bytes, but the index says [\d,]+',
+        'empty': r'it has 0 bytes, but the index says [\d,]+',
+        'damaged': 'its xxh64 is [0-9a-f]{16}, but the index says [0-9a-f]{16}'}
 
 
 @pytest.mark.parametrize('how', SAYS)
@@ -110,8 +110,8 @@ def test_a_shard_that_is_never_whole_ends_the_run(build, data: Path, tmp_path: P
     damage(data / 'train' / SHARD, how)
     with pytest.raises(UserError) as e:
         rows(build(num_workers, evaluate=evaluate))
-    assert re.fullmatch(f'dataset.remote: {SHARD} of {data}/train could not be had in 3 attempts: {SAYS[how]}. '
-                        'Check that the data is whole there', str(e.value)), str(e.value)
+    assert re.fullmatch(f'dataset.remote: {SHARD} of {data}/train could not be fetched in 3 attempts: {SAYS[how]}. '
+                        'Check that the data there is complete', str(e.value)), str(e.value)
     assert e.value.__context__ is None
     assert not list((tmp_path / 'copy' / 'train').glob(f'{SHARD}*'))  # another shard may still be on its way
 
@@ -151,8 +151,8 @@ def test_data_that_is_read_in_place_is_checked_at_the_start(build, data: Path, h
     with_hashes(data, ['xxh64'])
     damage(data / 'train' / SHARD, how)
     before = {path: path.stat().st_size for path in data.rglob('*')}
-    with pytest.raises(UserError, match=f'dataset: shard {SHARD} of {data}/train is damaged: {SAYS[how]}. Of 10 shards 1 are not '
-                                        'whole: copy them again. Make it with\n  python convert_c4.py'):
+    with pytest.raises(UserError, match=f'dataset: shard {SHARD} of {data}/train is damaged: {SAYS[how]}. 1 of 10 shards are '
+                                        'damaged or missing: copy them again. Make it with\n  python convert_c4.py'):
         build(remote=None, local=str(data), validate_hash='xxh64')
     assert {path: path.stat().st_size for path in data.rglob('*')} == before
 
@@ -213,7 +213,7 @@ def test_compressed_shards(build, data: Path, whole, tmp_path: Path, keep_zip: b
     assert rows(build(remote=None, local=str(tmp_path / 'copy'))) == whole
     damage(data / 'train' / f'{SHARD}.zstd', 'damaged')
     shutil.rmtree(tmp_path / 'copy')
-    with pytest.raises(UserError, match=f'{SHARD}.zstd of .* could not be had in 3 attempts: its xxh64 is'):
+    with pytest.raises(UserError, match=f'{SHARD}.zstd of .* could not be fetched in 3 attempts: its xxh64 is'):
         rows(build(num_workers, keep_zip=keep_zip))
 
 
@@ -238,7 +238,7 @@ def test_a_zip_that_is_none(build, data: Path, tmp_path: Path):
     path = data / 'train' / f'{SHARD}.zstd'
     path.write_bytes(b'x' * path.stat().st_size)
     with pytest.raises(UserError, match=f'dataset.local: {tmp_path}/copy/train/{SHARD}.zstd, of {data}/train, cannot be '
-                                        r'unpacked: \w*Error: .*\. Make room on its disk, or mend the shard'):
+                                        r'unpacked: \w*Error: .*\. Make room on its disk, or repair the shard'):
         rows(build())
 
 
@@ -262,7 +262,7 @@ def test_a_full_disk(build, data: Path, tmp_path: Path, monkeypatch, num_workers
 def test_an_index_that_is_cut_off(build, data: Path, tmp_path: Path):
     index = data / 'train' / 'index.json'
     index.write_bytes(index.read_bytes()[:-9])
-    with pytest.raises(UserError, match='dataset.remote: index.json of .* could not be had in 3 attempts: it is no whole JSON'):
+    with pytest.raises(UserError, match='index.json of .* could not be fetched in 3 attempts: it is not complete JSON'):
         build()
 
 
@@ -285,7 +285,7 @@ def test_the_run_ends_in_one_message(data: Path, tmp_path: Path, capfd, num_work
     err = capfd.readouterr().err
     assert 'Traceback' not in err and 'Exception' not in err, err
     last = [line for line in err.splitlines() if line.strip()][-1]
-    assert last.startswith(f'error: dataset.remote: {SHARD} of {data}/train could not be had in 3 attempts: it has '), err
+    assert last.startswith(f'error: dataset.remote: {SHARD} of {data}/train could not be fetched in 3 attempts: it has '), err
 
 
 # ---------------------------------------------------------------- S3
@@ -365,7 +365,7 @@ def test_batches_from_s3_are_those_of_the_folder(build, s3: Server, data: Path, 
 def test_an_object_that_is_not_there(build, s3: Server, num_workers: int):
     import boto3
     boto3.client('s3', endpoint_url=s3.url).delete_object(Bucket='bucket', Key=f'data/train/{SHARD}')
-    with pytest.raises(UserError, match=f'^dataset.remote: {SHARD} of s3://bucket/data/train could not be had in 2 attempts: '
+    with pytest.raises(UserError, match=f'^dataset.remote: {SHARD} of s3://bucket/data/train could not be fetched in 2 attempts: '
                                         '.*[nN]ot [fF]ound.*. Check the address, the network and the credentials, and that') as e:
         rows(build(num_workers, remote='s3://bucket/data', download_retry=1))
     assert 'Traceback' not in str(e.value)
@@ -633,7 +633,7 @@ def test_training_and_evaluation_copy_to_places_of_their_own(mixed: Path, mix, t
     ({'web': {}}, {'local': '/x'}, "dataset.local: '/x' together with streams"),
     ({'web': {}}, {'cache_limit': '1gb'}, "dataset.cache_limit: '1gb' with no remote would delete the only copy"),
     ({'web': {'proportion': 1}, 'code': {'proportion': 0.001}}, {'batching_method': 'stratified'},
-     r"dataset.streams.code: gives \d+ samples to an epoch and 0 to a batch of global_train_batch_size 48, with"),
+     r"dataset.streams.code: gives \d+ samples to an epoch and 0 to a batch of global_train_batch_size 48, but"),
     ({'web': {}, 'code': {'choose': 40}}, {'batching_method': 'per_stream'},
      "dataset.streams.code: gives 40 samples to an epoch and 48 to a batch"),
 ])
