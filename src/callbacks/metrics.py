@@ -97,7 +97,7 @@ class UnigramBaseline(Callback):
         self._counts.clear()
         sampler: Any = getattr(state.dataloader, 'sampler', None)
         self._rows_left = sys.maxsize
-        if isinstance(sampler, DistributedSampler):  # repeats samples, as the last of a rank, to give all ranks as many
+        if isinstance(sampler, DistributedSampler):  # repeats samples at the end of some ranks, to fill them up
             self._rows_left = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # pyright: ignore
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:

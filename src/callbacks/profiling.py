@@ -81,7 +81,7 @@ class OOMObserver(Callback):
 class Profiler(Callback):
     """Writes Chrome traces of torch's profiler, one for each rank and cycle, with ranges `forward`, `loss`, `backward`.
 
-    Composer's own profiler is not used: it merges clocks that are decades apart, and loses the batch before a save.
+    Composer's own profiler is not used: it merges clocks that are decades apart, and loses the last batch of a trace.
 
     Args:
         folder: The folder of the traces; each start of a run has its own.

@@ -29,7 +29,7 @@ class TextSamples(Callback):
                 ('prompts', prompts, prompts, 'a list of texts'),
                 ('max_new_tokens', max_new_tokens, max_new_tokens > 0, 'a whole number above 0'),
                 ('temperature', temperature, 0 <= temperature < math.inf,
-                 'a number from 0, which takes the likeliest token'),
+                 'a number from 0 (0: the likeliest token)'),
                 ('seed', seed, 0 <= seed < 1 << 63, 'a whole number from 0')):
             if not good:
                 raise UserError(f'{name}: {value}; set {allowed}')

@@ -1,4 +1,4 @@
-"""Packed tokens are read with the tokenizer that made them, wherever they lie, or the run ends in one message."""
+"""A run whose tokenizer did not make its packed tokens ends with one message, wherever the tokens lie."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def convert(*argv: Any) -> None:
 
 @pytest.fixture(scope='module')
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the split `val` as packed tokens, and `tokenizer`, and `other`, a tokenizer of fewer tokens."""
+    """A folder with the split `val` as packed tokens, its tokenizer, and `other`, a tokenizer of fewer tokens."""
     root = tmp_path_factory.mktemp('packed')
     (root / 'source').mkdir()
     lines = [json.dumps({'text': text}) for text in documents('val')]

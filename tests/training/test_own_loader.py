@@ -124,7 +124,7 @@ def test_a_batch_of_another_size_than_the_config_says_is_said_once(run, capfd):
     for size, rows in ((5, 'a batch has 5 samples'), (20, 'a batch has 20 samples')):
         trainer, _ = run(lambda *args, size=size, **kwargs: DataLoader(Rows(), size))
         said = capfd.readouterr().err
-        assert said.count(rows) == said.count('asks for 12. The run trains on what the loader gives') == 1
+        assert said.count(rows) == said.count('asks for 12. The run trains on the batches of the loader') == 1
         assert int(trainer.state.timestamp.batch) == 4
 
 
@@ -154,7 +154,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
                "max_duration: '1ep', but the train loader, DataLoader of Stream, does not say how many batches an epoch"),
     'read once': (lambda: iter([*DataLoader(Rows(), 12)]), [], 'eval_loader: a list_iterator can be read only once'),
     'read once, in training': (lambda: iter([*DataLoader(Rows(), 12)]), [],
-                               'must begin anew each time that it is iterated'),
+                               'must start again at each iteration'),
     'objects': (lambda: [{'input_ids': np.array([[1, 2], [3]], object)}], [], 'and is object of shape (2,)'),
     'no rows': (batch(0, 8), [], 'and is torch.int64 of shape (0, 8)'),
     'not checked': (batch(12, 64, n_targets=torch.ones(12)), [], 'input_ids have 64 tokens in a row'),
