@@ -139,10 +139,10 @@ def lists() -> Any:
 
 MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     'tuples': (lambda: [(1, 2)], [], 'train_loader: a batch must be a dict with input_ids, but this one is a tuple'),
-    'no ids': (lambda: [{'tokens': 1}], [], 'must be a dict with input_ids, and this one has the keys tokens'),
+    'no ids': (lambda: [{'tokens': 1}], [], 'must be a dict with input_ids, but this one has the keys tokens'),
     'lists': (lists, [], 'input_ids of a batch must be whole numbers in a tensor of shape (batch, seq), but is a list'),
-    'floats': (lambda: [{'input_ids': torch.zeros(12, 8)}], [], 'and is torch.float32 of shape (12, 8)'),
-    'one row': (batch(8), [], 'and is torch.int64 of shape (8,)'),
+    'floats': (lambda: [{'input_ids': torch.zeros(12, 8)}], [], 'but is torch.float32 of shape (12, 8)'),
+    'one row': (batch(8), [], 'but is torch.int64 of shape (8,)'),
     'ids': (lambda: [{'input_ids': torch.full((12, 8), 512)}], [], 'hold 512, but the model has the token ids 0 to 511'),
     'labels': (batch(12, 8, labels=torch.full((12, 8), -1)), [], 'labels hold -1'),
     'shapes': (batch(12, 8, labels=torch.ones(12, 10).long()), [],
@@ -155,8 +155,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     'read once': (lambda: iter([*DataLoader(Rows(), 12)]), [], 'eval_loader: a list_iterator can be read only once'),
     'read once, in training': (lambda: iter([*DataLoader(Rows(), 12)]), [],
                                'must start again at each iteration'),
-    'objects': (lambda: [{'input_ids': np.array([[1, 2], [3]], object)}], [], 'and is object of shape (2,)'),
-    'no rows': (batch(0, 8), [], 'and is torch.int64 of shape (0, 8)'),
+    'objects': (lambda: [{'input_ids': np.array([[1, 2], [3]], object)}], [], 'but is object of shape (2,)'),
+    'no rows': (batch(0, 8), [], 'but is torch.int64 of shape (0, 8)'),
     'not checked': (batch(12, 64, n_targets=torch.ones(12)), [], 'input_ids have 64 tokens in a row'),
     'nothing': (list, [], 'train_loader: an epoch holds not one full batch'),
 }
