@@ -1,6 +1,6 @@
-"""C4 as MDS shards, streamed from wherever they lie: text, tokenized on the fly, or packed tokens.
+"""The dataset and the loaders of training: MDS shards of text or packed tokens, streamed from a folder or a store.
 
-As a program this is the loader's smoke test; it copies nothing when LOCAL is left out:
+As a program it tests the loader. Without LOCAL it reads REMOTE in place:
 
     python src/data_c4.py REMOTE [LOCAL] [--split val] [--tokenizer NAME_OR_FOLDER]
 """
@@ -34,46 +34,48 @@ from src.config.check import parse
 from src.config.data_checks import NO_SET_OF_SAMPLES
 from src.config.data_places import is_copied, stream_errors, streams_of
 from src.config.schema import LoaderConfig
-from src.loader.contents import check_tokenizer, column_of
+from src.loader.contents import check_tokenizer, find_column
 from src.loader.dataset import CheckedDataset, EvalLoader, TrainLoader
 from src.loader.sample_order import EvalView, batches_in_epoch, deal_whole_batches
 from src.loader.samples import Row, Sample, SampleMaker, collate
 from src.loader.shared_memory import check_loader
 from src.tokenizer import HFTokenizer
 
-ROWS_PER_CALL = 64  # a fast tokenizer is several times faster on a list
+ROWS_PER_CALL = 64  # a fast tokenizer is several times faster on a list of documents
 
 
 class StreamingC4(CheckedDataset):
-    """C4 as training samples. `labels` are token ids, not shifted: models shift.
+    """A StreamingDataset of training samples, made of text or of packed tokens. `labels` are not shifted: models shift.
 
-    Every document ends with EOS, which is trained on, also where the tokenizer pads with EOS. The index tells what the
-    samples are made from. Where it has a column `tokens`, each array of integers is a sample, whatever `group_method`
-    says: keys `input_ids`, `labels`. Its length is N = max_seq_len, or N = max_seq_len + 1: then `input_ids` are the
-    first max_seq_len tokens, and `labels`, of shape (N,), are all, so that the last position has a target too. Else the
-    column `text` holds documents:
+    Every document ends with EOS. The model is trained on this EOS, also if the tokenizer pads with EOS. The index of
+    the dataset decides how samples are made.
 
-    - `truncate`: a document is a sample, cut or padded to `max_seq_len`; the EOS of one that fills it is cut off.
-      Keys `input_ids`, `attention_mask`, `labels`, each int64 of shape (max_seq_len,); labels are -100 at padding.
-    - `concat`: documents are joined and cut into full samples, one pass an epoch; each worker packs its own documents
-      and drops the last tokens that fill no sample. Keys `input_ids`, `labels`. How many samples there are is not known
-      beforehand, so there is no length (`len` raises TypeError) and no state to resume an epoch from: Composer then
-      trains until the first rank runs out of samples, and resumes by running through the samples it has already seen.
+    Column `tokens`: each row, an array of integers, is a sample. Keys `input_ids` and `labels`. `group_method` has no
+    effect. A row has `max_seq_len` or `max_seq_len + 1` tokens. With one more, `input_ids` are the first `max_seq_len`
+    tokens and `labels` all of them, so that the last position has a target too.
 
-    `dataset[i]` is a row as stored: see `EvalView`.
+    Column `text`: each row is a document, and `group_method` decides:
+
+    - `truncate`: a document is a sample, cut or padded to `max_seq_len`. Cutting also removes the EOS. Keys
+      `input_ids`, `attention_mask`, `labels`, each int64 of shape (max_seq_len,); labels are -100 at padding.
+    - `concat`: documents are joined and cut into full samples. Each worker packs its own documents and drops the last
+      tokens, which do not fill a sample. Keys `input_ids`, `labels`. The number of samples is not known beforehand, so
+      the dataset has no length (`len` raises TypeError) and no state. Composer trains until the first rank has no more
+      samples, and a resumed run reads all earlier samples of its epoch again.
+
+    `dataset[i]` is a row as stored; `EvalView` makes samples of such rows.
 
     Args:
         tokenizer_name: A name on the hub, or a folder.
         max_seq_len: Tokens in a sample.
-        group_method: `truncate` or `concat`; what happens to `text`.
-        remote: Where the shards lie: a folder or a URL. None, or the same as `local`: nothing is copied.
-        local: Where shards are copied to as they are needed. None: `remote`, which must then be a folder.
+        group_method: `truncate` or `concat`; for text only.
+        remote: The folder or URL of the shards. None, or the same as `local`: nothing is copied.
+        local: The folder that shards are copied to when they are needed. None: `remote`, which must be a folder.
         split: The folder below `remote` and `local`.
-        streams: By name, instead of `remote` and `local`: the keywords of a StreamConfig for each of several streams.
+        streams: Instead of `remote` and `local`: the keywords of a StreamConfig for each stream, by its name.
         sequence_ids: Adds the key `sequence_id`, int64 of shape (max_seq_len,), which numbers the documents of a sample
-            from 0, and sets labels to -100 at the first token of each but the sample's first: no target lies across a
-            border.
-        **streaming: StreamingDataset's own keywords. Give `batch_size` the DataLoader's batch size.
+            from 0. The first token of each further document gets the label -100.
+        **streaming: StreamingDataset's own keywords. `batch_size` must be the DataLoader's batch size.
 
     Raises:
         UserError: Data or tokenizer is missing, or cannot be read with these settings.
@@ -96,22 +98,22 @@ class StreamingC4(CheckedDataset):
         tokenizer = HFTokenizer(tokenizer_name, max_seq_len)
         self.tokenizer, self.tokenizer_name = tokenizer.tokenizer, tokenizer_name
         self.max_seq_len, self.group_method, self.sequence_ids = max_seq_len, group_method, sequence_ids
-        named = {f'dataset.streams.{name}': {**stream, 'split': stream.get('split') or split}
-                 for name, stream in (streams or {}).items()}
-        super().__init__(named or {'dataset': {'remote': remote, 'local': local, 'split': split}},
+        by_setting = {f'dataset.streams.{name}': {**stream, 'split': stream.get('split') or split}
+                      for name, stream in (streams or {}).items()}
+        super().__init__(by_setting or {'dataset': {'remote': remote, 'local': local, 'split': split}},
                          **{'batch_size': 1, **streaming})
-        self.column = column_of(self, max_seq_len)
+        self.column = find_column(self, max_seq_len)
         for stream in self.streams if self.column == 'tokens' else ():
             check_tokenizer(stream, tokenizer)
         self._maker = SampleMaker(self.tokenizer, tokenizer_name, max_seq_len, sequence_ids, self.place)
 
     @property
     def packs_on_the_fly(self) -> bool:
-        """Whether samples are made while documents are read, so that nobody knows how many there are."""
+        """Whether samples are packed while documents are read, so that their number is not known."""
         return self.column == 'text' and self.group_method == 'concat'
 
     def batch_bytes(self, batch_size: int) -> int:
-        """Bytes of shared memory that a batch takes: int64 tensors of shape (batch, max_seq_len), in whole pages."""
+        """Bytes of shared memory for a batch: int64 tensors of shape (batch, max_seq_len), in whole pages."""
         tensors = 2 + self.sequence_ids + (self.column == 'text' and self.group_method == 'truncate')
         return tensors * PAGESIZE * ceil(8 * batch_size * self.max_seq_len / PAGESIZE)
 
@@ -120,29 +122,29 @@ class StreamingC4(CheckedDataset):
             raise TypeError('StreamingC4 has no length with group_method concat: samples are packed as they are read')
         return super().__len__()
 
-    # Composer looks for these two with `hasattr`. They count samples that were yielded, which are not the documents
-    # that streaming counts where samples are packed on the fly: with them, Composer would resume in the wrong place.
+    # Composer looks for these two with `hasattr`. It counts samples, but streaming counts documents. If samples are
+    # packed on the fly these differ, and Composer would resume at the wrong place.
     @property
     def state_dict(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._unless_packing(super().state_dict)
+        return self._raise_if_packing(super().state_dict)
 
     @property
     def load_state_dict(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._unless_packing(super().load_state_dict)
+        return self._raise_if_packing(super().load_state_dict)
 
-    def _unless_packing(self, method: Callable) -> Callable:
+    def _raise_if_packing(self, method: Callable) -> Callable:
         if self.packs_on_the_fly:
             raise AttributeError('StreamingC4 has no state with group_method concat')
         return method
 
     def __iter__(self) -> Iterator[Sample]:
-        """One epoch of this rank's, or this worker's, samples."""
+        """The samples of one epoch for this rank, or for this loader worker."""
         if self.packs_on_the_fly:
             return self._maker.of_joined_documents(self._iter_rows())
         return (sample for rows in self._iter_rows() for sample in self.samples(rows))
 
     def _iter_rows(self) -> Iterator[list[Row]]:
-        """Lists of rows as stored, in streaming's order; one by one where no tokenizer gains from several."""
+        """Lists of rows as stored, in streaming's order: many documents for the tokenizer, or one row of tokens."""
         rows = super().__iter__()
         threads = None
         try:
@@ -150,52 +152,53 @@ class StreamingC4(CheckedDataset):
                 threads = threads or self._iterator
                 yield chunk
         finally:
-            # Else streaming's download threads run on after an epoch that is cut short, and keep the dataset alive.
+            # Otherwise streaming's download threads outlive an epoch that is cut short, and keep the dataset alive.
             if threads is not None:
                 threads.non_blocking_exit()
 
     def samples(self, rows: list[Row]) -> list[Sample]:
-        """One sample for each row as stored: a sequence of tokens, or a document, cut or padded."""
+        """One sample for each row as stored: a row of tokens as it is, a document cut or padded."""
         return self._maker.of_tokens(rows) if self.column == 'tokens' else self._maker.of_documents(rows)
 
 
-_copied_for_training: set[str] = set()  # folders of copies
+_copied_for_training: set[str] = set()  # folders that hold copies of training shards
 
 
 def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, evaluate: bool = False) -> DataLoader:
-    """The loader of one `train_loader:` or `eval_loader:` section.
+    """Builds the loader of a section `train_loader` or `eval_loader`.
 
-    In training every rank has as many batches in an epoch, all of them full, and no sample is repeated. Where samples
-    are packed on the fly, an epoch ends when the first rank runs out of them: Composer sees to that.
+    In training, every rank has the same number of batches in an epoch, all batches are full, and no sample is repeated.
+    If samples are packed on the fly, Composer ends an epoch when the first rank has no more samples.
 
     Args:
-        cfg: A LoaderConfig, or a mapping that is one.
+        cfg: A LoaderConfig, or a mapping with its keys.
         device_batch_size: Samples in a batch of this device.
-        evaluate: For an evaluation: the first `cfg.eval_samples` samples in order, each once over all ranks.
+        evaluate: Build the loader of an evaluation: the first `cfg.eval_samples` samples in order, each once over all
+            ranks.
 
     Raises:
-        UserError: A setting that is wrong, data or a tokenizer that is missing, or too little data.
+        UserError: A setting is wrong, data or tokenizer is missing, or there is too little data.
     """
     cfg = parse(LoaderConfig, cfg)
     if errors := stream_errors(cfg.dataset):
         raise UserError('\n'.join(errors))
     if cfg.num_workers > 0:
         shorten_socket_paths()
-        os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # set before the fork, or each worker prints a warning
+        os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # before the fork: else each worker prints a warning
     settings: dict[str, Any] = cfg.model_dump(exclude={'name', 'dataset', 'eval_samples'}) | {
         'batch_size': device_batch_size, 'worker_init_fn': init_loader_worker, 'collate_fn': collate,
-        # Else each epoch draws a number from the generator of dropout, and a resumed run would draw it once more.
+        # Without it, each epoch would draw a number from dropout's generator, and a resumed run would draw one more.
         'generator': torch.Generator().manual_seed(cfg.dataset.shuffle_seed)}
     return (_eval_loader if evaluate else _train_loader)(cfg, device_batch_size, settings)
 
 
-def _copies(cfg: LoaderConfig) -> set[str]:
+def _copy_folders(cfg: LoaderConfig) -> set[str]:
     return {os.path.realpath(os.path.join(stream.local, stream.split or ''))
             for stream in streams_of(cfg.dataset).values() if is_copied(stream.remote, stream.local, stream.split)}
 
 
 def _train_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, Any]) -> DataLoader:
-    _copied_for_training.update(_copies(cfg))
+    _copied_for_training.update(_copy_folders(cfg))
     dataset = StreamingC4(**cfg.dataset.model_dump(), batch_size=device_batch_size)
     _prepare_epochs(dataset, device_batch_size)
     loader = TrainLoader(dataset, **settings)
@@ -205,10 +208,11 @@ def _train_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str,
 
 def _eval_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, Any]) -> DataLoader:
     data = cfg.dataset.model_dump()
-    _ignore(data, ('shuffle', 'epoch_size'), 'dataset', 'reads its samples in order')
+    _drop_with_warning(data, ('shuffle', 'epoch_size'), 'dataset', 'reads its samples in order')
     for name, stream in (data['streams'] or {}).items():
-        _ignore(stream, ('proportion', 'repeat', 'choose'), f'dataset.streams.{name}', 'reads all')
-    if not _copies(cfg).isdisjoint(_copied_for_training):  # streaming refuses two copies of one split in one place
+        _drop_with_warning(stream, ('proportion', 'repeat', 'choose'), f'dataset.streams.{name}',
+                           'reads all streams by size')
+    if not _copy_folders(cfg).isdisjoint(_copied_for_training):  # streaming refuses two datasets with one local folder
         for place in (data['streams'] or {'': data}).values():
             if is_copied(place['remote'], place['local'], place['split'] or data['split']):
                 place['local'] = os.path.join(place['local'], 'eval')
@@ -222,16 +226,17 @@ def _eval_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, 
     return loader
 
 
-def _ignore(settings: dict[str, Any], keys: tuple[str, ...], section: str, how: str) -> None:
+def _drop_with_warning(settings: dict[str, Any], keys: tuple[str, ...], section: str, reason: str) -> None:
+    """Removes keys that have no effect in an evaluation, and warns of those that are set."""
     for key in keys:
         if settings.pop(key):
-            warnings.warn(f'eval_loader.{section}.{key} is ignored: an evaluation {how}', stacklevel=2)
+            warnings.warn(f'eval_loader.{section}.{key} is ignored: an evaluation {reason}', stacklevel=2)
 
 
 def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
-    """Has epochs of training hold whole global batches, where the samples can be counted."""
+    """Gives training whole global batches in each epoch, if the number of samples is known."""
     n, nodes = dataset.epoch_size, dataset.num_canonical_nodes
-    if dataset.batching_method != 'random':  # which shuffle each stream on its own
+    if dataset.batching_method != 'random':  # the other methods shuffle each stream on its own
         n = min(stream.choose for stream in dataset.streams)
     if dataset.shuffle and nodes is not None and n < nodes:
         raise UserError(f'train_loader.dataset.num_canonical_nodes: {nodes} is more than the {n} samples of an epoch '
@@ -245,13 +250,13 @@ def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
                         f'than global_train_batch_size {global_batch_size}; use more data or a smaller '
                         'global_train_batch_size')
     dataset.partition_algo = deal_whole_batches.__name__
-    # Of this rank; Composer ends an epoch there
+    # The samples of this rank; Composer ends an epoch there
     dataset.length = batches_in_epoch(dataset, global_batch_size) * device_batch_size
 
 
-# ---------------------------------------------------------------- the smoke test
+# ---------------------------------------------------------------- the program that tests the loader
 
-SECONDS = 5.0  # how long the speed is measured, at most
+SECONDS = 5.0  # the longest time for which the speed is measured
 
 
 def main(args: argparse.Namespace) -> None:
@@ -282,18 +287,18 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Smoke test of the loader: five batches, then its speed.')
+    parser = argparse.ArgumentParser(description='Tests the loader: prints five batches, then the speed.')
     parser.add_argument('remote', help='a folder that convert_c4.py made, or a URL such as s3://bucket/my-copy-c4')
-    parser.add_argument('local', nargs='?', help='where shards are copied to; default: REMOTE, and nothing is copied')
-    parser.add_argument('--split', default='val')
-    parser.add_argument('--tokenizer', help='a hub name or a folder; default: REMOTE/tokenizer if there, else gpt2')
+    parser.add_argument('local', nargs='?', help='the folder to copy shards to; default: read REMOTE in place')
+    parser.add_argument('--split', default='val', help='default: val')
+    parser.add_argument('--tokenizer', help='a hub name or a folder; default: REMOTE/tokenizer if it exists, else gpt2')
     parser.add_argument('--max_seq_len', type=positive_int, default=2048)
     parser.add_argument('--group_method', choices=['truncate', 'concat'], default='truncate')
     parser.add_argument('--batch_size', type=positive_int, default=8)
     parser.add_argument('--num_workers', type=int, choices=range(65), default=0, metavar='N')
     args = parser.parse_args(argv)
-    beside = Path(args.remote, 'tokenizer')
-    args.tokenizer = args.tokenizer or (str(beside) if beside.is_dir() else 'gpt2')
+    folder = Path(args.remote, 'tokenizer')
+    args.tokenizer = args.tokenizer or (str(folder) if folder.is_dir() else 'gpt2')
     return args
 
 

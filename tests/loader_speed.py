@@ -1,10 +1,10 @@
-"""Measures the loader: sequences/s and tokens/s, and the seconds to its first batch.
+"""Measures the speed of the loader in sequences/s and tokens/s, and the seconds to its first batch.
 
     python tests/loader_speed.py [--seconds 5]
 
-Makes its own data: random packed tokens, and random words as text. The row `streaming` is a plain StreamingDataset in a
-DataLoader, which reads and decodes the same packed tokens and no more. The first batch is cold where its shards have to be
-fetched first, warm where they lie in the cache.
+The program makes its own data: random packed tokens, and random words as text. The row `streaming` is a plain
+StreamingDataset in a DataLoader, which only reads and decodes the same packed tokens. The first batch is cold if its shards
+must be fetched first, and warm if they are in the local copy.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def open_loader(root: Path, kind: str, workers: int, remote: str, local: str) ->
 
 
 def measure(load: Callable[[], Any], seconds: float) -> tuple[float, float, float]:
-    """Seconds from nothing to the first batch; then sequences and tokens a second, which for text are those of documents."""
+    """Seconds from building the loader to its first batch, sequences/s, and tokens/s without padding."""
     start = time.perf_counter()
     loader = load()
     batches = iter(loader)
@@ -81,7 +81,7 @@ def measure(load: Callable[[], Any], seconds: float) -> tuple[float, float, floa
 
 
 def s3_of(root: Path) -> Iterator[str]:
-    """Serves the data from a server on loopback, in a process of its own."""
+    """Serves the data from an S3 server on this machine, in a process of its own; yields the address."""
     import boto3
     from botocore.exceptions import BotoCoreError
     from launch import free_port
@@ -98,7 +98,7 @@ def s3_of(root: Path) -> Iterator[str]:
         try:
             client.create_bucket(Bucket='bucket')
             break
-        except BotoCoreError:  # it is not up yet
+        except BotoCoreError:  # the server has not started yet
             time.sleep(0.2)
     for path in root.glob('*/*'):
         client.upload_file(str(path), 'bucket', f'data/{path.relative_to(root)}')

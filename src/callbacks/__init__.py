@@ -1,4 +1,4 @@
-"""What looks into a running training: figures, guard, stop, profiling, loggers.
+"""Callbacks, algorithms and loggers of a run: figures, the guard against NaN, the stop that saves, profiling.
 
 The names that a YAML gives them are in src/training/plugins.py.
 """

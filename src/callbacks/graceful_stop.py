@@ -1,4 +1,4 @@
-"""Saves and stops after the batch at hand, when a stop was requested."""
+"""Saves a checkpoint and stops after the current batch, when a stop was requested."""
 
 from collections.abc import Callable
 from typing import Optional
@@ -12,46 +12,47 @@ from src.ranks.stop import Stopped, StopRequest
 
 
 class GracefulStop(Callback):
-    """Carries out a requested stop: saves after the batch at hand and raises `Stopped`.
+    """Stops a run on request: saves after the current batch and raises `Stopped` on all ranks.
 
-    A stop interrupts an evaluation, or skips it. The last of the callbacks, so that all others have seen the batch.
+    A stop interrupts a running evaluation and skips the next one. This callback must be the last one, so that all
+    others have seen the batch.
 
     Args:
-        stop: Which signals set, at another moment on every rank.
-        save: Saves a checkpoint; called on all ranks, after a batch that this process has trained on. It may be called
-            for a batch that is saved already, and while the model is in evaluation mode.
+        stop: The request. A signal sets it, at a different moment on each rank.
+        save: Saves a checkpoint. It is called on all ranks, if this process has trained on a batch. The batch may be
+            saved already, and the model may be in evaluation mode.
     """
 
     def __init__(self, stop: StopRequest, save: Optional[Callable[[State, Logger], None]] = None):
         self._stop, self._save = stop, save
-        self._agreed = False
-        self._trained_from: Optional[int] = None
+        self._any_rank_requested = False
+        self._first_batch: Optional[int] = None  # the batch at which this process began to train
 
-    def _agree(self, state: State) -> bool:
+    def _ask_all_ranks(self, state: State) -> bool:
         requested = state.device.tensor_to_device(torch.tensor([int(self._stop.requested)]))
         dist.all_reduce(requested, 'MAX')
-        self._agreed = bool(requested.item())
-        return self._agreed
+        self._any_rank_requested = bool(requested.item())
+        return self._any_rank_requested
 
-    def _end(self, state: State, logger: Logger) -> None:
+    def _save_and_stop(self, state: State, logger: Logger) -> None:
         batch = int(state.timestamp.batch)
-        if self._save and self._trained_from is not None and batch > self._trained_from:
+        if self._save and self._first_batch is not None and batch > self._first_batch:
             self._save(state, logger)
         raise Stopped(f'stopped on request after batch {batch}')
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._trained_from = int(state.timestamp.batch)
+        self._first_batch = int(state.timestamp.batch)
         self.eval_batch_end(state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self._agree(state):
+        if self._ask_all_ranks(state):
             for evaluator in state.evaluators:
                 evaluator.eval_interval = lambda state, event: False
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self._agreed:
-            self._end(state, logger)
+        if self._any_rank_requested:
+            self._save_and_stop(state, logger)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        if self._agree(state):
-            self._end(state, logger)
+        if self._ask_all_ranks(state):
+            self._save_and_stop(state, logger)

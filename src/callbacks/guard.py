@@ -17,10 +17,10 @@ log = logging.getLogger('src')
 
 
 def gradient_copies(model: torch.nn.Module) -> int:
-    """How many ranks hold each gradient: all under DDP, one under FSDP, the replicate degree under HSDP."""
+    """Number of ranks that hold the same gradient: all under DDP, one under FSDP, the replicas under HSDP."""
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel) and module.sharding_strategy != ShardingStrategy.NO_SHARD:
-            group: Any = module.process_group  # the one that shards: a node's ranks under HSDP
+            group: Any = module.process_group  # the ranks among which FSDP shards: those of a node under HSDP
             return dist.get_world_size() // group.size()
     for p in model.parameters():
         if isinstance(p, DTensor):
@@ -31,17 +31,17 @@ def gradient_copies(model: torch.nn.Module) -> int:
 
 
 class NonFiniteGuard(Algorithm):
-    """Skips the update of a batch whose loss or gradient is nan or infinite, on all ranks alike.
+    """Skips the update of a batch whose loss or gradient is nan or infinite, on all ranks.
 
-    The batch counts and the schedule advances; weights, momentum and clipping see nothing of it. Logs
-    `trainer/skipped_batches` when it changes and, before clipping, `trainer/grad_norm`. Under amp_fp16 only the loss
-    counts: there gradients overflow as a matter of course, and the scaler skips them.
+    The batch counts and the schedule advances. Weights, momentum and clipping do not change. Logs `trainer/grad_norm`,
+    before clipping, and `trainer/skipped_batches` when it changes. Under amp_fp16 only the loss is checked: gradients
+    often overflow there, and the gradient scaler skips such updates itself.
 
-    After `max_in_a_row` skipped batches in a row it ends the run with a `UserError`. It also ends a run whose optimizer
-    computes no loss: Composer would go on, and save untrained weights.
+    Raises UserError after `max_in_a_row` skipped batches in a row, and where the optimizer did not compute a loss:
+    Composer would go on, and save untrained weights.
 
-    The last of the algorithms: Composer runs them backwards at `AFTER_TRAIN_BATCH`, and clipping by an infinite norm
-    would turn the gradients into zeros and nans.
+    Must be the last algorithm: Composer runs algorithms in reverse order at `AFTER_TRAIN_BATCH`, and the guard has to
+    run before clipping, which by an infinite norm would turn the gradients into zeros and nans.
     """
 
     def __init__(self, max_in_a_row: int):
@@ -63,19 +63,19 @@ class NonFiniteGuard(Algorithm):
             assert state.algorithms[-1] is self, f'NonFiniteGuard is the last algorithm, not {state.algorithms[-1]}'
             self._copies = gradient_copies(state.model)
             logger.log_metrics({'trainer/skipped_batches': self.total})
-        elif event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH):  # again, where a microbatch did not fit
+        elif event in (Event.BATCH_START, Event.BEFORE_TRAIN_BATCH):  # the latter comes again if memory ran out
             self._losses: list[torch.Tensor] = []
         elif event == Event.AFTER_LOSS:
             losses = [loss.detach().float().mean() for loss in ensure_tuple(state.loss)]
             self._losses.append(torch.stack(losses).sum())
         elif event == Event.AFTER_TRAIN_BATCH:
-            self._judge(state, logger)
+            self._check_batch(state, logger)
         elif not self._losses:
             raise UserError(f'optimizer: step of {type(state.optimizers[0]).__name__} did not call its closure, which '
                             'computes forward and backward passes; call it first: '
                             'loss = torch.enable_grad()(closure)() if closure else None')
 
-    def _judge(self, state: State, logger: Logger) -> None:
+    def _check_batch(self, state: State, logger: Logger) -> None:
         loss, norm = self._loss_and_norm(state)
         logger.log_metrics({'trainer/grad_norm': norm})
         if math.isfinite(loss) and (math.isfinite(norm) or state.precision == Precision.AMP_FP16):
@@ -86,15 +86,15 @@ class NonFiniteGuard(Algorithm):
         self.in_a_row += 1
         self.total += 1
         logger.log_metrics({'trainer/skipped_batches': self.total})
-        what = f'batch {int(state.timestamp.batch) + 1}: loss {loss:.4g}, gradient norm {norm:.4g}'
-        log.warning('%s: update skipped (%d in a row, at most %d)', what, self.in_a_row, self.max_in_a_row)
+        text = f'batch {int(state.timestamp.batch) + 1}: loss {loss:.4g}, gradient norm {norm:.4g}'
+        log.warning('%s: update skipped (%d in a row, at most %d)', text, self.in_a_row, self.max_in_a_row)
         if self.in_a_row >= self.max_in_a_row:
-            raise UserError(f'{what}; {self.in_a_row} batches in a row had a loss or gradient that is not finite: '
-                            'lower optimizer.lr, lengthen scheduler.t_warmup, use precision=amp_bf16 or fp32, or look '
-                            'into the data')
+            raise UserError(f'{text}; {self.in_a_row} batches in a row had a loss or gradient that is not finite: '
+                            'lower optimizer.lr, lengthen scheduler.t_warmup, use precision=amp_bf16 or fp32, or check '
+                            'the data')
 
     def _loss_and_norm(self, state: State) -> tuple[float, float]:
-        """The mean loss of all microbatches and the gradient norm of the model; not finite if so on any rank."""
+        """Mean loss of all microbatches, and gradient norm of the model; not finite if one rank's is not."""
         grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
                  for p in state.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).float()

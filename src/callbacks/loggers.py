@@ -1,4 +1,4 @@
-"""Composer's loggers, mended: what they are given is kept exactly, and no start empties what another wrote."""
+"""Composer's loggers, repaired: they log exact values, and a new start of a run does not overwrite earlier logs."""
 
 import json
 import os
@@ -18,16 +18,16 @@ from src.config.schema import Plugins
 
 
 def _json(value: Any, indent: Optional[int] = None) -> str:
-    """What a logger is given, exactly: a tensor as its number, what JSON does not know as text."""
+    """A value as JSON without rounding: a tensor as a number, an object that JSON does not know as text."""
     return json.dumps(value, indent=indent, ensure_ascii=False,
                       default=lambda v: v.item() if hasattr(v, 'item') else str(v))
 
 
 class FileLogger(loggers.FileLogger):
-    """Composer's, which would empty the file of the start before: each start writes its own, `log.2.txt`, `log.3.txt`.
+    """Composer's FileLogger with a file for each start of a run: `log.txt`, `log.2.txt`, `log.3.txt`.
 
-    A line for each value, in JSON, where Composer's would round to four decimals, as in
-    `[metric][batch=5]: loss/train/total: 3.25`.
+    Composer's own would empty the earlier file, and would round values to four decimals. Each value is a line in JSON,
+    as in `[metric][batch=5]: loss/train/total: 3.25`.
     """
 
     def log_metrics(self, metrics: dict[str, float], step: Optional[int] = None) -> None:
@@ -43,12 +43,12 @@ class FileLogger(loggers.FileLogger):
         self._line(f'[table][batch={step}]: {name}: {_json([dict(zip(columns, row)) for row in rows])}')
 
     def _line(self, text: str) -> None:
-        # What is printed may stop in the middle of a line
+        # Printed output may have stopped in the middle of a line
         self.write('', ('' if self._is_newline else '\n') + text + '\n')
 
     def init(self, state: State, logger: Logger) -> None:
         stem, ending = os.path.splitext(self.filename_format)
-        if dist.get_global_rank() and '{rank}' not in self.filename_format:  # or it would write into rank 0's
+        if dist.get_global_rank() and '{rank}' not in self.filename_format:  # else it would write into rank 0's file
             stem += '-rank{rank}'
             self.filename_format = stem + ending
         start = 1
@@ -58,14 +58,17 @@ class FileLogger(loggers.FileLogger):
         super().init(state, logger)
 
     def _flush_queue(self) -> None:
-        # Composer opens the file in the encoding of the locale.
+        # Composer opens the file in the locale's encoding.
         if isinstance(self.file, TextIOWrapper) and self.file.encoding != 'utf-8':
             self.file.reconfigure(encoding='utf-8')
         super()._flush_queue()
 
 
 class TensorboardLogger(loggers.TensorboardLogger):
-    """Composer's, whose hyperparameters are rounded and wait for an evaluation; here they and tables are JSON too."""
+    """Composer's TensorboardLogger that also writes hyperparameters and tables as JSON text.
+
+    Composer's own rounds hyperparameters, and writes them at the first evaluation.
+    """
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         super().log_hyperparameters(hyperparameters)
@@ -80,12 +83,12 @@ class TensorboardLogger(loggers.TensorboardLogger):
 
     def _text(self, name: str, value: Any, step: Optional[int]) -> None:
         if self.writer is not None and not (self.rank_zero_only and dist.get_global_rank()):
-            code = textwrap.indent(_json(value, indent=1), '    ')  # indented, as Markdown has it
+            code = textwrap.indent(_json(value, indent=1), '    ')  # Markdown shows indented text as code
             self.writer.add_text(name, code, step)
 
 
 class WandBLogger(loggers.WandBLogger):
-    """Composer's, which would end a run that goes on with another setting or on other devices."""
+    """Composer's WandBLogger that lets a resumed run change settings; Composer's own would end such a run."""
 
     def init(self, state: State, logger: Logger) -> None:
         import wandb.errors
@@ -101,13 +104,13 @@ class WandBLogger(loggers.WandBLogger):
 
 
 def resume_wandb(chosen: Plugins, run_name: str, save_folder: str) -> Plugins:
-    """Gives W&B an id of the run, so that each start of it goes on in one W&B run; an id of the user's own stays."""
+    """Adds an id to the settings of W&B, so that all starts of a run log to one W&B run. An id in the YAML stays."""
     wandb = chosen.get('wandb', False)
     if wandb is False:
         return chosen
     save_folder = save_folder if '://' in save_folder else os.path.abspath(save_folder)
     shown_name = re.sub(r'[^A-Za-z0-9_-]', '-', run_name)[:48]
-    own = {'id': f'{shown_name}-{sha256(save_folder.encode()).hexdigest()[:8]}', 'resume': 'allow'}
+    resume = {'id': f'{shown_name}-{sha256(save_folder.encode()).hexdigest()[:8]}', 'resume': 'allow'}
     kwargs: dict[str, Any] = dict(wandb or {})
-    kwargs['init_kwargs'] = own | (kwargs.get('init_kwargs') or {})
+    kwargs['init_kwargs'] = resume | (kwargs.get('init_kwargs') or {})
     return {**chosen, 'wandb': kwargs}

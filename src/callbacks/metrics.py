@@ -1,4 +1,4 @@
-"""Figures that a run logs beside those of Composer."""
+"""Callbacks that log figures which Composer does not have, and check what the loaders give."""
 
 import logging
 import sys
@@ -23,17 +23,17 @@ log = logging.getLogger('src')
 
 NO_BATCH = ('train_loader: an epoch holds not one full batch for each device and worker; use more data, a smaller '
             'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A loader of '
-            'your own must begin anew each time that it is iterated, which a generator does not')
+            'your own must start again at each iteration; a generator cannot')
 
 
 class StepCounters(Callback):
-    """Counts the batches, and looks at what the loaders give.
+    """Logs counters of batches, and checks the batches that the loaders give.
 
-    Logs `trainer/grad_accum` (microbatches per step), `trainer/global_step` (of the run) and `trainer/batch_idx` (of
-    the epoch) with every batch, and `trainer/devices` at a start. Shows how a resumed run reads up to where it was,
-    which Composer does in silence. Warns of a batch of training that has another size than the `device_batch` samples
-    that the config asks of this device (None: any size does). Ends a run whose epochs hold no batch: Composer would
-    begin epoch after epoch, for ever.
+    Logs `trainer/grad_accum` (microbatches per step), `trainer/global_step` (in the run) and `trainer/batch_idx` (in
+    the epoch) with every batch, and `trainer/devices` at the start. Shows a progress bar while a resumed run reads the
+    batches before its checkpoint. Warns of a training batch that has not `device_batch` samples, which is the number
+    that the config sets for this device (None: any number). Raises UserError where an epoch has no batch: Composer
+    would start one epoch after the other, without end.
     """
 
     _reading: Optional[tqdm] = None
@@ -46,7 +46,7 @@ class StepCounters(Callback):
         if behind := int(state.timestamp.batch_in_epoch):
             self._reading = progress('reading up to the checkpoint', behind + 1, ' batches', delay=2)
 
-    def before_dataloader(self, state: State, logger: Logger) -> None:  # also for batches that are dropped
+    def before_dataloader(self, state: State, logger: Logger) -> None:  # comes for batches that are skipped, too
         if self._reading is not None:
             self._reading.update()
 
@@ -56,12 +56,12 @@ class StepCounters(Callback):
             self._reading = None
         if self._device_batch is None:
             return
-        rows, asked = len(state.batch['input_ids']), self._device_batch
-        if rows > asked or (rows < asked and state.timestamp.batch_in_epoch == 0):  # an epoch's last one may be short
-            self._device_batch = None  # said once
+        rows, expected = len(state.batch['input_ids']), self._device_batch
+        if rows > expected or (rows < expected and state.timestamp.batch_in_epoch == 0):  # an epoch may end with fewer
+            self._device_batch = None  # warn once
             log.warning('train_loader: a batch has %d samples on this device; global_train_batch_size, on %d devices, '
-                        'asks for %d. The run trains on what the loader gives: set its batch size to %d', rows,
-                        dist.get_world_size(), asked, asked)
+                        'asks for %d. The run trains on the batches of the loader: set its batch size to %d', rows,
+                        dist.get_world_size(), expected, expected)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert state.device_train_microbatch_size is not None
@@ -72,20 +72,21 @@ class StepCounters(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if int(state.eval_timestamp.batch) == 0:
-            raise UserError('eval_loader: it gave no batch on some rank, so there is nothing to evaluate')
+            raise UserError('eval_loader: it gave no batch on a rank, so there is nothing to evaluate')
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        # Not by what `epoch_start` saw: it does not come again for an epoch that a resumed run only finishes.
+        # The timestamp tells, not a flag set in `epoch_start`: a resumed run may end an epoch without that event.
         assert state.previous_timestamp is not None
         if int(state.previous_timestamp.batch_in_epoch) == 0:
             raise UserError(NO_BATCH)
 
 
 class UnigramBaseline(Callback):
-    """Logs `baseline/unigram_entropy`, once a start: the entropy in nats of the evaluation set's token frequencies.
+    """Logs `baseline/unigram_entropy` once per start: the entropy, in nats, of the evaluation set's token frequencies.
 
-    It is the loss of the best model that ignores all context; one that learns anything falls below it. Each sample
-    counts once, on any number of ranks. A resumed run computes it again, as its evaluation set may be another.
+    The entropy is the loss of the best model that ignores all context; a model that has learned from context has a
+    lower loss. Each sample counts once, on any number of ranks. A resumed run computes the entropy again, because its
+    evaluation set may be a different one.
     """
 
     def __init__(self):
@@ -96,7 +97,7 @@ class UnigramBaseline(Callback):
         self._counts.clear()
         sampler: Any = getattr(state.dataloader, 'sampler', None)
         self._rows_left = sys.maxsize
-        if isinstance(sampler, DistributedSampler):  # it repeats some, as the last of a rank, where they do not divide
+        if isinstance(sampler, DistributedSampler):  # repeats samples at the end of some ranks, to fill them up
             self._rows_left = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # pyright: ignore
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
@@ -114,7 +115,7 @@ class UnigramBaseline(Callback):
 
 
 class SpeedMonitor(callbacks.SpeedMonitor):
-    """Composer's, whose MFU is of the kit's own table of GPUs: one that it lacks, or a part of one, has none."""
+    """Composer's SpeedMonitor with the peaks in src/common/flops.py: no MFU for a GPU that is not listed there."""
 
     def init(self, state: State, logger: Logger) -> None:
         if self.gpu_flops_available is None and torch.cuda.is_available():

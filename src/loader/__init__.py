@@ -1,1 +1,1 @@
-"""How shards reach a rank: whole, in one order."""
+"""Reads shards: checks each of them, and gives one order of samples on any number of devices."""

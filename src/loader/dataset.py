@@ -1,4 +1,4 @@
-"""StreamingDataset and the DataLoaders over it, mended: what cannot be had ends the run in one message."""
+"""StreamingDataset and its DataLoaders, repaired: a shard that cannot be fetched ends the run with one message."""
 
 import hashlib
 import json
@@ -21,21 +21,27 @@ from src.loader.streams import CheckedStream
 
 RETRIES_UNDER_CACHE_LIMIT = 1000
 
-patch_streaming()  # as this is imported: by the processes of loader workers, too, and before a loader of the user's own
+patch_streaming()  # at import: loader workers need the changes too, and so does a loader of your own built on streaming
 
 
 class CheckedDataset(StreamingDataset):
-    """A StreamingDataset in which a shard that cannot be had is an error of whoever reads it, in every worker and rank.
+    """A StreamingDataset that raises the error of a failed shard in every worker and rank that reads the shard.
 
-    Streaming 0.13.0 leaves a shard that failed in the state "being prepared", for which other workers wait for ever,
-    and raises in threads. `streams` holds, by the setting that names each, the keywords of a CheckedStream; `kwargs`
-    are StreamingDataset's own. Raises UserError where the data is missing or cannot be read.
+    Streaming 0.13.0 raises such an error in a thread, and leaves the shard in the state "being prepared". Other workers
+    then wait for it forever.
+
+    Args:
+        streams: The keywords of a CheckedStream for each stream, by the setting that names the stream in messages.
+        **kwargs: StreamingDataset's own keywords.
+
+    Raises:
+        UserError: The data is missing or cannot be read.
     """
 
     streams: list[CheckedStream]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, streams: Mapping[str, Mapping[str, Any]], **kwargs: Any) -> None:
-        self._failed: dict[int, Exception] = {}  # by shard
+        self._errors: dict[int, Exception] = {}  # by number of the shard
         opened = [CheckedStream(name, kwargs.get('cache_limit'), **stream) for name, stream in streams.items()]
         self.place = ', '.join(stream.place for stream in opened)
         try:
@@ -49,54 +55,55 @@ class CheckedDataset(StreamingDataset):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the indices and of each stream's weight: ranks that read the same data have the same."""
+        """A hash of the indices and of each stream's weight. Ranks that read the same data have the same hash."""
         shards: Any = self.shards
-        says = [[[s.column_names, s.column_encodings, s.samples, asdict(s.raw_data)] for s in shards],
-                [[int(n), int(stream.choose)] for n, stream in zip(self.shards_per_stream, self.streams)]]
-        return hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()[:16]
+        identity = [[[s.column_names, s.column_encodings, s.samples, asdict(s.raw_data)] for s in shards],
+                    [[int(n), int(stream.choose)] for n, stream in zip(self.shards_per_stream, self.streams)]]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Has a shard fetched, unless it is here or somebody is at it.
+        """Fetches a shard, unless it is in `local` or another worker is fetching it.
 
-        A shard that was prefetched in vain (`blocking` false) is an error once it is read.
+        An error in prefetching (`blocking` false) is kept, and raised when the shard is read.
         """
         if not blocking and not self.cache_limit and not self.shards[shard_id].compression \
                 and self._shard_states[shard_id] == _ShardState.LOCAL:
             return  # streaming would take the cache's file lock for each sample
-        if shard_id not in self._failed:
+        if shard_id not in self._errors:
             try:
                 super().prepare_shard(shard_id, blocking)
             except Exception as e:
-                # A traceback would keep the frame, and with it the cache's file lock if that is held.
-                self._failed[shard_id] = e.with_traceback(None)
-                # Streaming leaves it as PREPARING, and other workers would wait for that to end.
+                # The traceback would keep the frame alive, and with it the cache's file lock if the frame holds it.
+                self._errors[shard_id] = e.with_traceback(None)
+                # Streaming leaves the state PREPARING, and other workers would wait for its end.
                 self._shard_states[shard_id] = _ShardState.REMOTE
-        if blocking and shard_id in self._failed:
-            raise self._failed[shard_id]
+        if blocking and shard_id in self._errors:
+            raise self._errors[shard_id]
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        # A shard may be evicted between its arrival and the read, and under load many times.
+        # The cache may delete a shard again before it is read; under load, many times in a row.
         return super().get_item(sample_id, RETRIES_UNDER_CACHE_LIMIT if self.cache_limit else retry)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:
-            # After an epoch Composer counts 0 samples of the next one, whereas streaming goes on to it only when it is
-            # begun, and would resume with the epoch that has just ended.
+            # At the end of an epoch Composer already counts 0 samples of the next one. Streaming changes to the next
+            # epoch only when it starts, so it would resume with the epoch that has just ended.
             state['epoch'] = max(state['epoch'], self.next_epoch)
         return state
 
     def load_state_dict(self, obj: Optional[dict[str, Any]]) -> None:
         if obj is None:
-            raise UserError('the checkpoint holds no place in these samples: its run packed them on the fly. Go on '
-                            'with that data, or start a new run from its weights with load_weights_only=true')
+            raise UserError('the checkpoint does not say which samples its run has read: the run packed them on the '
+                            'fly. Resume with the data of that run, or start a new run from its weights with '
+                            'load_weights_only=true')
         super().load_state_dict(obj)
-        # Streaming takes these from the state for the epoch that it resumes; they must hold in later ones, too.
+        # Streaming uses these two for the epoch that it resumes. Later epochs must keep the same order.
         self.num_canonical_nodes, self.shuffle_seed = obj['num_canonical_nodes'], obj['shuffle_seed']
 
-    # The next three: streaming's yield loop waits for a thread which waits until a shard is LOCAL. That is for ever
-    # where the shard was evicted again between two looks, or where another worker failed to fetch it. But `get_item`
-    # itself waits for a shard, or fetches it, so nobody has to wait before it.
+    # In streaming, the loop over samples waits for a thread that waits until a shard is LOCAL. The thread waits forever
+    # if the shard is deleted again between two looks, or if another worker failed to fetch it. `get_item` waits for a
+    # shard, or fetches it, so the next three methods do not wait.
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
         for sample_id in it.sample_ids:
@@ -124,9 +131,9 @@ class CheckedDataset(StreamingDataset):
 
 
 class _CleanErrors:
-    """For a DataLoader: a UserError of a worker is its message, without the traceback that torch puts around it.
+    """Mixin for a DataLoader: raises a worker's UserError without the traceback that torch adds to its message.
 
-    The loss of a worker is a UserError too where the cause is known.
+    Raises UserError also where a worker died and the cause is known.
     """
 
     setting: str
@@ -137,21 +144,21 @@ class _CleanErrors:
             return
         except UserError as e:
             message = str(e).rpartition(f'{UserError.__module__}.{UserError.__qualname__}: ')[2].rstrip()
-            e.__traceback__ = None  # torch has made a cycle of it; as garbage, each worker would take 5 s to end
+            e.__traceback__ = None  # it is part of a reference cycle, because of which each worker would end 5 s late
         except (RuntimeError, OSError) as e:
-            if (why := explain_lost_worker(e, self.setting)) is None:
+            if (cause := explain_lost_worker(e, self.setting)) is None:
                 raise
-            message = why
-        raise UserError(message)  # not in the handler, where the first error would be its context
+            message = cause
+        raise UserError(message)  # outside of the handler: inside, the first error would become the context
 
 
 class TrainLoader(_CleanErrors, StreamingDataLoader):
-    """StreamingDataLoader, with the messages of workers as they are."""
+    """StreamingDataLoader that raises a worker's UserError with its own message."""
 
     setting = 'train_loader'
 
 
 class EvalLoader(_CleanErrors, DataLoader):
-    """DataLoader, with the messages of workers as they are."""
+    """DataLoader that raises a worker's UserError with its own message."""
 
     setting = 'eval_loader'

@@ -1,4 +1,4 @@
-"""Files of a dataset: fetched whole, or not at all."""
+"""Fetches the files of a dataset under a temporary name, checks them, and fetches a damaged one again."""
 
 import json
 import os
@@ -18,19 +18,19 @@ from src.common.machine import find_unwritable_folder
 from src.common.storage import is_leftover
 from src.config.data_places import is_url
 
-BACKOFF_S = 1.0  # before the second attempt at a file; doubles from one to the next
-PART = '.part'  # a file until it is known to be whole
+BACKOFF_S = 1.0  # seconds before the second attempt at a file; doubles with each further attempt
+PART = '.part'  # ending of a file that has not been checked yet
 
 
 class DamagedFileError(Exception):
-    """A file is not as the index says."""
+    """A file differs from what the index says."""
 
 
 def check_file(path: str, info: Optional[FileInfo], algorithm: Optional[str] = None) -> None:
-    """Raises Damaged, which says what is wrong with a file.
+    """Raises DamagedFileError, with the reason, where a file is missing or differs from `info`, its entry in the index.
 
-    `info` is what the index says of the file; None: it is an index, which must be JSON. `algorithm` is of a hash that
-    the index has; None: the size alone is checked.
+    Without `info` the file is an index itself, and must be JSON. `algorithm` names the hash of the entry that is
+    checked; None: only the size is checked.
     """
     if not os.path.exists(path):
         raise DamagedFileError('it is missing')
@@ -38,13 +38,13 @@ def check_file(path: str, info: Optional[FileInfo], algorithm: Optional[str] = N
         try:
             json.loads(Path(path).read_bytes())
         except ValueError:
-            raise DamagedFileError('it is no whole JSON') from None
+            raise DamagedFileError('it is not complete JSON') from None
         return
     size = os.path.getsize(path)
     if size != info.bytes:
-        raise DamagedFileError(f'it has {size:,} bytes, and the index says {info.bytes:,}')
+        raise DamagedFileError(f'it has {size:,} bytes, but the index says {info.bytes:,}')
     if algorithm and (found := get_hash(algorithm, Path(path).read_bytes())) != info.hashes[algorithm]:
-        raise DamagedFileError(f'its {algorithm} is {found}, and the index says {info.hashes[algorithm]}')
+        raise DamagedFileError(f'its {algorithm} is {found}, but the index says {info.hashes[algorithm]}')
 
 
 def is_full_disk(e: Optional[BaseException]) -> bool:
@@ -53,24 +53,24 @@ def is_full_disk(e: Optional[BaseException]) -> bool:
 
 
 def describe_error(e: Exception) -> str:
-    """An error of fetching, in a few words."""
+    """Says in a few words why a file could not be fetched."""
     if isinstance(e, DamagedFileError):
         return str(e)
     return 'it is missing' if isinstance(e, FileNotFoundError) else f'{type(e).__name__}: {first_line(e)}'
 
 
 def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm: Optional[str]) -> None:
-    """Fetches a file of a stream under another name, checks it and renames it, in `1 + download_retry` attempts.
+    """Fetches a file of a stream under a temporary name, checks it and renames it, in `1 + download_retry` attempts.
 
-    `stream` is a CheckedStream. `name` is that of the file where the data lies, and `path` is where it is copied to;
-    `info` and `algorithm` are as `check_file` has them. Raises UserError where the file could not be had whole.
+    `stream` is a CheckedStream, `name` the file's name in its remote, and `path` the place of the copy. `info` and
+    `algorithm` are those of `check_file`. Raises UserError where no attempt gives a file that passes the check.
     """
     part, error = path + PART, Exception()
     for attempt in range(1 + stream.download_retry):
         if attempt:
-            stream.warn_of_another(name, describe_error(error), attempt)
+            stream.warn_of_retry(name, describe_error(error), attempt)
             time.sleep(BACKOFF_S * 2 ** (attempt - 1) * SystemRandom().uniform(1, 1.5))
-        Path(part).unlink(missing_ok=True)  # streaming fetches nothing where there is a file
+        Path(part).unlink(missing_ok=True)  # streaming does not download to a path that exists
         try:
             stream._downloader.download(os.path.join(stream.place, name), part, stream.download_timeout)
             check_file(part, info, algorithm)
@@ -81,24 +81,24 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
             stream._downloader.clean_up()
             if find_unwritable_folder(os.path.dirname(path)):
                 break
-        for left in Path(path).parent.glob(os.path.basename(part) + '*'):
-            left.unlink(missing_ok=True)
-    raise UserError(_why_not(stream, name, os.path.dirname(path), info, error))
+        for leftover in Path(path).parent.glob(os.path.basename(part) + '*'):
+            leftover.unlink(missing_ok=True)
+    raise UserError(_explain_failure(stream, name, os.path.dirname(path), info, error))
 
 
 def remove_parts(folder: Path, names: Container[str], of_all: bool) -> None:
-    """Removes what killed runs have left of files on their way.
+    """Removes partly fetched files that killed runs have left in `folder`, the folder of a split.
 
-    `names` are those of the split's files, below its `folder`. With `of_all` what other machines, and runs that go on,
-    have there is removed too; a run at work makes its own anew.
+    `names` are the names of the split's files. With `of_all` the partial files of other machines and of running runs
+    are removed too; those runs fetch the files again.
     """
     for part in folder.rglob(f'*{PART}*'):
         if str(part.relative_to(folder)).split(PART)[0] in names and (of_all or is_leftover(part.name)):
-            with suppress(OSError):  # another user's, perhaps
+            with suppress(OSError):  # the file may belong to another user
                 part.unlink()
 
 
-def _why_not(stream: Any, name: str, folder: str, info: Optional[FileInfo], error: Exception) -> str:
+def _explain_failure(stream: Any, name: str, folder: str, info: Optional[FileInfo], error: Exception) -> str:
     if wrong := find_unwritable_folder(folder):
         return (f'{stream.setting}.local: {name} of {stream.place} cannot be copied to {stream.local}: {wrong} cannot '
                 'be written. Set data_local to a folder on a disk of this machine')
@@ -107,6 +107,6 @@ def _why_not(stream: Any, name: str, folder: str, info: Optional[FileInfo], erro
         size = f' ({info.bytes:,} bytes)' if info else ''
         return (f'{stream.setting}.local: the disk of {folder} is full ({free:,} bytes free): no space for {name} of '
                 f'{stream.place}{size}; make room, set cache_limit, or choose a data_local on another disk')
-    where = 'the address, the network and the credentials, and ' if is_url(stream.remote) else ''
-    return (f'{stream.setting}.remote: {name} of {stream.place} could not be had in {1 + stream.download_retry} '
-            f'attempts: {describe_error(error)}. Check {where}that the data is whole there')
+    access = 'the address, the network and the credentials, and ' if is_url(stream.remote) else ''
+    return (f'{stream.setting}.remote: {name} of {stream.place} could not be fetched in {1 + stream.download_retry} '
+            f'attempts: {describe_error(error)}. Check {access}that the data there is complete')

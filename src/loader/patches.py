@@ -1,4 +1,4 @@
-"""What is changed in streaming itself, for the whole process."""
+"""Changes the streaming library itself, for the whole process: the order of samples, and shared memory."""
 
 import mmap
 import os
@@ -19,26 +19,26 @@ from src.loader.shared_memory import remove_own_locks
 
 @cache
 def patch_streaming() -> None:
-    """Puts the kit's order of samples and its shared memory into streaming. Does nothing the second time."""
+    """Replaces streaming's order of samples and its shared memory by the kit's. A second call does nothing."""
     algos[deal_whole_batches.__name__] = deal_whole_batches
     batching_methods['stratified'] = deal_stratified_batches
     prefix.SharedMemory = _attach_briefly  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
     memory.BuiltinSharedMemory = _AllocatedBlock  # pyright: ignore[reportPrivateImportUsage]
-    # With a negative priority this runs after streaming has removed the blocks and after the DataLoader's workers,
-    # which make lock files anew, have ended. A rank that ends while another holds the blocks leaves them to it.
+    # The negative priority makes this run after streaming has removed the blocks, and after the end of the DataLoader's
+    # workers, which create lock files again. A rank that still uses the blocks removes the lock files later.
     Finalize(None, remove_own_locks, exitpriority=-1)
 
 
 def _attach_briefly(name: str, create: bool, size: int = 0) -> SharedMemory:
-    """For the search for a free prefix: streaming holds each block of other jobs that it looks at until the end.
+    """Opens a block for streaming's search for a free prefix, without keeping the block open.
 
-    A killed job's blocks would then look as if they were in use.
+    Streaming keeps each block that it looks at open until its end. A killed job's blocks would then look used.
     """
     return SharedMemory(name, create, size, auto_cleanup=create)
 
 
 class _AllocatedBlock(Block):
-    """A block whose pages exist from its creation on: else a write to a full `/dev/shm` ends the process by SIGBUS."""
+    """A block that gets all its pages at creation; else a write to a full `/dev/shm` kills the process by SIGBUS."""
 
     def __init__(self, name: Optional[str] = None, create: bool = False, size: int = 0) -> None:
         super().__init__(name, create, size)
@@ -50,5 +50,5 @@ class _AllocatedBlock(Block):
             self.close()
             self.unlink()
             if e.errno in DISK_FULL:
-                check_shared_memory(max(size, mmap.PAGESIZE), 'the places and the order of the samples')
+                check_shared_memory(max(size, mmap.PAGESIZE), "the loader's state and the order of the samples")
             raise

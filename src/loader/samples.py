@@ -1,4 +1,4 @@
-"""Samples of rows as stored: a row of tokens is one, documents are cut, padded or joined; and batches of samples."""
+"""Makes training samples of stored rows: uses a row of tokens as it is, and cuts, pads or joins documents."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -19,10 +19,10 @@ Sample = dict[str, NDArray[np.int64]]
 
 
 class SampleMaker:
-    """Makes samples of the rows of a dataset; StreamingC4 says what is in them.
+    """Makes samples of the rows of a dataset. StreamingC4 describes the keys and shapes of a sample.
 
-    The tokenizer is Hugging Face's own object. Samples have `max_seq_len` tokens, and number their documents where
-    `sequence_ids` is true. `tokenizer_name` and `place`, where the rows lie, are for messages.
+    `tokenizer` is a Hugging Face tokenizer. `tokenizer_name` and `place` name the tokenizer and the data in messages.
+    With `sequence_ids` the samples number their documents.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokenizer_name: str, max_seq_len: int, sequence_ids: bool,
@@ -32,14 +32,14 @@ class SampleMaker:
         self._n_ids = n_ids(tokenizer)
 
     def of_tokens(self, rows: list[Row]) -> list[Sample]:
-        """A sample of each row of tokens.
+        """One sample for each row of tokens.
 
-        Raises UserError where a row is of another length, or holds an id that the tokenizer does not have.
+        Raises UserError where a row has another length, or an id that the tokenizer does not have.
         """
         return [self._sample(self._checked(row['tokens'])) for row in rows]
 
     def of_documents(self, rows: list[Row]) -> list[Sample]:
-        """A sample of each document, cut or padded."""
+        """One sample for each document, cut or padded to `max_seq_len`."""
         samples = []
         for ids in self._encode(rows):
             n = min(len(ids), self.max_seq_len)
@@ -54,7 +54,7 @@ class SampleMaker:
         return samples
 
     def of_joined_documents(self, chunks: Iterable[list[Row]]) -> Iterator[Sample]:
-        """Full samples of the documents one after another, without the last tokens, which fill none."""
+        """Joins documents and cuts them into full samples. The last tokens, which do not fill one, are dropped."""
         rest = np.empty(0, np.int64)
         for rows in chunks:
             tokens = np.concatenate([rest, *self._encode(rows)])
@@ -66,30 +66,33 @@ class SampleMaker:
     def _checked(self, tokens: NDArray) -> NDArray[np.int64]:
         check_tokens(tokens, self.max_seq_len, self.place)
         ids = tokens.astype(np.int64)
-        if ids.view(np.uint64).max() >= self._n_ids:  # unsigned, where a negative id is a high one: one pass for both
+        if ids.view(np.uint64).max() >= self._n_ids:  # unsigned, a negative id is very high: one pass finds both
             wrong = ids[(ids < 0) | (ids >= self._n_ids)][0]
-            raise UserError(f'tokenizer_name: {self.tokenizer_name!r} has ids from 0 to {self._n_ids - 1}, and '
+            raise UserError(f'tokenizer_name: {self.tokenizer_name!r} has ids from 0 to {self._n_ids - 1}, but '
                             f'{self.place} holds the token id {wrong}; set the tokenizer that made the tokens, and '
                             'model.vocab_size to its number of ids')
         return ids
 
     def _sample(self, ids: NDArray[np.int64]) -> Sample:
-        """One sample of max_seq_len tokens, or one more, that are all trained on."""
+        """One sample of `max_seq_len` or `max_seq_len + 1` token ids without padding."""
         n, labels = self.max_seq_len, ids.copy()
         if not self.sequence_ids:
             return {'input_ids': ids[:n], 'labels': labels}
-        starts = np.zeros(len(ids), bool)  # of every document but the first
+        starts = np.zeros(len(ids), bool)  # true at the first token of each document but the first
         starts[1:] = ids[:-1] == self.tokenizer.eos_token_id
         labels[starts] = IGNORE
         return {'input_ids': ids[:n], 'labels': labels, 'sequence_id': starts[:n].cumsum()}
 
     def _encode(self, rows: list[Row]) -> list[NDArray[np.int64]]:
-        if get_worker_info() is not None:  # workers are the parallelism; a forked tokenizer's threads could deadlock
+        if get_worker_info() is not None:  # a tokenizer's threads could deadlock after a fork; workers run in parallel
             os.environ['TOKENIZERS_PARALLELISM'] = 'false'
         return encode_documents(self.tokenizer, [row['text'] for row in rows])
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """A batch, with `n_targets`, a list: counted here, since to count on a GPU is to wait for it each microbatch."""
+    """Makes a batch of samples, with the number of targets of each sample in the list `n_targets`.
+
+    Counting here, on the CPU, spares the host to wait for a GPU in each microbatch.
+    """
     batch = default_collate(samples)
     return {**batch, 'n_targets': targets_per_sample(batch)}

@@ -1,10 +1,9 @@
-"""What streaming leaves on a machine: shared-memory blocks and lock files, removed here once nobody uses them.
+"""Removes the shared-memory blocks and lock files that streaming leaves on a machine, once no process uses them.
 
-Streaming names both `NNNNNN_name`, with one six-digit prefix for each dataset that is open on the machine: blocks in
-`/dev/shm`, lock files in the temporary folder. It removes the blocks when a process ends normally, the lock files
-never. After SIGKILL both stay, and the next run would fail with `FileExistsError` or `Reused local directory`.
-Streaming's own `clean_stale_shared_memory()` also removes the blocks of jobs that are still running; this removes none
-of those.
+Streaming puts blocks into `/dev/shm` and lock files into the temporary folder. Their names are `NNNNNN_name`; each open
+dataset of the machine has a prefix of six digits. Streaming removes the blocks when a process ends normally, and never
+removes the lock files. After SIGKILL both stay, and the next run would fail with `FileExistsError` or `Reused local
+directory`. Streaming's `clean_stale_shared_memory()` is no help: it also removes the blocks of running jobs.
 """
 
 import fcntl
@@ -31,32 +30,32 @@ from src.common.machine import check_shared_memory, megabytes
 LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
 NAME = re.compile(rf'(\d{{6}})_(?:{"|".join([*SHM_TO_CLEAN, *LOCKS])})')
 
-_opened: set[str] = set()  # prefixes of the datasets of this process
-_needs: WeakKeyDictionary[DataLoader, int] = WeakKeyDictionary()  # bytes that the loaders of this process take
+_opened_prefixes: set[str] = set()  # of the datasets of this process
+_needed_bytes: WeakKeyDictionary[DataLoader, int] = WeakKeyDictionary()  # of shared memory, by loader of this process
 
 
-def _files(folder: Path) -> dict[str, list[Path]]:
-    """This user's files of streaming in a folder, by prefix."""
+def _streaming_files(folder: Path) -> dict[str, list[Path]]:
+    """Streaming's files in a folder, by prefix; only those of this user."""
     found = defaultdict(list)
     for entry in os.scandir(folder):
         match = NAME.fullmatch(entry.name)
         try:
             if match and entry.stat(follow_symlinks=False).st_uid == os.getuid():
                 found[match[1]].append(Path(entry.path))
-        except FileNotFoundError:  # removed since it was listed
+        except FileNotFoundError:  # another process has removed it meanwhile
             continue
     return found
 
 
 def _is_unused(path: Path) -> bool:
-    """Asks the kernel, which also knows the processes of other containers that share `/dev/shm`.
+    """Whether no process has the file open or mapped, also in other containers that share `/dev/shm`.
 
-    A write lease is refused while anyone else has the file open or mapped: from its creation on, so that a block whose
-    owner is about to map it is safe. See fcntl(2), "Leases".
+    The kernel refuses a write lease while another process has the file open or mapped, which begins with the creation
+    of the file. So a block that its owner is about to map counts as used. See fcntl(2), "Leases".
     """
     try:
         with path.open('rb') as f:
-            fcntl.fcntl(f, fcntl.F_SETSIG, signal.SIGURG)  # the default, SIGIO, would end this process
+            fcntl.fcntl(f, fcntl.F_SETSIG, signal.SIGURG)  # the default signal, SIGIO, would end this process
             fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except FileNotFoundError:
         return True
@@ -68,13 +67,13 @@ def _is_unused(path: Path) -> bool:
 
 
 def _is_mapped(path: Path) -> bool:
-    """Whether any process maps the file, as far as this user may look."""
+    """Whether any process maps the file, among the processes that this user may look into."""
     for maps in Path('/proc').glob('[0-9]*/maps'):
         try:
-            # To the end of the line: a block that was removed is listed as "(deleted)".
+            # With the end of the line: the path of a removed block is followed by "(deleted)".
             if f'{path}\n' in maps.read_text(errors='replace'):
                 return True
-        except (PermissionError, FileNotFoundError, ProcessLookupError):  # another user's, or it has just ended
+        except (PermissionError, FileNotFoundError, ProcessLookupError):  # of another user, or ended meanwhile
             continue
     return False
 
@@ -82,15 +81,15 @@ def _is_mapped(path: Path) -> bool:
 def remove_stale() -> list[str]:
     """Removes this user's blocks and lock files whose processes are gone, and returns their names.
 
-    The blocks of a prefix are stale when no process has one open or mapped, lock files when no block has their prefix.
-    Does nothing where there is no `/dev/shm`.
+    The blocks of a prefix are stale if no process has any of them open or mapped. Lock files are stale if no block has
+    their prefix. Does nothing where there is no `/dev/shm`.
     """
     if not BLOCKS.is_dir():
         return []
-    locks, blocks = _files(Path(gettempdir())), _files(BLOCKS)
-    stale = {number for number, paths in blocks.items() if all(map(_is_unused, paths))}
-    removed = [path for number in stale for path in blocks[number]]
-    removed += [path for number, paths in locks.items() if number in stale or not any(BLOCKS.glob(f'{number}_*'))
+    locks, blocks = _streaming_files(Path(gettempdir())), _streaming_files(BLOCKS)
+    stale = {prefix for prefix, paths in blocks.items() if all(map(_is_unused, paths))}
+    removed = [path for prefix in stale for path in blocks[prefix]]
+    removed += [path for prefix, paths in locks.items() if prefix in stale or not any(BLOCKS.glob(f'{prefix}_*'))
                 for path in paths]
     for path in removed:
         path.unlink(missing_ok=True)
@@ -99,7 +98,7 @@ def remove_stale() -> list[str]:
 
 @contextmanager
 def _locked(folder: Path, seconds: float = 60) -> Iterator[None]:
-    """Holds the folder's lock, or goes on without it: two jobs on the same two nodes could wait for each other."""
+    """Locks a folder; after `seconds` goes on without the lock, as two jobs on two nodes could block each other."""
     fd = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + seconds
     try:
@@ -116,47 +115,47 @@ def _locked(folder: Path, seconds: float = 60) -> Iterator[None]:
 
 @contextmanager
 def opening_a_dataset() -> Iterator[None]:
-    """What a StreamingDataset must be created in: stale files are gone, and no other job of this kit takes its prefix.
+    """Context in which a StreamingDataset must be created: removes stale files, and keeps other jobs from its prefix.
 
-    Each node's first rank cleans up and holds a lock on `/dev/shm`; the other ranks wait until it has both. Streaming
-    looks for a free prefix and takes it in two steps, so of two jobs that start at once one could fail with
-    `FileExistsError`.
+    The first rank of each node removes the files and holds a lock on `/dev/shm`; the other ranks wait for both.
+    Streaming looks for a free prefix in one step and takes it in another. Without the lock, one of two jobs that start
+    at the same time could fail with `FileExistsError`.
     """
-    gc.collect()  # a dataset of this process that nothing refers to any more gives up its `local`
-    several = dist.is_available() and dist.is_initialized()
+    gc.collect()  # a dataset that nothing refers to any more must release its `local`
+    has_process_group = dist.is_available() and dist.is_initialized()
     with ExitStack() as stack:
-        if get_local_rank() == 0 and (several or get_world_size() == 1):
+        if get_local_rank() == 0 and (has_process_group or get_world_size() == 1):
             stack.enter_context(_locked(BLOCKS if BLOCKS.is_dir() else Path(gettempdir())))
             remove_stale()
-        if several:
+        if has_process_group:
             dist.barrier()
         yield
 
 
 def check_loader(setting: str, loader: DataLoader, batch_bytes: int, order_bytes: int = 0) -> None:
-    """Refuses a loader that does not fit into shared memory together with the other loaders of this process.
+    """Raises UserError where a loader and the other loaders of this process do not fit into shared memory.
 
-    The loader workers of all ranks of a machine hand over their batches, of `batch_bytes` each, through its shared
-    memory. The order of the samples of an epoch, of `order_bytes`, lies there too. `setting` is `train_loader` or
-    `eval_loader`, and the loader has read nothing yet. Raises UserError where there is too little room.
+    The loader workers of all ranks of a machine pass their batches, of `batch_bytes` each, through shared memory. The
+    order of the samples of an epoch lies there too, and takes `order_bytes`. `setting` is `train_loader` or
+    `eval_loader`. The loader must not have read anything yet.
     """
     n_batches = loader.num_workers * (loader.prefetch_factor or 0) * get_local_world_size()
-    need = n_batches * batch_bytes + order_bytes
-    what = (f'the batches of loader workers ({setting}: {n_batches} of {megabytes(batch_bytes)}) and the order of the '
-            'samples')
+    n_bytes = n_batches * batch_bytes + order_bytes
+    contents = (f'the batches of loader workers ({setting}: {n_batches} of {megabytes(batch_bytes)}) and the order of '
+                'the samples')
     otherwise = f'; or set a smaller {setting}.num_workers' if loader.num_workers else ''
-    check_shared_memory(need + sum(_needs.values()), what, otherwise)
-    _needs[loader] = need
+    check_shared_memory(n_bytes + sum(_needed_bytes.values()), contents, otherwise)
+    _needed_bytes[loader] = n_bytes
 
 
-def remove_locks_at_exit(number: int) -> None:
-    """Has the lock files of an open dataset, by its prefix, removed at the end of this process."""
-    _opened.add(f'{number:06}')
+def remove_locks_at_exit(prefix: int) -> None:
+    """Makes this process remove the lock files of an open dataset, by its prefix, when the process ends."""
+    _opened_prefixes.add(f'{prefix:06}')
 
 
 def remove_own_locks() -> None:
-    """Removes the lock files of this process's datasets, but those that another process still uses."""
-    for number in _opened:
-        if not any(BLOCKS.glob(f'{number}_*')):
+    """Removes the lock files of this process's datasets, except those that another process still uses."""
+    for prefix in _opened_prefixes:
+        if not any(BLOCKS.glob(f'{prefix}_*')):
             for name in LOCKS:
-                Path(gettempdir(), f'{number}_{name}').unlink(missing_ok=True)
+                Path(gettempdir(), f'{prefix}_{name}').unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A loader of the user's own, which may be any DataLoader or iterable of batches; src/training/data.py imports it."""
+"""Wraps a loader of your own, any DataLoader or iterable of batches, so that epochs and resumed runs have one order."""
 
 import inspect
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from streaming.base.distributed import get_world_size
 from torch.utils import data
 from torch.utils.data import DataLoader, IterableDataset
 
-SHUFFLE = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)  # PyTorch's
+RANDOM_SAMPLERS = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)
 
 
 class Batches:
-    """The batches of a loader of the user's own, in an order that depends on the number of the epoch alone.
+    """The batches of a loader of your own, in an order that depends only on the number of the epoch.
 
-    A resumed run begins each epoch that is over, reads a batch of it, and so comes to its own epoch; PyTorch's samplers
-    draw more random numbers in a whole epoch. Every evaluation has the order of epoch 0. Composer sees no more than the
-    batches: it would call `state_dict` of any dataset in a form that other libraries do not have.
+    To come to its epoch, a resumed run starts each earlier epoch and reads one batch of it. That draws fewer random
+    numbers than whole epochs do, so each epoch gets its own seed. Every evaluation has the order of epoch 0. The
+    wrapper hides the DataLoader from Composer, which would call the dataset's `state_dict` with streaming's arguments.
     """
 
     def __init__(self, loader: Any, evaluate: bool = False, length: int = 0) -> None:
@@ -25,32 +25,32 @@ class Batches:
         batches = getattr(loader, 'batch_sampler', None)
         samplers: list[Any] = [getattr(loader, 'sampler', None), batches, getattr(batches, 'sampler', None)]
         for sampler in samplers:
-            if isinstance(sampler, SHUFFLE) and sampler.generator is None:
+            if isinstance(sampler, RANDOM_SAMPLERS) and sampler.generator is None:
                 sampler.generator = getattr(loader, 'generator', None)
         generators = {part.generator for part in (loader, *samplers)
                       if isinstance(getattr(part, 'generator', None), torch.Generator)}
         self._seeds = [(generator, generator.initial_seed()) for generator in generators]
         parts: dict[int, Any] = {id(part): part for part in (loader, getattr(loader, 'dataset', None), *samplers)}
-        self._told = [part for part in parts.values() if hasattr(part, 'set_epoch')]
+        self._with_set_epoch = [part for part in parts.values() if hasattr(part, 'set_epoch')]
 
     def __iter__(self) -> Iterator[Any]:
         for generator, seed in self._seeds:
             generator.manual_seed(seed + self._epoch * get_world_size())
-        for part in self._told:
+        for part in self._with_set_epoch:
             part.set_epoch(self._epoch)
         self._epoch += not self._evaluate
         return iter(self.loader)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'loader' or name.startswith('__'):  # of a copy that is not filled yet, or Python's own
+        if name == 'loader' or name.startswith('__'):  # a copy that has no attributes yet, or a name of Python's own
             raise AttributeError(name)
-        return getattr(self.loader, name)  # callbacks ask for `dataset`, `batch_size` and others
+        return getattr(self.loader, name)  # callbacks read `dataset`, `batch_size` and others
 
 
 class SizedBatches(Batches):
-    """Batches that are counted: `length` in an epoch; in training, of the rank that has the fewest.
+    """Batches with a length: the batches in an epoch; in training, those of the rank that has the fewest.
 
-    Composer refuses an evaluation whose `len` raises TypeError, as a DataLoader's may.
+    A class of its own, because Composer refuses an evaluation whose `len` raises TypeError.
     """
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class SizedBatches(Batches):
 
 
 def has_state(loader: Any) -> bool:
-    """Whether Composer can save the place in a loader's dataset, as in streaming's."""
+    """Whether the loader's dataset can save its place in an epoch in the form that Composer calls (streaming's)."""
     if not (isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)):
         return False
     try:
@@ -70,13 +70,13 @@ def has_state(loader: Any) -> bool:
 
 
 def sampler_of(loader: DataLoader) -> Any:
-    """What gives the numbers of the samples, in PyTorch's own batches or in others."""
+    """The sampler that chooses the samples: the loader's own, or the one inside its batch sampler."""
     order = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     return order.sampler if type(order) is data.BatchSampler else order
 
 
 def epoch_length(loader: Any) -> Optional[int]:
-    """Batches in an epoch; None: nobody knows."""
+    """Number of batches in an epoch; None where the loader does not know it."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
@@ -84,12 +84,12 @@ def epoch_length(loader: Any) -> Optional[int]:
 
 
 def unwrap_loader(loader: Any) -> Any:
-    """The user's own loader, without Batches around it."""
+    """The original loader, without the wrapper Batches."""
     return loader.loader if isinstance(loader, Batches) else loader
 
 
 def describe_loader(loader: Any) -> str:
     """The class of a loader and of its dataset, for messages."""
     loader = unwrap_loader(loader)
-    of = f' of {type(loader.dataset).__name__}' if isinstance(loader, DataLoader) else ''
-    return f'{type(loader).__name__}{of}'
+    dataset = f' of {type(loader.dataset).__name__}' if isinstance(loader, DataLoader) else ''
+    return f'{type(loader).__name__}{dataset}'

@@ -1,4 +1,4 @@
-"""The guard against losses that are not finite and the stop that saves, in real training loops."""
+"""NonFiniteGuard, GracefulStop and the other callbacks in real training loops."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ BATCH = 4
 
 
 class Line(ComposerModel):
-    """A line, and the mean absolute error: huge inputs give huge but finite gradients."""
+    """A linear model with the mean absolute error: huge inputs give huge but finite gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def gradient_norm(batch: Any) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize('n', [1, 2, 3])
 def test_the_baseline_counts_each_sample_once_on_any_number_of_ranks(n: int, mds_root: Path, tmp_path: Path) -> None:
-    """Where the samples do not divide, ranks have one twice: at the end of a batch, alone in one, or instead of any."""
+    """If the samples do not divide by the ranks, some ranks repeat one: in a batch, as a batch, or as their only sample."""
     cases = {'in a batch': (31, 8), 'alone': (25, 4), 'one sample': (1, 8)}
     found = ranks(n, {name: ['yamls/quickstart.yaml', *tiny(
         mds_root, 'max_duration=1ba', 'eval_interval=1ba', 'scheduler.t_warmup=0ba', f'eval_samples={samples}',
@@ -144,7 +144,7 @@ def test_a_bad_batch_leaves_weights_and_momentum_alone(value: float, what: str, 
     messages = [r.message for r in caplog.records if 'skipped' in r.message]
     assert len(messages) == 1 and messages[0].startswith('batch 3: loss ')
     assert messages[0].endswith(f'{what}: update skipped (1 in a row, at most 10)')
-    # The schedule does not wait for the batch.
+    # The schedule advances with a skipped batch too.
     assert int(trainer.state.timestamp.batch) == 5
     assert trainer.state.schedulers[0].last_epoch == 5
     trainer.close()
@@ -204,7 +204,7 @@ def test_under_fp16_the_scaler_has_the_gradients_and_the_guard_the_loss(loss: fl
         p.grad = torch.full_like(p, float('inf'))
     guard._losses, guard._copies = [torch.tensor(loss)], 1
     state: Any = SimpleNamespace(model=model, precision=Precision.AMP_FP16, timestamp=Timestamp())
-    guard._judge(state, Logger(state))
+    guard._check_batch(state, Logger(state))
     assert all((p.grad is not None) == keeps for p in model.parameters())
     assert guard.total == (not keeps)
 
@@ -215,7 +215,7 @@ class NoClosure(torch.optim.SGD):
 
 
 class Forgetful(torch.optim.SGD):
-    """Calls its closure in the first step alone."""
+    """Calls its closure only in the first step."""
 
     def step(self, closure: Any = None) -> Any:
         used, self.used = getattr(self, 'used', False), True
@@ -243,7 +243,7 @@ def test_the_guard_has_to_run_before_clipping() -> None:
 # GracefulStop
 
 class Ask(Callback):
-    """Sets `stop.requested` the `n`-th time that an event comes."""
+    """Sets `stop.requested` when an event comes for the `n`-th time."""
 
     def __init__(self, stop: StopRequest, event: str, n: int):
         def ask(state: State, logger: Logger) -> None:
@@ -267,7 +267,7 @@ class Events(Callback):
 
 
 def comparable(state: State) -> dict[str, Any]:
-    """A checkpoint without what differs between any two runs, and without the metrics of an evaluation, reset before each."""
+    """A checkpoint without the values that differ between any two runs, and without the metrics of an evaluation."""
     saved = copy.deepcopy(state.state_dict())
     timestamp = {k: v for k, v in saved.pop('timestamp')['Timestamp'].items() if 'wct' not in k}
     left_out = ('run_name', 'eval_metrics', 'callbacks', 'algorithms')
@@ -283,10 +283,10 @@ class Capture(Callback):
 
 
 def stopping(event: str, n: int, eval_batches: int = 3, **options: Any) -> tuple[Trainer, list[tuple[int, Any]], Events]:
-    """A Trainer that evaluates after batches 2, 4 and 5, the last, and is asked to stop."""
+    """A Trainer that evaluates after batches 2, 4 and 5 (the last one), and gets a request to stop."""
     stop, events, saved = StopRequest(), Events(), []
     evaluation = DataLoader(batches(eval_batches).dataset, batch_size=BATCH, num_workers=1, worker_init_fn=init_loader_worker)
-    options = {'train_dataloader': batches(6)} | options  # so that the epoch does not end with the run
+    options = {'train_dataloader': batches(6)} | options  # 6 batches, so that the epoch does not end with the run
     trainer = train(5, callbacks=[Ask(stop, event, n), events, GracefulStop(
         stop, lambda state, logger: saved.append((int(state.timestamp.batch), comparable(state))))],
         eval_dataloader=Evaluator(label='eval', dataloader=evaluation), eval_interval='2ba', **options)
@@ -379,7 +379,7 @@ def test_an_epoch_that_a_resumed_run_finishes_is_no_empty_epoch(tmp_path: Path) 
         trainer.fit()
         trainer.close()
         callback = StepCounters()
-        callback.batch_end = lambda state, logger: None  # it counts tokens, which this model has none of
+        callback.batch_end = lambda state, logger: None  # it counts tokens, but this model has no tokens
         trainer = train(3, max_duration='2ep', load_path=str(tmp_path / duration / f'ep0-ba{saved}-rank0.pt'),
                         **options | {'callbacks': [callback]})
         trainer.fit()
@@ -429,18 +429,18 @@ with StopRequest() as stop, FailureWatch(stop):
     out['norms'] = [v for _, v in metrics.data['trainer/grad_norm']]
     trainer.close()
 
-    # The norm of sharded gradients is that of the whole ones, also where each shard has a replica.
+    # The norm of sharded gradients is that of the full gradients, also where each shard has a replica.
     out['sharded'] = []
     for mesh in ((2,), (2, 1)):
         torch.manual_seed(5)
         net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 1))
         fully_shard(net, mesh=init_device_mesh('cpu', mesh, mesh_dim_names=('replicate', 'shard')[-len(mesh):]))
-        for p in net.parameters():  # not by a backward pass: gloo has none for replicas
+        for p in net.parameters():  # set by hand: a backward pass with replicas does not work over gloo
             p.grad = distribute_tensor(torch.arange(p.numel()).float().view(p.shape), p.device_mesh, p.placements)
         guard._losses, guard._copies = [torch.tensor(float(rank))], gradient_copies(net)
         out['sharded'].append([guard._copies, *guard._loss_and_norm(SimpleNamespace(model=net))])
         out['whole'] = torch.nn.utils.get_total_norm([p.grad.full_tensor() for p in net.parameters()]).item()
-    # A loss that is not finite on one rank is so for both.
+    # If the loss of one rank is not finite, the result is not finite on both.
     guard._losses = [torch.tensor(float('inf') if rank else 1.0)]
     out['one'] = guard._loss_and_norm(SimpleNamespace(model=net))[0]
 with open(sys.argv[1] + str(rank), 'w') as f:
@@ -470,5 +470,5 @@ def test_two_ranks_skip_the_same_batches_and_stop_after_the_same_one(tmp_path: P
     assert a['stopped'] == 'stopped on request after batch 5' and a['saved'] == [5]
     assert a['sharded'] == [[copies, 0.5, pytest.approx(a['whole'], rel=1e-6)] for copies in (1, 2)]
     assert a['one'] == float('inf')
-    # Both ranks hold the same gradient: the norm is that of one copy, as one process with the batches of both has it.
+    # Both ranks hold the same gradient. The norm is that of one copy: the norm in one process with the batches of both.
     assert a['norms'][0] == pytest.approx(gradient_norm(batches(16).dataset[:2 * BATCH]), rel=1e-6)

@@ -1,4 +1,4 @@
-"""What the model says at each evaluation: what a plain loop finds, on any ranks, and no trace of it in the training."""
+"""TextSamples logs what a plain loop would write, on any number of ranks, and does not change the training."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def gpt() -> MosaicGPT:
 
 
 def sampled(callback: TextSamples, model: Any) -> list[list[str]]:
-    """What the callback logs of a model, at batch 7."""
+    """The rows that the callback logs for a model at batch 7."""
     log: Any = InMemoryLogger()
     log.log_table = lambda columns, rows, name, step: seen.append((columns, rows, name, step))
     seen: list[Any] = []
@@ -65,12 +65,12 @@ def test_the_likeliest_tokens_are_those_of_a_plain_loop(tokenizer):
 
 def test_a_text_ends_at_eos_and_at_the_models_length(tokenizer):
     class Says(torch.nn.Module):
-        """Says the same few tokens at every position, and then EOS."""
+        """Gives the same likeliest token at every position before 20, and then EOS."""
 
         def forward(self, ids):
             widths.append(ids.shape)
             logits = torch.zeros(*ids.shape, 600)
-            logits[..., 599] = 9.0  # which the tokenizer does not have
+            logits[..., 599] = 9.0  # an id that the tokenizer does not have
             logits[..., 7] = 5.0
             logits[:, 20:, tokenizer.eos_token_id] = 8.0
             return logits
@@ -138,10 +138,10 @@ def test_two_ranks_say_what_one_does(mds_root, tmp_path):
 
 
 @pytest.mark.parametrize(('keywords', 'message'), [
-    ({'prompts': []}, r'callbacks.text_samples: prompts: \[\]; a list of texts'),
-    ({'prompts': ['a'], 'max_new_tokens': 0}, 'max_new_tokens: 0; a whole number above 0'),
-    ({'prompts': ['a'], 'seed': -1}, 'seed: -1; a whole number from 0'),
-    ({'prompts': ['a'], 'temperature': -1.0}, 'temperature: -1.0; a number from 0'),
+    ({'prompts': []}, r'callbacks.text_samples: prompts: \[\]; set a list of texts'),
+    ({'prompts': ['a'], 'max_new_tokens': 0}, 'max_new_tokens: 0; set a whole number above 0'),
+    ({'prompts': ['a'], 'seed': -1}, 'seed: -1; set a whole number from 0'),
+    ({'prompts': ['a'], 'temperature': -1.0}, 'temperature: -1.0; set a number from 0'),
 ], ids=['no prompt', 'no tokens', 'seed', 'temperature'])
 def test_values_out_of_range_are_refused(keywords, message):
     with pytest.raises(UserError, match=message):
@@ -152,7 +152,7 @@ def test_what_cannot_work_is_refused(mds_root, tokenizer):
     cfg = config.load([QUICKSTART, *tiny(mds_root, 'callbacks.text_samples.prompts=one', 'callbacks.text_samples.seeds=1')])
     with pytest.raises(UserError, match=r"prompts: 'one' must be a list(.|\n)*text_samples.seeds: no such key"):
         check(cfg, plugins.REGISTRIES, 1, False)
-    with pytest.raises(UserError, match="callbacks.text_samples.prompts: 'The river' has . tokens; 1 to 1 leave room"):
+    with pytest.raises(UserError, match="text_samples.prompts: 'The river' has . tokens; give a prompt of 1 to 1 tokens"):
         TextSamples(['The river']).prepare(tokenizer, 2)
-    with pytest.raises(UserError, match="callbacks.text_samples.prompts: '' has 0 tokens; 1 to 31 leave room"):
+    with pytest.raises(UserError, match="callbacks.text_samples.prompts: '' has 0 tokens; give a prompt of 1 to 31 tokens"):
         TextSamples(['The river', '']).prepare(tokenizer, 32)

@@ -38,7 +38,7 @@ def loader(root: Path, num_workers: int = 0, evaluate: bool = False, split: str 
 
 @pytest.fixture
 def no_other_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, '_needs', WeakKeyDictionary())
+    monkeypatch.setattr(shared_memory, '_needed_bytes', WeakKeyDictionary())
 
 
 def test_a_loader_is_refused_that_does_not_fit_into_shared_memory(tokens_root, monkeypatch, no_other_loaders):
@@ -70,7 +70,7 @@ def test_a_dataset_in_full_shared_memory_is_a_message(tokens_root, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, 'posix_fallocate', full)
         patch.setattr(machine, 'free_shared_memory', lambda: 0)
-        with pytest.raises(UserError, match='has 0 bytes free, and the places and the order of the samples take'):
+        with pytest.raises(UserError, match="has 0 bytes free, and the loader's state and the order of the samples take"):
             StreamingC4(str(tokens_root / 'tokenizer'), 32, local=str(tokens_root), split='train')
     assert orphans() <= before
     assert StreamingC4(str(tokens_root / 'tokenizer'), 32, local=str(tokens_root), split='train').size == 500
@@ -135,7 +135,7 @@ def test_full_shared_memory_and_disks_that_cannot_be_written_are_messages(tokens
                           capture_output=True)
     said = dict(line.split(': ', 1) for line in done.stdout.splitlines() if ': ' in line)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert said['open'].startswith('/dev/shm (shared memory) has 0 bytes free, and the places and the order of the')
+    assert said['open'].startswith("/dev/shm (shared memory) has 0 bytes free, and the loader's state and the order of the")
     assert said['refused'].startswith('/dev/shm (shared memory) has ')
     assert 'train_loader: 18 of 0.3 MB' in said['refused']
     assert said['filled'].startswith('train_loader: its workers found no room in /dev/shm') \

@@ -1,6 +1,6 @@
-"""The loader: every token of every document, on any number of ranks and workers, and nothing left behind.
+"""The loader reads every token of every document, on any number of ranks and workers, and leaves no files behind.
 
-The order of samples, and stops and resumptions: test_sample_order.py.
+test_sample_order.py tests the order of samples, and stopping and resuming.
 """
 
 import gc
@@ -38,7 +38,7 @@ EOS = 0
 
 @pytest.fixture(scope='session')
 def val_ids(tokenizer_dir: Path) -> list[list[int]]:
-    """The documents of `val`, tokenized one by one by another library, with EOS."""
+    """The token ids of each document of `val` with EOS, made one by one by the library `tokenizers`."""
     raw = Tokenizer.from_file(str(tokenizer_dir / 'tokenizer.json'))
     return [raw.encode(text).ids + [EOS] for text in documents('val')]
 
@@ -78,12 +78,12 @@ def run(args: list[str], temp: Path) -> subprocess.CompletedProcess:
 
 
 def stray_locks(folder: Path) -> list[str]:
-    """Lock files but those whose prefix a job with another temporary folder has taken meanwhile: they wait for its end."""
+    """Lock files without shared memory of their prefix; a job with another temporary folder may have taken a prefix."""
     return [path.name for path in folder.glob('*filelock') if not list(Path('/dev/shm').glob(path.name[:7] + '*'))]
 
 
 def leaves_no_lock(start: Callable[[], Any], temp: Path) -> bool:
-    """Three tries: a run of another test, with another temporary folder, may take the prefix just as this one ends."""
+    """Whether one of three runs leaves no lock file: another test's run may take the prefix at the end of this one."""
     for _ in range(3):
         start()
         if not stray_locks(temp):
@@ -93,9 +93,9 @@ def leaves_no_lock(start: Callable[[], Any], temp: Path) -> bool:
 
 @pytest.fixture
 def temp(tmp_path_factory: pytest.TempPathFactory):
-    """The temporary folder of a test's programs: they leave no shared memory, and no lock file that the next does not remove.
+    """A temporary folder for the programs of a test, which must leave no shared memory there.
 
-    That they leave none at all is for `leaves_no_lock`.
+    The next run must remove each lock file that they leave; `leaves_no_lock` checks that they leave none at all.
     """
     before = frozenset(orphans())
     with tempfile.TemporaryDirectory() as folder:  # `tmp_path` may be too long for the sockets of multiprocessing below it
@@ -167,7 +167,7 @@ def test_truncate_resumes_where_its_state_says(open_c4, val_ids):
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
-def test_a_plain_loader_is_as_good_as_streamings(open_c4, config, val_ids, num_workers: int):
+def test_a_plain_dataloader_gives_the_batches_of_streamings(open_c4, config, val_ids, num_workers: int):
     plain = rows(DataLoader(open_c4(batch_size=9), batch_size=9, num_workers=num_workers))
     built = build_c4_dataloader(config(num_workers=num_workers), 9)
     assert isinstance(built, StreamingDataLoader)
@@ -177,7 +177,7 @@ def test_a_plain_loader_is_as_good_as_streamings(open_c4, config, val_ids, num_w
 def test_concat_in_workers_packs_each_document_once(config, val_ids):
     found = rows(build_c4_dataloader(config({'group_method': 'concat'}, num_workers=2), 4))
     total = sum(map(len, val_ids))
-    # Each of the two workers drops less than a sample, and streaming repeats less than a batch of documents.
+    # Each of the two workers drops fewer tokens than a sample has, and streaming repeats fewer than 4 documents.
     assert total - 2 * SEQ < len(found) * SEQ < total + 4 * max(map(len, val_ids))
     text = ','.join(str(token) for row in found for token in row)
     known = Counter(','.join(map(str, ids)) for ids in val_ids)
@@ -243,8 +243,8 @@ def test_any_integers_are_tokens(tokenizer_dir: Path, tmp_path: Path, encoding: 
     assert [sample['labels'].tolist() for sample in dataset] == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
 
 
-LENGTH = (r'dataset.max_seq_len: 64, but the sequences in .*/val have 32 tokens; set max_seq_len=32, or 31 \(then each has a '
-          r'target at its last position too\), or make the data anew with sequences of 64 or 65')
+LENGTH = (r'dataset.max_seq_len: 64, but the sequences in .*/val have 32 tokens; set max_seq_len=32, or 31 \(then the '
+          r'last position has a target too\), or convert the data again with sequences of 64 or 65')
 WRONG = {
     'length': ([np.zeros(32, np.uint16)], 'ndarray:uint16', LENGTH),
     'length in the index': ([np.zeros(32, np.uint16)], 'ndarray:uint16:32', LENGTH),
@@ -259,13 +259,13 @@ WRONG = {
 
 @pytest.mark.parametrize('kind', WRONG)
 @pytest.mark.parametrize('copied', [False, True])
-def test_tokens_that_are_none(tokenizer_dir: Path, tmp_path: Path, kind: str, copied: bool):
+def test_tokens_of_a_wrong_form(tokenizer_dir: Path, tmp_path: Path, kind: str, copied: bool):
     found, encoding, says = WRONG[kind]
     split = token_split(tmp_path / 'data', found, encoding)
     places = {'remote': str(split), 'local': str(tmp_path / 'copy')} if copied else {'local': str(split)}
     build = lambda: StreamingC4(str(tokenizer_dir), SEQ, split='val', **places)  # noqa: E731
     if copied and encoding in ('ndarray', 'ndarray:uint16'):
-        dataset = build()  # no shard is here yet
+        dataset = build()  # no shard has been copied yet
         with pytest.raises(UserError, match=says):
             next(iter(dataset))
     else:
@@ -297,7 +297,7 @@ def test_the_fingerprint_is_the_datas(open_c4, tokens_root: Path, tmp_path: Path
 
 @pytest.mark.parametrize('encoding', ['ndarray:uint16', 'ndarray:uint16:33', 'ndarray:uint32:33'])
 @pytest.mark.parametrize('copied', [False, True])
-def test_a_token_more_gives_the_last_position_a_target(tokenizer_dir: Path, tmp_path: Path, encoding: str, copied: bool):
+def test_one_more_token_gives_the_last_position_a_target(tokenizer_dir: Path, tmp_path: Path, encoding: str, copied: bool):
     stored = np.random.default_rng(0).integers(0, 512, (20, 33)).astype(encoding.split(':')[1])
     split = token_split(tmp_path / 'data', list(stored), encoding)
     places = {'remote': str(split), 'local': str(tmp_path / 'copy')} if copied else {'local': str(split)}
@@ -329,7 +329,7 @@ def test_microbatches_count_every_target(tokenizer_dir: Path, tmp_path: Path):
 
 
 def documents_of(ids: list[int], eos: int) -> list[int]:
-    """The number of each token's document, counted one by one."""
+    """The number of each token's document, counted in a plain loop."""
     numbers, n = [], 0
     for token in ids:
         numbers.append(n)
@@ -465,7 +465,7 @@ def test_two_real_ranks(config, val_ids, tmp_path: Path, temp: Path):
     shortest, epoch, batch_in_epoch, tokens, metric = json.loads(texts[0].split('FOUND')[1].splitlines()[0])
     ids = np.array([(ids + [EOS] * SEQ)[:SEQ] for ids in val_ids[:89]])
     assert metric == 89 * 10**9 + int((ids * np.arange(1, SEQ + 1)).sum())
-    assert shortest > 20 and (epoch, batch_in_epoch) == (1, 3)  # the epoch ended with the first rank to run out
+    assert shortest > 20 and (epoch, batch_in_epoch) == (1, 3)  # the epoch ended with the rank that has the fewest
     assert tokens % (SEQ - 1) == 0 and 0 < 2 * 4 * (SEQ - 1) * (shortest + 3) - tokens < 2 * 4 * (SEQ - 1)
 
 
@@ -506,7 +506,7 @@ def test_an_epoch_cut_short_lets_go_of_the_dataset(open_c4, mds_root: Path, tmp_
     assert len(next(iter(DataLoader(dataset, batch_size=2)))['labels']) == 2
     gone = weakref.ref(dataset)
     del dataset
-    wait_until(lambda: gc.collect() >= 0 and gone() is None)  # else its download threads are still running
+    wait_until(lambda: gc.collect() >= 0 and gone() is None)  # otherwise its download threads are still running
     open_c4(remote=str(mds_root), local=str(tmp_path), split='train', batch_size=2)
 
 
@@ -601,7 +601,7 @@ def test_targets_are_counted_after_the_shift(config):
     assert get_num_tokens_in_batch(packed)['total'] == 4 * (SEQ - 1)
 
 
-# ---------------------------------------------------------------- the smoke test, as a program
+# ---------------------------------------------------------------- the test program
 
 
 def test_smoke_test_of_a_folder(mds_root: Path, temp: Path):
@@ -656,7 +656,7 @@ print(1 + len(list(batches)), flush=True)
 
 @pytest.fixture
 def hold(temp: Path):
-    """Starts runs, each a process group of its own, that have opened a dataset and wait for a line before they read on."""
+    """Starts runs that open a dataset, read a batch, and read on when they get a line. Each run is a process group."""
     started = []
 
     def start(remote: Path, local: Path) -> subprocess.Popen:
@@ -683,8 +683,8 @@ def test_opening_a_dataset_keeps_no_hold_on_those_of_other_jobs(open_c4):
 
 @pytest.mark.slow
 def test_works_at_once_after_sigkill_and_spares_other_jobs(mds_root: Path, tmp_path: Path, temp: Path, hold):
-    runs = [hold(mds_root, tmp_path / name) for name in 'ab']  # at once, or one could fail with FileExistsError
-    # The second to look for a prefix has met the blocks of the first, and must not hold on to them.
+    runs = [hold(mds_root, tmp_path / name) for name in 'ab']  # at the same time: one could fail with FileExistsError
+    # The second to look for a prefix has opened the blocks of the first, and must not keep them open.
     (first, killed), (second, living) = sorted(((int(run.stdout.readline()), run) for run in runs), key=lambda pair: pair[0])
     free = tmp_path / ('a' if killed is runs[0] else 'b')
     stale = Path(f'/dev/shm/{first:06}_locals').stat().st_ino
@@ -697,8 +697,8 @@ def test_works_at_once_after_sigkill_and_spares_other_jobs(mds_root: Path, tmp_p
     def removed() -> bool:
         return stale not in {entry.inode() for entry in os.scandir('/dev/shm')}
 
-    # Its worker may take a moment longer to die; a run of another test may remove what it leaves before the one below does,
-    # and take its prefix: then the locks stay until the first run after that one's end.
+    # Its worker may take a moment longer to die. A run of another test may remove the files before the run below does, and
+    # take the prefix. Then the lock files stay until that run has ended and another one starts.
     wait_until(lambda: block.name in orphans() or removed())
 
     def read_on() -> None:

@@ -1,4 +1,4 @@
-"""Documents as token ids: their text alone is encoded, and a long one in pieces has the ids of the whole."""
+"""Encoding documents: a special token in a text is plain text, and a long document in pieces has the same ids."""
 
 import random
 import warnings
@@ -81,7 +81,7 @@ def hard_text(seed: int, n: int) -> str:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Pieces of 60 characters; a list of those of each document that is encoded."""
+    """Makes pieces of 60 characters; returns a list that receives the pieces of each encoded document."""
     for name, value in {'PIECE': 60, 'NEAR': 20, 'WINDOW': 12, 'LONGEST': 2000}.items():
         monkeypatch.setattr(encoding, name, value)
     seen, cut = [], encoding._pieces

@@ -1,4 +1,4 @@
-"""Packed tokens are read with the tokenizer that made them, wherever they lie, or the run ends in one message."""
+"""A run whose tokenizer did not make its packed tokens ends with one message, wherever the tokens lie."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def convert(*argv: Any) -> None:
 
 @pytest.fixture(scope='module')
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the split `val` as packed tokens, and `tokenizer`, and `other`, a tokenizer of fewer tokens."""
+    """A folder with the split `val` as packed tokens, its tokenizer, and `other`, a tokenizer of fewer tokens."""
     root = tmp_path_factory.mktemp('packed')
     (root / 'source').mkdir()
     lines = [json.dumps({'text': text}) for text in documents('val')]
@@ -71,7 +71,7 @@ def test_a_manifest_that_is_not_whole_is_refused(packed: Path, tmp_path: Path):
     other = HFTokenizer(str(packed / 'other'), 32)
     for text in ('', '{"options": ', '{"options": {}, "\xff'):
         manifest.write_text(text, 'latin-1')
-        with pytest.raises(UserError, match='^dataset: manifest.json of .*val is no whole manifest; copy it again'):
+        with pytest.raises(UserError, match='^dataset: manifest.json of .*val is not complete JSON; copy it again'):
             check_tokenizer(stream, other)
     manifest.write_text('{"options": {"tokenizer_hash": 3}}')
     with pytest.raises(UserError, match='is another tokenizer than that of'):
@@ -90,7 +90,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(packed: Path, tmp_path:
     rows = np.zeros((4, 32), dtype)
     rows[2, 5] = wrong
     write_mds(tmp_path / 'val', [{'tokens': row} for row in rows], {'tokens': f'ndarray:{dtype}'})
-    with pytest.raises(UserError, match=rf'tokenizer_name: .* has ids from 0 to 289, and .*val holds the token id {wrong}; set'):
+    with pytest.raises(UserError, match=rf'tokenizer_name: .* has ids from 0 to 289, but .*val holds the token id {wrong}; set'):
         list(read(tmp_path, packed / 'other'))
     rows[2, 5] = 289
     write_mds(tmp_path / 'good' / 'val', [{'tokens': row} for row in rows], {'tokens': f'ndarray:{dtype}'})

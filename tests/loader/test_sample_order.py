@@ -1,4 +1,4 @@
-"""One order of samples on any number of devices and workers, through any number of stops."""
+"""The order of samples is the same on any number of devices and workers, and after any number of stops."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -18,13 +18,13 @@ from src.common.errors import UserError
 from src.data_c4 import StreamingC4, build_c4_dataloader, deal_whole_batches
 
 WORLDS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
-BATCH = 48  # samples in a global batch: every world above divides it, and 10 batches leave 20 of the 500 samples over
+BATCH = 48  # samples in a global batch: every world above divides it, and 10 batches leave out 20 of the 500 samples
 Batch = list[list[int]]
 
 
 @pytest.fixture
 def build(tokens_root: Path):
-    """Loaders of training, by default of 500 shuffled sequences of packed tokens for one device."""
+    """Builds training loaders, by default for one device, of 500 shuffled sequences of packed tokens."""
     def build_loader(num_workers: int = 0, batch_size: int = BATCH, persistent_workers: bool = False, evaluate: bool = False,
                      **dataset: Any):
         root = dataset.pop('root', tokens_root)
@@ -39,7 +39,7 @@ def build(tokens_root: Path):
 
 
 def shapes(world_size: int) -> Iterator[tuple[int, int]]:
-    """Nodes and ranks per node; also numbers of nodes that have no factor in common with the 64 canonical ones."""
+    """Numbers of nodes and of ranks per node; some numbers of nodes have no factor in common with the 64 canonical ones."""
     return ((nodes, world_size // nodes) for nodes in range(1, world_size + 1) if world_size % nodes == 0)
 
 
@@ -67,7 +67,7 @@ def test_any_world_has_the_global_batches_of_one_rank(dataset, world_size: int):
     for epoch in alone:
         assert len(epoch) == 10 and len(set(chain(*epoch))) == 480, 'a sample is repeated'
     assert alone[0] != alone[1] != alone[2] != alone[0]
-    dataset.initial_physical_nodes = 2  # as after a resumption: streaming's algorithms then take another way
+    dataset.initial_physical_nodes = 2  # as in a resumed run, where streaming's algorithms work differently
     for nodes, ranks in shapes(world_size):
         for workers in (1, 2, 3):
             world = World(nodes, ranks, workers, 0)
@@ -107,7 +107,7 @@ def test_an_unshuffled_epoch_is_in_the_order_of_the_data(build):
 
 
 @pytest.mark.parametrize('drop_first', [0, 2 * BATCH])
-def test_samples_are_dealt_as_streaming_deals_them_where_it_repeats_none(drop_first: int):
+def test_samples_go_where_streaming_puts_them_if_it_repeats_none(drop_first: int):
     for nodes, ranks in ((1, 1), (1, 8), (2, 3), (4, 4), (16, 3)):
         for workers in (1, 2, 3):
             args = (16 * BATCH, 64, nodes, ranks, workers, BATCH // (nodes * ranks), drop_first)
@@ -130,7 +130,7 @@ def take(batches: Any) -> list[Batch]:
 
 @pytest.fixture
 def want(build) -> list[list[Batch]]:
-    """Three epochs without a stop and without workers."""
+    """The batches of three epochs, without a stop and without workers."""
     loader = build()
     epochs = [take(loader) for _ in range(3)]
     assert all(len(epoch) == 10 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
@@ -156,14 +156,14 @@ def test_resumes_exactly_after_any_number_of_stops(build, want, workers: tuple[i
         batches = iter(loader)
         return take(next(batches) for _ in range(n))
 
-    # As Composer does: it counts the samples of all devices since the epoch began.
+    # The state has the samples of all devices since the start of the epoch, as Composer counts them.
     loader = build(workers[0])
     assert some(loader, 3) == want[0][:3]
     second = resume(loader.dataset.state_dict(3 * BATCH, True), workers[1])
     assert some(second, 4) == want[0][3:7]
     third = resume(second.dataset.state_dict(7 * BATCH, True), workers[2])
     assert take(third) == want[0][7:]
-    # A checkpoint of the epoch's last batch, and one of the epoch's end, when Composer already counts in the next epoch
+    # A checkpoint after the epoch's last batch, and one at the epoch's end, when Composer already counts in the next epoch
     last_batch, end = third.dataset.state_dict(10 * BATCH, True), third.dataset.state_dict(0, True)
     assert take(third) == want[1]
 
@@ -185,7 +185,7 @@ def test_a_state_before_the_first_batch_is_the_beginning(build, want):
 
 
 def test_a_checkpoint_of_samples_packed_on_the_fly_has_no_place_in_others(build):
-    with pytest.raises(UserError, match='its run packed them on the fly.*load_weights_only=true'):
+    with pytest.raises(UserError, match='the run packed them on the fly.*load_weights_only=true'):
         build().dataset.load_state_dict(None)
 
 
@@ -226,7 +226,7 @@ def test_iterating_draws_no_random_number_of_the_models(build, num_workers: int,
 
 
 class Recorder(ComposerModel):
-    """Keeps what it was trained on."""
+    """Keeps the batches that it was trained on."""
 
     def __init__(self) -> None:
         super().__init__()

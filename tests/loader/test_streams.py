@@ -1,4 +1,4 @@
-"""Shards from anywhere, whole or not at all; several streams in one dataset; a cache smaller than the data."""
+"""Fetching and checking shards, several streams in one dataset, and a cache that is smaller than the data."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data(tokens_root: Path, tmp_path: Path) -> Path:
-    """A copy of `tokens_root`, to damage."""
+    """A copy of `tokens_root` that a test may damage."""
     shutil.copytree(tokens_root, tmp_path / 'data')
     return tmp_path / 'data'
 
@@ -83,9 +83,9 @@ def damage(path: Path, how: str) -> None:
 
 
 def with_hashes(root: Path, hashes: list[str], compression: Optional[str] = None) -> Path:
-    """The split `train` anew, with hashes in its index."""
-    old = StreamingC4(str(root / 'tokenizer'), 32, local=str(root), split='train')
-    stored = [old[i] for i in range(old.size)]
+    """Writes the split `train` again, with hashes in its index."""
+    original = StreamingC4(str(root / 'tokenizer'), 32, local=str(root), split='train')
+    stored = [original[i] for i in range(original.size)]
     shutil.rmtree(root / 'train')
     with MDSWriter(out=str(root / 'train'), columns={'tokens': 'ndarray:uint16'}, size_limit=1 << 12, hashes=hashes,
                    compression=compression) as out:
@@ -94,31 +94,32 @@ def with_hashes(root: Path, hashes: list[str], compression: Optional[str] = None
     return root
 
 
-# ---------------------------------------------------------------- a shard that is not whole
+# ---------------------------------------------------------------- damaged and missing shards
 
 
-SAYS = {'missing': 'it is missing', 'truncated': r'it has [\d,]+ bytes, and the index says [\d,]+',
-        'empty': r'it has 0 bytes, and the index says [\d,]+',
-        'damaged': 'its xxh64 is [0-9a-f]{16}, and the index says [0-9a-f]{16}'}
+SAYS = {'missing': 'it is missing', 'truncated': r'it has [\d,]+ bytes, but the index says [\d,]+',
+        'empty': r'it has 0 bytes, but the index says [\d,]+',
+        'damaged': 'its xxh64 is [0-9a-f]{16}, but the index says [0-9a-f]{16}'}
 
 
 @pytest.mark.parametrize('how', SAYS)
 @pytest.mark.parametrize(('num_workers', 'evaluate'), [
     (0, False), (0, True), pytest.param(2, False, marks=SLOW), pytest.param(2, True, marks=SLOW)])
-def test_a_shard_that_is_never_whole_ends_the_run(build, data: Path, tmp_path: Path, how: str, num_workers: int, evaluate: bool):
+def test_a_shard_that_stays_damaged_ends_the_run(build, data: Path, tmp_path: Path, how: str, num_workers: int, evaluate: bool):
     with_hashes(data, ['sha1', 'xxh64'])
     damage(data / 'train' / SHARD, how)
     with pytest.raises(UserError) as e:
         rows(build(num_workers, evaluate=evaluate))
-    assert re.fullmatch(f'dataset.remote: {SHARD} of {data}/train could not be had in 3 attempts: {SAYS[how]}. '
-                        'Check that the data is whole there', str(e.value)), str(e.value)
+    assert re.fullmatch(f'dataset.remote: {SHARD} of {data}/train could not be fetched in 3 attempts: {SAYS[how]}. '
+                        'Check that the data there is complete', str(e.value)), str(e.value)
     assert e.value.__context__ is None
-    assert not list((tmp_path / 'copy' / 'train').glob(f'{SHARD}*'))  # another shard may still be on its way
+    assert not list((tmp_path / 'copy' / 'train').glob(f'{SHARD}*'))  # other shards may still be in transfer
 
 
 @pytest.mark.parametrize('how', SAYS)
 @pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=SLOW)])
-def test_a_shard_that_is_whole_the_next_time(build, data: Path, whole, monkeypatch, tmp_path: Path, how: str, num_workers: int):
+def test_a_shard_that_arrives_damaged_is_fetched_again(build, data: Path, whole, monkeypatch, tmp_path: Path, how: str,
+                                                       num_workers: int):
     with_hashes(data, ['xxh64'])
     fetch = LocalDownloader._download_file_impl
 
@@ -135,7 +136,7 @@ def test_a_shard_that_is_whole_the_next_time(build, data: Path, whole, monkeypat
 
 
 @pytest.mark.parametrize('how', SAYS)
-def test_a_copy_of_an_earlier_run_is_mended(build, data: Path, whole, tmp_path: Path, how: str):
+def test_a_damaged_copy_of_an_earlier_run_is_repaired(build, data: Path, whole, tmp_path: Path, how: str):
     with_hashes(data, ['xxh64'])
     shutil.copytree(data / 'train', tmp_path / 'copy' / 'train')
     damage(tmp_path / 'copy' / 'train' / SHARD, how)
@@ -151,8 +152,8 @@ def test_data_that_is_read_in_place_is_checked_at_the_start(build, data: Path, h
     with_hashes(data, ['xxh64'])
     damage(data / 'train' / SHARD, how)
     before = {path: path.stat().st_size for path in data.rglob('*')}
-    with pytest.raises(UserError, match=f'dataset: shard {SHARD} of {data}/train is damaged: {SAYS[how]}. Of 10 shards 1 are not '
-                                        'whole: copy them again. Make it with\n  python convert_c4.py'):
+    with pytest.raises(UserError, match=f'dataset: shard {SHARD} of {data}/train is damaged: {SAYS[how]}. 1 of 10 shards are '
+                                        'damaged or missing: copy them again. Make it with\n  python convert_c4.py'):
         build(remote=None, local=str(data), validate_hash='xxh64')
     assert {path: path.stat().st_size for path in data.rglob('*')} == before
 
@@ -171,8 +172,8 @@ def test_a_linked_split_is_read_in_place(build, data: Path, whole, tmp_path: Pat
     before = {path.name: path.read_bytes() for path in (data / 'train').iterdir()}
     assert rows(build()) == whole
     assert rows(build(evaluate=True)) and not (tmp_path / 'copy' / 'eval').exists()
-    left = {path.name: path.read_bytes() for path in (data / 'train').iterdir()}
-    assert before.items() <= left.items()
+    after = {path.name: path.read_bytes() for path in (data / 'train').iterdir()}
+    assert before.items() <= after.items()
     with pytest.raises(UserError, match='dataset.cache_limit: .* would delete the only copy'):
         build(cache_limit='1gb')
     damage(data / 'train' / SHARD, 'truncated')
@@ -207,38 +208,38 @@ def test_compressed_shards(build, data: Path, whole, tmp_path: Path, keep_zip: b
     assert len(list((tmp_path / 'copy' / 'train').glob('*.zstd'))) == 10 * keep_zip
     damage(tmp_path / 'copy' / 'train' / SHARD, 'truncated')
     assert rows(build(num_workers, keep_zip=keep_zip)) == whole
-    # Copies without their zips, read in place
+    # Copies without their zip files, read in place
     for path in (tmp_path / 'copy' / 'train').glob('*.zstd'):
         path.unlink()
     assert rows(build(remote=None, local=str(tmp_path / 'copy'))) == whole
     damage(data / 'train' / f'{SHARD}.zstd', 'damaged')
     shutil.rmtree(tmp_path / 'copy')
-    with pytest.raises(UserError, match=f'{SHARD}.zstd of .* could not be had in 3 attempts: its xxh64 is'):
+    with pytest.raises(UserError, match=f'{SHARD}.zstd of .* could not be fetched in 3 attempts: its xxh64 is'):
         rows(build(num_workers, keep_zip=keep_zip))
 
 
-def test_a_zip_that_was_damaged_on_its_way_is_fetched_again(build, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_zip_that_arrives_damaged_is_fetched_again(build, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with_hashes(data, [], 'zstd')
-    whole, download, came = rows(build()), LocalDownloader.download, []
+    whole, download, fetched = rows(build()), LocalDownloader.download, []
     shutil.rmtree(tmp_path / 'copy')
 
     def damaging(self: LocalDownloader, remote: str, local: str, *args: Any) -> None:
         download(self, remote, local, *args)
-        came.append(remote)
-        if remote.endswith('.zstd') and came.count(remote) == 1:
+        fetched.append(remote)
+        if remote.endswith('.zstd') and fetched.count(remote) == 1:
             Path(local).write_bytes(b'x' * Path(local).stat().st_size)
 
     monkeypatch.setattr(LocalDownloader, 'download', damaging)
     assert rows(build()) == whole
-    assert max(map(came.count, came)) == 2
+    assert max(map(fetched.count, fetched)) == 2
 
 
-def test_a_zip_that_is_none(build, data: Path, tmp_path: Path):
+def test_a_zip_that_cannot_be_unpacked(build, data: Path, tmp_path: Path):
     with_hashes(data, [], 'zstd')
     path = data / 'train' / f'{SHARD}.zstd'
     path.write_bytes(b'x' * path.stat().st_size)
     with pytest.raises(UserError, match=f'dataset.local: {tmp_path}/copy/train/{SHARD}.zstd, of {data}/train, cannot be '
-                                        r'unpacked: \w*Error: .*\. Make room on its disk, or mend the shard'):
+                                        r'unpacked: \w*Error: .*\. Make room on its disk, or repair the shard'):
         rows(build())
 
 
@@ -262,7 +263,7 @@ def test_a_full_disk(build, data: Path, tmp_path: Path, monkeypatch, num_workers
 def test_an_index_that_is_cut_off(build, data: Path, tmp_path: Path):
     index = data / 'train' / 'index.json'
     index.write_bytes(index.read_bytes()[:-9])
-    with pytest.raises(UserError, match='dataset.remote: index.json of .* could not be had in 3 attempts: it is no whole JSON'):
+    with pytest.raises(UserError, match='index.json of .* could not be fetched in 3 attempts: it is not complete JSON'):
         build()
 
 
@@ -285,14 +286,14 @@ def test_the_run_ends_in_one_message(data: Path, tmp_path: Path, capfd, num_work
     err = capfd.readouterr().err
     assert 'Traceback' not in err and 'Exception' not in err, err
     last = [line for line in err.splitlines() if line.strip()][-1]
-    assert last.startswith(f'error: dataset.remote: {SHARD} of {data}/train could not be had in 3 attempts: it has '), err
+    assert last.startswith(f'error: dataset.remote: {SHARD} of {data}/train could not be fetched in 3 attempts: it has '), err
 
 
 # ---------------------------------------------------------------- S3
 
 
 class Server:
-    """An S3 server on loopback, in front of which `break_first` cuts, damages or withholds each object's first answer."""
+    """An S3 server on this machine. `how` says how it spoils the first answer for each object; '': not at all."""
 
     def __init__(self) -> None:
         from moto.server import DomainDispatcherApplication, create_backend_app
@@ -330,7 +331,7 @@ class Server:
 
 @pytest.fixture
 def s3(monkeypatch, data: Path) -> Iterator[Server]:
-    """A server with `data`, with hashes, as s3://bucket/data."""
+    """A server that has `data`, with hashes in the index, at s3://bucket/data."""
     import boto3
 
     with_hashes(data, ['sha1'])
@@ -365,7 +366,7 @@ def test_batches_from_s3_are_those_of_the_folder(build, s3: Server, data: Path, 
 def test_an_object_that_is_not_there(build, s3: Server, num_workers: int):
     import boto3
     boto3.client('s3', endpoint_url=s3.url).delete_object(Bucket='bucket', Key=f'data/train/{SHARD}')
-    with pytest.raises(UserError, match=f'^dataset.remote: {SHARD} of s3://bucket/data/train could not be had in 2 attempts: '
+    with pytest.raises(UserError, match=f'^dataset.remote: {SHARD} of s3://bucket/data/train could not be fetched in 2 attempts: '
                                         '.*[nN]ot [fF]ound.*. Check the address, the network and the credentials, and that') as e:
         rows(build(num_workers, remote='s3://bucket/data', download_retry=1))
     assert 'Traceback' not in str(e.value)
@@ -389,11 +390,11 @@ def test_gs_is_read_as_s3_is(build, s3: Server, whole, monkeypatch):
     assert rows(build(remote='gs://bucket/data')) == whole
 
 
-# ---------------------------------------------------------------- a cache that holds a few shards
+# ---------------------------------------------------------------- a cache with room for a few shards
 
 
 class Watch(threading.Thread):
-    """The most bytes that whole shards in a folder took at one time, looked at every millisecond."""
+    """Measures every millisecond how many bytes the shards in a folder take; `most` is the largest result."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
@@ -479,7 +480,7 @@ WORLDS = [(1, 1, 1), (1, 4, 2), (3, 2, 1), (2, 8, 3), (48, 1, 1), (1, 48, 1)]
 
 @pytest.fixture(scope='session')
 def mixed(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three splits of sequences of 8 tokens: the first is the stream's number, the next two the number of the sample."""
+    """Three splits of sequences of 8 tokens: token 0 is the number of the stream, tokens 1 and 2 that of the sample."""
     root = tmp_path_factory.mktemp('mixed')
     shutil.copytree(tokenizer_dir, root / 'tokenizer')
     for number, (name, n) in enumerate(SIZES.items()):
@@ -490,7 +491,7 @@ def mixed(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def mix(mixed: Path):
-    """Loaders of the streams, each with the weights given."""
+    """Builds loaders of several streams with the weights of a test."""
     def build(streams: dict[str, dict], batch_size: int = GLOBAL, num_workers: int = 0, evaluate: bool = False,
               eval_samples: int = -1, **dataset: Any):
         places = {name: {'local': str(mixed), 'split': name, **stream} for name, stream in streams.items()}
@@ -633,7 +634,7 @@ def test_training_and_evaluation_copy_to_places_of_their_own(mixed: Path, mix, t
     ({'web': {}}, {'local': '/x'}, "dataset.local: '/x' does not go with streams"),
     ({'web': {}}, {'cache_limit': '1gb'}, "dataset.cache_limit: '1gb' with no remote would delete the only copy"),
     ({'web': {'proportion': 1}, 'code': {'proportion': 0.001}}, {'batching_method': 'stratified'},
-     r"dataset.streams.code: gives \d+ samples to an epoch and 0 to a batch of global_train_batch_size 48, with"),
+     r"dataset.streams.code: gives \d+ samples to an epoch and 0 to a batch of global_train_batch_size 48, but"),
     ({'web': {}, 'code': {'choose': 40}}, {'batching_method': 'per_stream'},
      "dataset.streams.code: gives 40 samples to an epoch and 48 to a batch"),
 ])

@@ -1,4 +1,4 @@
-"""The tokenizer: what it loads, what it makes of documents, and what it says when there is none."""
+"""The tokenizer: loading, encoding documents, and the error messages where it cannot be loaded."""
 
 import hashlib
 import json
@@ -185,7 +185,7 @@ def test_it_is_the_same_when_saved_and_loaded_again(tmp_path: Path, kind: str):
 
 
 def test_the_hash_of_packed_data_stays(tmp_path: Path):
-    """Of the serialization and EOS: manifests of data that others have made hold it."""
+    """The hash of the serialization and EOS must not change: manifests of existing data hold it."""
     from src.conversion.sample_corpus import train_tokenizer
 
     train_tokenizer(documents('train'), tmp_path, 300)
@@ -211,14 +211,14 @@ def test_tokenizers_of_one_vocabulary_are_told_apart(tmp_path: Path):
 @pytest.mark.parametrize('kind', ['byte-level', 'unigram'])
 def test_the_hash_of_a_tokenizer_that_cut_and_padded_stays(tmp_path: Path, kind: str):
     first = HFTokenizer(str(tokenizers_of.save(kind, tmp_path / 'plain')), 8)
-    first(['The river', 'The'], padding=True, truncation=True, max_length=4)  # which the backend holds from now on
+    first(['The river', 'The'], padding=True, truncation=True, max_length=4)  # the backend keeps these settings
     first.tokenizer.save_pretrained(tmp_path / 'saved')
     says = Tokenizer.from_file(str(tmp_path / 'saved' / 'tokenizer.json')).to_str()
     assert '"truncation":{' in says and '"padding":{' in says
     again = HFTokenizer(str(tmp_path / 'saved'), 8)
     assert again.hash == first.hash
     old = hashlib.sha256(f'{says} {again.eos_token_id}'.encode()).hexdigest()
-    again.check_made('the tokens in x', None, old)  # as an earlier version has named it
+    again.check_made('the tokens in x', None, old)  # the hash of an earlier version of the kit
 
 
 @pytest.mark.parametrize('kind', ['wordlevel', 'wordpiece', 'unigram', 'bpe'])

@@ -141,7 +141,7 @@ def test_mistakes_are_those_of_a_run(case, mds_root, capfd):
         messages.append(said[said.index('error: '):])
     assert messages[0] == messages[1]
     named = {'callback': 'speed_monitor', 'a GPU': "precision: 'amp_bf16' needs a GPU",
-             'prompts': 'callbacks.text_samples.prompts', 'a long prompt': 'leave room for more',
+             'prompts': 'callbacks.text_samples.prompts', 'a long prompt': 'leaves room in max_seq_len',
              'vocabulary': 'vocab_size', 'data': 'nowhere', 'flag': "'--dryrun' is not of the form key=value"}
     assert named.get(case, MISTAKES[case][0].split('=')[0].split('.')[-1]) in messages[1]
     assert 'Traceback' not in messages[1]

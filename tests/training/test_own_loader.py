@@ -85,7 +85,7 @@ def test_other_forms_of_the_same_samples_train_alike(run, tmp_path, capfd):
         assert int(trainer.state.timestamp.token) == ROWS * (SEQ - 1), form
         found[form] = [*seen.losses, float(trainer.state.eval_metric_values['LanguageCrossEntropy'])]
         said = capfd.readouterr().err
-        assert ('no labels, so every token of input_ids but padding is' in said) == (form == 'without labels'), form
+        assert ('no labels, so the model predicts every token of input_ids' in said) == (form == 'without labels'), form
         assert ('an unknown number of batches' in said) == (form in ('no length', 'any iterable', 'arrays')), form
         assert 'asks for' not in said, form
     assert found == dict.fromkeys(FORMS, found['plain'])
@@ -124,7 +124,7 @@ def test_a_batch_of_another_size_than_the_config_says_is_said_once(run, capfd):
     for size, rows in ((5, 'a batch has 5 samples'), (20, 'a batch has 20 samples')):
         trainer, _ = run(lambda *args, size=size, **kwargs: DataLoader(Rows(), size))
         said = capfd.readouterr().err
-        assert said.count(rows) == said.count('asks for 12. The run trains on what the loader gives') == 1
+        assert said.count(rows) == said.count('asks for 12. The run trains on the batches of the loader') == 1
         assert int(trainer.state.timestamp.batch) == 4
 
 
@@ -138,25 +138,25 @@ def lists() -> Any:
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
-    'tuples': (lambda: [(1, 2)], [], 'train_loader: a batch must be a dict with input_ids, and this one is a tuple'),
-    'no ids': (lambda: [{'tokens': 1}], [], 'must be a dict with input_ids, and this one has the keys tokens'),
-    'lists': (lists, [], 'input_ids of a batch must be whole numbers in a tensor of shape (batch, seq), and is a list'),
-    'floats': (lambda: [{'input_ids': torch.zeros(12, 8)}], [], 'and is torch.float32 of shape (12, 8)'),
-    'one row': (batch(8), [], 'and is torch.int64 of shape (8,)'),
-    'ids': (lambda: [{'input_ids': torch.full((12, 8), 512)}], [], 'hold 512, and the model has the token ids 0 to 511'),
+    'tuples': (lambda: [(1, 2)], [], 'train_loader: a batch must be a dict with input_ids, but this one is a tuple'),
+    'no ids': (lambda: [{'tokens': 1}], [], 'must be a dict with input_ids, but this one has the keys tokens'),
+    'lists': (lists, [], 'input_ids of a batch must be whole numbers in a tensor of shape (batch, seq), but is a list'),
+    'floats': (lambda: [{'input_ids': torch.zeros(12, 8)}], [], 'but is torch.float32 of shape (12, 8)'),
+    'one row': (batch(8), [], 'but is torch.int64 of shape (8,)'),
+    'ids': (lambda: [{'input_ids': torch.full((12, 8), 512)}], [], 'hold 512, but the model has the token ids 0 to 511'),
     'labels': (batch(12, 8, labels=torch.full((12, 8), -1)), [], 'labels hold -1'),
     'shapes': (batch(12, 8, labels=torch.ones(12, 10).long()), [],
-               'labels of shape (12, 10) do not go with input_ids of shape (12, 8); they must have (12, 8) or (12, 9)'),
+               'labels have shape (12, 10), but input_ids have shape (12, 8); give labels of shape (12, 8) or (12, 9)'),
     'mask': (batch(12, 8, attention_mask=torch.full((12, 8), 3)), [],
-             'attention_mask must be 1 at tokens and 0 at padding, and holds 3 and 3'),
-    'long rows': (batch(12, 64), [], 'input_ids have 64 tokens in a row, and the model has positions for 32'),
+             'attention_mask must be 1 at tokens and 0 at padding, but holds 3 and 3'),
+    'long rows': (batch(12, 64), [], 'input_ids have 64 tokens in a row, but the model has positions for 32'),
     'epochs': (lambda: DataLoader(Stream(), 12), ['max_duration=1ep'],
                "max_duration: '1ep', but the train loader, DataLoader of Stream, does not say how many batches an epoch"),
     'read once': (lambda: iter([*DataLoader(Rows(), 12)]), [], 'eval_loader: a list_iterator can be read only once'),
     'read once, in training': (lambda: iter([*DataLoader(Rows(), 12)]), [],
-                               'must begin anew each time that it is iterated'),
-    'objects': (lambda: [{'input_ids': np.array([[1, 2], [3]], object)}], [], 'and is object of shape (2,)'),
-    'no rows': (batch(0, 8), [], 'and is torch.int64 of shape (0, 8)'),
+                               'must start again at each iteration'),
+    'objects': (lambda: [{'input_ids': np.array([[1, 2], [3]], object)}], [], 'but is object of shape (2,)'),
+    'no rows': (batch(0, 8), [], 'but is torch.int64 of shape (0, 8)'),
     'not checked': (batch(12, 64, n_targets=torch.ones(12)), [], 'input_ids have 64 tokens in a row'),
     'nothing': (list, [], 'train_loader: an epoch holds not one full batch'),
 }
