@@ -34,7 +34,7 @@ MISTAKES = {
     'address': (dict(MASTER_ADDR='no-such.invalid'), ["MASTER_ADDR: 'no-such.invalid' has no address here", '10.0.0.1']),
     'node counted from 1': (dict(NODE_RANK='2'), ['NODE_RANK: 2 must be below 2, the number of nodes', 'count nodes from 0']),
     'uneven nodes': (dict(WORLD_SIZE='12'), ['WORLD_SIZE: 12, the processes of all nodes, must be a multiple of '
-                                             'LOCAL_WORLD_SIZE, the 8 of this one', 'composer -n']),
+                                             'LOCAL_WORLD_SIZE, the 8 processes of this node', 'composer -n']),
     'contradiction': (dict(RANK='8'), ['RANK: 8 must be 9 = NODE_RANK 1 * LOCAL_WORLD_SIZE 8 + LOCAL_RANK 1']),
     'several': (dict(NODE_RANK='x', MASTER_PORT='x', LOCAL_RANK=None),
                 ['3 mistakes', 'LOCAL_RANK: not set', "NODE_RANK: 'x'", "MASTER_PORT: 'x'"]),

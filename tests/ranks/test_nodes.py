@@ -138,14 +138,14 @@ SAID = {
     'one /dev/shm': [[f'node 0 ({HERE}), node 1 ({HERE}) share one /dev/shm, and each node needs its own',
                       '(composer -n)', '--ipc=private']] * 2,
     'unreachable': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: [Errno 111] '
-                     'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', agreement.CHECK]],
+                     'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', agreement.NETWORK_ADVICE]],
     'missing': [['2 of 3 ranks (WORLD_SIZE) joined at 127.0.0.1:', 'within dist_timeout, 4 s: node 0',
-                 'missing are ranks of node 2', agreement.CHECK]] * 2,
+                 'missing are ranks of node 2', agreement.NETWORK_ADVICE]] * 2,
     'twins': [[f'2 processes have RANK 1, on NODE_RANK 1 ({HERE}), 1 ({HERE})', ONE_WORLD]] * 3,
     'world size': [[f'WORLD_SIZE is 2 on node 0 ({HERE}) and 4 on node 1 ({HERE})', ONE_WORLD]] * 2,
     'processes': [[f'LOCAL_WORLD_SIZE is 1 on node 0 ({HERE}) and 2 on node 1 ({HERE})', ONE_WORLD]] * 2,
-    'port taken': [['MASTER_PORT: ', f'is in use on {HERE} (NODE_RANK 0)', 'set another, on every node']],
-    'another program': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', agreement.CHECK]],
+    'port taken': [['MASTER_PORT: ', f'is in use on {HERE} (NODE_RANK 0)', 'set another port, on every node']],
+    'another program': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', agreement.NETWORK_ADVICE]],
     'agree': [[LR]] * 2,
     'agree in a node': [[f'a is 1 on rank 0 of node 0 ({HERE}) and 2 on rank 1 of node 0 ({HERE})']] * 2,
     'wrong part': [[f'all-reduce over 2 ranks is wrong: the part of node 1 ({HERE}) did not arrive as sent, as seen on '

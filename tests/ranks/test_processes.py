@@ -106,7 +106,7 @@ with StopRequest() as stop:
     print('requested')
     {after}
 """
-STOP_LINE = 'SIGTERM: finishing the batch, then saving and stopping; once more to exit now\n'
+STOP_LINE = 'SIGTERM: finishing the batch, then saving and stopping; send the signal again to exit now\n'
 
 
 def test_one_signal_is_a_request_and_two_at_once_are_the_same(start) -> None:
