@@ -223,7 +223,7 @@ def test_loader_workers_hand_over_batches_under_a_long_tmpdir(tokens_root, long_
 
 def test_a_tmpdir_that_is_too_long_is_refused_where_nothing_else_can_be_used(tokens_root, long_tmpdir, monkeypatch):
     monkeypatch.setattr(machine, 'SOCKETS', '/no/such/folder')
-    with pytest.raises(UserError, match=r'TMPDIR: .* has \d+ bytes, and the sockets of loader workers allow 75; /no/'
+    with pytest.raises(UserError, match=r'TMPDIR: .* has \d+ bytes, but the sockets of loader workers allow only 75; /no/'
                                         r'such/folder cannot be used instead \(No such file or directory\). Set TMPDIR'):
         loader(tokens_root, 1)
     loader(tokens_root, 0)
