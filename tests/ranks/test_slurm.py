@@ -11,7 +11,7 @@ import pytest
 from launch import ROOT, clean_env
 
 STUBS = {
-    # runs what follows its options once per node, at the same time, and ends with the highest exit code
+    # runs its command once per node, at the same time, and exits with the highest exit code
     'srun': """
         while [[ $1 == --* ]]; do shift; done
         for ((node = 0; node < SLURM_NNODES; node++)); do SLURM_NODEID=$node "$@" & pids+=($!); done
@@ -20,7 +20,7 @@ STUBS = {
     'scontrol': """
         echo "$@" >> scontrol.txt
         if [[ $1 == show ]]; then printf 'host-a\\nhost-b\\n'; fi""",
-    # two ranks per launcher; the exit code of the first is its own, as it is the real launcher's
+    # starts two ranks and exits with the exit code of the first, as the real launcher does
     'composer': """
         export | sed 's/declare -x //' > "launcher-$NODE_RANK.env"
         printf '%s\\n' "$@" > "launcher-$NODE_RANK.args"
