@@ -1,1 +1,1 @@
-"""Errors, progress bars, processes and storage: what more than one room needs. Imports nothing of ours."""
+"""Errors, progress bars, processes and storage for all folders. Imports nothing from the other folders of `src`."""

@@ -1,4 +1,4 @@
-"""Documents as token ids: the ids of their text and nothing else, in bounded memory."""
+"""Encodes documents of any length as token ids, in bounded memory."""
 
 import json
 import re
@@ -16,77 +16,79 @@ from transformers import PreTrainedTokenizerBase
 
 from src.common.errors import UserError
 
-PIECE = 1_000_000  # characters in one call of a tokenizer, which takes up to 200 bytes of memory for each
-LONGEST = 8 * PIECE  # a text without a safe place to cut may be one piece up to this length
-WINDOW = 256  # characters before and after a place that decide whether a cut there is exact
-NEAR = 10_000  # characters before the end of a piece, where a place is looked for first
-TRIES = 8  # places of one kind that are tried
-# A letter or a digit that a blank follows; else one that any other sign follows.
-PLACES = re.compile(r'[^\W_](?=[ \t\r\n])'), re.compile(r'[^\W_](?=[\W_])')
+PIECE_CHARS = 1_000_000  # characters in one call of a tokenizer, which takes up to 200 bytes of memory for each
+MAX_PIECE_CHARS = 8 * PIECE_CHARS  # length of a piece in which no exact cut is found
+CONTEXT_CHARS = 256  # characters on both sides of a cut that are encoded to test whether the cut is exact
+FIRST_SEARCH_CHARS = 10_000  # characters before the end of a piece, where the search for a cut begins
+MAX_TRIES = 8  # cuts that are tested for each pattern and range
+# Ends of words: a letter or digit before a blank; then a letter or digit before any other sign.
+WORD_ENDS = re.compile(r'[^\W_](?=[ \t\r\n])'), re.compile(r'[^\W_](?=[\W_])')
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int64]]:
-    """Token ids of each document, closed by EOS. There are no other special tokens, and the length has no limit.
+    """Returns the token ids of each document, with EOS at the end and no other special tokens.
 
     A document that spells a special token, such as `</s>`, is text: that token's id is not among its ids. A long
-    document is encoded in pieces. It is cut where the ids stay those of the whole. Where there is no such place in
-    LONGEST characters, a warning says that it was cut elsewhere.
+    document is encoded in pieces, with cuts that do not change the ids. If MAX_PIECE_CHARS characters have no such
+    cut, the document is cut elsewhere, with a warning.
 
-    The tokenizer is Hugging Face's own object, with an EOS token. Each array is of shape (tokens + 1,). Raises
-    UserError where the tokenizer has no unknown token, and needs one for a document.
+    The tokenizer is a Hugging Face tokenizer with an EOS token. Each array has shape (tokens + 1,). Raises UserError
+    where a document has a character outside the vocabulary, and the tokenizer has no unknown token.
     """
-    pieces = [(i, piece) for i, text in enumerate(texts) for piece in _pieces(tokenizer, text)]
-    parts: list[list[NDArray[np.int64]]] = [[] for _ in texts]
-    for call in _calls(pieces):
-        for (i, _), ids in zip(call, _encode(tokenizer, [piece for _, piece in call]), strict=True):
-            parts[i].append(np.array(ids, np.int64))
+    pieces = [(i, piece) for i, text in enumerate(texts) for piece in _split(tokenizer, text)]
+    ids_of_pieces: list[list[NDArray[np.int64]]] = [[] for _ in texts]
+    for batch in _batches(pieces):
+        for (i, _), ids in zip(batch, _encode(tokenizer, [piece for _, piece in batch]), strict=True):
+            ids_of_pieces[i].append(np.array(ids, np.int64))
     eos = np.array([tokenizer.eos_token_id], np.int64)
-    return [np.concatenate([*arrays, eos]) for arrays in parts]
+    return [np.concatenate([*arrays, eos]) for arrays in ids_of_pieces]
 
 
 def n_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the highest id. A vocabulary with gaps has fewer tokens than this."""
+    """Returns the highest token id + 1. A vocabulary with gaps has fewer tokens than this."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
-def _calls(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    call, size = [], 0
+def _batches(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Groups pieces for one call of the tokenizer: up to PIECE_CHARS characters, or one longer piece."""
+    batch, size = [], 0
     for piece in pieces:
-        if call and size + len(piece[1]) > PIECE:
-            yield call
-            call, size = [], 0
-        call.append(piece)
+        if batch and size + len(piece[1]) > PIECE_CHARS:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
         size += len(piece[1])
-    if call:
-        yield call
+    if batch:
+        yield batch
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Encodes each text without special tokens; their spelling is text."""
     if not tokenizer.is_fast:
-        # Some tokenizers in Python keep a special token whole in any case: a blank inside its spelling makes it text.
+        # Some Python tokenizers always find a special token. A blank inside its spelling turns it into text.
         if special := _special_tokens(tokenizer):
             spelled = re.compile('|'.join(map(re.escape, special)))
             texts = [spelled.sub(lambda found: f'{found[0][0]} {found[0][1:]}', text) for text in texts]
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)['input_ids']  # pyright: ignore
     if tokenizer not in _backends:
-        _backends[tokenizer] = _blind_to_special_tokens(tokenizer)
+        _backends[tokenizer] = _backend_without_special_tokens(tokenizer)
     backend = _backends[tokenizer]
-    # Transformers sets these three in each call of the tokenizer.
+    # Each call of the Transformers tokenizer sets these three again.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    # Past the wrapper, which makes Python lists of masks and offsets that nobody reads.
+    # Without the Transformers wrapper, which would also make lists of masks and offsets.
     try:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    except Exception as e:  # tokenizers raises just that
+    except Exception as e:  # the class that tokenizers raises
         if 'unk' not in str(e).lower():
             raise
     parts = texts if len(texts) > 1 else texts[0].split()
     for part in parts if len(parts) > 1 else []:
-        _encode(tokenizer, [part])  # raises for the first word that it cannot encode
-    raise UserError(f'tokenizer_name: {tokenizer.name_or_path!r} has no unknown token, and a document holds a sign '
-                    f'that is not in its vocabulary, in {texts[0][:50]!r}; give the tokenizer an unknown token, or set '
-                    'another one (of convert_c4.py: --tokenizer)')
+        _encode(tokenizer, [part])  # raises UserError for the first word that cannot be encoded
+    raise UserError(f'tokenizer_name: {tokenizer.name_or_path!r} has no unknown token, and a document has a '
+                    f'character outside the vocabulary, in {texts[0][:50]!r}; add an unknown token to it, or '
+                    'set another tokenizer (convert_c4.py: --tokenizer)')
 
 
 # ---------------------------------------------------------------- the text of special tokens
@@ -95,19 +97,19 @@ _backends: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Special tokens of two or more characters. One of a single character stays that character in a text."""
+    """Special tokens of two or more characters. A special token of one character is that character in a text."""
     added: Any = tokenizer.added_tokens_decoder  # pyright: ignore
     special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
     return {token for token in special if len(token) > 1}
 
 
-def _blind_to_special_tokens(tokenizer: Any) -> Any:
-    """The backend of a fast tokenizer, which gives no text the id of a special token.
+def _backend_without_special_tokens(tokenizer: Any) -> Any:
+    """Returns the backend of a fast tokenizer, changed so that no text gets the id of a special token.
 
-    `encode_special_tokens` makes a backend take the spelling of a special token as text. But its vocabulary may hold
-    that token as an ordinary piece, too. A Unigram, WordPiece or WordLevel model then finds it, and so does a BPE with
-    a merge that makes it. Such a backend is copied, and the copy has names for these pieces that no text contains. All
-    ids stay.
+    With `encode_special_tokens` a backend reads the spelling of a special token as text. But the vocabulary may also
+    contain that token as an ordinary token. A Unigram, WordPiece or WordLevel model then finds it, and so does a BPE
+    model with a merge that makes it. In a copy of such a backend these tokens get names that no text contains. All ids
+    stay the same.
     """
     from tokenizers import Tokenizer, models
 
@@ -134,44 +136,43 @@ def _blind_to_special_tokens(tokenizer: Any) -> Any:
         model['vocab'] = {names.get(token, token): i for token, i in model['vocab'].items()}
         model['unk_token'] = names.get(model['unk_token'], model['unk_token'])
     backend: Any = Tokenizer.from_str(json.dumps(parts))
-    if kind == 'Unigram':  # the scores as they are: from JSON the last bit of some would differ
+    if kind == 'Unigram':  # the original scores: JSON changes the last bit of some
         backend.model = models.Unigram(model['vocab'], model['unk_id'], model['byte_fallback'])
     return backend
 
 
 # ---------------------------------------------------------------- long texts
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
-    """The text in pieces of up to LONGEST characters, most of them of PIECE."""
+def _split(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
+    """Splits a text into pieces, most of them of about PIECE_CHARS, all of up to MAX_PIECE_CHARS characters."""
     start = 0
-    while len(text) - start > PIECE:
-        stop, following = _exact_place(tokenizer, text, start) or (start + LONGEST, start + LONGEST)
+    while len(text) - start > PIECE_CHARS:
+        stop, next_start = _find_exact_cut(tokenizer, text, start) or (start + MAX_PIECE_CHARS,) * 2
         if stop >= len(text):
             break
-        if stop == start + LONGEST:
-            warnings.warn(f'a document has no place in {LONGEST:,} characters where the tokenizer '
-                          f'{tokenizer.name_or_path!r} can read it in two pieces with the same token ids; it was cut '
-                          'all the same, to bound the memory, and some ids at the cut differ from those of the whole '
-                          'document', stacklevel=2)
+        if stop == start + MAX_PIECE_CHARS:
+            warnings.warn(f'the tokenizer {tokenizer.name_or_path!r} finds no place in {MAX_PIECE_CHARS:,} characters '
+                          'of a document where a cut keeps the token ids; the document was cut all the same, to bound '
+                          'the memory, and some ids at the cut differ from those of the whole document', stacklevel=2)
         yield text[start:stop]
-        start = following
+        start = next_start
     yield text[start:]
 
 
-def _exact_place(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> Optional[tuple[int, int]]:
-    """Where the text can be cut with the same ids: the end of a piece and the start of the next.
+def _find_exact_cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> Optional[tuple[int, int]]:
+    """Finds a cut that does not change the ids: returns the end of one piece and the start of the next.
 
-    The places end a word, where a pre-tokenizer splits, too. Each is tried with the characters around it. The blank
-    between two pieces is left out where the tokenizer puts one before each text.
+    A cut is at the end of a word, where a pre-tokenizer splits too. It is tested on the characters around it. The
+    blank between the pieces is left out if the tokenizer adds a blank before each text.
     """
-    end = start + PIECE
-    for low, high in (max(end - NEAR, start), end), (start, end), (end, start + LONGEST):
-        for pattern in PLACES:
-            places = (found.end() for found in pattern.finditer(text, low, high))
-            nearest = islice(places, TRIES) if low == end else reversed(deque(places, TRIES))
-            for place in nearest:
-                for following in [place, place + 1][:1 + (text[place] == ' ')]:
-                    left, right = text[max(place - WINDOW, 0):place], text[following:place + WINDOW]
-                    whole, *halves = _encode(tokenizer, [left + text[place:following] + right, left, right])
+    end = start + PIECE_CHARS
+    for low, high in (max(end - FIRST_SEARCH_CHARS, start), end), (start, end), (end, start + MAX_PIECE_CHARS):
+        for pattern in WORD_ENDS:
+            cuts = (found.end() for found in pattern.finditer(text, low, high))
+            nearest = islice(cuts, MAX_TRIES) if low == end else reversed(deque(cuts, MAX_TRIES))
+            for cut in nearest:
+                for next_start in [cut, cut + 1][:1 + (text[cut] == ' ')]:
+                    left, right = text[max(cut - CONTEXT_CHARS, 0):cut], text[next_start:cut + CONTEXT_CHARS]
+                    whole, *halves = _encode(tokenizer, [left + text[cut:next_start] + right, left, right])
                     if whole == sum(halves, []):
-                        return place, following
+                        return cut, next_start
     return None

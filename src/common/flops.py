@@ -1,4 +1,4 @@
-"""FLOPs of training, and the table of devices: their memory, and the FLOPs that they can do at most."""
+"""Counts the FLOPs of training, and lists devices with their memory and peak FLOP/s."""
 
 import re
 from typing import NamedTuple, Optional
@@ -7,27 +7,27 @@ from typing import NamedTuple, Optional
 def train_flops_per_token(n_params: int, n_layers: int, d_model: int, seq_len: int, causal: bool = False) -> float:
     """FLOPs per token of a forward and a backward pass: 6 N + 12 L d S (Chowdhery et al. 2022, PaLM, appendix B).
 
-    N are the parameters, tied ones once, L the blocks, d the width, and S the tokens per sequence. Recomputation for
-    activation checkpointing is not counted: this is the numerator of MFU. Attention counts as if every token saw S
-    tokens, though it is causal and may stay within documents. `causal` counts what causal attention needs, half of
-    that: 6 N + 6 L d S.
+    N is the number of parameters (tied ones count once), L of blocks, d the width, S the sequence length. This is the
+    numerator of MFU, so the recomputation of activation checkpointing does not count. Attention counts as if every
+    token attended to S tokens. With `causal`, attention counts half, which is what causal attention needs:
+    6 N + 6 L d S. Neither form is reduced for attention within documents.
     """
     return 6 * n_params + (6 if causal else 12) * n_layers * d_model * seq_len
 
 
-# Of a card's memory; the rest is for an allocator in fragments, and for a prediction that is within 5% of what tensors
-# take. What CUDA and NCCL take is in the prediction. GB are 10^9 bytes: HBM has up to 7% more, a reserve; of GDDR6, ECC
-# takes as much.
+# Fraction of the card's memory that we plan with. The rest covers fragmentation, and an error of up to 5% in the
+# prediction of the tensors' memory. The prediction includes the memory of CUDA and NCCL. GB are 10^9 bytes: HBM cards
+# have up to 7% more, which is a reserve; on GDDR6 cards ECC takes as much.
 USABLE = 0.95
 
 
 class Card(NamedTuple):
-    """What a device is."""
+    """Name, memory and speed of a device."""
 
-    name: str  # for people
+    name: str  # shown to the user
     memory: float  # bytes
-    peak: Optional[float]  # FLOP/s of matrix products in fp16 or bf16; None: nobody knows
-    # A pattern of the driver's whole name, so that a part of a GPU (MIG), a laptop's or an unknown kin has no figure
+    peak: Optional[float]  # FLOP/s of matrix products in fp16 or bf16; None if unknown
+    # Pattern of the driver's whole name: a part of a GPU (MIG), a laptop GPU or an unknown model does not match
     driver: str = ''
     is_gpu: bool = True
 
@@ -36,7 +36,7 @@ class Card(NamedTuple):
         return USABLE * self.memory
 
 
-# Dense (no sparsity) peaks with fp32 accumulation. Linear layers in fp8 are held against them too: runs compare.
+# Dense peaks (no sparsity) with fp32 accumulation. MFU of fp8 layers uses them too, so that runs can be compared.
 CARDS = {card.name: card for card in (
     # NVIDIA A100 Tensor Core GPU datasheet, 2021
     Card('a100-40gb', 40e9, 312e12, r'(NVIDIA )?A100-(SXM4|PCIE|PCIe)-40GB'),
@@ -61,9 +61,9 @@ CARDS = {card.name: card for card in (
 
 
 def peak_flops(device_name: str, precision: str) -> Optional[float]:
-    """The most FLOP/s that a GPU can do in matrix products; None for one that is not in the table, or for fp32.
+    """Returns the peak FLOP/s of a GPU in matrix products; None if it is not in the table, or for fp32.
 
-    `device_name` is as `torch.cuda.get_device_name()` has it; `precision` is Composer's: fp32, amp_fp16 or amp_bf16.
+    `device_name` comes from `torch.cuda.get_device_name()`; `precision` is Composer's: fp32, amp_fp16 or amp_bf16.
     """
     known = (card.peak for card in CARDS.values() if re.fullmatch(card.driver, device_name))
     return None if precision == 'fp32' else next(known, None)

@@ -1,6 +1,6 @@
-"""What a run takes from the machine: a user, folders, a compiler, room in shared memory.
+"""Checks and prepares the machine for a run: user and home, folders, compilers, shared memory.
 
-This module imports nothing that is slow: programs call it before they import torch and Composer.
+This module imports nothing slow: programs call it before they import torch and Composer.
 """
 
 import faulthandler
@@ -18,25 +18,25 @@ from typing import Optional
 from src.common.errors import UserError, exception_chain
 
 SHARED_MEMORY = Path('/dev/shm')
-BOOT_ID = Path('/proc/sys/kernel/random/boot_id')  # of this kernel since its start; some sandboxes hide it
-LOW = 32 << 20  # bytes: with less free than this, shared memory is the likely cause of a crash
-# The kernel takes 107 bytes for the path of a socket, and multiprocessing adds a folder and a file.
+BOOT_ID = Path('/proc/sys/kernel/random/boot_id')  # changes with each boot; some sandboxes hide the file
+LOW = 32 << 20  # bytes: with less free shared memory, this is the likely cause of a crash
+# The kernel allows 107 bytes for the path of a socket, and multiprocessing adds a folder and a file.
 MAX_SOCKET_FOLDER = 107 - len('/pymp-xxxxxxxx/listener-xxxxxxxx')
-SOCKETS = '/tmp'  # where the path of a socket is short enough
+SOCKETS = '/tmp'  # a folder with a path that is short enough for sockets
 ENLARGE = ('start the container with docker run --shm-size=16g or --ipc=host (Kubernetes: mount an emptyDir of medium '
            f'Memory at {SHARED_MEMORY}), or remove what other programs left there (ls -l {SHARED_MEMORY})')
 
 
 def prepare_environment() -> None:
-    """Sets variables that libraries read when they are imported.
+    """Sets environment variables that libraries read when they are imported.
 
-    USER and HOME are set where the system knows neither, as in `docker run --user 12345`: without a name torch.compile
-    raises a KeyError, and without a home the import of matplotlib a RuntimeError. TORCH_WARM_POOL is set where shared
-    memory is full: the processes that torch starts for later compilation would end in a traceback of their own.
+    USER and HOME are set if the system has none, as in `docker run --user 12345`: without a name torch.compile raises
+    a KeyError, and without a home the import of matplotlib raises a RuntimeError. TORCH_WARM_POOL is set to 0 if
+    shared memory is full: torch would start processes for later compilation, and they would print a traceback.
     """
     if low_shared_memory_hint():
         os.environ.setdefault('TORCH_WARM_POOL', '0')
-    os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's 3 are few for a run of weeks
+    os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's default of 3 is too few for a run of weeks
     try:
         getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on
@@ -48,10 +48,10 @@ def prepare_environment() -> None:
 
 
 def set_up_output() -> None:
-    """Lets a program print any text, and say where a signal such as SIGBUS has ended it.
+    """Lets a program print any text, and print a traceback when a signal such as SIGBUS ends it.
 
-    A character that the encoding of the terminal lacks is printed as an escape, as in `\\u20ac`. Else `print` would
-    raise a UnicodeEncodeError under a locale that is not UTF-8, and for file names that are not.
+    A character that the terminal's encoding lacks is printed as an escape, such as `\\u20ac`. Otherwise `print` would
+    raise a UnicodeEncodeError under a locale that is not UTF-8, and for file names that are not UTF-8.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors='backslashreplace')  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,26 +60,26 @@ def set_up_output() -> None:
 
 
 def shorten_socket_paths() -> None:
-    """Gives multiprocessing a short folder for its sockets where TMPDIR is too long for them.
+    """Gives multiprocessing a folder with a short path for its sockets, if the path of TMPDIR is too long.
 
-    Loader workers hand over batches by such sockets. Without one the run would wait for its first batch for ever.
-    Raises UserError where TMPDIR is too long, and no other folder can be written.
+    Loader workers send batches through such sockets. Without a socket the run would wait for its first batch for ever.
+    Raises UserError if TMPDIR is too long and `SOCKETS` cannot be written.
     """
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > MAX_SOCKET_FOLDER:
         tempfile.tempdir = SOCKETS
         try:
-            multiprocessing.util.get_temp_dir()  # this process and its workers keep it; removed at the end
+            multiprocessing.util.get_temp_dir()  # this process and its workers keep using it; it is removed at the end
         except OSError as e:
-            raise UserError(f'TMPDIR: {folder!r} has {len(os.fsencode(folder))} bytes, and the sockets of loader '
-                            f'workers allow {MAX_SOCKET_FOLDER}; {SOCKETS} cannot be used instead ({e.strerror}). Set '
-                            'TMPDIR to a folder with a shorter path') from e
+            raise UserError(f'TMPDIR: {folder!r} has {len(os.fsencode(folder))} bytes, but the sockets of loader '
+                            f'workers allow only {MAX_SOCKET_FOLDER}; {SOCKETS} cannot be used instead ({e.strerror}). '
+                            'Set TMPDIR to a folder with a shorter path') from e
         finally:
             tempfile.tempdir = folder
 
 
 def compiler_errors(has_gpu: bool) -> list[str]:
-    """What `torch.compile` lacks on this machine. On a GPU, Triton compiles C; on a CPU, inductor compiles C++."""
+    """Lists what `torch.compile` needs and this machine lacks: a C compiler for a GPU, C++ for a CPU, Python.h."""
     variable, language, names = ('CC', 'C', ('gcc', 'clang')) if has_gpu else ('CXX', 'C++', ('c++', 'g++', 'clang++'))
     out, device = [], 'a GPU' if has_gpu else 'a CPU'
     if not any(shutil.which(name) for name in (os.environ.get(variable) or names[0], *names)):
@@ -94,13 +94,13 @@ def compiler_errors(has_gpu: bool) -> list[str]:
 
 
 def find_unwritable_folder(path: str) -> Optional[str]:
-    """The folder that keeps `path`, which may not exist yet, from being written; None: it can be written."""
+    """Returns None if `path`, which may not exist yet, can be written; else the existing folder that prevents it."""
     existing = next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.exists(p))
     return None if os.path.isdir(existing) and os.access(existing, os.W_OK) else str(existing)
 
 
 def free_shared_memory() -> Optional[int]:
-    """Free bytes of /dev/shm; None where there is no such folder, or no limit (its size is then said to be 0)."""
+    """Returns the free bytes of /dev/shm; None without that folder, or without a limit (its size is then 0)."""
     if not SHARED_MEMORY.is_dir():
         return None
     total, _, free = shutil.disk_usage(SHARED_MEMORY)
@@ -112,10 +112,9 @@ def megabytes(n: int) -> str:
 
 
 def check_shared_memory(need: int, what: str, otherwise: str = '') -> None:
-    """Refuses a run for which shared memory has no room: a process that writes to a full one is killed by SIGBUS.
+    """Raises UserError if fewer than `need` bytes of shared memory are free: SIGBUS would kill a process later.
 
-    Raises UserError where fewer than `need` bytes are free. The message says `what` takes them, and `otherwise`, what
-    else the user can do.
+    The message says `what` needs the bytes, and ends with `otherwise`, another thing that the user can do.
     """
     free = free_shared_memory()
     if free is not None and free < need:
@@ -124,34 +123,34 @@ def check_shared_memory(need: int, what: str, otherwise: str = '') -> None:
 
 
 def low_shared_memory_hint() -> str:
-    """For a message about a crash: says that shared memory is full, and what to do; empty where it is not."""
+    """Ends a message about a crash: says that shared memory is full and what to do, or '' if it is not full."""
     free = free_shared_memory()
     if free is None or free >= LOW:
         return ''
     return f'; {SHARED_MEMORY} (shared memory) is full, {megabytes(free)} are free: {ENLARGE}'
 
 
-# What torch says of a lost loader worker (a pattern), and what is then said of `{setting}`.
-LOST = {
+# Patterns of torch's messages about a lost loader worker, and the advice for the loader of `{setting}`.
+LOST_WORKER_ADVICE = {
     r'^\[Errno 28\]|Bus error|/torch_.*No space left':
-        f'its workers found no room in {SHARED_MEMORY} (shared memory), through which they hand over batches; '
+        f'its workers found no room in {SHARED_MEMORY} (shared memory), through which they send batches; '
         f'{ENLARGE}; or set {{setting}}.num_workers=0',
     'killed by signal: Killed':
-        'a loader worker was killed (SIGKILL), most likely by the system, which has no memory left; set a smaller '
+        'a loader worker was killed (SIGKILL), most likely by the system because memory ran out; set a smaller '
         '{setting}.num_workers, or give the run more memory',
-    'Too many open files|ancdata':  # a batch comes as file descriptors
-        'the process has as many files open as it may; raise the limit (ulimit -n 65536), or set a smaller '
+    'Too many open files|ancdata':  # workers send batches as file descriptors
+        'the process has reached its limit of open files; raise the limit (ulimit -n 65536), or set a smaller '
         '{setting}.num_workers or prefetch_factor',
 }
 
 
 def explain_lost_worker(error: Exception, setting: str) -> Optional[str]:
-    """What torch says when a loader worker is lost, in the words of the settings; None: it says something else.
+    """Explains an error of torch about a lost loader worker, with advice; None for other errors.
 
-    `error` is from the rank's DataLoader, and `setting` is `train_loader` or `eval_loader`.
+    `error` comes from the rank's DataLoader; `setting` is `train_loader` or `eval_loader`.
     """
     text = ' '.join(map(str, exception_chain(error)))
-    for pattern, advice in LOST.items():
+    for pattern, advice in LOST_WORKER_ADVICE.items():
         if re.search(pattern, text):
             return f'{setting}: {advice.format(setting=setting)}'
     if 'exited unexpectedly' in text and (low := low_shared_memory_hint()):

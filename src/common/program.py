@@ -1,4 +1,4 @@
-"""The shell of a program in one process: a mistake of the user ends in one message, Ctrl-C ends in silence."""
+"""Runs a program in one process: a mistake of the user is shown as one message, Ctrl-C shows nothing."""
 
 import sys
 from argparse import Namespace
@@ -10,7 +10,7 @@ from src.common.machine import set_up_output
 
 
 def run(main: Callable[[Namespace], Any], parse_args: Callable[[list[str]], Namespace]) -> None:
-    """Calls `main` with the parsed command line; leaves the process with status 1 after a mistake of the user."""
+    """Calls `main` with the parsed command line. Exits with 1 after a UserError, and with 130 after Ctrl-C."""
     set_up_output()
     try:
         main(parse_args(sys.argv[1:]))

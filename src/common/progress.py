@@ -1,4 +1,4 @@
-"""A bar for what takes long."""
+"""A progress bar for long work."""
 
 import os
 from typing import Optional
@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 
 def progress(what: str, total: Optional[float] = None, unit: str = 'B', delay: float = 0) -> tqdm:
-    """A bar on stderr, of rank 0 alone, where that is a terminal; nothing is left of it in the end.
+    """Shows a bar on stderr, on rank 0 only, if stderr is a terminal. The bar disappears at the end.
 
-    `total` is in units, None where nobody knows it; `unit` is what `update` counts. What is over within `delay` seconds
-    has no bar.
+    `total` counts units, None if unknown; `unit` names what `update` counts. Work that ends within `delay` seconds
+    shows no bar.
     """
-    tqdm.monitor_interval = 0  # no thread, whose lock a fork could copy
+    tqdm.monitor_interval = 0  # no monitor thread: a fork could copy its lock in the locked state
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, delay=delay,
                 disable=None if os.environ.get('RANK', '0') == '0' else True)

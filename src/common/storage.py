@@ -1,6 +1,6 @@
-"""Where files lie: a folder on a disk or a prefix in an object store, with the same few operations.
+"""Folders on a disk and prefixes in an object store, with the same operations.
 
-Nothing slow is imported before a store is opened: the conversion reads its command line with this module.
+This module imports nothing slow before a store is opened: the conversion imports it to read its command line.
 """
 
 import os
@@ -18,7 +18,7 @@ import psutil
 
 from src.common.machine import BOOT_ID
 
-HOST = socket.gethostname()  # and, as others may share the name, the namespace of its processes and its start
+HOST = socket.gethostname()  # followed by PID namespace and boot id, because machines may share a host name
 with suppress(OSError):
     HOST += f'+{os.stat("/proc/self/ns/pid").st_ino}'
     HOST += f'+{BOOT_ID.read_text("utf-8")[:8]}'
@@ -26,22 +26,22 @@ OWNED = re.compile(r'\.part(ial)?-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}')
 
 
 def owner_tag() -> str:
-    """What ends the name of a file or folder that this process has not finished, after `.part-` or `.partial-`."""
+    """Returns a suffix for unfinished files and folders, after `.part-` or `.partial-`: it names this process."""
     return f'{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
 
 
 def is_leftover(name: str, of_all: bool = False) -> bool:
-    """Whether a name has an `owner`, on this machine, that has ended; or, `of_all`, any owner."""
+    """Tells whether a name has the `owner_tag` of an ended process of this machine or, with `of_all`, any tag."""
     owned = OWNED.search(name)
     return bool(owned) and (of_all or owned['host'] == HOST and not psutil.pid_exists(int(owned['pid'])))
 
 
 class AnyFolder:
-    """What is the same wherever files lie."""
+    """Operations that folders on a disk and in an object store share."""
 
     root: Any  # the path or the URL
-    remote = False  # whether it is a URL
-    deletes = False  # whether files can be removed
+    remote = False  # True for an object store
+    deletes = False  # True if files can be deleted
 
     def __str__(self) -> str:
         return str(self.root)
@@ -50,7 +50,7 @@ class AnyFolder:
         return os.path.join(self.root, name)
 
     def read(self, name: str) -> str:
-        """The text of a file. Raises FileNotFoundError where there is none."""
+        """Returns the text of a file. Raises FileNotFoundError if there is no such file."""
         return self.read_bytes(name).decode()
 
     def read_bytes(self, name: str) -> bytes:
@@ -58,7 +58,7 @@ class AnyFolder:
 
     @staticmethod
     def ask(call: Callable[[], Any], attempts: int = 3) -> Any:
-        """What an object store answers, in one of some attempts."""
+        """Calls an object store, up to `attempts` times, and returns its answer."""
         from streaming.base.util import retry
 
         return retry(num_attempts=attempts)(call)()
@@ -73,12 +73,12 @@ class LocalFolder(AnyFolder):
         self.root = Path(root)
 
     def names(self) -> list[str]:
-        """Files, and those of the folders in it, relative to it."""
+        """Lists the files of this folder and of its subfolders, as relative paths."""
         paths = [*self.root.glob('*'), *self.root.glob('*/*')]
         return [str(path.relative_to(self.root)) for path in paths if path.is_file()]
 
     def size(self, name: str) -> int:
-        """Bytes; -1 where there is no such file."""
+        """Returns the bytes of a file; -1 if there is no such file."""
         path = self.root / name
         return path.stat().st_size if path.is_file() else -1
 
@@ -101,7 +101,7 @@ class LocalFolder(AnyFolder):
 
 
 class RemoteFolder(AnyFolder):
-    """A prefix in an object store, through Composer's client for it."""
+    """A prefix in an object store, read and written through Composer's client."""
 
     remote = True
 
@@ -112,7 +112,7 @@ class RemoteFolder(AnyFolder):
         store = maybe_create_object_store_from_uri(uri)
         assert isinstance(store, ObjectStore)
         self.store, self.prefix = store, parse_uri(self.root)[2]
-        self.deletes = isinstance(store, S3ObjectStore)  # no ObjectStore of Composer's can: here its client does
+        self.deletes = isinstance(store, S3ObjectStore)  # Composer's ObjectStore cannot delete; boto3's client can
 
     def key(self, name: str) -> str:
         return f'{self.prefix}/{name}' if self.prefix else name
@@ -121,12 +121,12 @@ class RemoteFolder(AnyFolder):
         return [name[len(self.key('')):] for name in self.ask(lambda: self.store.list_objects(self.key('')))]
 
     def size(self, name: str) -> int:
-        def look() -> int:
+        def get_size() -> int:
             try:
                 return self.store.get_object_size(self.key(name))
             except FileNotFoundError:
                 return -1
-        return self.ask(look)
+        return self.ask(get_size)
 
     def read_bytes(self, name: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:

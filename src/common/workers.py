@@ -1,6 +1,6 @@
-"""How worker processes begin and end: those of a launcher, of a DataLoader, of a conversion.
+"""Starts and ends worker processes: ranks of a launcher, workers of a DataLoader, workers of a conversion.
 
-This module imports nothing that is slow.
+This module imports nothing slow.
 """
 
 import ctypes
@@ -17,36 +17,36 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # of prctl(2): the kernel sends a signal when the parent dies
 SETTLE_S = 0.05
 
 
-def _die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+def _die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(by))
-    if os.getppid() != parent:  # it died before the kernel knew
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signum))
+    if os.getppid() != parent:  # the parent died before the call of prctl
         os._exit(1)
 
 
 def stop_with_parent() -> None:
-    """A subprocess's `preexec_fn`: when its parent dies, it is asked to stop."""
+    """Sends SIGTERM to this process when its parent dies. A `preexec_fn` of `subprocess.Popen`."""
     _die_with_parent(signal.SIGTERM)
 
 
 def die_with_launcher() -> None:
-    """Has the kernel kill this rank when its launcher dies, which would leave it behind with its GPU.
+    """Lets the kernel kill this rank when its launcher dies: otherwise the rank would keep its GPU.
 
-    Not without a launcher: a plain `python main.py &` outlives its shell.
+    Does nothing without a launcher: `python main.py &` may outlive its shell.
     """
     if 'RANK' in os.environ and 'LOCAL_RANK' in os.environ:
         _die_with_parent()
 
 
 def let_threads_settle() -> None:
-    """Gives gloo's threads time to drop the tensors of the last collective, for which they enter the interpreter.
+    """Waits a moment before a fork, so that gloo's threads can free the tensors of the last collective.
 
-    A loader worker that is forked in that moment never starts, up to Python 3.10.14 and 3.11.9:
-    https://github.com/python/cpython/issues/112275
+    They hold the interpreter's lock while they free them. A loader worker that is forked in that moment never starts,
+    up to Python 3.10.14 and 3.11.9: https://github.com/python/cpython/issues/112275
     """
     torch = sys.modules.get('torch')
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -54,45 +54,46 @@ def let_threads_settle() -> None:
 
 
 def init_loader_worker(worker_id: int) -> None:
-    """A DataLoader's `worker_init_fn`: the worker ends with its rank, and only when its rank says so.
+    """Lets only the rank end its loader worker, which dies with the rank. A `worker_init_fn` of DataLoader.
 
-    Ctrl-C and Slurm signal the loader workers too, while their rank still needs them to finish its batch.
+    Ctrl-C and Slurm also send signals to loader workers, while the rank still needs them to finish its batch.
     """
-    signal.set_wakeup_fd(-1)  # inherited: signals of the worker would arrive as the rank's
+    signal.set_wakeup_fd(-1)  # inherited from the rank, which would take the worker's signals for its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_when_told, daemon=True).start()
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_unsent)  # pyright: ignore
+    threading.Thread(target=_exit_on_signal_of_rank, daemon=True).start()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_send_error)  # pyright: ignore
     _die_with_parent()
 
 
-def _exit_unsent(error: Exception, _: Any) -> NoReturn:
-    """Ends a worker that cannot send its batch. multiprocessing would drop the batch, and the rank wait for ever."""
+def _exit_on_send_error(error: Exception, _: Any) -> NoReturn:
+    """Ends a worker that cannot send its batch: without the batch, the rank would wait for ever."""
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(1)
 
 
 def init_conversion_worker(temporary: str) -> None:
-    """A process pool's `initializer`: the worker ends with its parent, and Ctrl-C is the parent's to answer.
+    """Lets a worker die with its parent and ignore Ctrl-C, which the parent handles. A process pool's `initializer`.
 
-    `temporary` is the folder for temporary files, for the parent to remove: of a worker that is ended libraries leave
-    theirs.
+    `temporary` is the folder for temporary files. The parent removes it, because libraries leave files there when a
+    worker is killed.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it died while this process started
+    if parent is not None and not parent.is_alive():  # the parent died while this process started
         os._exit(1)
     tempfile.tempdir = os.environ['TMPDIR'] = temporary
     from tqdm import tqdm
 
-    # The lock that a bar makes itself is a semaphore, which stays behind when this worker is ended.
+    # By default tqdm makes a semaphore as its lock, which is left over when this worker is killed.
     tqdm.set_lock(threading.RLock())
 
 
-def _exit_when_told() -> None:
+def _exit_on_signal_of_rank() -> None:
+    """Ends this worker when SIGTERM comes from its rank; SIGTERM of others has no effect."""
     parent = multiprocessing.parent_process()
     while True:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
@@ -101,13 +102,13 @@ def _exit_when_told() -> None:
 
 
 def run_in_background(call: Callable[[], Any]) -> Future:
-    """Its result, from a daemon thread, unlike those of an executor: a process that fails does not wait for it."""
+    """Calls in a daemon thread and returns a Future. Unlike with an executor, an exit does not wait for the thread."""
     future: Future = Future()
 
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as e:  # raised where the result is asked for
+        except BaseException as e:  # `Future.result` raises it
             future.set_exception(e)
 
     threading.Thread(target=run, daemon=True).start()

@@ -1,1 +1,1 @@
-"""How processes meet, agree, stop and fail together."""
+"""How the processes of a run connect, compare their settings, stop and fail together."""

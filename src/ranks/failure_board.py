@@ -1,4 +1,4 @@
-"""Why a rank ended, and where it tells the others; src/ranks/failure_watch.py ends them."""
+"""The failure of a rank, and the board on which ranks read it; src/ranks/failure_watch.py then ends the ranks."""
 
 import contextlib
 import json
@@ -15,23 +15,23 @@ from src.common.machine import low_shared_memory_hint
 from src.common.workers import run_in_background
 from src.ranks.environment import Process
 
-STORE_TIMEOUT_S = 5.0  # for a word to the store: one whose machine has vanished does not answer, ever
-WAIT_FOR_RANKS_S = 600.0  # how long ranks that are done wait for each other: a logger may take minutes to send its last
+STORE_TIMEOUT_S = 5.0  # for writing to the store: a store whose machine has vanished never answers
+WAIT_FOR_RANKS_S = 600.0  # how long finished ranks wait for each other: a logger may need minutes to send its last data
 
 
 class Failure(NamedTuple):
-    """Why a rank ended: in one line, and what a terminal is to show besides, such as a traceback."""
+    """Why a rank ended: one line for every terminal, and a text, such as a traceback, for the terminal of its node."""
 
     rank: int
     node: int
     host: str
     summary: str
     text: str = ''
-    shown: Sequence[int] = ()  # the `own_stderr` on which the text is already
+    shown_on: Sequence[int] = ()  # the `own_stderr` to which the rank has already printed the text
 
     @classmethod
     def by_death(cls, me: Process, local_rank: int) -> 'Failure':
-        """The failure of a rank on this node whose process died without a message."""
+        """Makes the failure of a rank of this node whose process died without a message."""
         rank = me.rank - me.local_rank + local_rank
         return cls(rank, me.node, me.host, f'its process died{low_shared_memory_hint()}')
 
@@ -40,18 +40,18 @@ class Failure(NamedTuple):
 
 
 def own_stderr() -> list[int]:
-    """Tells what this process writes its errors to from what others do."""
+    """Identifies the file or terminal that is the stderr of this process."""
     status = os.fstat(2)
     return [status.st_dev, status.st_ino]
 
 
 class Board:
-    """Where the ranks of a run leave word: the TCP store of the default process group."""
+    """Where ranks read and write failures: keys in the TCP store of the default process group."""
 
     def __init__(self, me: Process) -> None:
         self.me = me
-        # A client of its own: what blocks in the group's client blocks everyone who uses it. Under torchrun the agent
-        # has the store, and keeps it over a restart.
+        # A client of its own: a call that blocks in the group's client would block all its users. Under torchrun the
+        # store belongs to the agent and outlives a restart, so the keys carry the number of the attempt.
         dist: Any = torch.distributed  # its type stubs hide the stores
         store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False,
                               wait_for_workers=False, timeout=timedelta(seconds=30))
@@ -60,13 +60,13 @@ class Board:
         self._store.set(f'pid/{me.rank}', str(me.pid))
 
     def publish(self, failure: Failure) -> None:
-        """Tells all ranks; the first failure of a run is the one that counts."""
+        """Writes a failure for all ranks to read. Only the first failure of a run is kept."""
         answer = run_in_background(lambda: self._store.compare_set('failure', '', json.dumps(failure)))
-        with contextlib.suppress(RuntimeError, NoAnswer):  # the store is gone, which is how the others learn of it
+        with contextlib.suppress(RuntimeError, NoAnswer):  # the store is gone: the others notice that too
             answer.result(STORE_TIMEOUT_S)
 
     def other_failure(self, dead: Iterable[int]) -> Optional[Failure]:
-        """What ended another rank: its own word, the death of one on this node, or the loss of the store.
+        """Finds the failure of another rank: one that it published, its death on this node, or the loss of the store.
 
         `dead` are the local ranks whose process has ended.
         """
@@ -78,22 +78,22 @@ class Board:
                 failure = Failure.by_death(self.me, local_rank)
                 if not self._store.check([f'left/{failure.rank}']):
                     return failure
-        except RuntimeError:  # torch's DistNetworkError: whoever served the store is gone
+        except RuntimeError:  # torch's DistNetworkError: the process with the store is gone
             return Failure(0, 0, os.environ['MASTER_ADDR'], 'its process is gone')
         return None
 
     def pids(self) -> list[int]:
-        """The processes of this node's ranks, by local rank; none as long as one is not known."""
+        """Process numbers of this node's ranks, by local rank; empty until all of them are known."""
         first = self.me.rank - self.me.local_rank
         keys = [f'pid/{i}' for i in range(first, first + self.me.local_world_size)]
-        with contextlib.suppress(RuntimeError):  # `other_failure` finds the cause
+        with contextlib.suppress(RuntimeError):  # `other_failure` reports the loss of the store
             if self._store.check(keys):
                 return [int(self._store.get(key)) for key in keys]
         return []
 
     def leave(self) -> None:
-        """Returns once all ranks are done; on rank 0, with whose process the store ends, once all have read that."""
-        with contextlib.suppress(RuntimeError):  # the store went first, but this rank has done its work
+        """Waits until all ranks are done. Rank 0, whose process has the store, waits until the others have read so."""
+        with contextlib.suppress(RuntimeError):  # the store ended first, but this rank has done its work
             for key, waits in (('left', True), ('gone', self.me.rank == 0)):
                 self._store.set(f'{key}/{self.me.rank}', '')
                 keys = [f'{key}/{i}' for i in range(self.me.world_size)]

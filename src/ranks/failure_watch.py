@@ -16,20 +16,20 @@ from src.ranks.failure_board import STORE_TIMEOUT_S, Board, Failure, own_stderr
 from src.ranks.stop import Stopped, StopRequest
 
 POLL_S = 1.0
-READ_FAILURE_S = 2 * POLL_S  # in which all ranks read why one ends
+READ_FAILURE_S = 2 * POLL_S  # time in which all ranks read why one ends
 EXIT_TIMEOUT_S = 30.0  # how long a rank that has failed may take to end
-WAIT_FOR_RANK_0_S = 10.0  # how long a rank with a UserError waits for rank 0 to say the same
+WAIT_FOR_RANK_0_S = 10.0  # how long a rank with a UserError waits for rank 0 to report the same error
 
 
 class FailureWatch:
     """Ends every rank, on every node, soon after one has failed: the others would wait for it in a collective.
 
-    A rank that fails prints its traceback, and leaves it on the board; local rank 0 of its node, whose stderr is the
-    terminal's, prints it too; every other rank says whom it follows and exits with 1.
+    A rank that fails prints its traceback and publishes it on the board. Local rank 0 of its node, whose stderr is the
+    terminal, prints the traceback too. Every other rank prints one line that names the failed rank, and exits with 1.
 
-    A context manager that begins with the process group: on entering, or at `start`. Without several ranks it does
-    nothing but `report_crash`. Leaving without an exception is the good end, which all ranks reach together: the
-    launcher takes the first to exit with another code than 0 for a crash, and signals the others.
+    A context manager. It begins to watch when the process group is up: on entering, or at `start`. With a single rank
+    only `report_crash` does something. Without an exception, all ranks leave together: the launcher takes the first
+    exit code that is not 0 for a crash, and signals the other ranks.
     """
 
     def __init__(self, stop: Optional[StopRequest] = None) -> None:
@@ -44,7 +44,7 @@ class FailureWatch:
         return self
 
     def start(self) -> None:
-        """Begins to watch if the default process group is up and has several ranks."""
+        """Begins to watch, if the default process group is up and has several ranks."""
         if self._board is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             self._board = Board(self.me)
             self._thread = threading.Thread(target=self._poll, args=[self._board], name='failure-watch', daemon=True)
@@ -58,61 +58,61 @@ class FailureWatch:
         self._thread.join()
 
     def ignore_signals(self) -> None:
-        """For a rank that ends with others: what the launcher sends once the first of them has gone changes nothing."""
+        """Ignores SIGTERM and SIGINT from now on: the launcher sends them to the other ranks when one has ended."""
         if self.me.world_size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def report_crash(self, error: BaseException) -> None:
-        """Prints why this rank ends and tells the others; the process should exit with code 1 next.
+        """Prints why this rank ends and tells the other ranks. Let the process exit with code 1 next.
 
-        A `UserError` is one message without a traceback; what follows from the end of another rank is one line.
+        A `UserError` is printed without a traceback. If another rank has failed first, one line names that rank.
         """
         self._failed = True
-        mistake, patience = isinstance(error, UserError), 0.0
-        if mistake and self.me.rank:  # all ranks meet the same one, and rank 0 speaks for them
-            patience = WAIT_FOR_RANK_0_S
-        elif 'onnection' in str(error):  # seldom the cause: the rank that has it may be about to say so
-            patience = READ_FAILURE_S
-        deadline = time.monotonic() + (patience if self.me.world_size > 1 else 0)
+        is_user_error, wait_s = isinstance(error, UserError), 0.0
+        if is_user_error and self.me.rank:  # usually all ranks raise the same error, and rank 0 prints it for all
+            wait_s = WAIT_FOR_RANK_0_S
+        elif 'onnection' in str(error):  # usually a consequence: the rank with the cause may be about to report it
+            wait_s = READ_FAILURE_S
+        deadline = time.monotonic() + (wait_s if self.me.world_size > 1 else 0)
         while (other := self._other_failure()) is None and time.monotonic() < deadline:
             time.sleep(0.1)
         if other:
             self._follow(other)
             self._end()
             return
-        text = f'error: {error}' if mistake else ''.join(traceback.format_exception(error)).rstrip()
-        if self.me.world_size > 1 and not (mistake and self.me.rank == 0):
+        text = f'error: {error}' if is_user_error else ''.join(traceback.format_exception(error)).rstrip()
+        if self.me.world_size > 1 and not (is_user_error and self.me.rank == 0):
             text = f'rank {self.me.rank} on node {self.me.node} ({self.me.host}):\n{text}'
         print(text, file=sys.stderr, flush=True)
         if self._board is not None:
-            kind = 'error' if mistake else type(error).__name__
-            self.ignore_signals()  # with the first rank that follows the launcher ends all: its code is to be 1
+            kind = 'error' if is_user_error else type(error).__name__
+            self.ignore_signals()  # the launcher sends SIGTERM when the first rank ends; this one has to exit with 1
             self._board.publish(Failure(self.me.rank, self.me.node, self.me.host, f'{kind}: {first_line(error)}', text,
                                         own_stderr()))
             time.sleep(READ_FAILURE_S)  # the board may end with this rank
             self._end()
 
     def _end(self) -> None:
-        """Ends the watch: its thread would abort the process if it waited for the store's answer while Python ends."""
+        """Ends the watch: a thread that waits for the store while Python exits would abort the process."""
         self._ended.set()
         self._thread.join(STORE_TIMEOUT_S)
-        last = threading.Timer(EXIT_TIMEOUT_S, os._exit, [1])  # a logger's thread or NCCL may block the exit
-        last.daemon = True
-        last.start()
+        forced_exit = threading.Timer(EXIT_TIMEOUT_S, os._exit, [1])  # a logger's thread or NCCL may block the exit
+        forced_exit.daemon = True
+        forced_exit.start()
 
     def _other_failure(self) -> Optional[Failure]:
         return self._board.other_failure(self.stop.dead_siblings()) if self._board else None
 
     def _follow(self, failure: Failure) -> None:
-        """Passes on and shows, once, why another rank ended and this one does."""
+        """Publishes the failure of another rank, and prints once that this rank stops because of it."""
         if self._board:
             self._board.publish(failure)
-        with self._lock:  # the main thread, the signal's and the board's may come at once
+        with self._lock:  # the main thread, the signal thread and the watch may call this at the same time
             if not self._shown:
                 self._shown = True
-                is_here = failure.node == self.me.node and self.me.local_rank == 0
-                if failure.text and is_here and failure.shown != own_stderr():  # torchrun's ranks share one
+                prints_text = failure.node == self.me.node and self.me.local_rank == 0
+                if failure.text and prints_text and failure.shown_on != own_stderr():  # torchrun's ranks share one
                     print(failure.text, file=sys.stderr)
                 me = f'this rank ({self.me.rank} on node {self.me.node})'
                 print(f'{failure}; {me} stops', file=sys.stderr, flush=True)
@@ -123,12 +123,12 @@ class FailureWatch:
         self._follow(self._other_failure() or Failure.by_death(self.me, local_rank))
 
     def _poll(self, board: Board) -> None:
-        known = False
-        while not self._ended.wait(POLL_S if known else 0.1):
+        knows_siblings = False
+        while not self._ended.wait(POLL_S if knows_siblings else 0.1):
             failure = self._other_failure()
             if failure and not self._ended.is_set():
                 self._follow(failure)
                 os._exit(1)
-            if not known and (pids := board.pids()):
+            if not knows_siblings and (pids := board.pids()):
                 self.stop.watch_siblings(pids, self._sibling_died)
-                known = True
+                knows_siblings = True

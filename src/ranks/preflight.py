@@ -1,4 +1,4 @@
-"""A trial sum over all ranks, before hours of training depend on it."""
+"""Tests the all-reduce over all ranks before training begins, and measures its speed."""
 
 import statistics
 import time
@@ -14,29 +14,29 @@ from src.ranks.environment import Process, rank
 
 
 def preflight() -> str:
-    """Sums a tensor over all ranks, which must all call this.
+    """Tests the all-reduce and returns lines for the log. Every rank must call this function.
 
-    Returns lines for the log: the devices of each node and, with several ranks, how fast the sum was. The bus bandwidth
-    is bytes / seconds * 2 (n - 1) / n, as nccl-tests define it (https://github.com/NVIDIA/nccl-tests,
-    doc/PERFORMANCE.md): comparable with the hardware's, for any number n of ranks. Raises UserError where a sum is
-    wrong, and says whose part of it; or where the ranks cannot reach each other, or two nodes share one /dev/shm.
+    The lines list the devices of each node and, with several ranks, the speed of the all-reduce. The bus bandwidth is
+    bytes / seconds * 2 (n - 1) / n for n ranks, as nccl-tests define it (https://github.com/NVIDIA/nccl-tests,
+    doc/PERFORMANCE.md), so that it can be compared with the bandwidth of the hardware. Raises UserError where a sum is
+    wrong (the message names the rank), where ranks cannot reach each other, or where two nodes share one /dev/shm.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
-    told = gather_from_ranks((device, _shared_memory()))
-    ranks = list(told)
-    devices = Counter((process.node, process.host, device) for process, (device, _) in told.items())
+    answers = gather_from_ranks((device, _shared_memory_id()))
+    ranks = list(answers)
+    devices = Counter((process.node, process.host, device) for process, (device, _) in answers.items())
     each = ', '.join(f'node {node} {host} {count} x {device}' for (node, host, device), count in devices.items())
     nodes = len({process.node for process in ranks})
     line = f'devices: {len(ranks)} on {nodes} node{"s" * (nodes > 1)}: {each}'
     if len(ranks) == 1:
         return line
-    check_shared_memory_apart({process: memory for process, (_, memory) in told.items()})
+    check_shared_memory_apart({process: memory for process, (_, memory) in answers.items()})
     check_sum(ranks, rank() + 1)
-    return f'{line}\n{_speed(len(ranks))}'
+    return f'{line}\n{_measure_all_reduce(len(ranks))}'
 
 
-def _shared_memory() -> str:
-    """What tells this process's /dev/shm from all others: the kernel's start, and the folder's numbers; '': unknown."""
+def _shared_memory_id() -> str:
+    """Identifies this process's /dev/shm by the boot of the kernel, the device and the inode; '' if unknown."""
     try:
         folder = SHARED_MEMORY.stat()
         return f'{BOOT_ID.read_text("utf-8")} {folder.st_dev} {folder.st_ino}'
@@ -45,40 +45,41 @@ def _shared_memory() -> str:
 
 
 def check_shared_memory_apart(memories: dict[Process, str]) -> None:
-    """Refuses nodes that share one /dev/shm, where streaming takes the ranks of a machine for those of one node."""
+    """Raises UserError if nodes share one /dev/shm: streaming would take their ranks for the ranks of one node."""
     nodes: dict[str, set[int]] = {}
     for process, memory in memories.items():
         nodes.setdefault(memory, set()).add(process.node)
     sharing = [process for process, memory in memories.items() if memory and len(nodes[memory]) > 1]
     if sharing:
         raise UserError(f'{describe_ranks(sharing, memories)} share one {SHARED_MEMORY}, and each node needs its own: '
-                        'these nodes are launchers on one machine, or containers with --ipc=host. Start one node with '
-                        f'the ranks of all of them (composer -n), or give each container its own {SHARED_MEMORY} '
-                        '(docker run --ipc=private --shm-size=16g)')
+                        'these nodes are launchers on one machine, or containers with --ipc=host. Start one launcher '
+                        f'with all ranks (composer -n), or give each container its own {SHARED_MEMORY} (docker run '
+                        '--ipc=private --shm-size=16g)')
 
 
 def check_sum(ranks: list[Process], part: float) -> None:
-    """Adds up a column for each rank, filled by it with `part`, which has to be its rank + 1.
+    """Sums a matrix over all ranks. Rank i fills column i with its `part`, i + 1; all other numbers are 0.
 
-    Raises UserError where the sum is wrong, and says whose part of it, and on which ranks.
+    Raises UserError where the sum is wrong: the message names the ranks whose part is wrong, and those that see it.
     """
     n = len(ranks)
-    columns = torch.zeros(1024, n, device=_device())
+    columns = torch.zeros(1024, n, device=_device())  # (rows, ranks)
     columns[:, rank()] = part
     _timed_sum(columns)
     is_right = (columns == torch.arange(1, n + 1, device=columns.device)).all(dim=0)
-    lost = gather_from_ranks([i for i, right in enumerate(is_right.tolist()) if not right])
-    if wrong := sorted({i for some in lost.values() for i in some}):
-        where = describe_ranks([process for process, some in lost.items() if some], lost)
+    wrong_columns = gather_from_ranks([i for i, right in enumerate(is_right.tolist()) if not right])
+    if wrong := sorted({i for some in wrong_columns.values() for i in some}):
+        where = describe_ranks([process for process, some in wrong_columns.items() if some], wrong_columns)
         raise UserError(f'all-reduce over {n} ranks is wrong: the part of '
                         f'{describe_ranks([ranks[i] for i in wrong], ranks)} did not arrive as '
-                        f'sent, as seen on {where}; leave the node out, and test its devices and network')
+                        f'sent, as seen on {where}; run without that node, and test its devices and network')
 
 
-def _speed(n: int) -> str:
+def _measure_all_reduce(n: int) -> str:
+    """Returns a line with the median time of five sums over `n` ranks."""
     mib = 64 if torch.cuda.is_available() else 8
-    x = torch.zeros(mib << 18, device=_device())  # zeros stay finite, however often they are summed
-    seconds = statistics.median([_timed_sum(x) for _ in range(6)][1:])  # the first one warms up
+    x = torch.zeros(mib << 18, device=_device())  # zeros stay finite after many sums
+    seconds = statistics.median([_timed_sum(x) for _ in range(6)][1:])  # without the first one, a warm-up
     speed = (mib << 20) / seconds / 1e9
     return (f'all-reduce: correct; {mib} MiB in {seconds * 1e3:.1f} ms, {speed:.3g} GB/s '
             f'(bus bandwidth {speed * 2 * (n - 1) / n:.3g} GB/s)')
@@ -89,7 +90,7 @@ def _device() -> str:
 
 
 def _timed_sum(x: Tensor) -> float:
-    """Sums a tensor over all ranks, in place; returns the seconds that it took."""
+    """Sums a tensor over all ranks, in place, and returns the seconds that this took."""
     with explain_network_errors('the sum over all ranks failed'):
         started = time.perf_counter()
         torch.distributed.all_reduce(x)

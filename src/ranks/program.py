@@ -1,4 +1,4 @@
-"""The shell of a program that runs in every rank: ranks fail together, a mistake of the user ends in one message."""
+"""Runs a program in every rank: all ranks fail together, and a mistake of the user is shown as one message."""
 
 import logging
 import sys
@@ -14,18 +14,18 @@ log = logging.getLogger('src')
 
 
 def log_to_stderr() -> None:
-    """Shows the kit's own messages, on rank 0 alone."""
+    """Prints the kit's log messages to stderr, on rank 0 only."""
     log.handlers = [logging.StreamHandler() if environment.rank() == 0 else logging.NullHandler()]
     log.setLevel(logging.INFO)
     log.propagate = False
 
 
 def run(work: Callable[[FailureWatch], Any]) -> int:
-    """Does the work of this rank, and returns its exit code: 0, EXIT_STOPPED, 130 after Ctrl-C, or 1.
+    """Calls `work`, and returns the exit code of this rank: 0, EXIT_STOPPED, 130 after Ctrl-C, or 1 after an error.
 
-    `work` is called with the watch that ends this rank when another one fails.
+    `work` gets the watch that ends this rank when another one fails.
     """
-    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+    from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
     warnings.filterwarnings('ignore', category=UserWarning, module='(composer|torchmetrics)')
     with FailureWatch(StopRequest()) as watch:
@@ -44,7 +44,7 @@ def run(work: Callable[[FailureWatch], Any]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process."""
-    if code in (0, EXIT_STOPPED):  # after a failure it could wait for ranks that are gone
+    """Ends this process with an exit code."""
+    if code in (0, EXIT_STOPPED):  # after a failure, leaving the group could wait for ranks that are gone
         rendezvous.leave()
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""How the ranks of a run meet, within the time that was set, and part."""
+"""Connects the ranks of a run within `dist_timeout`, and disconnects them at the end."""
 
 import json
 import os
@@ -14,78 +14,78 @@ from composer.utils import dist, get_device
 
 from src.common.errors import UserError
 from src.common.workers import run_in_background
-from src.ranks.agreement import CHECK, describe_ranks, explain_network_errors, find_differences
+from src.ranks.agreement import NETWORK_ADVICE, describe_ranks, explain_network_errors, find_differences
 from src.ranks.environment import Process, this_machine, this_process
 
-VERDICT = 'meet/verdict'  # in the store: 'ok', or why the ranks do not go together
-ONE_WORLD = ('start every node with its own NODE_RANK, and all with the same composer -n, WORLD_SIZE, MASTER_ADDR and '
-             'MASTER_PORT')
+VERDICT = 'meet/verdict'  # key in the store: 'ok', or why the ranks do not fit together
+SAME_WORLD_ADVICE = ('start every node with its own NODE_RANK, and all with the same composer -n, WORLD_SIZE, '
+                     'MASTER_ADDR and MASTER_PORT')
 
 
 def initialize(timeout: float) -> None:
-    """Lets all ranks meet, and makes the process group; does nothing when that is done.
+    """Waits for all ranks, and makes the default process group, if there is none yet.
 
-    Before torch connects them, all ranks register in the store of rank 0, which sees who is missing, twice there or set
-    up otherwise. torch alone, in 2.7, names nobody, and waits longer than asked: up to twice the time-out for a node 0
-    that does not answer, for ever for another program at its port, and five times for gloo's connections.
+    Before torch connects the ranks, each rank registers in the store of rank 0, which so knows the ranks that are
+    missing, started twice or set up differently. torch 2.7 alone names no rank, and waits longer than `timeout`: up to
+    twice as long for a node 0 that does not answer, five times for gloo's connections, and for ever where another
+    program uses the port.
 
-    `timeout` is `dist_timeout`, in seconds, and also that of every later collective. Raises UserError where the ranks
-    did not meet within it, or not these ranks; where they meet and cannot connect (at most 5 seconds later); or where
-    LOCAL_WORLD_SIZE is more than the node has GPUs.
+    `timeout` is `dist_timeout` in seconds, also that of every later collective. Raises UserError where ranks are
+    missing or do not fit together, where they cannot connect (up to 5 seconds after `timeout`), or where
+    LOCAL_WORLD_SIZE is larger than the node's number of GPUs.
     """
     if torch.distributed.is_initialized() or dist.get_world_size() == 1:
         dist.initialize_dist(get_device(None), timeout)
         return
     if torch.cuda.is_available() and dist.get_local_world_size() > torch.cuda.device_count():
         raise UserError(f'LOCAL_WORLD_SIZE: {dist.get_local_world_size()} processes on {this_machine()}, which has '
-                        f'{torch.cuda.device_count()} GPUs; set composer -n to that')
+                        f'{torch.cuda.device_count()} GPUs; set composer -n to the number of GPUs')
     deadline = time.monotonic() + timeout
     with explain_network_errors(f'the ranks do not meet (dist_timeout: {timeout:g} s)'):
-        # torchrun's agents have already met, and hold the store
-        store = None if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else _meet(timeout, deadline)
+        # Under torchrun its agents have already connected, and have the store.
+        store = None if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else _register(timeout, deadline)
     _choose_network()
     with explain_network_errors('the ranks have met, but cannot connect to each other '
                                 f'(dist_timeout: {timeout:g} s)'):
-        # `get_device` in both threads, because the current GPU is a thread's own
-        _within(max(deadline - time.monotonic(), 5), lambda: dist.initialize_dist(get_device(None), timeout))
+        # `get_device` sets the current GPU of its thread: both threads need it
+        _call_with_timeout(max(deadline - time.monotonic(), 5), lambda: dist.initialize_dist(get_device(None), timeout))
     get_device(None)
-    del store  # held until here, so that the server on rank 0 is one and the same
+    del store  # kept until here, so that torch uses the same server on rank 0
 
 
 def leave() -> None:
     """Ends the process group, if there is one.
 
-    gloo's threads may still hold the tensors of the last sum, and need the GIL to free them, while the group's
-    destructor keeps it and waits for the threads: ended at once, a process hangs now and then (torch 2.7). A moment of
-    sleep lets them finish.
+    gloo's threads may still hold the tensors of the last sum. They need the GIL to free them, while the destructor of
+    the group holds the GIL and waits for the threads (torch 2.7). A short sleep lets the threads finish first.
     """
     if torch.distributed.is_initialized():
         time.sleep(0.2)
         torch.distributed.destroy_process_group()
 
 
-def _meet(timeout: float, deadline: float) -> Any:
-    """Registers this rank with rank 0, waits until that has heard of all ranks, and returns the store."""
+def _register(timeout: float, deadline: float) -> Any:
+    """Registers this rank in the store of rank 0, waits until all ranks have registered, and returns the store."""
     me, address, port = this_process(), os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-    make: Any = torch.distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    make_store: Any = torch.distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
     if me.rank:
         _wait_for_port(address, port, deadline)
-    store = _within(deadline - time.monotonic(), lambda: make(
+    store = _call_with_timeout(deadline - time.monotonic(), lambda: make_store(
         address, port, me.world_size, me.rank == 0, wait_for_workers=False, multi_tenant=True))
     number = store.add('meet/joined', 1)
     store.set(f'meet/{number}', json.dumps(me))
     if me.rank and number > me.world_size:
         raise UserError(f'{this_machine()}: all {me.world_size} ranks of WORLD_SIZE have already joined at '
                         f'{address}:{port}; is a node started twice, or does another run use this MASTER_PORT?')
-    while not store.check([VERDICT]):  # short calls, so that signals are heard
+    while not store.check([VERDICT]):  # short calls, so that Python can handle signals between them
         joined, verdict = [], ''
-        late = time.monotonic() > deadline
-        if me.rank == 0 or late:
+        is_late = time.monotonic() > deadline
+        if me.rank == 0 or is_late:
             joined = [Process(*json.loads(store.get(f'meet/{i + 1}'))) for i in range(store.add('meet/joined', 0))]
-            verdict = _verdict(joined, me.world_size)
-        if late and not verdict:
+            verdict = _judge(joined, me.world_size)
+        if is_late and not verdict:
             verdict = (f'{len(joined)} of {me.world_size} ranks (WORLD_SIZE) joined at {address}:{port} within '
-                       f'dist_timeout, {timeout:g} s: {_present_and_missing(joined, me)}; {CHECK}')
+                       f'dist_timeout, {timeout:g} s: {_present_and_missing(joined, me)}; {NETWORK_ADVICE}')
         if verdict:
             store.compare_set(VERDICT, '', verdict)  # the first one counts
         time.sleep(0.1)
@@ -97,41 +97,45 @@ def _meet(timeout: float, deadline: float) -> Any:
     return store
 
 
-def _verdict(joined: list[Process], world_size: int) -> str:
-    """What is wrong with the ranks that have joined; 'ok' once all are there, and empty until then."""
+def _judge(joined: list[Process], world_size: int) -> str:
+    """Describes what is wrong with the ranks that have joined; 'ok' if all have joined, '' if some are missing."""
     errors = find_differences({process: {'WORLD_SIZE': str(process.world_size),
                                          'LOCAL_WORLD_SIZE': str(process.local_world_size)} for process in joined})
     ranks = [process.rank for process in joined]
-    if twice := [rank for rank in ranks if ranks.count(rank) > 1]:  # of a node's ranks the first says enough
-        twins = [process for process in joined if process.rank == min(twice)]
-        where = ', '.join(f'{process.node} ({process.host})' for process in twins)
-        errors.append(f'{len(twins)} processes have RANK {min(twice)}, on NODE_RANK {where}')
+    if duplicates := [rank for rank in ranks if ranks.count(rank) > 1]:  # the first one of a node is enough
+        same_rank = [process for process in joined if process.rank == min(duplicates)]
+        where = ', '.join(f'{process.node} ({process.host})' for process in same_rank)
+        errors.append(f'{len(same_rank)} processes have RANK {min(duplicates)}, on NODE_RANK {where}')
     if errors:
-        return '; '.join([*errors, ONE_WORLD])
+        return '; '.join([*errors, SAME_WORLD_ADVICE])
     return 'ok' if len(joined) >= world_size else ''
 
 
 def _present_and_missing(joined: list[Process], me: Process) -> str:
+    """Names the nodes and ranks that have joined, and the nodes of ranks that have not."""
     missing = sorted({rank // me.local_world_size for rank in set(range(me.world_size)) - {p.rank for p in joined}})
     return (f'{describe_ranks(joined, joined)}; missing are ranks of node {", ".join(map(str, missing[:8]))}'
             f'{" and more" * (len(missing) > 8)}')
 
 
 def _wait_for_port(address: str, port: int, deadline: float) -> None:
-    """Returns once something listens there; torch would not say why nothing answers."""
+    """Waits until a program listens at the port; torch would not say why nothing answers."""
     reason = ''
-    while (left := deadline - time.monotonic()) > 0:
+    while (seconds_left := deadline - time.monotonic()) > 0:
         try:
-            socket.create_connection((address, port), timeout=min(left, 5)).close()
+            socket.create_connection((address, port), timeout=min(seconds_left, 5)).close()
             return
         except OSError as e:
             reason = str(e)
-            time.sleep(min(left, 0.5))
+            time.sleep(min(seconds_left, 0.5))
     raise RuntimeError(f'node 0 does not answer: {reason}')
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises, or a RuntimeError: torch's time-outs do not hold, and its calls hear no signal."""
+def _call_with_timeout(seconds: float, call: Callable[[], Any]) -> Any:
+    """Returns what `call` returns; raises RuntimeError after so many seconds.
+
+    torch's own time-outs are not reliable, and Python handles no signals during torch's calls.
+    """
     try:
         return run_in_background(call).result(max(seconds, 0))
     except NoAnswer:
@@ -139,15 +143,15 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 def _choose_network() -> None:
-    """Points gloo at the network that leads to node 0: its own choice is that of the host's name, maybe loopback."""
+    """Sets gloo's network to the one that leads to node 0: by default gloo takes that of the host's name."""
     family, kind, _, _, address = socket.getaddrinfo(os.environ['MASTER_ADDR'], 9, type=socket.SOCK_DGRAM)[0]
     try:
         with socket.socket(family, kind) as s:
-            s.connect(address)  # sends nothing: asks the kernel for the route
-            mine = s.getsockname()[0]
+            s.connect(address)  # sends nothing, but asks the kernel for the route
+            own_address = s.getsockname()[0]
     except OSError:
         return
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address.split('%')[0] == mine for a in addresses):
+        if any(a.address.split('%')[0] == own_address for a in addresses):
             os.environ.setdefault('GLOO_SOCKET_IFNAME', name)
             return

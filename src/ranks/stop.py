@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that training answers between two batches."""
+"""Turns SIGTERM and Ctrl-C into a request to stop, which training carries out between two batches."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from typing import Optional
 
 log = logging.getLogger('src')
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, the state is saved; run again to go on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request and saved; the same command goes on
 SAME_REQUEST_S = 2.0  # one Ctrl-C reaches a rank twice: from the terminal, and from the launcher as SIGTERM
 
 
@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 
 def _start_time(pid: int) -> Optional[str]:
-    """Tells a process from a later one with its number; None once it is dead, reaped or not."""
+    """When a process started, which tells it from a later one with the same number; None if it is dead or a zombie."""
     try:
         with open(f'/proc/{pid}/stat') as f:
             fields = f.read().rpartition(')')[2].split()
@@ -30,13 +30,13 @@ def _start_time(pid: int) -> Optional[str]:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C as a request that training answers between two batches.
+    """Turns SIGTERM and Ctrl-C into `requested`, which training reads between two batches.
 
-    A thread reads the signals, so that they act while the main thread sits in a collective: the second one (2 s after
-    the first, or later) ends the process at once. So does the first, with exit code 1, when another rank of this node
-    is dead: then it is the launcher cleaning up, and the next collective would wait for ever.
+    A thread reads the signals, so that a signal has an effect while the main thread waits in a collective. A second
+    signal, 2 s or more after the first, ends the process at once. So does the first, with exit code 1, when another
+    rank of this node is dead: then the launcher sends the signal to end all ranks, and training would wait for ever.
 
-    Main thread only. On leaving, the previous handlers are back.
+    A context manager, for the main thread only. On leaving, it restores the previous handlers.
     """
 
     def __init__(self) -> None:
@@ -64,12 +64,12 @@ class StopRequest:
         self._reader.close()
 
     def watch_siblings(self, pids: Sequence[int], on_death: Optional[Callable[[int], None]] = None) -> None:
-        """Names the processes of this node's ranks; `on_death(local_rank)` is called before this one ends."""
+        """Sets the processes of this node's ranks; a signal that finds one dead calls `on_death(local_rank)`."""
         self._on_death = on_death
         self._siblings = [(pid, _start_time(pid)) for pid in pids]
 
     def dead_siblings(self) -> list[int]:
-        """The local ranks whose process has ended, however it did."""
+        """The local ranks whose process has ended, for whatever reason."""
         return [i for i, (pid, start) in enumerate(self._siblings) if start is None or _start_time(pid) != start]
 
     def _watch(self) -> None:
@@ -85,7 +85,7 @@ class StopRequest:
                             self._on_death(dead[0])
                         os._exit(1)
                     self.requested = True
-                    log.info('%s: finishing the batch, then saving and stopping; once more to exit now',
+                    log.info('%s: finishing the batch, then saving and stopping; send the signal again to exit now',
                              signal.Signals(signum).name)
                 elif time.monotonic() - first > SAME_REQUEST_S:
                     os._exit(128 + signum)

@@ -30,7 +30,7 @@ from src.loader import shared_memory
 
 
 def loader(root: Path, num_workers: int = 0, evaluate: bool = False, split: str = 'train') -> DataLoader:
-    """Batches of 10 sequences of 32 tokens."""
+    """Builds a loader with batches of 10 sequences of 32 tokens."""
     cfg = {'local': str(root), 'split': split, 'max_seq_len': 32, 'tokenizer_name': str(root / 'tokenizer'),
            'num_canonical_nodes': 1}
     return build_c4_dataloader({'dataset': cfg, 'num_workers': num_workers, 'eval_samples': -1}, 10, evaluate)
@@ -47,7 +47,7 @@ def test_a_loader_is_refused_that_does_not_fit_into_shared_memory(tokens_root, m
     monkeypatch.setattr(machine, 'free_shared_memory', lambda: need)
     train = loader(tokens_root, 2)
     with pytest.raises(UserError) as e:
-        loader(tokens_root, 1, evaluate=True, split='val')  # 1 worker with 2 batches: too many with those of `train`
+        loader(tokens_root, 1, evaluate=True, split='val')  # the 2 batches of its worker do not fit beside those of `train`
     assert str(e.value).startswith(
         f'/dev/shm (shared memory) has {need:,} bytes free, and the batches of loader workers (eval_loader: 2 of 8,192 '
         f'bytes) and the order of the samples take {need + 2 * 2 * 4096:,} bytes there; start the container with '
@@ -56,7 +56,7 @@ def test_a_loader_is_refused_that_does_not_fit_into_shared_memory(tokens_root, m
     del train
     loader(tokens_root, 1, evaluate=True, split='val')
     monkeypatch.setattr(machine, 'free_shared_memory', lambda: 3999)
-    with pytest.raises(UserError, match='take 4,000 bytes there'):  # the order alone
+    with pytest.raises(UserError, match='take 4,000 bytes there'):  # the order of the samples alone
         loader(tokens_root)
     monkeypatch.setattr(machine, 'free_shared_memory', lambda: 4000)
     loader(tokens_root)
@@ -76,7 +76,7 @@ def test_a_dataset_in_full_shared_memory_is_a_message(tokens_root, monkeypatch):
     assert StreamingC4(str(tokens_root / 'tokenizer'), 32, local=str(tokens_root), split='train').size == 500
 
 
-# Shared memory that really is full, and a disk that really cannot be written. argv: a folder of tokens, one with zstd
+# Fills shared memory and mounts a folder read-only. argv: a folder of tokens, and one with zstd shards
 SMALL_MACHINE = """
 import os, subprocess, sys
 os.environ['TORCH_WARM_POOL'] = '0'
@@ -117,7 +117,7 @@ said('copied', lambda: len(list(build(remote=packed, root=packed + '-copy'))))
 
 @pytest.fixture
 def packed(tokens_root: Path, tmp_path: Path) -> Path:
-    """The first 40 sequences of `tokens_root`, compressed, in several shards."""
+    """A folder with the first 40 sequences of `tokens_root`, compressed, in several shards."""
     source = StreamingC4(str(tokens_root / 'tokenizer'), 32, local=str(tokens_root), split='train')
     with MDSWriter(out=str(tmp_path / 'packed/train'), columns={'tokens': 'ndarray:uint16'}, size_limit=1 << 10,
                    compression='zstd') as out:
@@ -157,7 +157,7 @@ class Unsendable(Dataset):
 
 
 def test_a_worker_that_cannot_send_its_batch_ends(capfd):
-    """Else the rank would wait for that batch for ever."""
+    """Otherwise the rank would wait for that batch for ever."""
     batches = DataLoader(Unsendable(), num_workers=1, worker_init_fn=init_loader_worker, timeout=60,
                          collate_fn=lambda samples: samples)
     with pytest.raises(RuntimeError, match='exited unexpectedly'):
@@ -178,7 +178,7 @@ def test_two_jobs_unpack_one_shard_in_place(packed, monkeypatch):
     def rename_late(source: str, target: str) -> None:
         if not renamed:
             renamed.append(source)
-            second[0]  # the other job is done with the whole shard before this one gives its file the name
+            second[0]  # the other job unpacks the whole shard before this one renames its file
         rename(source, target)
 
     monkeypatch.setattr(streaming_stream.os, 'rename', rename_late)
@@ -200,7 +200,7 @@ def test_what_a_killed_job_was_unpacking_in_place_is_removed(packed):
 
 @pytest.fixture
 def long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """TMPDIR with too long a path, in a process without sockets yet; the folder that may be used instead."""
+    """Sets a TMPDIR with a path that is too long; yields the folder that the kit may use instead."""
     folder = tmp_path / ('x' * 60) / ('y' * 40)
     folder.mkdir(parents=True)
     instead = tempfile.mkdtemp(dir='/tmp')
@@ -223,7 +223,7 @@ def test_loader_workers_hand_over_batches_under_a_long_tmpdir(tokens_root, long_
 
 def test_a_tmpdir_that_is_too_long_is_refused_where_nothing_else_can_be_used(tokens_root, long_tmpdir, monkeypatch):
     monkeypatch.setattr(machine, 'SOCKETS', '/no/such/folder')
-    with pytest.raises(UserError, match=r'TMPDIR: .* has \d+ bytes, and the sockets of loader workers allow 75; /no/'
+    with pytest.raises(UserError, match=r'TMPDIR: .* has \d+ bytes, but the sockets of loader workers allow only 75; /no/'
                                         r'such/folder cannot be used instead \(No such file or directory\). Set TMPDIR'):
         loader(tokens_root, 1)
     loader(tokens_root, 0)

@@ -1,4 +1,4 @@
-"""What takes long shows a bar on a terminal, and nothing elsewhere."""
+"""Long work shows a progress bar on a terminal, and nothing without a terminal."""
 
 import errno
 import fcntl
@@ -34,16 +34,16 @@ print('done')
 
 
 def on_a_terminal(*command: str, **env: str) -> str:
-    """What a command writes to a terminal that is its stderr."""
+    """Runs a command with a terminal as stderr; returns what the command writes there."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))  # rows and columns; a new one has none
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))  # rows and columns, which a new terminal lacks
     process = subprocess.Popen(command, cwd=ROOT, env=without_switch(**env), stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     seen = b''
     try:
         while part := os.read(ours, 4096):
             seen += part
-    except OSError as e:  # so Linux says that nobody writes to it any more
+    except OSError as e:  # Linux's error when all writers have closed the terminal
         assert e.errno == errno.EIO
     finally:
         os.close(ours)
@@ -51,14 +51,14 @@ def on_a_terminal(*command: str, **env: str) -> str:
     return seen.decode()
 
 
-def elsewhere(*command: str, **env: str) -> str:
+def without_terminal(*command: str, **env: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env=without_switch(**env), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
 def without_switch(**env: str) -> dict[str, str]:
-    """conftest.py switches all bars off."""
+    """The environment without the variable by which conftest.py switches all bars off."""
     return {key: value for key, value in clean_env(**env).items() if key != 'TQDM_DISABLE'}
 
 
@@ -66,7 +66,7 @@ def test_a_bar_is_for_the_terminal_of_rank_0() -> None:
     command = sys.executable, '-c', BAR.format(root=str(ROOT))
     seen = on_a_terminal(*command)
     assert 'work:  33%|' in seen and '1.00k/3.00k' in seen and 'work: 100%|' in seen
-    assert on_a_terminal(*command, RANK='1') == '' == elsewhere(*command)
+    assert on_a_terminal(*command, RANK='1') == '' == without_terminal(*command)
 
 
 def test_a_conversion_with_a_tokenizer_and_a_check(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_conversion_with_a_tokenizer_and_a_check(tmp_path: Path) -> None:
     assert 'Compute merges' in seen and re.search(r'train: .*2\.00k', seen)
     seen = on_a_terminal(*check)
     assert re.search(rf'{re.escape(str(tmp_path / "out/train"))}: +\d+%\|.*B/s', seen)
-    assert elsewhere(*check) == ''
+    assert without_terminal(*check) == ''
 
 
 def test_tokens_of_a_batch_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_tokens_of_a_batch_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize('batches', [0, 2])
 def test_a_resumed_run_shows_how_far_it_has_read(batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composer reads the batches of an epoch again that the checkpoint has seen, and drops them."""
+    """Composer reads the batches of the epoch that the checkpoint has seen again, and drops them."""
     bars = []
 
     def bar(*args: object, **kwargs: object) -> progress.tqdm:
@@ -106,7 +106,7 @@ def test_a_resumed_run_shows_how_far_it_has_read(batches: int, tmp_path: Path, m
 
     class Counters(metrics.StepCounters):
         def batch_end(self, state: object, logger: object) -> None:
-            """Without what counts the tokens that this model has none of."""
+            """Does not count tokens: this model has none."""
 
     options = {}
     if batches:

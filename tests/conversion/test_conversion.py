@@ -879,8 +879,8 @@ def test_train_small_trains_the_tokenizer_before_the_machines_share_train(source
 @pytest.mark.parametrize('argv, message', [
     (['--partition', '3/3'], "--partition: '3/3' is not i/n with 0 <= i < n, such as 0/4"),
     (['--partition', '1'], "--partition: '1' is not i/n"),
-    (['--num_workers', '0'], "--num_workers: '0' is no whole number above 0"),
-    (['--max_docs', 'ten'], "--max_docs: 'ten' is no whole number above 0"),
+    (['--num_workers', '0'], "--num_workers: '0' is not a whole number above 0"),
+    (['--max_docs', 'ten'], "--max_docs: 'ten' is not a whole number above 0"),
     (['--out_root', ''], '--out_root: the name of a folder is missing'),
     (['--verify', 'x'], '--verify: not allowed with argument --out_root'),
 ])  # fmt: skip

@@ -63,7 +63,7 @@ def test_a_tokenizer_in_python(tmp_path: Path):
 def test_a_sign_that_a_tokenizer_cannot_encode_is_named(tmp_path: Path):
     tokenizer = HFTokenizer(str(tokenizers_of.without_unknown_token('wordlevel', tmp_path)), 8).tokenizer
     assert [ids.tolist() for ids in encode_documents(tokenizer, ['ab ba', ''])] == [[1, 2, 3, 2, 1, 0], [0]]
-    with pytest.raises(UserError, match="tokenizer_name: '.*' has no unknown token, and a document .* in 'a文'; give"):
+    with pytest.raises(UserError, match="tokenizer_name: '.*' has no unknown token, and a document .* in 'a文'; add"):
         encode_documents(tokenizer, ['ab', 'ab a文 文'])
 
 
@@ -82,10 +82,10 @@ def hard_text(seed: int, n: int) -> str:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Makes pieces of 60 characters; returns a list that receives the pieces of each encoded document."""
-    for name, value in {'PIECE': 60, 'NEAR': 20, 'WINDOW': 12, 'LONGEST': 2000}.items():
+    for name, value in {'PIECE_CHARS': 60, 'FIRST_SEARCH_CHARS': 20, 'CONTEXT_CHARS': 12, 'MAX_PIECE_CHARS': 2000}.items():
         monkeypatch.setattr(encoding, name, value)
-    seen, cut = [], encoding._pieces
-    monkeypatch.setattr(encoding, '_pieces', lambda *args: seen.append(list(cut(*args))) or seen[-1])
+    seen, cut = [], encoding._split
+    monkeypatch.setattr(encoding, '_split', lambda *args: seen.append(list(cut(*args))) or seen[-1])
     return seen
 
 
@@ -102,9 +102,9 @@ def test_a_long_document_has_the_ids_of_the_whole(kinds: dict[str, Any], kind: s
 def test_a_document_without_a_safe_place_is_bounded_and_a_warning_says_so(kinds, small_pieces: list[list[str]]):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        [ids] = encode_documents(kinds['byte-level'], ['a' * 1900])  # one word, up to LONGEST
+        [ids] = encode_documents(kinds['byte-level'], ['a' * 1900])  # one word, up to MAX_PIECE_CHARS
     assert small_pieces == [['a' * 1900]] and ids[:-1].tolist() == encoding._encode(kinds['byte-level'], ['a' * 1900])[0]
-    with pytest.warns(UserWarning, match='no place in 2,000 characters .* it was cut all the same, to bound the memory'):
+    with pytest.warns(UserWarning, match='no place in 2,000 characters .* the document was cut all the same, to bound the memory'):
         [ids] = encode_documents(kinds['byte-level'], ['a' * 9000])
     assert max(map(len, small_pieces[1])) == 2000 and kinds['byte-level'].decode(ids[:-1]) == 'a' * 9000
 

@@ -1,4 +1,4 @@
-"""What a launcher sets for a process, and which mistakes in it are named."""
+"""The variables that a launcher sets for a rank, and the messages about mistakes in them."""
 
 import os
 import socket
@@ -9,11 +9,11 @@ from src.common.errors import UserError
 from src.ranks import agreement, environment, preflight
 from src.ranks.environment import Process
 
-HERE = socket.gethostname()
+HOSTNAME = socket.gethostname()
 
 
 def launched(**changes: str | None) -> dict[str, str]:
-    """What a launcher sets for rank 9 of 16, on node 1 of 2; None removes."""
+    """The variables of rank 9 of 16, on node 1 of 2, with changes; None removes a variable."""
     env = dict(RANK='9', WORLD_SIZE='16', LOCAL_RANK='1', LOCAL_WORLD_SIZE='8', NODE_RANK='1', MASTER_ADDR='127.0.0.1',
                MASTER_PORT='7501') | changes
     return {name: value for name, value in env.items() if value is not None}
@@ -34,7 +34,7 @@ MISTAKES = {
     'address': (dict(MASTER_ADDR='no-such.invalid'), ["MASTER_ADDR: 'no-such.invalid' has no address here", '10.0.0.1']),
     'node counted from 1': (dict(NODE_RANK='2'), ['NODE_RANK: 2 must be below 2, the number of nodes', 'count nodes from 0']),
     'uneven nodes': (dict(WORLD_SIZE='12'), ['WORLD_SIZE: 12, the processes of all nodes, must be a multiple of '
-                                             'LOCAL_WORLD_SIZE, the 8 of this one', 'composer -n']),
+                                             'LOCAL_WORLD_SIZE, the 8 processes of this node', 'composer -n']),
     'contradiction': (dict(RANK='8'), ['RANK: 8 must be 9 = NODE_RANK 1 * LOCAL_WORLD_SIZE 8 + LOCAL_RANK 1']),
     'several': (dict(NODE_RANK='x', MASTER_PORT='x', LOCAL_RANK=None),
                 ['3 mistakes', 'LOCAL_RANK: not set', "NODE_RANK: 'x'", "MASTER_PORT: 'x'"]),
@@ -50,12 +50,12 @@ def test_mistakes_in_the_environment_are_named(kind):
     changes, parts = MISTAKES[kind]
     with pytest.raises(UserError) as e:
         environment.check_environment(launched(**changes))
-    for part in [f'in the environment of {HERE} (NODE_RANK', *parts]:
+    for part in [f'in the environment of {HOSTNAME} (NODE_RANK', *parts]:
         assert part in str(e.value)
     assert str(e.value).count('\n  - ') == int(str(e.value)[0])
 
 
-# Variables of a task that Slurm or MPI has started, and whether there are several of them
+# Variables of a task that Slurm or MPI has started, and whether it started several tasks
 TASKS = [({'SLURM_NTASKS': '4', 'SLURM_PROCID': '3'}, True), ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}, True),
          ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, False),  # a shell of salloc
          ({'SLURM_NTASKS': '4'}, False), ({'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, False),
@@ -94,7 +94,7 @@ def test_alone_there_is_nothing_to_compare(monkeypatch):
     for name in (*environment.SINGLE_PROCESS, 'GROUP_RANK'):
         monkeypatch.delenv(name, raising=False)
     agreement.check_ranks_agree('config', {'a': 1})
-    assert preflight.preflight() == f'devices: 1 on 1 node: node 0 {HERE} 1 x CPU'
+    assert preflight.preflight() == f'devices: 1 on 1 node: node 0 {HOSTNAME} 1 x CPU'
 
 
 def test_nodes_that_share_one_memory_are_named():

@@ -1,4 +1,4 @@
-"""Several nodes: how ranks meet, what they must agree on, and what is said when they do not."""
+"""Several nodes: ranks connect and compare their settings, and messages name what is wrong."""
 
 import json
 import re
@@ -15,13 +15,13 @@ from src.ranks import agreement
 
 QUICKSTART = 'yamls/quickstart.yaml'
 SHORT = ('max_duration=4ba', 'eval_interval=4ba', 'scheduler.t_warmup=1ba')
-HERE = socket.gethostname()
+HOSTNAME = socket.gethostname()
 
 
 # ---------------------------------------------------------------- meeting
 
-# Forks ranks from a process that has imported Composer once: argv[1] is JSON, from a case's name to its ranks' variables.
-# Each rank meets the others, then does what TASK says.
+# Forks ranks from a process that has imported Composer once. argv[1] is JSON: it maps the name of a case to the variables
+# of its ranks. Each rank connects to the others, then does its TASK.
 RANKS = """
 import json, os, sys, time
 from src.ranks import agreement, environment, preflight, rendezvous
@@ -42,7 +42,7 @@ def rank(env, out):
         if task[0] == 'part':
             preflight.check_sum(list(agreement.gather_from_ranks(None)), float(task[1]))
         if task[0] == 'preflight':
-            rendezvous.initialize(1)  # and again: nothing to do
+            rendezvous.initialize(1)  # the second call does nothing
             agreement.check_ranks_agree('config', {'seed': 17})
             text = preflight.preflight()
     except UserError as e:
@@ -81,8 +81,8 @@ def results(text: str) -> dict[str, list[tuple[str, float]]]:
 
 
 @pytest.fixture(scope='module')
-def met():
-    """Every case at the same time, on ports of their own; what each rank said, and after how many seconds."""
+def reports():
+    """Runs all cases at the same time, each on its own port. Maps a case to the text and the seconds of each rank."""
     taken, silent = socket.create_server(('', 0)), socket.create_server(('127.0.0.1', 0))
     p = iter(sorted({free_port() for _ in range(40)}))
     cases: dict[str, list[dict[str, str]]] = {}
@@ -119,44 +119,44 @@ def met():
     return got
 
 
-WELL = (rf'devices: 2 on (?:1 node: node 0 {HERE} 2|2 nodes: node 0 {HERE} 1 x CPU, node 1 {HERE} 1) x CPU\n'
+SUCCESS = (rf'devices: 2 on (?:1 node: node 0 {HOSTNAME} 2|2 nodes: node 0 {HOSTNAME} 1 x CPU, node 1 {HOSTNAME} 1) x CPU\n'
         r'all-reduce: correct; 8 MiB in [\d.]+ ms, ([\d.e+]+) GB/s \(bus bandwidth ([\d.e+]+) GB/s\)')
 
 
-def test_ranks_that_meet_agree_and_sum(met):
-    for text, _ in met['well']:
-        match = re.fullmatch(WELL, text)
+def test_ranks_that_meet_agree_and_sum(reports):
+    for text, _ in reports['well']:
+        match = re.fullmatch(SUCCESS, text)
         assert match, text
         assert match[1] == match[2], 'two ranks: 2 * (2 - 1) / 2 = 1'
 
 
-ONE_WORLD = 'start every node with its own NODE_RANK, and all with the same composer -n, WORLD_SIZE'
-LR = (f'config: the nodes disagree; start every node with the same YAML, arguments and files:\n'
-      f'  - new is not set on node 0 ({HERE}) and \'x\' on node 1 ({HERE})\n'
-      f'  - optimizer.lr is 0.001 on node 0 ({HERE}) and 0.002 on node 1 ({HERE})')
-SAID = {
-    'one /dev/shm': [[f'node 0 ({HERE}), node 1 ({HERE}) share one /dev/shm, and each node needs its own',
+SAME_WORLD = 'start every node with its own NODE_RANK, and all with the same composer -n, WORLD_SIZE'
+DIFFERENCES = (f'config: the nodes disagree; start every node with the same YAML, arguments and files:\n'
+               f'  - new is not set on node 0 ({HOSTNAME}) and \'x\' on node 1 ({HOSTNAME})\n'
+               f'  - optimizer.lr is 0.001 on node 0 ({HOSTNAME}) and 0.002 on node 1 ({HOSTNAME})')
+EXPECTED = {
+    'one /dev/shm': [[f'node 0 ({HOSTNAME}), node 1 ({HOSTNAME}) share one /dev/shm, and each node needs its own',
                       '(composer -n)', '--ipc=private']] * 2,
-    'unreachable': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: [Errno 111] '
-                     'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', agreement.CHECK]],
+    'unreachable': [[f'{HOSTNAME} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: [Errno 111] '
+                     'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', agreement.NETWORK_ADVICE]],
     'missing': [['2 of 3 ranks (WORLD_SIZE) joined at 127.0.0.1:', 'within dist_timeout, 4 s: node 0',
-                 'missing are ranks of node 2', agreement.CHECK]] * 2,
-    'twins': [[f'2 processes have RANK 1, on NODE_RANK 1 ({HERE}), 1 ({HERE})', ONE_WORLD]] * 3,
-    'world size': [[f'WORLD_SIZE is 2 on node 0 ({HERE}) and 4 on node 1 ({HERE})', ONE_WORLD]] * 2,
-    'processes': [[f'LOCAL_WORLD_SIZE is 1 on node 0 ({HERE}) and 2 on node 1 ({HERE})', ONE_WORLD]] * 2,
-    'port taken': [['MASTER_PORT: ', f'is in use on {HERE} (NODE_RANK 0)', 'set another, on every node']],
-    'another program': [[f'{HERE} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', agreement.CHECK]],
-    'agree': [[LR]] * 2,
-    'agree in a node': [[f'a is 1 on rank 0 of node 0 ({HERE}) and 2 on rank 1 of node 0 ({HERE})']] * 2,
-    'wrong part': [[f'all-reduce over 2 ranks is wrong: the part of node 1 ({HERE}) did not arrive as sent, as seen on '
-                    f'node 0 ({HERE}), node 1 ({HERE})']] * 2,
+                 'missing are ranks of node 2', agreement.NETWORK_ADVICE]] * 2,
+    'twins': [[f'2 processes have RANK 1, on NODE_RANK 1 ({HOSTNAME}), 1 ({HOSTNAME})', SAME_WORLD]] * 3,
+    'world size': [[f'WORLD_SIZE is 2 on node 0 ({HOSTNAME}) and 4 on node 1 ({HOSTNAME})', SAME_WORLD]] * 2,
+    'processes': [[f'LOCAL_WORLD_SIZE is 1 on node 0 ({HOSTNAME}) and 2 on node 1 ({HOSTNAME})', SAME_WORLD]] * 2,
+    'port taken': [['MASTER_PORT: ', f'is in use on {HOSTNAME} (NODE_RANK 0)', 'set another port, on every node']],
+    'another program': [[f'{HOSTNAME} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', agreement.NETWORK_ADVICE]],
+    'agree': [[DIFFERENCES]] * 2,
+    'agree in a node': [[f'a is 1 on rank 0 of node 0 ({HOSTNAME}) and 2 on rank 1 of node 0 ({HOSTNAME})']] * 2,
+    'wrong part': [[f'all-reduce over 2 ranks is wrong: the part of node 1 ({HOSTNAME}) did not arrive as sent, as seen on '
+                    f'node 0 ({HOSTNAME}), node 1 ({HOSTNAME})']] * 2,
 }
 
 
-@pytest.mark.parametrize('case', SAID)
-def test_ranks_that_do_not_fit_are_told_so(met, case):
-    assert len(met[case]) == len(SAID[case])
-    for (text, _), parts in zip(met[case], SAID[case]):
+@pytest.mark.parametrize('case', EXPECTED)
+def test_ranks_that_do_not_fit_are_told_so(reports, case):
+    assert len(reports[case]) == len(EXPECTED[case])
+    for (text, _), parts in zip(reports[case], EXPECTED[case]):
         for part in parts:
             assert part in text
 
@@ -171,8 +171,8 @@ def two_hosts():
 
 
 @pytest.fixture(scope='module')
-def far(two_hosts):
-    """As `met`, for cases that need hosts and addresses of their own."""
+def host_reports(two_hosts):
+    """Like `reports`, for cases that need two hosts with their own addresses."""
     cases: list[dict[str, list[dict[str, str]]]] = [{}, {}]
 
     def case(name: str, ranks: list[dict[str, str]], **common: str) -> None:
@@ -193,29 +193,29 @@ def far(two_hosts):
 
 
 @pytest.mark.slow
-def test_hosts_meet_though_their_names_have_no_address(far):
-    """gloo alone would offer the other host the address of the loopback device."""
-    for text, _ in far['well']:
+def test_hosts_meet_though_their_names_have_no_address(host_reports):
+    """By default gloo would give the other host the address of the loopback device."""
+    for text, _ in host_reports['well']:
         assert text.startswith('devices: 2 on 2 nodes: node 0 host-a 1 x CPU, node 1 host-b 1 x CPU\nall-reduce: correct; 8 MiB')
 
 
-FAR = {
-    'two nodes 0': ['2 processes have RANK 0, on NODE_RANK 0 (host-', ONE_WORLD],
+EXPECTED_ON_HOSTS = {
+    'two nodes 0': ['2 processes have RANK 0, on NODE_RANK 0 (host-', SAME_WORLD],
     'no network': ['the ranks have met, but cannot connect to each other (dist_timeout: 15 s): ', 'GLOO_SOCKET_IFNAME'],
     'no route': ['host-b (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: ', '10.231.7.9:7504'],
     'loopback': ['Connection refused', '127.0.0.1:7501', '127.0.0.1 and 0.0.0.0 are not'],
 }
 
 
-@pytest.mark.parametrize('case', FAR)
-def test_hosts_that_do_not_fit_are_told_so(far, case):
-    for text, _ in far[case]:
-        for part in FAR[case]:
+@pytest.mark.parametrize('case', EXPECTED_ON_HOSTS)
+def test_hosts_that_do_not_fit_are_told_so(host_reports, case):
+    for text, _ in host_reports[case]:
+        for part in EXPECTED_ON_HOSTS[case]:
             assert part in text
 
 
 def train_on(two: list[Host], mds_root: Path, by_argument: bool) -> dict[int, str]:
-    """The losses of the tiny model, trained on both hosts."""
+    """Returns the losses of the tiny model, trained on both hosts."""
     argv = ['main.py', QUICKSTART, *tiny(mds_root, *SHORT)]
     running = []
     for rank, host in enumerate(two):
@@ -230,7 +230,7 @@ def train_on(two: list[Host], mds_root: Path, by_argument: bool) -> dict[int, st
 
 @pytest.fixture(scope='module')
 def one_rank(mds_root, tmp_path_factory):
-    """The losses of the same run on one rank."""
+    """Returns the losses of the same run on one rank."""
     import main
     from src.tools.run_logs import read_run
 
@@ -288,4 +288,4 @@ def test_two_nodes_by_torchrun(tmp_path):
     texts = outputs([start([*command, '--node_rank', n, str(script)]) for n in '01'])
     for n, text in enumerate(texts):
         assert f'composer: node {n}' in text, text
-        assert re.search(WELL, text), text
+        assert re.search(SUCCESS, text), text

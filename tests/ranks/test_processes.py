@@ -1,4 +1,4 @@
-"""Real processes and real signals: what stops, what survives, and what is said."""
+"""Real processes and real signals: which processes stop, which survive, and what they print."""
 
 import os
 import signal
@@ -33,13 +33,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 10) -> Any:
     return found
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     return stop._start_time(pid) is not None
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts a Python script as a process with pipes; none is left behind, nor a process whose number it printed as `pid N`."""
+    """Starts Python scripts as processes with pipes, and ends them after the test."""
     started: list[subprocess.Popen] = []
 
     def start_script(script: str, *args: str, name: str = 'script', **options: Any) -> subprocess.Popen:
@@ -59,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
                 pipe.close()
 
 
-def says(process: subprocess.Popen, line: str) -> None:
+def assert_prints(process: subprocess.Popen, line: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline().strip() == line
 
@@ -89,9 +89,9 @@ def test_a_rank_dies_with_its_launcher(start, tmp_path: Path, env: dict[str, str
     launcher.wait()
     if survives:
         time.sleep(0.5)
-        assert alive(pid)
+        assert is_alive(pid)
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not alive(pid), 5)
+    wait_for(lambda: not is_alive(pid), 5)
 
 
 # StopRequest
@@ -106,16 +106,16 @@ with StopRequest() as stop:
     print('requested')
     {after}
 """
-STOP_LINE = 'SIGTERM: finishing the batch, then saving and stopping; once more to exit now\n'
+STOP_LINE = 'SIGTERM: finishing the batch, then saving and stopping; send the signal again to exit now\n'
 
 
 def test_one_signal_is_a_request_and_two_at_once_are_the_same(start) -> None:
     process = start(WAITING.format(after='time.sleep(1); print("saved")'))
-    says(process, 'ready')
+    assert_prints(process, 'ready')
     process.send_signal(signal.SIGTERM)
-    says(process, 'requested')
-    process.send_signal(signal.SIGINT)  # as at Ctrl-C: from the terminal and from the launcher
-    says(process, 'saved')
+    assert_prints(process, 'requested')
+    process.send_signal(signal.SIGINT)  # as with Ctrl-C: from the terminal and from the launcher
+    assert_prints(process, 'saved')
     assert process.wait() == 0
     assert process.stderr.read() == STOP_LINE
 
@@ -127,9 +127,9 @@ BLOCKED = {'blocked in C': 'c = ctypes.CDLL(None); m = ctypes.create_string_buff
 @pytest.mark.parametrize(('after', 'signum'), zip(BLOCKED.values(), (signal.SIGTERM, signal.SIGINT)), ids=list(BLOCKED))
 def test_a_later_signal_ends_a_blocked_process_at_once(start, after: str, signum: int) -> None:
     process = start(WAITING.format(after=after))
-    says(process, 'ready')
+    assert_prints(process, 'ready')
     process.send_signal(signal.SIGTERM)
-    says(process, 'requested')
+    assert_prints(process, 'requested')
     time.sleep(stop.SAME_REQUEST_S + 0.1)
     assert process.poll() is None
     process.send_signal(signum)
@@ -139,14 +139,14 @@ def test_a_later_signal_ends_a_blocked_process_at_once(start, after: str, signum
 @pytest.mark.parametrize('reaped', [False, True], ids=['zombie', 'reaped'])
 def test_the_first_signal_after_the_death_of_a_sibling_is_no_request(start, reaped: bool) -> None:
     sibling = start('print("ready"); time.sleep(60)', name='sibling')
-    says(sibling, 'ready')
+    assert_prints(sibling, 'ready')
     process = start(WAITING.format(after=''), str(sibling.pid))
-    says(process, 'ready')
+    assert_prints(process, 'ready')
     sibling.kill()
     if reaped:
         sibling.wait()
     else:
-        wait_for(lambda: not alive(sibling.pid))
+        wait_for(lambda: not is_alive(sibling.pid))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 1
     assert process.stdout.read() == ''
@@ -178,10 +178,10 @@ class Slow(Dataset):
 
 persistent, ending = sys.argv[1] == 'persistent', sys.argv[2]
 loader = DataLoader(Slow(), batch_size=2, num_workers=2, persistent_workers=persistent, worker_init_fn=init_loader_worker)
-iterator = None if persistent else iter(loader)  # workers with the rank's own handlers, or with the default ones
+iterator = None if persistent else iter(loader)  # workers inherit the rank's handlers, or the default ones
 with StopRequest() as stop:
     iterator = iterator or iter(loader)
-    next(iterator), next(iterator)  # one of each worker, which are ready then
+    next(iterator), next(iterator)  # one item of each worker: both are ready
     print(*[w.pid for w in iterator._workers])
     sys.stdin.readline()
     for _ in range(19):
@@ -212,9 +212,9 @@ def test_loader_workers_survive_signals_and_end_with_their_iterator(start, persi
         os.kill(pid, signal.SIGINT)
     time.sleep(0.2)
     print(file=process.stdin, flush=True)
-    says(process, 'undisturbed')
+    assert_prints(process, 'undisturbed')
     assert float(process.stdout.readline()) < 4  # torch gives a worker 5 s before it sends SIGTERM
-    wait_for(lambda: not any(map(alive, workers)), 4)
+    wait_for(lambda: not any(map(is_alive, workers)), 4)
     began = time.monotonic()
     print(file=process.stdin, flush=True)
     assert process.wait(timeout=20) == 0
@@ -229,16 +229,16 @@ def test_loader_workers_end_with_an_interpreter_that_leaves_them_running(start) 
     began = time.monotonic()
     assert process.wait(timeout=20) == 0
     assert time.monotonic() - began < 4
-    assert not any(map(alive, workers))
+    assert not any(map(is_alive, workers))
 
 
 def test_busy_loader_workers_die_with_a_killed_rank(start) -> None:
     process, workers = loader(start, 'fresh', 'wait')
     print(file=process.stdin, flush=True)
-    says(process, 'undisturbed')
-    time.sleep(0.5)  # until they are at the items that take a minute
+    assert_prints(process, 'undisturbed')
+    time.sleep(0.5)  # until the workers have begun the items that take a minute
     process.kill()
-    wait_for(lambda: not any(map(alive, workers)), 4)
+    wait_for(lambda: not any(map(is_alive, workers)), 4)
 
 
 # FailureWatch
@@ -270,11 +270,11 @@ KILLED = """dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
         {wait}"""
 HOST = os.uname().nodename
-ENDED = (1, -signal.SIGTERM)  # the launcher's SIGTERM may find a rank past its `with`, on the way out with its own 1
+FAILURE_CODES = (1, -signal.SIGTERM)  # SIGTERM of the launcher may reach a rank that is already exiting with 1
 
 
 class Launched:
-    """Ranks as Composer starts them, so many on each node; the first bad exit brings SIGTERM to all, if they are on one."""
+    """Starts ranks as Composer does, on nodes of these sizes. On a single node, the first failure sends SIGTERM to all."""
 
     def __init__(self, start: Callable, tmp_path: Path, body: str, nodes: tuple[int, ...] = (2,)):
         port, world = str(free_port()), sum(nodes)
@@ -288,7 +288,7 @@ class Launched:
                 self.ranks.append(start(RANK.replace('BODY', body), name='rank', env=env, stdout=f, stderr=f))
 
     def codes(self, seconds: float = 20) -> list[Optional[int]]:
-        """Exit codes; the seconds count from the first bad one."""
+        """Returns the exit codes; all ranks have to end within some seconds after the first failure."""
         deadline: Optional[float] = None
         limit = time.monotonic() + 60
         while any(r.poll() is None for r in self.ranks):
@@ -311,7 +311,7 @@ class Launched:
 def test_the_failure_of_one_rank_ends_all_and_is_shown_on_the_terminal(start, tmp_path: Path, culprit: int) -> None:
     run = Launched(start, tmp_path, CRASH.format(culprit=culprit))
     codes = run.codes(5)
-    assert all(code in ENDED for code in codes), (codes, run.texts())
+    assert all(code in FAILURE_CODES for code in codes), (codes, run.texts())
     texts = run.texts()
     who = f'rank {culprit} on node 0 ({HOST})'
     line = f'{who} failed: ValueError: boom; this rank ({1 - culprit} on node 0) stops\n'
@@ -337,7 +337,7 @@ def test_a_killed_rank_ends_the_others(start, tmp_path: Path, culprit: int, node
         if i == culprit:
             assert code == -signal.SIGKILL
             continue
-        assert code in ENDED
+        assert code in FAILURE_CODES
         assert f'rank {culprit} on node {node_of[culprit]} (' in text and ') failed: its process ' in text
         assert f'; this rank ({i} on node {node_of[i]}) stops\n' in text
         assert 'Traceback' not in text
@@ -361,7 +361,7 @@ def test_a_mistake_of_the_user_is_one_message(start, tmp_path: Path, ranks: tupl
     shorter = 'import src.ranks.failure_watch; src.ranks.failure_watch.WAIT_FOR_RANK_0_S = 3.0\n        '
     run = Launched(start, tmp_path, shorter + MISTAKE.format(ranks=ranks))
     codes = run.codes(5)
-    assert all(code in ENDED for code in codes), (codes, run.texts())
+    assert all(code in FAILURE_CODES for code in codes), (codes, run.texts())
     texts = run.texts()
     message = 'error: optimizer.lr: -1 is not above 0\n'
     assert texts[0].startswith(message if 0 in ranks else f'rank 1 on node 0 ({HOST}):\n{message}')
@@ -379,4 +379,4 @@ def test_composers_launcher_returns_soon_and_shows_the_traceback_of_a_rank_above
     assert done.returncode == 1
     assert f'rank 1 on node 0 ({HOST}):\nTraceback (most recent call last):\n' in done.stderr
     assert f'rank 1 on node 0 ({HOST}) failed: ValueError: boom; this rank (0 on node 0) stops\n' in done.stderr
-    assert time.monotonic() - began < 45  # its own limit is 30 s after the first exit
+    assert time.monotonic() - began < 45  # the launcher itself waits 30 s after the first exit

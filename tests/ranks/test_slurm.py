@@ -1,4 +1,4 @@
-"""The script of the README for Slurm: one launcher on each node, requeued when it is stopped."""
+"""The Slurm script of src/ranks/README.md: one launcher on each node, requeued when the run is stopped."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 from launch import ROOT, clean_env
 
 STUBS = {
-    # runs what follows its options once per node, at the same time, and ends with the highest exit code
+    # runs its command once per node, at the same time, and exits with the highest exit code
     'srun': """
         while [[ $1 == --* ]]; do shift; done
         for ((node = 0; node < SLURM_NNODES; node++)); do SLURM_NODEID=$node "$@" & pids+=($!); done
@@ -20,7 +20,7 @@ STUBS = {
     'scontrol': """
         echo "$@" >> scontrol.txt
         if [[ $1 == show ]]; then printf 'host-a\\nhost-b\\n'; fi""",
-    # two ranks per launcher; the exit code of the first is its own, as it is the real launcher's
+    # starts two ranks and exits with the exit code of the first, as the real launcher does
     'composer': """
         export | sed 's/declare -x //' > "launcher-$NODE_RANK.env"
         printf '%s\\n' "$@" > "launcher-$NODE_RANK.args"
@@ -37,10 +37,10 @@ STUBS = {
 
 @pytest.fixture
 def slurm(tmp_path):
-    """The script of the README, and a folder to run it in with commands that stand for Slurm's and Composer's."""
-    blocks = re.findall(r'^```\w*\n(.*?)^```$', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
+    """Runs the guide's script in a folder, with stand-ins for the commands of Slurm and Composer."""
+    blocks = re.findall(r'^```\w*\n(.*?)^```$', (ROOT / 'src/ranks/README.md').read_text(), re.MULTILINE | re.DOTALL)
     scripts = [block for block in blocks if '#SBATCH' in block and 'srun' in block]
-    assert len(scripts) == 1, 'one script for training under Slurm in the README'
+    assert len(scripts) == 1, 'one script for training under Slurm in the guide'
     (tmp_path / '.venv/bin').mkdir(parents=True)
     (tmp_path / '.venv/bin/activate').touch()
     (tmp_path / 'bin').mkdir()

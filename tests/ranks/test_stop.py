@@ -1,4 +1,4 @@
-"""Runs that stop before their end: on request, by a loss that is no number, for want of memory; and their logs."""
+"""Runs that stop early: on request, after losses that are not finite, out of memory; and the logs of such runs."""
 
 import os
 import re
@@ -37,11 +37,11 @@ class Signal(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def end(folder, batch: int) -> dict:
+def saved_state(folder, batch: int) -> dict:
     return torch.load(next(folder.glob(f'ep*-ba{batch}-rank0.pt')), weights_only=False)['state']
 
 
-def same_end(got: dict, want: dict) -> None:
+def assert_same_state(got: dict, want: dict) -> None:
     assert all(torch.equal(got['model'][name], weight) for name, weight in want['model'].items())
     assert got['dataset_state'] == want['dataset_state'] and got['schedulers'] == want['schedulers']
 
@@ -50,13 +50,13 @@ def same_end(got: dict, want: dict) -> None:
 def test_a_signal_ends_the_run_with_its_batch_saved(mds_root, tmp_path, monkeypatch, when):
     monkeypatch.setitem(plugins.CALLBACKS, 'signal', Signal)
     argv = tiny(mds_root, 'run_name=one', 'autoresume=true', 'save_interval=100ba', 'log_to_console=false', 'eval_interval=7ba',
-                'max_duration=12ba', 'device_eval_batch_size=4', 'model.attn_impl=torch')  # its sums have one order on GPUs
+                'max_duration=12ba', 'device_eval_batch_size=4', 'model.attn_impl=torch')  # deterministic on GPUs
     sent = f'callbacks.signal={{batch: 7, when: {when}}}'
     assert main.cli([QUICKSTART, *argv, f'save_folder={tmp_path}/stopped', sent]) == 75
     assert [m.batch for m in list_manifests(LocalFolder(tmp_path / 'stopped'))] == [7]
     assert main.cli([QUICKSTART, *argv, f'save_folder={tmp_path}/stopped']) == 0
     assert main.cli([QUICKSTART, *argv, f'save_folder={tmp_path}/whole']) == 0
-    same_end(end(tmp_path / 'stopped', 12), end(tmp_path / 'whole', 12))
+    assert_same_state(saved_state(tmp_path / 'stopped', 12), saved_state(tmp_path / 'whole', 12))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_the_last_whole_checkpoint(mds_root, tmp_path, capfd):
@@ -84,14 +84,14 @@ def test_out_of_memory_lists_what_to_change_in_order(mds_root, capfd, monkeypatc
 def test_logs_go_on_across_starts(mds_root, tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     monkeypatch.setenv('WANDB_MODE', 'offline')
-    wandb.teardown()  # it remembers the mode of a test before this one
+    wandb.teardown()  # W&B remembers the mode of an earlier test
     monkeypatch.setitem(plugins.CALLBACKS, 'signal', Signal)
     argv = tiny(mds_root, 'run_name=one', 'autoresume=true', f'save_folder={tmp_path}/save', 'max_duration=6ba',
                 'eval_loader=null', f'loggers.tensorboard.log_dir={tmp_path}/tb', 'loggers.wandb.project=kit',
                 'log_to_console=false', f'loggers.file={{filename: "{tmp_path}/log.txt", flush_interval: 1}}')
     assert main.cli([QUICKSTART, *argv, 'callbacks.signal={batch: 4, when: batch}']) == 75
     first = (tmp_path / 'log.txt').read_text()
-    time.sleep(1)  # W&B names the folder of an offline start by its second
+    time.sleep(1)  # W&B names the folder of an offline run by the second of its start
     assert main.cli([QUICKSTART, *argv]) == 0
     assert (tmp_path / 'log.txt').read_text().startswith(first) and '[metric][batch=4]' in first
     assert '[metric][batch=6]' in (tmp_path / 'log.2.txt').read_text()
@@ -103,7 +103,7 @@ def test_logs_go_on_across_starts(mds_root, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
-    """SIGTERM to the launcher, Ctrl-C to the group, SIGTERM to the ranks alone; each start goes on from the one before."""
+    """SIGTERM to the launcher, Ctrl-C to the group, SIGTERM to the ranks; each start resumes the one before."""
     argv = tiny(tokens_root, 'run_name=one', 'autoresume=true', 'save_interval=1000ba', 'eval_loader=null', 'max_duration=160ba',
                 'global_train_batch_size=24', 'train_loader.num_workers=2', 'model.resid_pdrop=0.1')
 
@@ -135,11 +135,11 @@ def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
         run = start(f'save_folder={tmp_path}/{name}', 'log_to_console=false')
         output = run.communicate(timeout=300)[0]
         assert run.returncode == 0, output[-3000:]
-    same_end(end(tmp_path / 'stopped', 160), end(tmp_path / 'whole', 160))
+    assert_same_state(saved_state(tmp_path / 'stopped', 160), saved_state(tmp_path / 'whole', 160))
 
 
 def test_a_finished_trainer_is_returned_too(mds_root, tmp_path):
-    """`main` returns the Trainer with the weights of a run that was over before it began."""
+    """For a run that is already finished, `main` returns a Trainer with the weights of that run."""
     argv = tiny(mds_root, 'run_name=one', 'autoresume=true', f'save_folder={tmp_path}', 'max_duration=2ba', 'eval_loader=null',
                 'scheduler.t_warmup=1ba')
     want = train(QUICKSTART, *argv)
