@@ -228,7 +228,7 @@ def test_each_write_of_a_save_that_fails_is_said(mds_root, tmp_path, monkeypatch
     monkeypatch.setattr(LocalFolder, method, read_only)
     message = refused(mds_root, f'save_folder={tmp_path}', 'max_duration=8ba', 'save_num_checkpoints_to_keep=1')
     if name == 'ep0-ba4.json':
-        assert 'has older checkpoints, which cannot be deleted: [Errno 30] Read-only file system; delete them' in message
+        assert f'save_folder: older checkpoints in {tmp_path} cannot be deleted: [Errno 30] Read-only file system; delete' in message
         assert f'The last whole checkpoint is {tmp_path}/ep0-ba8-rank0.pt' in message
         return
     assert message.startswith(f'save_folder: cannot write ep0-ba8 to {tmp_path}: [Errno 30] Read-only file system; ')
@@ -317,12 +317,12 @@ def test_a_run_that_starts_elsewhere_saves_nothing_among_anothers_checkpoints(fo
     assert find_start(str(folder), 'new', False, path, weights_only).path == path, 'a copy of its own'
     manifest = tmp_path / 'other/ep0-ba12.json'
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'settings': {'seed': 1}}))
-    with pytest.raises(UserError, match=f'^save_folder: {folder} already holds checkpoints. To go on'):
+    with pytest.raises(UserError, match=f'^save_folder: {folder} already holds checkpoints. To go on from them, set'):
         find_start(str(folder), 'new', False, path, weights_only)
     (tmp_path / 'link').symlink_to(folder)
     for place in (folder, tmp_path / 'link', os.path.relpath(folder)):
-        assert find_start(str(folder), 'new', False, f'{place}/ep0-ba12-rank0.pt', weights_only).own
-    assert not find_start(f'{tmp_path}/new', 'new', False, f'{folder}/ep0-ba12-rank0.pt', weights_only).own
+        assert find_start(str(folder), 'new', False, f'{place}/ep0-ba12-rank0.pt', weights_only).in_save_folder
+    assert not find_start(f'{tmp_path}/new', 'new', False, f'{folder}/ep0-ba12-rank0.pt', weights_only).in_save_folder
 
 
 def test_a_link_to_a_checkpoint_has_its_manifest(folder, tmp_path):
@@ -357,7 +357,7 @@ def test_a_folder_or_an_old_link_is_the_newest_whole_checkpoint(folder, name, ca
     caplog.set_level('INFO', 'src')
     start = find_start(None, None, False, f'{folder}{name}', weights_only=False)
     assert start.manifest and (start.path, start.manifest.batch) == (f'{folder}/ep0-ba8-rank0.pt', 8)
-    assert f'the newest whole checkpoint there is {folder}/ep0-ba8-rank0.pt' in caplog.text
+    assert f'the newest whole checkpoint is {folder}/ep0-ba8-rank0.pt' in caplog.text
     assert f'load_path: ep0-ba12 in {folder} is not whole' in caplog.text
     assert start_from_path(f'{folder}{name}', 'weights').path == f'{folder}/ep0-ba8-rank0.pt'
     forget(folder, 4, 8)
@@ -367,7 +367,7 @@ def test_a_folder_or_an_old_link_is_the_newest_whole_checkpoint(folder, name, ca
 
 def test_a_checkpoint_that_is_named_and_not_whole_is_refused(mds_root, folder):
     cut(folder / 'ep0-ba4-rank0.pt')
-    assert 'is not whole: its files are not those that ep0-ba4.json lists' in refused(
+    assert 'is not whole: a file is missing or has another size than ep0-ba4.json lists' in refused(
         mds_root, f'load_path={folder}/ep0-ba4-rank0.pt')
     assert 'no such file' in refused(mds_root, f'load_path={folder}/none.pt')
 
@@ -416,9 +416,9 @@ def test_weights_of_another_model_are_refused(mds_root, folder):
         for fsdp in ([], SHARDED[:1]):
             message = refused(mds_root, path, *fsdp, change, 'max_duration=20ba')
             assert 'holds other weights than this model has' in message or 'cannot be loaded into this model' in message
-    for change, here in {'model.n_heads=4': '2, and here it is 4', 'model.mlp_act=gelu_tanh': "'gelu', and"}.items():
+    for change, here in {'model.n_heads=4': '2, and the config has 4', 'model.mlp_act=gelu_tanh': "'gelu', and"}.items():
         for more in ('load_weights_only=true', 'max_duration=20ba'):
-            said = f'{path.replace("=", ": ")}: the model that was saved has {change.partition("=")[0]} {here}'
+            said = f'{path.replace("=", ": ")}: the checkpoint has {change.partition("=")[0]} {here}'
             assert refused(mds_root, path, change, more).startswith(said)
 
 
@@ -437,7 +437,7 @@ def test_settings_of_hugging_face_models_that_no_weight_tells_are_held_against_t
     check_model(own, {'name': 'own', 'width': 4}, 'x')  # of a fork: its weights tell
     check_model(manifest, model(rope_theta=5.0), 'x')  # to train on longer sequences
     for key, value in {'num_attention_heads': 4, 'hidden_act': 'gelu'}.items():
-        with pytest.raises(UserError, match=f'^x: .* has model.config_overrides.{key} .*, and here it is {value!r}'):
+        with pytest.raises(UserError, match=f'^x: .* has model.config_overrides.{key} .*, and the config has {value!r}'):
             check_model(manifest, model(**{key: value}), 'x')
 
 

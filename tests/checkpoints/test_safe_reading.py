@@ -106,7 +106,7 @@ def test_programs_that_take_weights_alone_run_no_code(mds_root, saved, tmp_path)
     {'a': 1}, {'w': torch.ones(2)}, [1], {'state': [1]}, {'state': {}}, {'state': {'model': [1]}}])
 def test_a_file_that_is_no_checkpoint_is_named(mds_root, tmp_path, holds):
     torch.save(holds, tmp_path / 'x.pt')
-    says = f'{tmp_path}/x.pt is no checkpoint of the kit: it holds no weights under state.model'
+    says = f'{tmp_path}/x.pt is not a checkpoint of the kit: it holds no weights under state.model'
     with pytest.raises(UserError, match=f'CHECKPOINT: {says}'):
         read_weights(str(tmp_path / 'x.pt'))
     with pytest.raises(UserError, match=f'load_path: {says}'), reading_safely(Start('weights', f'{tmp_path}/x.pt'), False):
