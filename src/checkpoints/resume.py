@@ -22,11 +22,12 @@ KEEP_ORDER = {'remote', 'pin_memory', 'prefetch_factor', 'persistent_workers', '
 KEEP_ORDER_IF_COUNTED = {'num_workers', 'max_seq_len', 'tokenizer_name', 'sequence_ids'}
 FROM_CHECKPOINT_IF_COUNTED = {'train_loader.dataset.shuffle_seed', 'train_loader.dataset.num_canonical_nodes'}
 
-UNKNOWN = ('changed since the checkpoint: unknown, because the checkpoint has no manifest with the settings of its run. Text '
-           'packed on the fly goes on at the right sample only with the same batch size, devices, workers and data')
+UNKNOWN = ('changed since the checkpoint: unknown, because the checkpoint has no manifest with its settings. '
+           'Text packed on the fly goes on at the right sample only with the same batch size, devices, workers and '
+           'data')
 MOVED = ('{} lies within an epoch that counts batches, not samples, as for text packed on the fly. These changed '
-         'settings put other samples into each batch, so the run would repeat some samples and leave out others: {}. Set '
-         'the values of the run that saved the checkpoint, or start a new run from its weights: load_path=FILE '
+         'settings put other samples into each batch, so the run would repeat some samples and leave out others: {}. '
+         'Set the values of the run that saved the checkpoint, or start a new run from its weights: load_path=FILE '
          'load_weights_only=true. With packed tokens (convert_c4.py --concat_tokens), a run can go on with another '
          'batch size, and with other numbers of devices and workers')
 

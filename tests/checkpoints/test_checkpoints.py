@@ -98,7 +98,7 @@ def test_the_newest_whole_checkpoint_is_taken(folder, damage, caplog):
     start = find_start(str(folder), 'one', autoresume=True, load_path=None, weights_only=False)
     assert start.manifest and (start.kind, start.path, start.manifest.batch) == ('resume', str(folder / 'ep0-ba8-rank0.pt'), 8)
     assert f'autoresume: ep0-ba12 in {folder} is not whole' in caplog.text
-    assert 'newest whole checkpoint is ep0-ba8' in caplog.text
+    assert 'taking the newest whole checkpoint, ep0-ba8' in caplog.text
 
 
 def test_checkpoints_of_which_none_is_whole_are_an_error_and_stay(folder, mds_root):
