@@ -117,17 +117,17 @@ def reading_safely(start: Start, trusted: Optional[bool] = None) -> Iterator[Non
         yield
 
 
-def check_same_weights(start: Start, own: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
+def check_same_weights(start: Start, state_dict: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
     """Returns a function that raises UserError where a checkpoint lacks weights of the model, or has others.
 
-    The Trainer takes it as `load_ignore_keys`, and calls it before it changes the model. Without this check, Composer
-    and torch silently keep the initial value of a parameter that the checkpoint lacks. `own` is the model's state dict.
+    The Trainer takes the function as `load_ignore_keys`, and calls it before it changes the model. Without this check,
+    Composer and torch silently keep the initial value of a parameter that the checkpoint lacks.
     """
     def shapes_of(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         # The extra state of a module has no shape.
         return {name: tuple(getattr(tensor, 'shape', ())) for name, tensor in weights.items()}
 
-    shapes = shapes_of(own)
+    shapes = shapes_of(state_dict)
 
     def check(checkpoint: dict[str, Any]) -> None:
         weights = checkpoint['state'].get('model')

@@ -95,9 +95,9 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
                     path = folder.uri(manifest.path)
                     return Start('resume', path, manifest.sharded, manifest, in_save_folder=True, setting='autoresume')
                 raise UserError(f'autoresume: {folder} holds {", ".join(saved)}, and none is whole: the manifest of '
-                                'each is missing, or a file has another size than it lists. To load one all the same, '
-                                'name it as load_path and set another run_name; to start from the beginning, move them '
-                                'away')
+                                'each is missing, or a file has another size than it lists. To load one that has no '
+                                'manifest, name it as load_path and set another run_name; to start from the beginning, '
+                                'move them away')
     start = FRESH
     if load_path:
         with explain_unreachable('load_path', load_path):
@@ -109,13 +109,13 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
     return start
 
 
-def start_from_path(path: str, kind: Literal['resume', 'weights'], own: Optional[Folder] = None,
+def start_from_path(path: str, kind: Literal['resume', 'weights'], save_folder: Optional[Folder] = None,
                     setting: str = 'load_path') -> Start:
     """Finds the checkpoint that a user names.
 
     `path` is the file or folder of a checkpoint, a link to one, or the folder of a run; local or a URI. From the folder
     of a run, the newest whole checkpoint is taken; also where `path` ends in `latest-rank0.pt`, a link that plain
-    Composer writes, and there is none. `own` is this run's save_folder. Messages begin with `setting`. Raises UserError
+    Composer writes, and there is none. `save_folder` is this run's. Messages begin with `setting`. Raises UserError
     where there is no checkpoint, or it is not whole.
     """
     path = path.replace('{rank}', '0').rstrip('/') or '/'
@@ -129,14 +129,14 @@ def start_from_path(path: str, kind: Literal['resume', 'weights'], own: Optional
             raise UserError(f'{setting}: {path}: no such file, and no folder of a sharded checkpoint, or of a run with '
                             'whole checkpoints; name one of these')
         log.info('%s: %s: the newest whole checkpoint is %s', setting, path, run.uri(newest.path))
-        return start_from_path(run.uri(newest.path), kind, own, setting)
+        return start_from_path(run.uri(newest.path), kind, save_folder, setting)
     is_local, step = '://' not in path, STEP.match(name)
     manifest = read_manifest(folder, step[0]) if step else None
     if manifest is None and is_local and os.path.islink(path):  # the manifest lies beside the file that is linked
-        return start_from_path(os.path.realpath(path), kind, own, setting)
+        return start_from_path(os.path.realpath(path), kind, save_folder, setting)
     if manifest and not manifest.is_whole(folder):
         raise UserError(f'{setting}: {path} is not whole: a file is missing or has another size than '
                         f'{manifest.name}.json lists; name another checkpoint')
-    save_folder = os.path.realpath(str(own)) if isinstance(own, LocalFolder) else str(own)
-    in_save_folder = save_folder == (os.path.realpath(parent or '.') if is_local else parent)
+    own = os.path.realpath(str(save_folder)) if isinstance(save_folder, LocalFolder) else str(save_folder)
+    in_save_folder = own == (os.path.realpath(parent or '.') if is_local else parent)
     return Start(kind, path, sharded, manifest, in_save_folder, setting)
