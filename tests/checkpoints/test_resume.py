@@ -1,4 +1,4 @@
-"""A run that goes on with other settings: what takes effect, what is refused, what is said."""
+"""A resumed run with other settings: which take effect, which are refused, and what the plan says."""
 
 import logging
 import shutil
@@ -29,7 +29,7 @@ NO_EVALUATION = ('eval_loader=null', 'callbacks.unigram_baseline=false')
 
 
 class Groups(Callback):
-    """The parameter group that each batch is trained with."""
+    """Records the parameter group that each batch is trained with."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -39,7 +39,7 @@ class Groups(Callback):
 
 
 class Run:
-    """A run in this process: what it said, its parameter groups and its samples."""
+    """A run in this process: its messages, parameter groups and samples."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path, *overrides: str) -> None:
         said: list[str] = []
