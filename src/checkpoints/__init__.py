@@ -1,1 +1,1 @@
-"""Where a run starts, and how it is saved and read."""
+"""Checkpoints: which one a run starts from, how a run saves them, and how programs read them."""

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as a Hugging Face model: a MosaicGPT becomes a GPT-2, which computes the same."""
+"""Turns the weights of a checkpoint into a Hugging Face model. A MosaicGPT becomes a GPT-2 that computes the same."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from src.config.check import parse
 from src.config.schema import MODEL_CONFIGS, HFCausalLMConfig, MosaicGPTConfig
 from src.hf_causal_lm import build_hf_config
 
-# MosaicGPT's names → GPT-2's. Both hold queries, keys and values in this order, head by head; the weights of GPT-2's
-# `Conv1D` layers are those of a Linear transposed.
+# MosaicGPT's names of weights → GPT-2's. Both store queries, then keys, then values, head by head. GPT-2 has `Conv1D`
+# layers, whose weights are the transposed weights of a Linear.
 GPT2_NAMES = {'transformer.blocks.': 'transformer.h.', 'causal_attn.Wqkv': 'attn.c_attn',
               'causal_attn.out_proj': 'attn.c_proj', 'mlp.mlp_up': 'mlp.c_fc', 'mlp.mlp_down': 'mlp.c_proj'}
 GPT2_ACTIVATIONS = {'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}
-# Keys of MosaicGPTConfig that GPT-2 has too, or that change how the model is trained and not what it computes. Within a
-# document attention and positions are GPT-2's, so `attn_within_document` is exported as a model of single documents.
+# Keys of MosaicGPTConfig that GPT-2 has too, and keys that change only how the model is trained. A model with
+# `attn_within_document` is exported as a model of single documents: within a document it computes what GPT-2 does.
 GPT2_HAS = {'name', 'd_model', 'n_heads', 'n_layers', 'mlp_ratio', 'max_seq_len', 'vocab_size', 'init_std', 'mlp_act',
             'attn_pdrop', 'resid_pdrop', 'emb_pdrop'}
 TRAINING_ALONE = {'device', 'init_seed', 'attn_impl', 'flash_kernel', 'attn_within_document', 'linear_impl',
@@ -24,11 +24,14 @@ TRAINING_ALONE = {'device', 'init_seed', 'attn_impl', 'flash_kernel', 'attn_with
 
 
 def gpt2_config(cfg: MosaicGPTConfig, **more: Any) -> GPT2Config:
-    """The GPT-2 that computes what a MosaicGPT does, with `more` settings of GPT-2 alone."""
+    """Builds the config of the GPT-2 that computes the same as a MosaicGPT; `more` holds settings that only GPT-2 has.
+
+    Raises UserError where GPT-2 has no such setting.
+    """
     for name, field in type(cfg).model_fields.items():
         if name not in GPT2_HAS | TRAINING_ALONE and getattr(cfg, name) != field.default:
-            raise UserError(f'model.{name}: {getattr(cfg, name)!r}; GPT-2 has {field.default!r} alone, so this model '
-                            'cannot be exported as one')
+            raise UserError(f'model.{name}: {getattr(cfg, name)!r} cannot be exported, because GPT-2 has only '
+                            f'{field.default!r}')
     return GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.max_seq_len, n_embd=cfg.d_model, n_layer=cfg.n_layers,
                       n_head=cfg.n_heads, n_inner=cfg.mlp_ratio * cfg.d_model,
                       activation_function=GPT2_ACTIVATIONS[cfg.mlp_act], resid_pdrop=cfg.resid_pdrop,
@@ -36,33 +39,32 @@ def gpt2_config(cfg: MosaicGPTConfig, **more: Any) -> GPT2Config:
 
 
 def gpt2_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A MosaicGPT's state dict under GPT-2's names and in its layout."""
+    """Converts a MosaicGPT's state dict to the names and the layout of GPT-2."""
     renamed = {}
     for name, weight in weights.items():
         for old, new in GPT2_NAMES.items():
             name = name.replace(old, new)
-        conv = name.endswith('.weight') and '.c_' in name  # (out, in) to (in, out)
-        renamed[name] = weight.T.contiguous() if conv else weight
+        is_conv = name.endswith('.weight') and '.c_' in name
+        renamed[name] = weight.T.contiguous() if is_conv else weight  # (out, in) → (in, out)
     return renamed
 
 
 def hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
-    """The shape of an `hf_causal_lm` model, without code from the hub."""
-    # Keys with an underscore are no part of the shape; one of them names code on the hub.
+    """Builds the config of an `hf_causal_lm` model. Raises UserError where the model needs code from the hub."""
+    # Keys that begin with an underscore are not part of the model's shape; one of them names code on the hub.
     shape = {key: value for key, value in cfg.config_overrides.items() if not key.startswith('_')}
     config = build_hf_config(cfg.model_copy(update={'trust_remote_code': False, 'config_overrides': shape}),
                              keep_nulls=cfg.pretrained_model_name_or_path is None)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f'model: {config.model_type!r} needs code that is not in transformers; only what is can be '
-                        'exported')
+        raise UserError(f'model: {config.model_type!r} cannot be exported, because its code is not in transformers')
     return config
 
 
 def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) -> PreTrainedModel:
-    """A Hugging Face model with the weights of a checkpoint.
+    """Builds the Hugging Face model that holds the weights of a checkpoint, in evaluation mode.
 
-    `model` is section `model` of the config, and `weights` the state dict of the ComposerModel. `setting` is what is at
-    fault if the two do not fit.
+    `model` is section `model` of the config, and `weights` is the state dict of the ComposerModel. Messages begin with
+    `setting`. Raises UserError where the model cannot be exported, or the weights do not fit it.
     """
     config: PretrainedConfig
     weights = {name.removeprefix('model.').removeprefix('hf.'): weight for name, weight in weights.items()}
@@ -71,16 +73,16 @@ def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) ->
     elif model['name'] == 'hf_causal_lm':
         config = hf_config(parse(HFCausalLMConfig, model))
     else:
-        raise UserError(f'model.name: {model["name"]!r}; what can be exported is {", ".join(MODEL_CONFIGS)}; a model '
-                        'of your own needs its names and layout in src/checkpoints/hf_layout.py')
+        raise UserError(f'model.name: {model["name"]!r}; only {", ".join(MODEL_CONFIGS)} can be exported. For a '
+                        'model of your own, add its names and layout to src/checkpoints/hf_layout.py')
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     result, info = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True,
                                        ignore_mismatched_sizes=True)
-    wrong = [f'{name} ({what})' for what in ('missing', 'unexpected') for name in info[f'{what}_keys']]
+    misfits = [f'{name} ({kind})' for kind in ('missing', 'unexpected') for name in info[f'{kind}_keys']]
     for name, expected in result.state_dict().items():
         if name in weights and weights[name].shape != expected.shape:
-            wrong.append(f'{name} of {tuple(weights[name].shape)} in place of {tuple(expected.shape)}')
-    if wrong:
-        raise UserError(f'{setting}: the weights are not those of the model that it describes: {len(wrong)} do not '
-                        f'fit, such as {min(wrong)}; give the YAML and overrides of the run: --yaml YAML key=value ...')
+            misfits.append(f'{name} of shape {tuple(weights[name].shape)}, not {tuple(expected.shape)}')
+    if misfits:
+        raise UserError(f'{setting}: the weights do not fit the model that it describes: {len(misfits)} differ, such '
+                        f'as {min(misfits)}. Give the YAML and the arguments of the run: --yaml YAML key=value ...')
     return result.eval()

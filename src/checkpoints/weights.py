@@ -1,6 +1,6 @@
-"""The weights out of any checkpoint of the kit, without running code that it may hold.
+"""Reads the weights of any checkpoint of the kit without running code.
 
-Full or sharded, saved by any number of ranks, on a disk or in an object store.
+The checkpoint may be full or sharded, saved by any number of ranks, on a disk or in an object store.
 """
 
 import os
@@ -28,26 +28,26 @@ AS_WEIGHTS = 'as the weights of a checkpoint'
 
 @contextmanager
 def local_copy(start: Start, name: str = '') -> Iterator[str]:
-    """Where a checkpoint lies on this node's disk, which may be a copy. Every rank of a process group has to call it.
+    """Yields the path of a checkpoint on this node's disk, downloaded if needed. Call on every rank of a process group.
 
-    With a `name` that file alone of a sharded checkpoint is there for sure.
+    With a `name`, only that file of a sharded checkpoint is downloaded.
     """
     assert start.path
     if '://' not in start.path:
         yield start.path
         return
     with tempfile.TemporaryDirectory() as temp:
-        ranks = dist.is_initialized()  # else this is one process, whatever a launcher's variables say
-        folders = dist.all_gather_object(temp) if ranks else [temp]
-        local = os.path.join(folders[dist.get_global_rank() - dist.get_local_rank() if ranks else 0], 'checkpoint')
-        if not ranks or dist.get_local_rank() == 0:
+        has_ranks = dist.is_initialized()  # else this is one process, also where a launcher has set its variables
+        folders = dist.all_gather_object(temp) if has_ranks else [temp]
+        local = os.path.join(folders[dist.get_global_rank() - dist.get_local_rank() if has_ranks else 0], 'checkpoint')
+        if not has_ranks or dist.get_local_rank() == 0:
             with explain_unreachable(start.setting, start.path):
                 _download(start.path, start.sharded, name, local)
-        if ranks:
+        if has_ranks:
             with dist.local_rank_zero_download_and_wait(local):  # a download may take longer than a barrier waits
                 dist.barrier()
         yield local
-        if ranks:
+        if has_ranks:
             dist.barrier()
 
 
@@ -62,42 +62,43 @@ def _download(path: str, sharded: bool, name: str, local: str) -> None:
     os.rename(part, local)
 
 
-def _described(local: str) -> dict[str, Any]:
-    """What a sharded checkpoint says of its weights, by name."""
+def _read_metadata_of_weights(local: str) -> dict[str, Any]:
+    """Reads shape and dtype of each weight, by name, from `.metadata` of a sharded checkpoint."""
     with forbid_code():
-        there = FileSystemReader(local).read_metadata().state_dict_metadata
-    return {key.removeprefix(WEIGHTS): part for key, part in there.items() if key.startswith(WEIGHTS)}
+        metadata = FileSystemReader(local).read_metadata().state_dict_metadata
+    return {key.removeprefix(WEIGHTS): weight for key, weight in metadata.items() if key.startswith(WEIGHTS)}
 
 
 def shapes_in_shards(start: Start) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights in a sharded checkpoint. Every rank has to call it."""
+    """Reads the shapes of the weights in a sharded checkpoint. Call on every rank."""
     with local_copy(start, '.metadata') as local:
-        return {name: tuple(getattr(part, 'size', ())) for name, part in _described(local).items()}
+        return {name: tuple(getattr(weight, 'size', ())) for name, weight in _read_metadata_of_weights(local).items()}
 
 
 def read_full_checkpoint(local: str, start: Start) -> dict[str, Any]:
-    """The model's state dict out of a full checkpoint: tensors on the CPU, mapped from the file, which they outlive."""
+    """Reads the model's state dict from a full checkpoint: CPU tensors, mapped from the file, which they outlive."""
     with explain_read_errors(start, AS_WEIGHTS):
         return extract_weights(torch.load(local, map_location='cpu', weights_only=True, mmap=True), start)
 
 
 def read_sharded(local: str, start: Start) -> dict[str, Tensor]:
-    """The model's state dict out of a sharded checkpoint, whole tensors on the CPU; the optimizer's is not read."""
+    """Reads the model's state dict from a sharded checkpoint: whole CPU tensors, without the optimizer's state."""
     with explain_read_errors(start, AS_WEIGHTS), forbid_code(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # that it is a single process
-        weights = {WEIGHTS + name: torch.empty(part.size, dtype=part.properties.dtype)
-                   for name, part in _described(local).items() if isinstance(part, TensorStorageMetadata)}
+        warnings.simplefilter('ignore')  # torch warns that it reads in a single process
+        weights = {WEIGHTS + name: torch.empty(weight.size, dtype=weight.properties.dtype)
+                   for name, weight in _read_metadata_of_weights(local).items()
+                   if isinstance(weight, TensorStorageMetadata)}
         load(weights, storage_reader=FileSystemReader(local), no_dist=True)
     return {name.removeprefix(WEIGHTS): weight for name, weight in weights.items()}
 
 
 def read_weights(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tensor], Optional[Manifest], str]:
-    """The weights of a checkpoint, for programs that use a model rather than train it; on one process.
+    """Reads the weights of a checkpoint, for programs that use a model and do not train it; in one process.
 
-    `path` is the file of a full checkpoint, the folder of a sharded one, or that of a run; local or a URI. `setting` is
-    where it is named, for messages. Returns the state dict of the ComposerModel, on the CPU; the manifest, if there is
-    one; and where the checkpoint lies. Raises UserError where there is none, it is not whole or damaged, it holds
-    objects other than tensors and plain values, or the object store is out of reach.
+    `path` is the file of a full checkpoint, the folder of a sharded one, or the folder of a run; local or a URI.
+    Messages begin with `setting`. Returns the state dict of the ComposerModel, on the CPU; the manifest, if there is
+    one; and the path of the checkpoint. Raises UserError where there is no whole checkpoint, where it holds objects
+    other than tensors and plain values, or where the object store does not answer.
     """
     with explain_unreachable(setting, path):
         start = start_from_path(path, 'weights', setting=setting)

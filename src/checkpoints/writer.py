@@ -1,4 +1,4 @@
-"""Saves checkpoints that are whole or absent; see `src/checkpoints/manifest.py`."""
+"""Saves checkpoints during training. A manifest marks each as whole: see `src/checkpoints/manifest.py`."""
 
 import json
 import os
@@ -32,25 +32,25 @@ from src.common.storage import RemoteFolder, open_folder
 
 
 class CheckpointWriter(Callback):
-    """Saves every `save_interval` and at the end; keeps the newest `keep` whole checkpoints, -1: all.
+    """Saves a checkpoint every `save_interval` and at the end; keeps the newest `keep` whole checkpoints (-1: all).
 
-    `save_folder` is a folder or a URI, and may hold `{run_name}`; `save_interval` is as in Composer. In an object store
-    files are sent in the background, while training goes on; the manifest follows the last of them, and holds `info`.
+    `save_folder` is a folder or a URI, and may contain `{run_name}`. `save_interval` is as in Composer. Files for an
+    object store are uploaded in the background while training goes on. Then comes the manifest, which contains `info`.
     """
 
     def __init__(self, save_folder: str, save_interval: str, keep: int, start: Start, info: RunInfo):
         self.save_folder, self.keep, self.info = save_folder, keep, info
-        self.due: Callable[[State, Event], bool] = create_interval_scheduler(save_interval)
+        self.is_due: Callable[[State, Event], bool] = create_interval_scheduler(save_interval)
         self.last_batch = -1
-        self.newest = start.path if start.own else None  # where the last whole checkpoint lies
-        self.local = ''  # where Composer writes; known once the run has a name
+        self.newest = start.path if start.in_save_folder else None  # path of the last whole checkpoint
+        self.local = ''  # the folder that Composer writes to; set when the run has a name
         self.unfinished: Optional[UnfinishedSave] = None
 
     def init(self, state: State, logger: Logger) -> None:
         self.folder = open_folder(format_name_with_dist(self.save_folder, state.run_name))
         self.local = str(self.folder)
         if isinstance(self.folder, RemoteFolder):
-            # Named by what it is for, so that what a killed run left is found and removed by the next.
+            # The name depends only on `save_folder`, so that the next run finds and removes what a killed run has left.
             digest = sha256(self.folder.root.encode()).hexdigest()[:12]
             self.local = os.path.join(tempfile.gettempdir(), f'checkpoints-{digest}')
             if dist.get_local_rank() == 0:
@@ -59,7 +59,7 @@ class CheckpointWriter(Callback):
         dist.barrier()
 
     def check(self, state: State) -> None:
-        """Before anything is computed: that the folder can take the checkpoints of this run. On all ranks."""
+        """Raises UserError where this run would overwrite checkpoints, or nodes share no folder. Call on every rank."""
         self.last_batch = int(state.timestamp.batch)
         later: list[Any] = [None]
         if dist.get_global_rank() == 0:
@@ -68,22 +68,22 @@ class CheckpointWriter(Callback):
         dist.broadcast_object_list(later)
         if later[0]:
             raise UserError(f'save_folder: {self.folder} already holds {", ".join(later[0])}, which this run would '
-                            'write again; set another run_name or save_folder, or autoresume=true to go on from '
+                            'overwrite; set another run_name or save_folder, or set autoresume=true to go on from '
                             'the newest')
         if not isinstance(self.folder, RemoteFolder) and dist.get_world_size() > dist.get_local_world_size():
             check_shared(self.folder)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self._advance()
-        if self.due(state, Event.BATCH_CHECKPOINT):
+        if self.is_due(state, Event.BATCH_CHECKPOINT):
             self.save(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        length = state.max_duration
-        over = length is not None and length.unit == TimeUnit.EPOCH and state.timestamp >= length
-        if over:  # the save of the last batch does not count its epoch, so it cannot tell that the run is over
+        end = state.max_duration
+        is_finished = end is not None and end.unit == TimeUnit.EPOCH and state.timestamp >= end
+        if is_finished:  # save again: at the save of the last batch, its epoch was not counted yet
             self.last_batch = -1
-        if self.due(state, Event.EPOCH_CHECKPOINT) or over:
+        if self.is_due(state, Event.EPOCH_CHECKPOINT) or is_finished:
             self.save(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -94,12 +94,12 @@ class CheckpointWriter(Callback):
             shutil.rmtree(self.local, ignore_errors=True)
 
     def save_and_wait(self, state: State, logger: Logger) -> None:
-        """For a run that is about to stop."""
+        """Saves this batch, and waits until the checkpoint is whole. Every rank has to call it."""
         self.save(state)
         self.wait()
 
     def wait(self) -> None:
-        """Until the last save is whole, on every rank."""
+        """Waits until the last save is whole on every rank. Every rank has to call it."""
         while self.unfinished:
             if not self._advance():
                 time.sleep(0.05)
@@ -112,7 +112,7 @@ class CheckpointWriter(Callback):
         return advanced
 
     def save(self, state: State) -> None:
-        """Saves this batch, unless it is saved already. Every rank has to call it."""
+        """Begins to save this batch, unless it is already saved. Every rank has to call it."""
         t, batch, folder = state.timestamp, int(state.timestamp.batch), self.folder
         if batch == self.last_batch:
             return

@@ -1,4 +1,4 @@
-"""What tests of checkpoints share: refused runs, sharded ones, and an object that runs code."""
+"""Helpers of the checkpoint tests: messages of refused runs, settings of sharded runs, an object that runs code."""
 
 import os
 from collections.abc import Callable
@@ -14,14 +14,14 @@ SHARDED = ('fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_t
 
 
 def refusal(run: Callable[..., Any], *args: Any) -> str:
-    """The message that a run ends with."""
+    """Returns the message of the UserError that a run ends with."""
     with pytest.raises(UserError) as e:
         run(*args)
     return str(e.value)
 
 
-class Runs:
-    """Makes a folder when it is unpickled."""
+class MakesFolder:
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker

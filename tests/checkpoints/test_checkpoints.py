@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, exact to resume from, on a disk and on S3."""
+"""Checkpoints are whole or ignored, and a resumed run is exact; on a disk and on S3."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_runs import QUICKSTART, SHARDED, Runs, refusal
+from checkpoint_runs import QUICKSTART, SHARDED, MakesFolder, refusal
 from launch import tiny
 from runs import train
 
@@ -40,8 +40,8 @@ def names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
 
 
-def same(a: dict, b: dict, start: int = 0) -> None:
-    """Bit for bit the same from batch `start` on, up to the same weights."""
+def assert_same_run(a: dict, b: dict, start: int = 0) -> None:
+    """Checks that run `b` is the same as run `a` from batch `start` on, bit for bit, and ends with the same weights."""
     assert len(b['losses']) > 0
     assert {n: v for n, v in a['losses'].items() if n >= start} == b['losses']
     assert {n: v for n, v in a['lrs'].items() if n > start} == b['lrs']  # logged after the batch is counted
@@ -63,7 +63,7 @@ def folder(saved, tmp_path):
     return tmp_path / 'copy'
 
 
-def forget(folder: Path, *batches: int) -> None:
+def delete_saves(folder: Path, *batches: int) -> None:
     for batch in batches:
         for path in folder.glob(f'ep*-ba{batch}[.-]*'):
             path.unlink()
@@ -82,7 +82,7 @@ def test_each_save_ends_with_a_manifest_of_its_files(saved):
             state['Timestamp'][key] for key in ('epoch', 'batch', 'sample', 'token'))
 
 
-def cut(path: Path) -> None:
+def cut_short(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
@@ -90,15 +90,15 @@ def cut(path: Path) -> None:
 def test_the_newest_whole_checkpoint_is_taken(folder, damage, caplog):
     file, manifest = folder / 'ep0-ba12-rank0.pt', folder / 'ep0-ba12.json'
     if damage == 'cut short':
-        cut(file)
+        cut_short(file)
     elif damage == 'manifest cut short':
-        cut(manifest)
+        cut_short(manifest)
     else:
         (manifest if damage == 'no manifest' else file).unlink()
     start = find_start(str(folder), 'one', autoresume=True, load_path=None, weights_only=False)
     assert start.manifest and (start.kind, start.path, start.manifest.batch) == ('resume', str(folder / 'ep0-ba8-rank0.pt'), 8)
     assert f'autoresume: ep0-ba12 in {folder} is not whole' in caplog.text
-    assert 'newest whole checkpoint is ep0-ba8' in caplog.text
+    assert 'taking the newest whole checkpoint, ep0-ba8' in caplog.text
 
 
 def test_checkpoints_of_which_none_is_whole_are_an_error_and_stay(folder, mds_root):
@@ -111,25 +111,25 @@ def test_checkpoints_of_which_none_is_whole_are_an_error_and_stay(folder, mds_ro
 
 
 def test_half_a_save_is_replaced_by_the_next_of_its_step(saved, folder, mds_root):
-    forget(folder, 12)
-    cut(folder / 'ep0-ba8-rank0.pt')
+    delete_saves(folder, 12)
+    cut_short(folder / 'ep0-ba8-rank0.pt')
     (folder / 'ep0-ba12-rank0.pt').write_bytes(b'half')
     got = run(mds_root, f'save_folder={folder}', 'autoresume=true')
     assert sorted(got['losses']) == list(range(4, 12))
-    same(saved[1], got, 4)
+    assert_same_run(saved[1], got, 4)
     assert names(folder) == names(saved[0])
     assert all(m.is_whole(LocalFolder(folder)) for m in list_manifests(LocalFolder(folder)))
 
 
 def test_half_of_the_first_save_is_no_checkpoint(mds_root, saved, tmp_path):
-    """Nothing was whole yet, so there is nothing to lose: the run begins again, with no clean-up."""
+    """No checkpoint was whole yet, so nothing is lost: the run starts from the beginning."""
     (tmp_path / 'ep0-ba4-rank0.pt').write_bytes(b'half')
     (tmp_path / 'ep0-ba4.unfinished').touch()
-    same(saved[1], run(mds_root, f'save_folder={tmp_path}', 'autoresume=true'))
+    assert_same_run(saved[1], run(mds_root, f'save_folder={tmp_path}', 'autoresume=true'))
     assert names(tmp_path) == names(saved[0])
-    cut(tmp_path / 'ep0-ba12-rank0.pt')
-    (tmp_path / 'ep0-ba12.unfinished').touch()  # of a save that was whole, and whose mark was not removed in time
-    forget(tmp_path, 4, 8)
+    cut_short(tmp_path / 'ep0-ba12-rank0.pt')
+    (tmp_path / 'ep0-ba12.unfinished').touch()  # the save was whole, and the run was killed before it removed the mark
+    delete_saves(tmp_path, 4, 8)
     assert 'holds ep0-ba12, and none is whole' in refused(mds_root, f'save_folder={tmp_path}', 'autoresume=true')
 
 
@@ -156,8 +156,8 @@ def test_retention_holds_across_resumes(mds_root, tmp_path):
         assert names(tmp_path) == sorted(f'ep0-ba{n}{end}' for n in left for end in ('-rank0.pt', '.json'))
 
 
-def finished(folder: Folder, saved: int, keep: int) -> None:
-    """Ends the save of batch `saved`, whose file is there: writes its manifest, and deletes what is old."""
+def finish_save(folder: Folder, saved: int, keep: int) -> None:
+    """Finishes the save of batch `saved`, whose file exists: writes the manifest, and deletes old checkpoints."""
     writer = CheckpointWriter('', '1ba', keep, FRESH, RunInfo({}, '', '', {}))
     writer.folder = folder
     writer._finish(small_manifest(saved))
@@ -170,7 +170,7 @@ def small_manifest(batch: int) -> Manifest:
 @pytest.mark.parametrize('keep', [1, 2])
 @pytest.mark.parametrize('place', ['a disk', 'S3'])
 def test_retention_counts_whole_checkpoints_alone(tmp_path, place, keep, request):
-    """Up to three damaged ones lie before, between and after the whole ones, and the save may be below damaged ones."""
+    """Each case has up to three other checkpoints, whole (W) or damaged (D), older or newer than the save (+)."""
     if place == 'S3':
         request.getfixturevalue('s3')
         cases = [('WD+D', 1), ('D+DD', 2), ('WWD+', 3), ('DWD+D', 4)]
@@ -186,14 +186,14 @@ def test_retention_counts_whole_checkpoints_alone(tmp_path, place, keep, request
             if kind != '+':
                 folder.write(f'ep0-ba{batch}.json', json.dumps(asdict(small_manifest(batch))))
         whole = [batch for batch, kind in enumerate(kinds, 1) if kind != 'D']
-        finished(folder, kinds.index('+') + 1, keep)
+        finish_save(folder, kinds.index('+') + 1, keep)
         left = {m.batch: m.is_whole(folder) for m in list_manifests(folder)}
         assert [batch for batch in sorted(left) if left[batch]] == whole[-keep:], kinds
         assert all(batch > whole[-keep:][0] for batch in left if not left[batch]) or len(whole) < keep, kinds
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_ones(folder, mds_root):
-    forget(folder, 8)
+    delete_saves(folder, 8)
     (folder / 'ep0-ba12-rank0.pt').unlink()
     run(mds_root, f'save_folder={folder}', 'autoresume=true', 'max_duration=10ba', 'save_num_checkpoints_to_keep=1')
     assert names(folder) == ['ep0-ba10-rank0.pt', 'ep0-ba10.json', 'ep0-ba12.json']
@@ -228,7 +228,7 @@ def test_each_write_of_a_save_that_fails_is_said(mds_root, tmp_path, monkeypatch
     monkeypatch.setattr(LocalFolder, method, read_only)
     message = refused(mds_root, f'save_folder={tmp_path}', 'max_duration=8ba', 'save_num_checkpoints_to_keep=1')
     if name == 'ep0-ba4.json':
-        assert 'has older checkpoints, which cannot be deleted: [Errno 30] Read-only file system; delete them' in message
+        assert f'save_folder: older checkpoints in {tmp_path} cannot be deleted: [Errno 30] Read-only file system; delete' in message
         assert f'The last whole checkpoint is {tmp_path}/ep0-ba8-rank0.pt' in message
         return
     assert message.startswith(f'save_folder: cannot write ep0-ba8 to {tmp_path}: [Errno 30] Read-only file system; ')
@@ -257,16 +257,16 @@ def test_a_run_that_stopped_twice_equals_one_that_did_not(kind, mds_root, tokens
     whole = run(root, *every)
     assert len({json.dumps(batch) for batch in whole['batches']}) == 12
     for stop in (8, 5, 3):
-        forget(tmp_path, *range(stop + 1, 13))
-        same(whole, run(root, *every, 'autoresume=true', 'eval_first=true'), stop)
+        delete_saves(tmp_path, *range(stop + 1, 13))
+        assert_same_run(whole, run(root, *every, 'autoresume=true', 'eval_first=true'), stop)
 
 
 def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next(tokens_root, tmp_path):
     every = ['global_train_batch_size=96', 'device_train_microbatch_size=96', 'save_interval=1ep', f'save_folder={tmp_path}']
     whole = run(tokens_root, *every)
-    forget(tmp_path, 12, 10)
+    delete_saves(tmp_path, 12, 10)
     assert names(tmp_path) == ['ep1-ba5-rank0.pt', 'ep1-ba5.json']
-    same(whole, run(tokens_root, *every, 'autoresume=true'), 5)
+    assert_same_run(whole, run(tokens_root, *every, 'autoresume=true'), 5)
 
 
 # ---------------------------------------------------------------- where a run starts
@@ -283,7 +283,7 @@ def plan_of(monkeypatch, root: Path, *overrides: str) -> str:
 def test_the_plan_says_where_the_run_starts(mds_root, folder, tmp_path, monkeypatch):
     new = f'save_folder={tmp_path}/{{run_name}}'
     assert 'start: fresh\n' in plan_of(monkeypatch, mds_root, new, 'max_duration=1ba', 'scheduler.t_warmup=0ba') + '\n'
-    forget(folder, 12)
+    delete_saves(folder, 12)
     said = plan_of(monkeypatch, mds_root, f'save_folder={folder}', 'autoresume=true')
     assert f'start: resumed from {folder}/ep0-ba8-rank0.pt at batch 8, ' in said
     path = f'load_path={folder}/ep0-ba4-rank0.pt'
@@ -317,12 +317,12 @@ def test_a_run_that_starts_elsewhere_saves_nothing_among_anothers_checkpoints(fo
     assert find_start(str(folder), 'new', False, path, weights_only).path == path, 'a copy of its own'
     manifest = tmp_path / 'other/ep0-ba12.json'
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'settings': {'seed': 1}}))
-    with pytest.raises(UserError, match=f'^save_folder: {folder} already holds checkpoints. To go on'):
+    with pytest.raises(UserError, match=f'^save_folder: {folder} already holds checkpoints. To go on from them, set'):
         find_start(str(folder), 'new', False, path, weights_only)
     (tmp_path / 'link').symlink_to(folder)
     for place in (folder, tmp_path / 'link', os.path.relpath(folder)):
-        assert find_start(str(folder), 'new', False, f'{place}/ep0-ba12-rank0.pt', weights_only).own
-    assert not find_start(f'{tmp_path}/new', 'new', False, f'{folder}/ep0-ba12-rank0.pt', weights_only).own
+        assert find_start(str(folder), 'new', False, f'{place}/ep0-ba12-rank0.pt', weights_only).in_save_folder
+    assert not find_start(f'{tmp_path}/new', 'new', False, f'{folder}/ep0-ba12-rank0.pt', weights_only).in_save_folder
 
 
 def test_a_link_to_a_checkpoint_has_its_manifest(folder, tmp_path):
@@ -345,35 +345,35 @@ def test_load_path_goes_on_from_the_file_that_it_names(mds_root, folder, saved, 
     said: list[str] = []
     monkeypatch.setattr('src.checkpoints.manifest.log.warning', lambda text, *values: said.append(text % values))
     quiet = 'callbacks.text_samples=false'
-    same(saved[1], run(mds_root, f'load_path={folder}/ep0-ba4-rank0.pt', quiet), 4)
-    forget(folder, 8, 12)
-    same(saved[1], run(mds_root, f'load_path={folder}/ep0-ba4-rank0.pt', f'save_folder={folder}', quiet), 4)
+    assert_same_run(saved[1], run(mds_root, f'load_path={folder}/ep0-ba4-rank0.pt', quiet), 4)
+    delete_saves(folder, 8, 12)
+    assert_same_run(saved[1], run(mds_root, f'load_path={folder}/ep0-ba4-rank0.pt', f'save_folder={folder}', quiet), 4)
     assert not said
 
 
 @pytest.mark.parametrize('name', ['', '/', '/latest-rank{rank}.pt'])
 def test_a_folder_or_an_old_link_is_the_newest_whole_checkpoint(folder, name, caplog):
-    cut(folder / 'ep0-ba12-rank0.pt')
+    cut_short(folder / 'ep0-ba12-rank0.pt')
     caplog.set_level('INFO', 'src')
     start = find_start(None, None, False, f'{folder}{name}', weights_only=False)
     assert start.manifest and (start.path, start.manifest.batch) == (f'{folder}/ep0-ba8-rank0.pt', 8)
-    assert f'the newest whole checkpoint there is {folder}/ep0-ba8-rank0.pt' in caplog.text
+    assert f'the newest whole checkpoint is {folder}/ep0-ba8-rank0.pt' in caplog.text
     assert f'load_path: ep0-ba12 in {folder} is not whole' in caplog.text
     assert start_from_path(f'{folder}{name}', 'weights').path == f'{folder}/ep0-ba8-rank0.pt'
-    forget(folder, 4, 8)
+    delete_saves(folder, 4, 8)
     with pytest.raises(UserError, match='no such file, and no folder of a sharded checkpoint, or of a run'):
         find_start(None, None, False, f'{folder}{name}', weights_only=False)
 
 
 def test_a_checkpoint_that_is_named_and_not_whole_is_refused(mds_root, folder):
-    cut(folder / 'ep0-ba4-rank0.pt')
-    assert 'is not whole: its files are not those that ep0-ba4.json lists' in refused(
+    cut_short(folder / 'ep0-ba4-rank0.pt')
+    assert 'is not whole: a file is missing or has another size than ep0-ba4.json lists' in refused(
         mds_root, f'load_path={folder}/ep0-ba4-rank0.pt')
     assert 'no such file' in refused(mds_root, f'load_path={folder}/none.pt')
 
 
 def test_missing_optimizer_state_is_an_error(mds_root, folder):
-    forget(folder, 12)
+    delete_saves(folder, 12)
     for change in ('optimizer.name=adamw', None):
         if change is None:  # a checkpoint of weights, with a manifest that fits
             path = folder / 'ep0-ba8-rank0.pt'
@@ -401,7 +401,7 @@ def test_weights_only_takes_the_weights_and_nothing_else(mds_root, folder, tmp_p
 
 def test_weights_only_runs_no_code(mds_root, folder, tmp_path):
     state = torch.load(folder / 'ep0-ba12-rank0.pt', weights_only=False)
-    state['state']['run_name'] = Runs(tmp_path / 'ran')
+    state['state']['run_name'] = MakesFolder(tmp_path / 'ran')
     torch.save(state, tmp_path / 'evil.pt')
     message = refused(mds_root, f'load_path={tmp_path}/evil.pt', 'load_weights_only=true')
     assert f'load_path: {tmp_path}/evil.pt cannot be loaded as the weights' in message and 'mkdir' in message
@@ -416,9 +416,9 @@ def test_weights_of_another_model_are_refused(mds_root, folder):
         for fsdp in ([], SHARDED[:1]):
             message = refused(mds_root, path, *fsdp, change, 'max_duration=20ba')
             assert 'holds other weights than this model has' in message or 'cannot be loaded into this model' in message
-    for change, here in {'model.n_heads=4': '2, and here it is 4', 'model.mlp_act=gelu_tanh': "'gelu', and"}.items():
+    for change, here in {'model.n_heads=4': '2, and the config has 4', 'model.mlp_act=gelu_tanh': "'gelu', and"}.items():
         for more in ('load_weights_only=true', 'max_duration=20ba'):
-            said = f'{path.replace("=", ": ")}: the model that was saved has {change.partition("=")[0]} {here}'
+            said = f'{path.replace("=", ": ")}: the checkpoint has {change.partition("=")[0]} {here}'
             assert refused(mds_root, path, change, more).startswith(said)
 
 
@@ -437,7 +437,7 @@ def test_settings_of_hugging_face_models_that_no_weight_tells_are_held_against_t
     check_model(own, {'name': 'own', 'width': 4}, 'x')  # of a fork: its weights tell
     check_model(manifest, model(rope_theta=5.0), 'x')  # to train on longer sequences
     for key, value in {'num_attention_heads': 4, 'hidden_act': 'gelu'}.items():
-        with pytest.raises(UserError, match=f'^x: .* has model.config_overrides.{key} .*, and here it is {value!r}'):
+        with pytest.raises(UserError, match=f'^x: .* has model.config_overrides.{key} .*, and the config has {value!r}'):
             check_model(manifest, model(**{key: value}), 'x')
 
 
@@ -446,12 +446,12 @@ def test_settings_of_hugging_face_models_that_no_weight_tells_are_held_against_t
 
 def test_a_sharded_checkpoint_on_one_device(mds_root, saved, tmp_path):
     every = [*SHARDED, f'save_folder={tmp_path}']
-    same(saved[1], run(mds_root, *every))
+    assert_same_run(saved[1], run(mds_root, *every))
     assert names(tmp_path)[:3] == ['ep0-ba12.json', 'ep0-ba12/.metadata', 'ep0-ba12/__0_0.distcp']
     shutil.rmtree(tmp_path / 'ep0-ba12')
-    cut(tmp_path / 'ep0-ba8' / '__0_0.distcp')
+    cut_short(tmp_path / 'ep0-ba8' / '__0_0.distcp')
     (tmp_path / 'ep0-ba8' / '__1_0.distcp').write_bytes(b'of another number of ranks')
-    same(saved[1], run(mds_root, *every, 'autoresume=true', 'save_num_checkpoints_to_keep=2'), 4)
+    assert_same_run(saved[1], run(mds_root, *every, 'autoresume=true', 'save_num_checkpoints_to_keep=2'), 4)
     assert names(tmp_path) == sorted(f'ep0-ba{n}{end}' for n in (8, 12) for end in ('.json', '/.metadata', '/__0_0.distcp'))
 
     other = [*SHARDED, f'load_path={tmp_path}/ep0-ba12', 'max_duration=20ba']
@@ -467,7 +467,7 @@ def test_a_sharded_checkpoint_on_one_device(mds_root, saved, tmp_path):
 
 
 def test_a_full_checkpoint_into_a_sharded_run_is_refused(mds_root, folder, tmp_path):
-    forget(folder, 12)
+    delete_saves(folder, 12)
     assert 'is a full checkpoint, and fsdp_config.state_dict_type is sharded' in refused(
         mds_root, *SHARDED, f'save_folder={folder}', 'autoresume=true')
     run(mds_root, *SHARDED, f'load_path={folder}/ep0-ba8-rank0.pt', 'load_weights_only=true', 'max_duration=1ba',
@@ -482,12 +482,12 @@ def test_s3_holds_what_a_disk_would(s3, saved, mds_root, sharded, tmp_path, monk
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
     every = [*(SHARDED if sharded else ()), 'save_folder=s3://bucket/runs/{run_name}', 'autoresume=true',
              'save_num_checkpoints_to_keep=2']
-    same(saved[1], run(mds_root, *every))
+    assert_same_run(saved[1], run(mds_root, *every))
     bucket = open_folder('s3://bucket/runs/one')
     ends = ('.json', '/.metadata', '/__0_0.distcp') if sharded else ('.json', '-rank0.pt')
     assert sorted(bucket.names()) == sorted(f'ep0-ba{n}{end}' for n in (8, 12) for end in ends)
     s3.put_object(Bucket='bucket', Key=f'runs/one/ep0-ba12{ends[-1]}', Body=b'half')
-    same(saved[1], run(mds_root, *every), 8)
+    assert_same_run(saved[1], run(mds_root, *every), 8)
     assert all(m.is_whole(bucket) for m in list_manifests(bucket)) and sorted(m.batch for m in list_manifests(bucket)) == [8, 12]
     s3.put_object(Bucket='bucket', Key=f'runs/one/ep0-ba12{ends[-1]}', Body=b'half')
     s3.delete_object(Bucket='bucket', Key='runs/one/ep0-ba8.json')

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, again and again: the run that is left equals one that was never interrupted."""
+"""A run that SIGKILL ends at random moments, many times, equals a run that was never interrupted."""
 
 import contextlib
 import os
@@ -26,14 +26,14 @@ ARGV = ('run_name=one', 'autoresume=true', f'max_duration={BATCHES}ba', 'save_in
 
 
 def start(ranks: int, *argv: str, **env: str) -> subprocess.Popen:
-    """The launcher, with its output in a file that is gone with it."""
+    """Starts the launcher with a pipe for its output."""
     command = [str(SCRIPTS / 'composer'), '-n', str(ranks), '--master_port', str(free_port()), 'main.py',
                'yamls/quickstart.yaml', *argv]
     return subprocess.Popen(command, cwd=ROOT, env=clean_env(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def parents() -> dict[int, int]:
-    """Every process of this machine with its parent; zombies are dead."""
+    """Maps every process of this machine to its parent; leaves out zombies."""
     found = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
         with contextlib.suppress(OSError):
@@ -43,8 +43,8 @@ def parents() -> dict[int, int]:
     return found
 
 
-def below(pid: int) -> list[int]:
-    """The processes that descend from this one, itself first."""
+def descendants(pid: int) -> list[int]:
+    """Lists a process and all its descendants."""
     tree, family = parents(), [pid]
     for member in family:
         family += [child for child, parent in tree.items() if parent == member]
@@ -52,15 +52,15 @@ def below(pid: int) -> list[int]:
 
 
 def is_rank(pid: int) -> bool:
-    """And not a helper that a library has started, such as inductor's pool."""
+    """Returns whether a process is a rank, and not a helper of a library, such as inductor's pool."""
     with contextlib.suppress(OSError):
         return b'\0main.py\0' in Path(f'/proc/{pid}/cmdline').read_bytes()
     return False
 
 
 def kill_one(launcher: subprocess.Popen, rng: random.Random) -> str:
-    """Kills the launcher, or one of its ranks; returns once all of them are gone."""
-    family = below(launcher.pid)
+    """Kills the launcher or one of its ranks, waits until all of them have ended, and returns their output."""
+    family = descendants(launcher.pid)
     ranks = [pid for pid, parent in parents().items() if parent == launcher.pid and is_rank(pid)]
     victim = rng.choice([launcher.pid, *ranks])
     with contextlib.suppress(ProcessLookupError):
@@ -82,8 +82,8 @@ def state_of(folder: Path) -> dict:
     return torch.load(next(folder.glob(f'ep*-ba{BATCHES}-rank0.pt')), weights_only=False)['state']
 
 
-def same_end(got: dict, want: dict) -> None:
-    """Weights, optimizer and the place in the data, bit for bit."""
+def assert_same_state(got: dict, want: dict) -> None:
+    """Checks that weights, optimizer and position in the data are the same, bit for bit."""
     for name, weight in want['model'].items():
         assert torch.equal(got['model'][name], weight), name
     for name, values in want['optimizers']['DecoupledAdamW']['state'].items():
@@ -99,7 +99,7 @@ def newest(folder: Folder) -> int:
 
 
 def test_25_kills_change_nothing(tokens_root, tmp_path):
-    """Of the launcher or of a rank, from the first import to the last batch; nothing is cleaned up by hand."""
+    """Kills the launcher or a rank, at any time from the first import to the last batch, and cleans up nothing by hand."""
     argv = tiny(tokens_root, *ARGV)
     whole = start(2, *argv, f'save_folder={tmp_path}/whole')
     began = time.monotonic()
@@ -113,7 +113,7 @@ def test_25_kills_change_nothing(tokens_root, tmp_path):
     for _ in range(25):
         launcher = start(2, *argv, f'save_folder={tmp_path}/killed')
         before = newest(LocalFolder(tmp_path / 'killed'))
-        if rng.random() < 0.4:  # while it imports, meets, loads; or soon after, where that is faster now
+        if rng.random() < 0.4:  # while it imports, connects or loads, or soon after
             until = time.monotonic() + rng.uniform(0, to_first_save)
             while time.monotonic() < until and newest(LocalFolder(tmp_path / 'killed')) == before:
                 time.sleep(0.05)
@@ -128,13 +128,13 @@ def test_25_kills_change_nothing(tokens_root, tmp_path):
     assert reached == sorted(reached), 'no kill loses what was saved'
     assert 0 < reached[-1] < BATCHES and len(set(reached)) > 3, 'the kills came while it trained'
     finish(start(2, *argv, f'save_folder={tmp_path}/killed'))
-    same_end(state_of(tmp_path / 'killed'), state_of(tmp_path / 'whole'))
+    assert_same_state(state_of(tmp_path / 'killed'), state_of(tmp_path / 'whole'))
     assert len([*list_manifests(LocalFolder(tmp_path / 'killed'))]) == 3
 
 
 @contextlib.contextmanager
 def flaky_s3(share: float):
-    """A real S3 server on loopback that answers this share of all requests with 503."""
+    """Serves S3 on loopback, and answers this share of all requests with 503."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -201,5 +201,5 @@ def test_8_kills_with_data_and_checkpoints_on_a_failing_s3(tokens_root, tmp_path
         s3.download_file('bucket', last, str(tmp_path / Path(last).name))
         assert counts['failed'] > 0.05 * counts['requests']
     finish(start(1, *tiny(tokens_root, *ARGV), f'save_folder={tmp_path}/whole'))
-    same_end(state_of(tmp_path), state_of(tmp_path / 'whole'))
-    assert not list(tmp_path.glob('checkpoints-*')), 'what the killed runs had begun to send is gone'
+    assert_same_state(state_of(tmp_path), state_of(tmp_path / 'whole'))
+    assert not list(tmp_path.glob('checkpoints-*')), 'no file of an unfinished upload is left'

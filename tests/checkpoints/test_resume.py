@@ -1,4 +1,4 @@
-"""A run that goes on with other settings: what takes effect, what is refused, what is said."""
+"""A resumed run with other settings: which take effect, which are refused, and what the plan says."""
 
 import logging
 import shutil
@@ -29,7 +29,7 @@ NO_EVALUATION = ('eval_loader=null', 'callbacks.unigram_baseline=false')
 
 
 class Groups(Callback):
-    """The parameter group that each batch is trained with."""
+    """Records the parameter group that each batch is trained with."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -39,7 +39,7 @@ class Groups(Callback):
 
 
 class Run:
-    """A run in this process: what it said, its parameter groups and its samples."""
+    """A run in this process: its messages, parameter groups and samples."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path, *overrides: str) -> None:
         said: list[str] = []
@@ -122,7 +122,7 @@ def test_data_that_is_packed_on_the_fly_goes_on_with_the_same_settings_alone(run
         with pytest.raises(UserError) as e:
             run(*load, change)
         message = str(e.value)
-        assert message.startswith(f'load_path: {tmp_path}/ep0-ba4-rank0.pt lies within an epoch whose place')
+        assert message.startswith(f'load_path: {tmp_path}/ep0-ba4-rank0.pt lies within an epoch that counts batches')
         assert text in message and 'load_weights_only=true' in message
     run(*load, 'load_weights_only=true', 'global_train_batch_size=24', 'scheduler.t_warmup=1ba', 'max_duration=5ba')
 
@@ -132,17 +132,17 @@ def test_counted_samples_go_on_with_another_batch_size(run, tmp_path):
     load = f'load_path={tmp_path}/ep0-ba4-rank0.pt'
     got = run(load, 'global_train_batch_size=24', 'device_train_microbatch_size=24')
     assert got.batches == [sorted(whole.batches[i] + whole.batches[i + 1]) for i in (4, 6, 8, 10)]
-    assert 'global_train_batch_size 12 → 24' in got.said and 'may repeat samples' not in got.said
+    assert 'global_train_batch_size 12 → 24' in got.said and 'may come twice' not in got.said
     other = run(load, 'seed=18', 'max_duration=12ba')
     assert other.batches == whole.batches[4:]
-    assert ('changed without effect, since a resumed run keeps what its checkpoint has: seed 17 → 18, model.init_seed 17 → 18, '
+    assert ('changed without effect, because a resumed run keeps the values of its checkpoint: seed 17 → 18, model.init_seed 17 → 18, '
             'train_loader.dataset.shuffle_seed 17 → 18') in other.said
 
 
 def test_an_epoch_that_is_shorter_than_the_place_of_the_checkpoint_is_refused(run, tmp_path):
     run(f'save_folder={tmp_path}')
     load = f'load_path={tmp_path}/ep0-ba4-rank0.pt'
-    with pytest.raises(UserError, match='ep0-ba4-rank0.pt lies at sample 48 of its epoch, and an epoch has 40 here'):
+    with pytest.raises(UserError, match='ep0-ba4-rank0.pt lies at sample 48 of its epoch, and an epoch of this run has only 40'):
         run(load, 'train_loader.dataset.epoch_size=40')
     assert len(run(load, 'train_loader.dataset.epoch_size=48').batches) == 4
     run(load, 'train_loader.dataset.epoch_size=40', 'load_weights_only=true', 'max_duration=1ba',
@@ -173,7 +173,7 @@ def test_what_the_order_of_samples_depends_on(key, value):
         f'changed since the checkpoint: {key} {settings()[key]} → {value}'], 'between two epochs'
     lines = compare_settings(start(), settings(**{key: value}), counts_samples=True).lines
     matters = key in ('train_loader.dataset', 'train_loader.dataset.split', 'train_loader.dataset.shuffle')
-    assert any('may repeat samples' in line for line in lines) == matters
+    assert any('may come twice' in line for line in lines) == matters
 
 
 def test_what_it_does_not_depend_on_is_said():
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_does_not_tell_its_settings_is_said_and_taken(run, tmp
     run(f'save_folder={tmp_path}/a', 'max_duration=4ba', 'scheduler.t_warmup=1ba')
     shutil.copy(tmp_path / 'a/ep0-ba4-rank0.pt', tmp_path / 'alone.pt')
     got = run(f'load_path={tmp_path}/alone.pt', 'train_loader.dataset.group_method=truncate')
-    assert 'changed since the checkpoint: not known, for no manifest says' in got.said and len(got.batches) == 4
+    assert 'changed since the checkpoint: unknown, because the checkpoint has no manifest' in got.said and len(got.batches) == 4
 
 
 def test_the_unigram_entropy_is_of_the_evaluation_set_at_hand(run, tmp_path):

@@ -1,4 +1,4 @@
-"""No program runs code that a checkpoint holds."""
+"""No program runs the code in a checkpoint, unless the user trusts it."""
 
 import pickle
 from datetime import datetime, timedelta, timezone
@@ -9,7 +9,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
-from checkpoint_runs import QUICKSTART, SHARDED, Runs, refusal
+from checkpoint_runs import QUICKSTART, SHARDED, MakesFolder, refusal
 from composer.core import Callback
 from composer.utils.checkpoint import safe_torch_load
 from launch import tiny
@@ -35,7 +35,7 @@ refused = partial(refusal, run)
 
 @pytest.fixture(scope='module')
 def saved(mds_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds `full/ep0-ba2-rank0.pt` and `sharded/ep0-ba2`."""
+    """A folder with `full/ep0-ba2-rank0.pt` and `sharded/ep0-ba2`."""
     folder = tmp_path_factory.mktemp('saved')
     run(mds_root, f'save_folder={folder}/full')
     run(mds_root, f'save_folder={folder}/sharded', *SHARDED)
@@ -44,14 +44,14 @@ def saved(mds_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_full_checkpoint_runs_no_code_unless_it_is_trusted(mds_root, saved, tmp_path):
     checkpoint = torch.load(saved / 'full/ep0-ba2-rank0.pt', weights_only=False)
-    checkpoint['state']['run_name'] = Runs(tmp_path / 'ran')
+    checkpoint['state']['run_name'] = MakesFolder(tmp_path / 'ran')
     torch.save(checkpoint, tmp_path / 'evil.pt')
     load = [f'load_path={tmp_path}/evil.pt', 'max_duration=3ba']
     message = refused(mds_root, *load)
     assert f'load_path: {tmp_path}/evil.pt cannot be loaded into this model and optimizer: it holds posix.mkdir' in message
     assert 'trust_checkpoint=true' in message and not (tmp_path / 'ran').exists()
     assert sorted(run(mds_root, *load, 'trust_checkpoint=true')['losses']) == [2]
-    assert (tmp_path / 'ran').exists(), 'the file does what this test says it does'
+    assert (tmp_path / 'ran').exists(), 'the file really runs code'
 
 
 def test_the_description_of_an_algorithm_is_not_evaluated(mds_root, saved, tmp_path):
@@ -63,23 +63,23 @@ def test_the_description_of_an_algorithm_is_not_evaluated(mds_root, saved, tmp_p
 
 
 def sharded_copy(saved: Path, copy: Path, metadata: Any = None, run_name: Optional[Any] = None) -> None:
-    """A sharded checkpoint whose `.metadata`, or whose value of `run_name` in a shard, is this object."""
+    """Copies a sharded checkpoint, with another object as its `.metadata`, or as `run_name` in a shard."""
     copy.mkdir()
     old = saved / 'sharded/ep0-ba2'
-    shard, there = (old / '__0_0.distcp').read_bytes(), pickle.loads((old / '.metadata').read_bytes())
+    shard, old_metadata = (old / '__0_0.distcp').read_bytes(), pickle.loads((old / '.metadata').read_bytes())
     if run_name is not None:
         torch.save(run_name, copy / 'value')
-        part = there.storage_data[MetadataIndex('state.run_name')]
+        part = old_metadata.storage_data[MetadataIndex('state.run_name')]
         part.offset, part.length = len(shard), (copy / 'value').stat().st_size
         shard += (copy / 'value').read_bytes()
     (copy / '__0_0.distcp').write_bytes(shard)
-    (copy / '.metadata').write_bytes(pickle.dumps(metadata or there))
+    (copy / '.metadata').write_bytes(pickle.dumps(metadata or old_metadata))
 
 
 def test_a_sharded_checkpoint_runs_no_code(mds_root, saved, tmp_path):
     marker = tmp_path / 'ran'
-    sharded_copy(saved, tmp_path / 'metadata', metadata=Runs(marker))
-    sharded_copy(saved, tmp_path / 'value', run_name=Runs(marker))
+    sharded_copy(saved, tmp_path / 'metadata', metadata=MakesFolder(marker))
+    sharded_copy(saved, tmp_path / 'value', run_name=MakesFolder(marker))
     for name in ('metadata', 'value'):
         message = refused(mds_root, *SHARDED, f'load_path={tmp_path}/{name}', 'max_duration=3ba')
         assert message.startswith(f'load_path: {tmp_path}/{name} cannot be loaded'), message
@@ -94,7 +94,7 @@ def test_a_sharded_checkpoint_runs_no_code(mds_root, saved, tmp_path):
 
 def test_programs_that_take_weights_alone_run_no_code(mds_root, saved, tmp_path):
     marker = tmp_path / 'ran'
-    sharded_copy(saved, tmp_path / 'metadata', metadata=Runs(marker))
+    sharded_copy(saved, tmp_path / 'metadata', metadata=MakesFolder(marker))
     argv = [QUICKSTART, *tiny(mds_root, 'run_name=one', *SHARDED, f'load_path={tmp_path}/metadata', 'trust_checkpoint=true')]
     for use in (lambda: read_weights(str(tmp_path / 'metadata')), lambda: evaluate.main(evaluate.parse_args(argv))):
         with pytest.raises(UserError, match=r'it holds posix\.mkdir, and loading that would run code'):
@@ -106,7 +106,7 @@ def test_programs_that_take_weights_alone_run_no_code(mds_root, saved, tmp_path)
     {'a': 1}, {'w': torch.ones(2)}, [1], {'state': [1]}, {'state': {}}, {'state': {'model': [1]}}])
 def test_a_file_that_is_no_checkpoint_is_named(mds_root, tmp_path, holds):
     torch.save(holds, tmp_path / 'x.pt')
-    says = f'{tmp_path}/x.pt is no checkpoint of the kit: it holds no weights under state.model'
+    says = f'{tmp_path}/x.pt is not a checkpoint of the kit: it holds no weights under state.model'
     with pytest.raises(UserError, match=f'CHECKPOINT: {says}'):
         read_weights(str(tmp_path / 'x.pt'))
     with pytest.raises(UserError, match=f'load_path: {says}'), reading_safely(Start('weights', f'{tmp_path}/x.pt'), False):

@@ -239,7 +239,7 @@ def test_settings_written_as_numbers(checkpoint, mds_root, tmp_path):
     (['load_path=none.pt'], ['load_path: none.pt: no such file']),
     (['model.d_model=32', 'load_path={checkpoint}'], ['load_path: ', 'other weights than this model has']),
     (['model.n_layers=3', 'load_path={checkpoint}'], ['load_path: ', 'other weights than this model has']),
-    (['model.n_heads=4', 'load_path={checkpoint}'], ['load_path: ', 'has model.n_heads 2, and here it is 4']),
+    (['model.n_heads=4', 'load_path={checkpoint}'], ['load_path: ', 'has model.n_heads 2, and the config has 4']),
     (['max_duraton=1ba'], ["did you mean 'max_duration'"]),
     (['eval_samples=0'], ['eval_samples: 0 would evaluate nothing']),
     (['load_path=${{oc.env:NOPE}}'], ["'NOPE' not found", '(key: load_path)']),

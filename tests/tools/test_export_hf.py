@@ -246,7 +246,7 @@ def test_a_setting_that_gpt2_lacks_is_named():
 
     shape = {'d_model': 16, 'n_heads': 4, 'n_layers': 2, 'max_seq_len': 32, 'vocab_size': 512}
     assert gpt2_config(Later(**shape)).n_embd == 16
-    with pytest.raises(UserError, match=r"^model.position: 'rotary'; GPT-2 has 'learned' alone"):
+    with pytest.raises(UserError, match=r"^model.position: 'rotary' cannot be exported, because GPT-2 has only 'learned'"):
         gpt2_config(Later(**shape, position='rotary'))
 
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path
     bare.write_bytes((full[0] / 'ep0-ba4-rank0.pt').read_bytes())
     assert refused(bare, tmp_path / 'out').startswith('--yaml: none given, and no manifest beside')
     said = refused(bare, tmp_path / 'out', '--yaml', QUICKSTART, f'data_remote={mds_root}')
-    assert said.startswith('--yaml: the weights are not those') and '128' in said
+    assert said.startswith('--yaml: the weights do not fit') and '128' in said
     overrides = tiny(mds_root, *EVERY)
     assert 'layers' not in said and 'h.2' in refused(bare, tmp_path / 'out', '--yaml', QUICKSTART, *overrides, 'model.n_layers=3')
     assert not (tmp_path / 'out').exists()
@@ -306,7 +306,7 @@ def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path
     said = refused(bare, tmp_path / 'out', '--tokenizer', tmp_path / 'larger', *yaml)
     assert said.startswith(f'--tokenizer: {tmp_path}/larger is not that of this model, whose vocabulary has ')
     saved = full[0] / 'ep0-ba4-rank0.pt'
-    assert 'has model.n_heads 2, and here it is 4' in refused(saved, tmp_path / 'out', *yaml, 'model.n_heads=4')
+    assert 'has model.n_heads 2, and the config has 4' in refused(saved, tmp_path / 'out', *yaml, 'model.n_heads=4')
     export(bare, tmp_path / 'out', *yaml)
     assert difference(tmp_path / 'out', full[1]) < 1e-5
 
@@ -387,5 +387,5 @@ def test_a_tokenizer_that_has_moved(full, mds_root, tmp_path):
 
 
 def test_a_model_of_ones_own_is_named(full):
-    with pytest.raises(UserError, match="model.name: 'parallel_gpt'; what can be exported is mosaic_gpt, hf_causal_lm"):
+    with pytest.raises(UserError, match="model.name: 'parallel_gpt'; only mosaic_gpt, hf_causal_lm can be exported"):
         hf_model({'name': 'parallel_gpt'}, {}, 'x')
