@@ -51,15 +51,15 @@ def out_of_memory(c: Config, e: BaseException) -> UserError:
 def explain_outside_failures(loader: str = 'train_loader') -> Iterator[None]:
     """Explains failures of a logger's folder or service, and of a loader worker that the system has killed.
 
-    `loader` is the config section of the worker, a guess: torch reports a lost worker at any moment, in any code. Raises
-    UserError in both cases; other errors pass.
+    `loader` is the config section that the worker probably belongs to: torch reports a lost worker at any moment, so
+    the traceback does not show it. Raises UserError in both cases; other errors pass.
     """
     try:
         yield
     except Exception as e:  # each logging service has its own error classes; unknown errors are raised again
         if (name := _find_failed_logger(e)) is not None:
-            raise UserError(f'loggers.{name}: {type(e).__name__}: {first_line(e)}. Change the keys of loggers.{name} or '
-                            f'the environment variables of its service, or set loggers.{name}=false') from e
+            raise UserError(f'loggers.{name}: {type(e).__name__}: {first_line(e)}. Change the keys of loggers.{name} '
+                            f'or the environment variables of its service, or set loggers.{name}=false') from e
         if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, loader)):
             raise UserError(why) from e
         raise

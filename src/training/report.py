@@ -67,8 +67,8 @@ def _sharding(c: Config) -> str:
     f, world_size = c.fsdp_config, dist.get_world_size()
     version = fsdp_version(f, torch.cuda.is_available())
     if f is None or version == 0:
-        return ('none: one device holds the whole model' if world_size == 1 else
-                f'none: each of {world_size} devices holds the whole model (DDP)')
+        return ('none, one device holds the whole model' if world_size == 1 else
+                f'none, each of {world_size} devices holds the whole model (DDP)')
     text = (f'FSDP{version} {f.sharding_strategy} on {world_size} device{"s" * (world_size > 1)}, {f.state_dict_type} '
             'checkpoints')
     unused = {'backward_prefetch', 'backward_prefetch_limit', 'forward_prefetch', 'forward_prefetch_limit',
