@@ -1,8 +1,8 @@
-"""YAML in, trained model out.
+"""Trains the model that a YAML describes.
 
     composer main.py yamls/quickstart.yaml [key=value ...] [--dry_run]
 
-`main` reads as the list of what a run consists of; each part is built in `src/`.
+`main` is the list of the parts of a run; `src/` builds each part.
 """
 # ruff: noqa: E402
 
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # no other package is `src`
-    from src.ranks import environment  # before torch and Composer, whose import takes seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # `src` is this folder's, no other package's
+    from src.ranks import environment  # first, because importing torch and Composer takes seconds
 
     environment.set_up_rank()
 
@@ -35,19 +35,19 @@ from src.training.setup import prepare_run
 @explain_outside_failures()
 def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callbacks: Iterable[Callback] = (),
          dry_run: bool = False) -> Trainer:
-    """Trains one model, and returns its Trainer.
+    """Trains one model and returns its Trainer.
 
     Args:
-        cfg: A config as in `yamls/`, interpolations allowed.
-        watch: Ends this process when another rank fails; begins with the process group.
-        callbacks: In addition to the config's.
-        dry_run: Build everything, say what it is, and train, save and log nothing.
+        cfg: A config as in `yamls/`; interpolations are allowed.
+        watch: Ends this process when another rank fails; starts with the process group.
+        callbacks: Callbacks in addition to those of the config.
+        dry_run: Build and print everything, but train, save and log nothing.
 
     Raises:
-        UserError: Everything in the config or the data that the user can mend.
-        Stopped: SIGTERM or SIGINT came; the batch at hand is finished and saved.
+        UserError: The config or the data has a mistake that the user can correct.
+        Stopped: SIGTERM or SIGINT arrived; the current batch is finished and saved.
     """
-    run = prepare_run(cfg, watch, dry_run)  # a dry run builds the same, with nothing that writes
+    run = prepare_run(cfg, watch, dry_run)  # a dry run builds the same parts, except those that write
     c, start = run.c, run.start
     tokenizer = build.build_tokenizer(c)
     build.check_plugins_of_dry_run(run, tokenizer)
@@ -82,8 +82,8 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             log_traces=c.log_traces,
             load_path=start.read_by_composer,
             load_weights_only=start.kind == 'weights',
-            load_ignore_keys=loading.check_same_weights(start, model.state_dict()),  # ignores none
-            load_exclude_algorithms=dir(algorithms),  # Composer would `eval` what a checkpoint says of them
+            load_ignore_keys=loading.check_same_weights(start, model.state_dict()),  # a check: it ignores no key
+            load_exclude_algorithms=dir(algorithms),  # else Composer runs `eval` on their text in a checkpoint
         )
     loading.finish_loading(start, trainer)
     fit.log_start(run, trainer, model, train_data, changed.lines)
@@ -92,9 +92,10 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
 
 
 def cli(argv: list[str]) -> int:
-    """Runs `main` with a command line; returns the exit code."""
-    settings = [arg for arg in argv if arg != '--dry_run']
-    return program.run(lambda watch: main(load(settings), watch, dry_run=settings != argv).engine.close())
+    """Runs `main` with the arguments of a command line and returns the exit code."""
+    yaml_and_overrides = [arg for arg in argv if arg != '--dry_run']
+    dry_run = '--dry_run' in argv
+    return program.run(lambda watch: main(load(yaml_and_overrides), watch, dry_run=dry_run).engine.close())
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ def in_process(*argv: str) -> int:
 
 @pytest.fixture(scope='module')
 def losses(mds_root, tmp_path_factory):
-    """Runs the tiny model on one rank and returns TensorBoard's scalars; each set of arguments once."""
+    """Runs the tiny model on one rank and returns TensorBoard's scalars; caches the result of each set of arguments."""
     done = {}
 
     def run(*overrides: str):
@@ -42,9 +42,9 @@ def losses(mds_root, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def logged(mds_root, tmp_path_factory):
-    """A run on two ranks with every log: console text, TensorBoard's scalars, W&B's history and config.
+    """A run on two ranks, with console text, TensorBoard's scalars, W&B's history and config, and its folder.
 
-    The microbatch of 12 is more than the 6 samples that each rank has.
+    The microbatch of 12 is larger than the 6 samples of each rank.
     """
     folder = tmp_path_factory.mktemp('logged')
     result = composer(QUICKSTART, *tiny(mds_root, f'loggers.tensorboard.log_dir={folder}/tb', 'loggers.wandb.project=kit',

@@ -1,1 +1,1 @@
-"""What is built from the config and handed to the Trainer."""
+"""Builds the parts of a run from the config, for Composer's Trainer, and describes the run."""

@@ -1,4 +1,4 @@
-"""The parts that a run consists of, built from the config: tokenizer, model, data, checkpoint writer."""
+"""Builds the parts of a run from the config: tokenizer, model, data, checkpoint writer, callbacks."""
 
 from collections.abc import Iterable
 from typing import Any, Optional
@@ -30,28 +30,28 @@ from src.training.setup import Setup
 
 
 def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
-    """The tokenizer; None where a loader of the user's own does without.
+    """Loads the tokenizer; returns None if the config has none and the user's own loader needs none.
 
-    Raises UserError where there is none, and the kit's loader needs one; or where it cannot be loaded.
+    Raises UserError where the kit's loader has no tokenizer, or where the tokenizer cannot be loaded.
     """
     if c.tokenizer:
         return load_tokenizer(c, of_loaders=data.has_kits_loader())
     if data.has_kits_loader():
-        raise UserError('tokenizer: null is for a loader of your own, and build_c4_dataloader in src/training/data.py '
-                        "is the kit's, which reads with a tokenizer; name one")
+        raise UserError('tokenizer: null is for a loader of your own. build_c4_dataloader in src/training/data.py is '
+                        "the kit's loader, which needs a tokenizer; set tokenizer.name and tokenizer_name")
     return None
 
 
 def check_plugins_of_dry_run(run: Setup, tokenizer: Optional[HFTokenizer]) -> None:
-    """Refuses callbacks and loggers that cannot be built, where a dry run leaves them out."""
+    """In a dry run, which leaves callbacks and loggers out, refuses those that cannot be built."""
     if run.dry_run:
-        plugins.check_plugins(run.asked, tokenizer and tokenizer.tokenizer)
+        plugins.check_plugins(run.user_config, tokenizer and tokenizer.tokenizer)
 
 
 def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> ComposerCausalLM:
-    """The model, on meta until it is sharded.
+    """Builds the model; with `model.device: meta` and FSDP on GPUs it stays on meta until it is sharded.
 
-    Raises UserError where the model cannot be built, or does not go with the tokenizer, the samples or the checkpoint.
+    Raises UserError where the model cannot be built, or does not fit the tokenizer, the samples or the checkpoint.
     """
     has_gpu = torch.cuda.is_available()
     check_model(start.manifest, c.model.model_dump(), f'{start.setting}: {start.path}')
@@ -59,7 +59,7 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
         model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     if not isinstance(model, ComposerCausalLM):
         raise UserError(f'model.name: {c.model.name!r} is a {type(model).__name__}; derive it from ComposerCausalLM, '
-                        'which has what the run asks of a model (src/README.md, "The contract")')
+                        'which has the methods that a run calls (src/README.md)')
     sharding.check_blocks(c.fsdp_config, model.model, has_gpu)
     if tokenizer:
         check_vocab(tokenizer, model.vocab_size)
@@ -67,13 +67,13 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
     shards_on_gpu = has_gpu and sharding.build_parallelism(c.fsdp_config, has_gpu)
     if any(p.is_meta for p in model.parameters()) and not shards_on_gpu:
         inner: Any = model.model
-        inner.materialize('cpu')  # Composer's FSDP would give it GPU memory
+        inner.materialize('cpu')  # Composer's FSDP would allocate GPU memory
     sharding.compile_blocks(c.compile_config, model.model)
     return model
 
 
 def build_train_data(c: Config, model: ComposerCausalLM, device_batch: int) -> DataSpec:
-    """The batches of training. Raises UserError where the loader cannot be built, or lacks what a setting needs."""
+    """Builds the loader of training. Raises UserError where that fails, or the loader lacks what a setting needs."""
     spec = data.build_data_spec(data.build_c4_dataloader(c.train_loader, device_batch), 'train_loader', model, c.seed)
     data.check_train_loader(c, spec.dataloader)
     check_warmup(c, data.epoch_length(spec.dataloader))
@@ -81,13 +81,13 @@ def build_train_data(c: Config, model: ComposerCausalLM, device_batch: int) -> D
 
 
 def build_evaluators(c: Config, model: ComposerCausalLM) -> list[Evaluator]:
-    """One, labelled `eval`, of `eval_loader`; none without it.
+    """Builds one evaluator, labelled `eval`, that reads `eval_loader`; none if `eval_loader` is null.
 
-    Raises UserError where the loader cannot be built, or its first batch cannot be evaluated.
+    Raises UserError where the loader cannot be built, or the model cannot evaluate its first batch.
     """
     if c.eval_loader is None:
         return []
-    assert c.device_eval_batch_size  # the checks refuse an evaluation without it
+    assert c.device_eval_batch_size  # the checks of the config require it
     loader = data.build_c4_dataloader(c.eval_loader, c.device_eval_batch_size, evaluate=True)
     spec = data.build_data_spec(loader, 'eval_loader', model, c.seed)
     data.check_first_batch(spec)
@@ -97,17 +97,17 @@ def build_evaluators(c: Config, model: ComposerCausalLM) -> list[Evaluator]:
 
 def compare_with_checkpoint(run: Setup, model: ComposerCausalLM, train: DataSpec,
                             evaluators: list[Evaluator]) -> tuple[dict[str, Any], SettingChanges]:
-    """Checks that all ranks read the same data, and that a resumed run can go on with these settings and data.
+    """Checks that all ranks read the same data, and that a resumed run can continue with these settings and data.
 
-    Returns the settings that manifests of this run hold, and what has changed since the checkpoint. Raises UserError
-    where the ranks, the early stopper or the checkpoint do not go with the data.
+    Returns the settings that this run writes into its manifests, and the changes since the checkpoint. Raises UserError
+    where ranks read different data, or where the early stopper or the checkpoint does not fit the data.
     """
     check_early_stopper(run.c, {'train': model.get_metrics(is_train=True),
                                   **{evaluator.label: model.get_metrics() for evaluator in evaluators}})
     fingerprints = data.fingerprints(train, evaluators[0].dataloader if evaluators else None)
     check_ranks_agree('data', fingerprints)
-    settings = run_settings(run.asked, fingerprints)
-    if run.over:
+    settings = run_settings(run.user_config, fingerprints)
+    if run.is_finished:
         return settings, SettingChanges([], False)
     changed = compare_settings(run.start, settings, data.resumes_by_samples(train.dataloader))
     if data.has_kits_loader() and data.resumes_by_samples(train.dataloader):
@@ -117,7 +117,7 @@ def compare_with_checkpoint(run: Setup, model: ComposerCausalLM, train: DataSpec
 
 def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFTokenizer],
                  settings: dict[str, Any]) -> Optional[CheckpointWriter]:
-    """What saves checkpoints; None without `save_folder`."""
+    """Builds the callback that saves checkpoints; None without `save_folder`."""
     c = run.c
     if not c.save_folder:
         return None
@@ -128,20 +128,19 @@ def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFToke
 
 
 def build_callbacks(run: Setup, tokenizer: Optional[HFTokenizer], new_schedule: bool,
-                    writer: Optional[CheckpointWriter], more: Iterable[Callback]) -> list[Callback]:
-    """All callbacks, in the order in which they are called.
+                    writer: Optional[CheckpointWriter], extra: Iterable[Callback]) -> list[Callback]:
+    """Builds all callbacks, in the order in which Composer calls them.
 
-    `tokenizer` is for callbacks that write text. `new_schedule` says whether the config's schedule of the learning rate
-    differs from the checkpoint's. `writer` saves checkpoints; None: nothing does. `more` are callbacks that are not the
-    config's.
+    `tokenizer` is for callbacks that write text. `new_schedule` is true if the learning-rate schedule of the config
+    differs from the checkpoint's. `writer` saves checkpoints, if there is one. `extra` callbacks are not in the config.
     """
-    f = run.c.fsdp_config
+    fsdp = run.c.fsdp_config
     return [
         StepCounters(run.device_batch),
         OptimizerSettings(new_schedule),
-        *([sharding.ReduceOncePerStep()] if f and not f.reduce_every_microbatch else []),
+        *([sharding.ReduceOncePerStep()] if fsdp and not fsdp.reduce_every_microbatch else []),
         *plugins.build_callbacks(run.c, tokenizer and tokenizer.tokenizer),
-        *more,
+        *extra,
         *filter(None, [writer]),
         GracefulStop(run.stop, writer.save_and_wait if writer else None),
     ]

@@ -1,4 +1,4 @@
-"""What is said where a run fails: out of memory, outside of the run, and which checkpoint is left after a mistake."""
+"""Explains failures of a run: out of memory, a logger's service, a lost worker; names the last whole checkpoint."""
 
 import traceback
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from src.training.plugins import LOGGERS, PACKAGES
 
 @contextmanager
 def explain_run_failures(c: Config, writer: Optional[CheckpointWriter] = None) -> Iterator[None]:
-    """Says which settings save memory where it runs out, and names the last whole checkpoint after a mistake."""
+    """Adds the last whole checkpoint to a UserError, and turns an out-of-memory error into a list of what to change."""
     try:
         yield
     except UserError as e:
@@ -32,7 +32,7 @@ def explain_run_failures(c: Config, writer: Optional[CheckpointWriter] = None) -
 
 
 def out_of_memory(c: Config, e: BaseException) -> UserError:
-    """The settings to change, those first that cost least."""
+    """Builds the error that lists the settings to change, cheapest first."""
     steps, micro, gpus = [], c.device_train_microbatch_size, torch.cuda.device_count()
     if gpus > dist.get_local_world_size():
         steps.append(f'start with `composer main.py ...`, which uses all {gpus} GPUs of this machine; this run uses '
@@ -49,27 +49,27 @@ def out_of_memory(c: Config, e: BaseException) -> UserError:
 
 @contextmanager
 def explain_outside_failures(loader: str = 'train_loader') -> Iterator[None]:
-    """Says what failed outside of the run: the store of a logger, or a loader worker that the system has ended.
+    """Explains failures of a logger's folder or service, and of a loader worker that the system has killed.
 
-    `loader` is the section of the loader that is most likely the worker's. Raises UserError where a logger's folder
-    cannot be written, its server does not answer, or its service refuses; or where a worker is lost, which torch tells
-    the rank at any moment.
+    `loader` is the config section that the worker probably belongs to: torch reports a lost worker at any moment, so
+    the traceback does not show it. Raises UserError in both cases; other errors pass.
     """
     try:
         yield
-    except Exception as e:  # the service of each logger has error classes of its own; all others are raised again
-        if (name := _refusing_logger(e)) is not None:
+    except Exception as e:  # each logging service has its own error classes; unknown errors are raised again
+        if (name := _find_failed_logger(e)) is not None:
             raise UserError(f'loggers.{name}: {type(e).__name__}: {first_line(e)}. Change the keys of loggers.{name} '
-                            f'or the variables that its service reads, or switch it off: loggers.{name}=false') from e
+                            f'or the environment variables of its service, or set loggers.{name}=false') from e
         if 'DataLoader worker' in str(e) and (why := explain_lost_worker(e, loader)):
             raise UserError(why) from e
         raise
 
 
-def _refusing_logger(e: BaseException) -> Optional[str]:
-    own = type(e).__module__.split('.')[0] in ('builtins', 'composer', 'torch', 'src')
-    if own and not isinstance(e, OSError):
+def _find_failed_logger(e: BaseException) -> Optional[str]:
+    """The name of the kit's logger in whose methods the error was raised; None if it looks like a bug."""
+    is_local = type(e).__module__.split('.')[0] in ('builtins', 'composer', 'torch', 'src')
+    if is_local and not isinstance(e, OSError):
         return None
-    senders = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
-    stock = (*PACKAGES, 'file')  # an error of another logger may be a bug: it keeps its traceback
-    return next((name for sender in senders for name in stock if type(sender) is LOGGERS.get(name)), None)
+    callers = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
+    known = (*PACKAGES, 'file')  # a user's own logger keeps its traceback: the error may be a bug
+    return next((name for caller in callers for name in known if type(caller) is LOGGERS.get(name)), None)

@@ -1,4 +1,4 @@
-"""Algorithms, callbacks and loggers by name."""
+"""Builds algorithms, callbacks and loggers from their names in a YAML."""
 
 import importlib.util
 import logging
@@ -16,7 +16,7 @@ from src.common.errors import UserError, first_line
 from src.config.schema import Config, Plugins
 
 log = logging.getLogger('src')
-MAKE_EXPERIMENTS = ('cometml', 'mlflow')  # loggers that write as soon as they are made
+WRITE_WHEN_BUILT = ('cometml', 'mlflow')  # these loggers create an experiment when they are built
 
 ALGORITHMS = {
     'gradient_clipping': algorithms.GradientClipping,
@@ -51,14 +51,14 @@ REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGE
 PACKAGES = {'cometml': 'comet_ml', **{name: name for name in ('wandb', 'tensorboard', 'mlflow', 'neptune')}}
 
 
-def build_plugins(section: str, chosen: Plugins) -> list[Any]:
-    """The entries of `algorithms`, `callbacks` or `loggers`, in order; one that is `false` is left out.
+def build_plugins(section: str, entries: Plugins) -> list[Any]:
+    """Builds the entries of `algorithms`, `callbacks` or `loggers` in order, without those that are `false`.
 
-    Raises UserError where a package is missing or broken, or a class refuses a value by a UserError, or a ValueError of
-    Composer's.
+    Raises UserError where a package is missing or broken, or where a class refuses a value (one of Composer's classes
+    by any ValueError or TypeError, another by a UserError).
     """
     built = []
-    for name, kwargs in chosen.items():
+    for name, kwargs in entries.items():
         if kwargs is False:
             continue
         _check_package(section, name)
@@ -73,7 +73,7 @@ def build_plugins(section: str, chosen: Plugins) -> list[Any]:
                             f'{section}') from None
         except (ValueError, TypeError) as e:
             if not isinstance(e, UserError) and not cls.__init__.__module__.startswith('composer.'):
-                raise  # in another class it may be a bug
+                raise  # in a user's own class it may be a bug
             raise UserError(f'{section}.{name}: {e}') from None
     return built
 
@@ -86,30 +86,30 @@ def _check_package(section: str, name: str) -> None:
 
 
 def build_algorithms(c: Config) -> list[Algorithm]:
-    """The algorithms, the guard last."""
+    """Builds the algorithms; the guard is last (see NonFiniteGuard)."""
     return [*build_plugins('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)]
 
 
 def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
-    """The callbacks; the tokenizer is Hugging Face's own."""
+    """Builds the callbacks; `tokenizer` is a Hugging Face tokenizer."""
     built = build_plugins('callbacks', c.callbacks)
     for callback in built:
         if isinstance(callback, TextSamples):
             callback.prepare(tokenizer, c.train_loader.dataset.max_seq_len)
             if c.eval_loader is None:
-                log.warning('callbacks.text_samples: does nothing without eval_loader, for it writes at each '
+                log.warning('callbacks.text_samples: does nothing without eval_loader, because it writes text at each '
                             'evaluation')
     return built
 
 
 def check_plugins(c: Config, tokenizer: Any) -> None:
-    """Builds the callbacks and loggers, which a dry run leaves out, as far as that writes nothing.
+    """Builds the callbacks and loggers to test them, without those that would write already when built.
 
     Raises UserError where one of them cannot be built.
     """
     build_callbacks(c, tokenizer)
     for name, kwargs in c.loggers.items():
-        if name not in MAKE_EXPERIMENTS:
+        if name not in WRITE_WHEN_BUILT:
             build_plugins('loggers', {name: kwargs})
         elif kwargs is not False:
             _check_package('loggers', name)

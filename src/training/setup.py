@@ -1,4 +1,4 @@
-"""What is settled before a run is built: the config holds for this machine, the ranks have met, the start is known."""
+"""Prepares a run: checks the config for this machine, connects the ranks, and finds the checkpoint to start from."""
 
 import logging
 import os
@@ -34,12 +34,12 @@ log = logging.getLogger('src')
 
 
 class Setup(NamedTuple):
-    """A run that is about to be built."""
+    """The inputs from which the parts of a run are built."""
 
-    asked: Config  # as it was given
-    c: Config  # that is built: of a dry run, or of a run that is over, it writes nothing
+    user_config: Config  # as the user wrote it
+    c: Config  # for building: without the parts that write, in a dry run or after the end of the run
     start: Start
-    over: bool  # whether the checkpoint has reached `max_duration` already
+    is_finished: bool  # the checkpoint has already reached `max_duration`
     device_batch: int  # samples per optimizer step on one device
     microbatch: Union[int, str]  # samples per forward pass on one device, or `auto`
     precision: Precision
@@ -49,17 +49,17 @@ class Setup(NamedTuple):
 
 
 def check_config(cfg: Any, nodes: int) -> Config:
-    """Holds a config, from `load` or any mapping, against the schema and against this machine.
+    """Checks a config (from `load`, or any mapping) against the schema and this machine, for a run on `nodes`.
 
-    Training is divided among `nodes`. Raises UserError, which lists every mistake.
+    Raises UserError, which lists every mistake.
     """
     return check(cfg, REGISTRIES, dist.get_world_size(), torch.cuda.is_available(), nodes, has_kits_loader())
 
 
 def join_ranks(c: Config, watch: Optional[FailureWatch]) -> None:
-    """Lets all ranks meet, compares their configs, tries their network, and seeds them.
+    """Connects all ranks, compares their configs, tests their network, and sets the random seeds.
 
-    Raises UserError where ranks are missing, do not agree, or cannot reach each other.
+    Raises UserError where a rank is missing, configs differ, or ranks cannot reach each other.
     """
     rendezvous.initialize(c.dist_timeout)
     if watch:
@@ -70,14 +70,14 @@ def join_ranks(c: Config, watch: Optional[FailureWatch]) -> None:
 
 
 def prepare_run(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup:
-    """Checks the config, lets the ranks meet, and finds out where the run starts. Raises UserError."""
+    """Checks the config, connects the ranks, and finds the checkpoint to start from. Raises UserError."""
     check_environment(os.environ)
     machine.shorten_socket_paths()
     c, has_gpu = check_config(cfg, dist.get_world_size() // dist.get_local_world_size()), torch.cuda.is_available()
     log_to_stderr()
     sharding.check_microbatch_search(c, has_gpu)
     device_batch = device_batch_size(c.global_train_batch_size, dist.get_world_size())
-    microbatch = microbatch_of(c, device_batch)
+    microbatch = resolve_microbatch(c, device_batch)
     check_save_folder(c)
     join_ranks(c, watch)
     start = find_start(c.save_folder, run_name(c), c.autoresume, c.load_path, c.load_weights_only)
@@ -85,25 +85,26 @@ def prepare_run(cfg: Any, watch: Optional[FailureWatch], dry_run: bool) -> Setup
     if dry_run:
         log.info('dry run: nothing is trained, saved or logged\nconfig:\n%s',
                  textwrap.indent(load.to_masked_yaml(c), '  ').rstrip())
-    over = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
-    return Setup(c, c.model_copy(update=_changed(c, over or dry_run)), start, over, device_batch, microbatch,
+    is_finished = start.kind == 'resume' and start.manifest is not None and start.manifest.reaches(c.max_duration)
+    adjusted = c.model_copy(update=_adjustments(c, writes_nothing=is_finished or dry_run))
+    return Setup(c, adjusted, start, is_finished, device_batch, microbatch,
                  Precision(resolve_precision(c.precision, has_gpu)), has_gpu, dry_run,
                  watch.stop if watch else StopRequest())
 
 
-def microbatch_of(c: Config, device_batch: int) -> Union[int, str]:
-    """The microbatch that is used: what was asked for, but never more than the device has."""
-    asked = c.device_train_microbatch_size
-    if isinstance(asked, str):
-        return asked
-    if asked > device_batch:
+def resolve_microbatch(c: Config, device_batch: int) -> Union[int, str]:
+    """The microbatch size of the config (or `auto`), reduced to the samples of a device if it is larger."""
+    microbatch = c.device_train_microbatch_size
+    if isinstance(microbatch, str):
+        return microbatch
+    if microbatch > device_batch:
         log.warning('device_train_microbatch_size: %d is more than the %d samples that each of %d devices has; using '
-                    '%d', asked, device_batch, dist.get_world_size(), device_batch)
-    return min(device_batch, asked)
+                    '%d', microbatch, device_batch, dist.get_world_size(), device_batch)
+    return min(device_batch, microbatch)
 
 
-def _changed(c: Config, writes_nothing: bool) -> Mapping[str, Any]:
-    """The settings with which a run is built, where they differ from those that were given."""
+def _adjustments(c: Config, writes_nothing: bool) -> Mapping[str, Any]:
+    """The settings that differ between the config for building the run and the user's config."""
     if writes_nothing:
         return {'loggers': {}, 'callbacks': {}, 'save_folder': None, 'log_to_console': False}
     name = run_name(c)

@@ -1,4 +1,4 @@
-"""FSDP in both versions: what Composer's Trainer is given, and what it leaves to do."""
+"""FSDP (both versions) and torch.compile: the Trainer's arguments, and the work that Composer leaves to the kit."""
 
 from contextlib import ExitStack
 from typing import Any, Optional
@@ -18,7 +18,7 @@ from src.config.derived import fsdp_version, grad_accum
 
 
 def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Optional[dict[str, Any]]:
-    """What Composer's Trainer takes as `parallelism_config`; None: DDP, or one device alone."""
+    """Builds the Trainer's `parallelism_config`; None for DDP or a single device."""
     version = fsdp_version(cfg, has_gpu)
     if cfg is None or version == 0:
         return None
@@ -29,38 +29,38 @@ def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Option
 
 
 def check_microbatch_search(c: schema.Config, has_gpu: bool) -> None:
-    """Raises UserError where Composer cannot search the microbatch: under FSDP1 it has changed torch for that."""
+    """Raises UserError where Composer cannot search the microbatch: FSDP1 needs a torch that Composer has patched."""
     if (c.device_train_microbatch_size == 'auto' and fsdp_version(c.fsdp_config, has_gpu) == 1
             and not hasattr(_patch_pytorch, 'unshard_with_sync')):
         raise UserError("device_train_microbatch_size: Composer cannot search for 'auto' under fsdp_config.version 1 "
                         f'with torch {torch.__version__}; set a number, or install torch 2.7.0')
 
 
-def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the model's `fsdp_wrap_fn` calls blocks, one that stands in several places under each name."""
+def _find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules for which the model's `fsdp_wrap_fn` is true, by name; a shared module under each of its names."""
     is_block = getattr(model, 'fsdp_wrap_fn', lambda module: False)
     return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_block(module)}
 
 
 def check_blocks(cfg: Optional[schema.FSDPConfig], model: nn.Module, has_gpu: bool) -> None:
-    """Raises UserError where a block stands in the model several times: FSDP2 would save what no run can load."""
-    blocks = _blocks(model)
+    """Raises UserError where several blocks are one module: no run can load the checkpoints that FSDP2 would save."""
+    blocks = _find_blocks(model)
     if fsdp_version(cfg, has_gpu) == 2 and len(blocks) > len(set(blocks.values())):
-        raise UserError(f'fsdp_config: some of the blocks {", ".join(blocks)} are one and the same module, which '
-                        'version 2 cannot load again from a checkpoint; set fsdp_config=null')
+        raise UserError(f'fsdp_config: some of the blocks {", ".join(blocks)} are one and the same module, and FSDP '
+                        'version 2 cannot load the checkpoints of such a model; set fsdp_config=null')
 
 
 def is_sharded(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> bool:
-    """Whether checkpoints are sharded: a folder, to which every device writes a file."""
+    """Whether a checkpoint is sharded: a folder with one file from each device."""
     return cfg is not None and cfg.state_dict_type == 'sharded' and fsdp_version(cfg, has_gpu) > 0
 
 
 def average_gradients(model: nn.Module) -> None:
     """Makes FSDP2 average gradients over gloo, as it does over NCCL.
 
-    FSDP2 asks for the average of the ranks' gradients; gloo, at least up to torch 2.7, answers with their sum and says
-    nothing. Adam hides a factor, gradient clipping and weight decay do not. So gloo is asked, and what is missing is
-    divided.
+    FSDP2 asks for the average of the ranks' gradients. Gloo (at least up to torch 2.7) returns the sum, without an
+    error. Adam hides the wrong factor, but gradient clipping and weight decay do not. This function measures the factor
+    with a tensor of ones, and divides all later gradients by it.
     """
     blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not blocks or dist.get_backend() == 'nccl':
@@ -76,47 +76,47 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def build_compile_config(cfg: Optional[schema.CompileConfig]) -> Optional[dict[str, Any]]:
-    """What Composer's Trainer takes as `compile_config`; None: nothing is compiled, or each block on its own."""
+    """Builds the Trainer's `compile_config` for `scope: model`; else None, because `compile_blocks` does the work."""
     return cfg.model_dump(exclude={'scope'}) if cfg and cfg.scope == 'model' else None
 
 
 def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
-    """Has `torch.compile` take each block on its own where `scope: block` asks for that.
+    """Compiles each block separately, if the config has `scope: block`.
 
-    All blocks then share one graph, wrappers stay outside of it, and names of parameters do not change. Raises
-    UserError where the model's `fsdp_wrap_fn` names no block.
+    All blocks share one graph, FSDP's wrappers stay outside of it, and parameters keep their names. Raises UserError
+    where the model's `fsdp_wrap_fn` finds no block.
     """
     if cfg is None or cfg.scope != 'block':
         return
-    blocks = set(_blocks(model).values())
+    blocks = set(_find_blocks(model).values())
     if not blocks:
-        raise UserError(f"compile_config.scope: 'block', and no fsdp_wrap_fn of {type(model).__name__} names one; set "
-                        'model')
+        raise UserError(f"compile_config.scope: 'block' compiles the modules that fsdp_wrap_fn selects, and "
+                        f'{type(model).__name__} selects none; set scope: model')
     for block in blocks:
         block.compile(**cfg.model_dump(exclude={'scope'}))
 
 
 class ReduceOncePerStep(Callback):
-    """Has FSDP sum the gradients of a step's microbatches on each device, and reduce them with the last one's.
+    """Reduces FSDP's gradients once a step: each device sums those of its microbatches, and reduces them with the last.
 
-    Composer reduces them with every microbatch, which DDP does not. Until the last, whole gradients are kept.
+    Composer would reduce after every microbatch. Until the last microbatch each device keeps whole gradients.
     """
 
     def __init__(self) -> None:
-        self._left = 0
-        self._kept = ExitStack()
+        self._microbatches_left = 0
+        self._unsynchronized = ExitStack()  # FSDP1's `no_sync` of the current microbatch
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         assert state.device_train_microbatch_size is not None
-        self._left = grad_accum(len(state.batch['input_ids']), int(state.device_train_microbatch_size))
+        self._microbatches_left = grad_accum(len(state.batch['input_ids']), int(state.device_train_microbatch_size))
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        self._left -= 1
+        self._microbatches_left -= 1
         for module in state.model.modules():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(self._left == 0, recurse=False)
-            elif isinstance(module, FullyShardedDataParallel) and self._left > 0 and module.check_is_root():
-                self._kept.enter_context(module.no_sync())
+                module.set_requires_gradient_sync(self._microbatches_left == 0, recurse=False)
+            elif self._microbatches_left and isinstance(module, FullyShardedDataParallel) and module.check_is_root():
+                self._unsynchronized.enter_context(module.no_sync())
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        self._kept.close()
+        self._unsynchronized.close()

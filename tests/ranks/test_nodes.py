@@ -224,7 +224,7 @@ def train_on(two: list[Host], mds_root: Path, by_argument: bool) -> dict[int, st
         running.append(host.composer('-n', '1', *arguments, *argv, **({} if by_argument else values)))
     texts = outputs(running)
     assert [node.returncode for node in running] == [0, 0], '\n'.join(texts)
-    assert '2 devices x 1 microbatches of 6' in texts[0] and not console(texts[1])
+    assert 'each of 2 devices computes 1 microbatch of 6 samples' in texts[0] and not console(texts[1])
     return console(texts[0])['loss/train/total']
 
 

@@ -1,4 +1,4 @@
-"""The optimizer's arithmetic, and every name that a YAML may use."""
+"""The optimizer's arithmetic; callbacks, loggers and algorithms by name; the profiler; logs of each rank."""
 
 import copy
 import json
@@ -114,7 +114,7 @@ def test_a_logger_whose_package_is_broken_says_why(monkeypatch):
 
 
 class MlflowException(Exception):
-    """As that of mlflow, whose newer versions refuse a folder as their store."""
+    """Like the error of mlflow, whose newer versions refuse a folder as their store."""
 
 
 class Store(plugins.loggers.InMemoryLogger):
@@ -218,7 +218,7 @@ class Losses(Callback):
 
 
 def trained(root: Path, *overrides: str) -> list[float]:
-    """The losses of each batch's last microbatch, of two; an epoch has 33 batches."""
+    """Trains with two microbatches per batch (33 batches per epoch); returns the loss of each second microbatch."""
     losses = Losses()
     trainer = main.main(config.load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(
         root, 'eval_loader=null', 'callbacks.unigram_baseline=false', 'log_to_console=false', 'device_train_microbatch_size=6',
@@ -228,7 +228,7 @@ def trained(root: Path, *overrides: str) -> list[float]:
 
 
 def events(trace: Path) -> Counter:
-    """How often each complete event is in a Chrome trace."""
+    """Counts the complete events of a Chrome trace by name."""
     return Counter(event['name'] for event in json.loads(trace.read_text())['traceEvents'] if event['ph'] == 'X')
 
 
@@ -239,7 +239,7 @@ def test_the_profiler_traces_the_active_batches_and_changes_no_loss(
                        *(f'callbacks.profiler.{key}' for key in ('skip_first=3', 'wait=1', 'warmup=1', 'active=2', 'repeat=2')))
     assert 'skipping profiling metadata' not in capfd.readouterr().err, 'a line for each batch'
     assert profiled == trained(mds_root, 'max_duration=12ba') and len(profiled) == 12
-    # The batches 4 and 8 (from 1) are waited for, 5 and 9 warm up, 6 and 7, 10 and 11 are active; torch counts from 0.
+    # Counted from 1, the profiler waits in batches 4 and 8, warms up in 5 and 9, and records 6, 7, 10, 11; torch counts from 0.
     for last, steps in ((7, (5, 6)), (11, (9, 10))):
         seen = events(folder / 'tiny' / f'rank0.{last}.pt.trace.json')
         assert {name for name in seen if name.startswith('ProfilerStep')} == {f'ProfilerStep#{i}' for i in steps}
@@ -276,7 +276,7 @@ def test_each_start_has_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 def test_what_records_memory_writes_into_a_folder_of_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative ones too; on a model that is not on a CPU, so far as this machine can tell."""
+    """Also with a relative folder. The model is on meta, because the callbacks refuse a CPU."""
     entry = {'action': 'alloc', 'addr': 512, 'size': 1024, 'stream': 0, 'frames': [], 'time_us': 1}
     observers: list[Any] = []
     monkeypatch.setattr(torch.cuda.memory, '_record_memory_history', lambda *args, **kwargs: None)
@@ -302,7 +302,7 @@ def test_what_records_memory_writes_into_a_folder_of_each_start(tmp_path: Path, 
 @pytest.mark.parametrize(('rank', 'name', 'file'), [(0, 'log.txt', 'log.2.txt'), (1, 'log.txt', 'log-rank1.txt'),
                                                     (1, 'log-{rank}.txt', 'log-1.txt')])
 def test_each_rank_has_a_log_of_its_own(rank: int, name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`log.2.txt` is rank 0's second start, never another rank."""
+    """`log.2.txt` belongs to the second start of rank 0, never to another rank."""
     (tmp_path / 'log.txt').touch()
     monkeypatch.setattr('composer.utils.dist.get_global_rank', lambda: rank)
     logger = plugins.LOGGERS['file'](filename=f'{tmp_path}/{name}', capture_stdout=False, capture_stderr=False)

@@ -1,4 +1,4 @@
-"""`--dry_run`: everything is built and said, nothing is trained or written."""
+"""`--dry_run` builds and prints everything, and trains and writes nothing."""
 
 import ast
 import re
@@ -25,12 +25,12 @@ SECRET = '5ec2e7' * 6 + 'abcd'
 
 
 def snapshot(*folders: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder below, with its size and time."""
+    """Every file and folder below these folders, with its size and modification time."""
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for folder in folders for p in [folder, *folder.rglob('*')]}
 
 
 class First(Callback):
-    """The first batch that a run trains on."""
+    """Keeps the first batch that a run trains on."""
 
     def batch_start(self, state, logger) -> None:
         self.batch = state.batch
@@ -51,7 +51,7 @@ def test_it_says_everything_and_writes_nothing(mds_root, tmp_path, monkeypatch, 
     assert shown['loggers']['wandb'] == {'project': 'kit', 'init_kwargs': {'settings': {'api_key': '***'}}}
     assert shown == config.mask_secrets(config.to_plain(Config.model_validate(config.to_plain(config.load(argv)))))
 
-    assert '12 samples of 32 tokens = 384 tokens per step; 1 devices x 3 microbatches of 5' in said
+    assert '12 samples of 32 tokens = 384 tokens per step; the device computes 3 microbatches of up to 5 samples' in said
     c = Config.model_validate(shown)
     for name, size in predict(c, 1, False, 5)._replace(moment=0)._asdict().items():
         assert name == 'moment' or re.search(rf'^    {name} +{gib(size)}   ', said, re.MULTILINE)
@@ -132,7 +132,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize('case', list(MISTAKES))
 def test_mistakes_are_those_of_a_run(case, mds_root, capfd):
-    """The same message, which names the setting or flag, and the same exit code."""
+    """A dry run prints the same message as a run, which names the setting or flag, and exits with the same code."""
     argv = [QUICKSTART, *tiny(mds_root, *MISTAKES[case])]
     messages = []
     for extra in ([], ['--dry_run']):

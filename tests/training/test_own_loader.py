@@ -1,4 +1,4 @@
-"""A loader of the user's own: what gives dicts of token ids trains, evaluates and resumes, or is told what it lacks."""
+"""A loader of the user's own: any source of dicts of token ids works, and an error names what is missing."""
 
 import copy
 from collections.abc import Callable
@@ -25,14 +25,14 @@ from src.training import data
 
 MODEL: Any = SimpleNamespace(vocab_size=512, max_seq_len=None)
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
-# No data, no tokenizer, and a section `dataset` that says what is not so
+# No data, no tokenizer, and `dataset` sections that do not apply
 OWN = ['data_remote=/nowhere', 'tokenizer=null', 'callbacks.text_samples=false',
        'train_loader.dataset.group_method=concat', 'eval_loader.dataset.split=train', 'eval_first=false',
        'device_train_microbatch_size=5', 'log_to_console=false']
 
 
 class Seen(Callback):
-    """The rows that a run trains on and evaluates on, by their numbers, and its losses."""
+    """Records the numbers of the rows that a run trains on and evaluates on, and its losses."""
 
     def __init__(self):
         self.rows: list[list[int]] = []
@@ -51,7 +51,7 @@ class Seen(Callback):
 
 @pytest.fixture
 def run(mds_root, monkeypatch) -> Callable[..., tuple[Any, Seen]]:
-    """Trains with `build` in place of the kit's loader; returns the Trainer and what was seen."""
+    """Trains with `build` in place of the kit's loader; returns the Trainer and the recorded rows and losses."""
 
     def train(build: Callable[..., Any], *overrides: str, dry_run: bool = False) -> tuple[Any, Seen]:
         monkeypatch.setattr(data, 'build_c4_dataloader', build)
@@ -75,7 +75,7 @@ def test_a_plain_dataloader_trains_and_evaluates_each_sample_once(run, capfd):
 
 
 def test_other_forms_of_the_same_samples_train_alike(run, tmp_path, capfd):
-    """With a short last batch, and a checkpoint of each."""
+    """The last batch is short, and each run saves a checkpoint."""
     found = {}
     for form, build in FORMS.items():
         trainer, seen = run(lambda *args, build=build, **kwargs: build(), 'max_duration=3ba', 'eval_interval=3ba',
@@ -107,7 +107,7 @@ def test_a_resumed_run_has_the_samples_and_weights_of_one_that_never_stopped(run
         assert seen.rows[0] != seen.rows[3 if build is not sampled else 2], build
         want = whole.state.model.state_dict()
         assert all(torch.equal(value, want[key]) for key, value in resumed.state.model.state_dict().items()), build
-        assert 'a resumed run first reads again what its epoch has read' in capfd.readouterr().err
+        assert 'a resumed run reads its epoch again up to the checkpoint' in capfd.readouterr().err
 
 
 def test_a_dry_run_shows_the_first_batch(run, capfd, mds_root):
@@ -129,7 +129,7 @@ def test_a_batch_of_another_size_than_the_config_says_is_said_once(run, capfd):
 
 
 def batch(*shape: int, **others: torch.Tensor) -> Callable[[], Any]:
-    """A loader of one batch, of ones."""
+    """A loader of a single batch of ones."""
     return lambda: [{'input_ids': torch.ones(shape).long(), **others}]
 
 
@@ -210,8 +210,8 @@ def test_what_callbacks_and_resumed_runs_ask_of_a_loader():
         def state_dict(self, num_samples, from_beginning):
             return {}
 
-    for dataset, counts, again in ((Counted(), True, 'goes on from a number of samples'),
-                                   (Stream(), False, 'first reads again what its epoch has read')):
+    for dataset, counts, again in ((Counted(), True, 'continues at the next sample'),
+                                   (Stream(), False, 'reads its epoch again up to the checkpoint')):
         loader: Any = data.build_data_spec(DataLoader(dataset, 12), 'train_loader', MODEL, 17).dataloader
         assert (loader.dataset, loader.num_workers, data.resumes_by_samples(loader)) == (dataset, 0, counts)
         assert f'a resumed run {again}' in data.describe(loader)[0]
@@ -266,7 +266,7 @@ def test_a_batch_is_split_by_samples_and_the_rest_goes_to_all():
 
 
 def test_two_ranks_do_what_one_does(run, mds_root, tmp_path):
-    """In training, in an evaluation, in the program that evaluates, and with a Hugging Face model that FSDP shards."""
+    """In training, in an evaluation, in src/tools/evaluate.py, and with a Hugging Face model that FSDP shards."""
     own = [*OWN, 'callbacks.speed_monitor=false', 'max_duration=4ba', 'scheduler.t_warmup=1ba']
     hf = [*HF, 'fsdp_config.sharding_strategy=FULL_SHARD', 'tokenizer_name=none',
           *(o for o in tiny(mds_root, *own) if not o.startswith(('model.', 'loggers.', 'callbacks.')))]
