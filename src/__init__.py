@@ -1,7 +1,7 @@
-"""The modules of the kit. With this file `src` is a regular package: Python takes no other package of that name.
+"""The modules of the kit, and what must happen before all other imports.
 
-What has to happen before anything else is imported happens here, and nowhere else: Composer, torch and streaming read
-variables of the environment when they are imported, and a fork may come at any time.
+Composer, torch and streaming read environment variables when they are imported, and a process may fork at any time. So
+this file prepares both. It also makes `src` a regular package, which Python prefers to others of that name.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Causal self-attention: the maths, then the choice of a kernel that computes it.
+"""Causal self-attention: the formula, the layer, then the choice of a kernel.
 
 Every implementation takes queries, keys and values of shape (batch, seq, heads, head_dim) and returns the same shape.
-None takes a mask of padding: `MosaicGPT` moves padding to the right end of each row, where causal attention already
-hides it. Where rows hold several documents, `Documents` tells each implementation how to stay within them.
+There is no padding mask: `MosaicGPT` moves padding to the right end of each row, where causal attention hides it.
+Where a row holds several documents, `Documents` keeps attention within each of them.
 """
 
 import logging
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0,
                     documents: Optional['Documents'] = None) -> Tensor:
-    """softmax(Q K^T / sqrt(head_dim) + causal mask) V, as written (Vaswani et al. 2017, eq. 1): the reference."""
+    """The reference: softmax(Q K^T / sqrt(head_dim) + causal mask) V, step by step (Vaswani et al. 2017, eq. 1)."""
     seq_len = q.shape[1]
-    scores = torch.einsum('bqhd,bkhd->bhqk', q, k) / math.sqrt(q.shape[-1])
+    scores = torch.einsum('bqhd,bkhd->bhqk', q, k) / math.sqrt(q.shape[-1])  # (batch, heads, query, key)
     hidden = ~documents.mask if documents else torch.ones(seq_len, seq_len, dtype=torch.bool, device=q.device).triu(1)
     weights = scores.float().masked_fill(hidden, float('-inf')).softmax(-1).to(v.dtype)
     return torch.einsum('bhqk,bkhd->bqhd', F.dropout(weights, dropout_p), v)
@@ -37,48 +37,51 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0,
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0,
                    documents: Optional['Documents'] = None) -> Tensor:
-    """PyTorch's fused attention; PyTorch picks the kernel."""
+    """PyTorch's fused attention; PyTorch chooses the kernel."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, seq, head_dim)
-    mask = documents.bias(q.dtype) if documents else None
+    mask = documents.bias(q.dtype) if documents else None  # (batch, 1, seq, seq)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None).transpose(1, 2)
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal self-attention; `Wqkv` holds queries, keys and values, in this order, for every `attn_impl`."""
+    """Multi-head causal self-attention. Its weights have one layout for every `attn_impl`.
+
+    `Wqkv` maps a token to its queries, keys and values, in this order; `out_proj` joins the heads.
+    """
 
     def __init__(self, cfg: MosaicGPTConfig):
         super().__init__()
         self.n_heads = cfg.n_heads
         self.head_dim = cfg.d_model // cfg.n_heads
         self.dropout_p = cfg.attn_pdrop
-        self.kernel, self.attention, self.takes_lengths = choose_attention(cfg.attn_impl, self.head_dim,
+        self.kernel, self.attention, self.varlen_dtypes = choose_attention(cfg.attn_impl, self.head_dim,
                                                                            cfg.attn_within_document, cfg.flash_kernel)
         self.Wqkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, device=cfg.device)
         self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, device=cfg.device)
 
     def forward(self, x: Tensor, documents: Optional['Documents'] = None) -> Tensor:
-        """(batch, seq, d_model) to the same shape; with `documents` each token sees its own document alone."""
+        """Maps (batch, seq, d_model) to the same shape; with `documents` a token sees only its own document."""
         batch, seq_len, d_model = x.shape
-        q, k, v = self.Wqkv(x).view(batch, seq_len, 3, self.n_heads, self.head_dim).unbind(2)
+        q, k, v = self.Wqkv(x).view(batch, seq_len, 3, self.n_heads, self.head_dim).unbind(2)  # each (b, s, heads, dim)
         out = self.attention(q, k, v, self.dropout_p if self.training else 0.0, documents)
         return self.out_proj(out.reshape(batch, seq_len, d_model))
 
 
 class Documents:
-    """Where the documents of a batch lie, for attention that stays within each.
+    """Where documents begin in the rows of a batch, in the forms that attention kernels take.
 
-    What a kernel needs is made when the first layer asks for it, or by `count` before, and kept for the other layers
-    and for activation checkpointing, which runs them again. It is a plain class because FSDP builds tuples and
-    dataclasses anew for every block, and what they keep would be lost.
+    Each form is computed once, when the first layer reads it, and kept for the later layers and for recomputed
+    activations. This is a plain class, because FSDP copies tuples and dataclasses for every block: the copies would
+    compute each form again.
 
     Args:
-        sequence_id: (batch, seq); a document begins where it changes along a row.
+        sequence_id: (batch, seq). A new document begins where the value changes along a row.
     """
 
     def __init__(self, sequence_id: Tensor):
         self.index = torch.arange(sequence_id.shape[1], device=sequence_id.device)
         begins = F.pad(sequence_id.diff(dim=1) != 0, (1, 0), value=True)
-        self.first = (self.index * begins).cummax(1).values  # (batch, seq), where each token's document begins
+        self.first = (self.index * begins).cummax(1).values  # (batch, seq), position where each token's document begins
         self.positions = self.index - self.first  # (batch, seq), from 0 in each document
         # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot.
         self._mask: Optional[Tensor] = None
@@ -87,14 +90,14 @@ class Documents:
 
     @property
     def mask(self) -> Tensor:
-        """(batch, 1, seq, seq): whether a query (third dimension) sees a key (fourth)."""
+        """Whether a query (third dimension) sees a key (fourth), bool of shape (batch, 1, seq, seq)."""
         if self._mask is None:
             causal = self.index <= self.index[:, None]
             self._mask = (causal & (self.index >= self.first[:, :, None]))[:, None]
         return self._mask
 
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """The mask as numbers to add to the scores, 0 or -inf. From the mask, PyTorch would make them in each layer."""
+        """The mask as numbers to add to the scores, 0 or -inf, made once for all layers."""
         if self._bias is None or self._bias.dtype != dtype:
             zeros = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
             self._bias = zeros.masked_fill_(~self.mask, float('-inf'))
@@ -102,39 +105,39 @@ class Documents:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """(documents + 1,), int32: where each document begins in the batch's rows laid end to end, then their length.
+        """Where each document begins if all rows stand end to end, then their length: int32, (documents + 1,).
 
-        How many there are is known once the GPU has counted them, so this waits for it.
+        Their number decides the shape, so the CPU waits until the GPU has counted the documents.
         """
         if self._cu_seqlens is None:
             begins = (self.positions.flatten() == 0).nonzero()[:, 0]
             self._cu_seqlens = F.pad(begins, (0, 1), value=self.positions.numel()).int()
         return self._cu_seqlens
 
-    @torch.compiler.disable  # what the count is decides a shape, at which a graph would end
-    def count(self) -> None:
-        """Makes `cu_seqlens` outside of compiled code. Blocks then share one graph for any number of documents."""
+    @torch.compiler.disable  # a shape that depends on data would break the graph
+    def prepare_cu_seqlens(self) -> None:
+        """Makes `cu_seqlens` outside of compiled code, so that one graph serves any number of documents."""
         torch._dynamo.maybe_mark_dynamic(self.cu_seqlens, 0)
 
 
 # ---------------------------------------------------------------- the choice of a kernel
 
-AttentionFn = Callable[..., Tensor]  # with the arguments of `torch_attention`
+AttentionFn = Callable[..., Tensor]  # takes the arguments of `torch_attention`
 
 HALF = (torch.float16, torch.bfloat16)
 SDPA = 'sdpa (PyTorch)', sdpa_attention, ()
-# Packages of FlashAttention, by the value of `flash_kernel`: the module, and the compute capabilities it is made for
+# Packages of FlashAttention by the value of `flash_kernel`: module, and major compute capabilities of its GPUs
 PACKAGES = {'flash-attn-2': ('flash_attn', range(8, 100)), 'flash-attn-3': ('flash_attn_interface', range(9, 10)),
             'flash-attn-4': ('flash_attn.cute', range(9, 12))}
 
 
 def choose_attention(impl: str, head_dim: int, within_document: bool = False,
                      kernel: str = 'auto') -> tuple[str, AttentionFn, tuple[torch.dtype, ...]]:
-    """Resolves `attn_impl` and `flash_kernel`, when the model is built.
+    """Chooses the attention function when the model is built, so that a missing kernel stops the run at its start.
 
-    `flash` is a FlashAttention kernel or an error; `auto` is `flash` where the GPU allows it and the inputs are fp16 or
-    bf16, else `sdpa`. Every function takes `Documents`; `within_document` chooses the kernel for them. Returns the
-    kernel's name for the log, the function, and of which types it takes documents by `Documents.cu_seqlens`.
+    `impl` is `attn_impl`, `kernel` is `flash_kernel`. `flash` gets a FlashAttention kernel or raises UserError. `auto`
+    uses one for fp16 and bf16 inputs if the GPU has it, else `sdpa`. `within_document` says that rows hold several
+    documents. Returns the name for the log, the function, and the dtypes for which it reads `Documents.cu_seqlens`.
     """
     if impl == 'torch':
         return 'torch (plain maths)', torch_attention, ()
@@ -157,11 +160,11 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False,
 
 
 def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'auto') -> tuple[str, AttentionFn]:
-    """A FlashAttention kernel for this machine, and its name.
+    """Returns the name and the function of a FlashAttention kernel for this GPU.
 
-    `auto` takes cuDNN's on Hopper and newer, where it is the faster one, if it can do it; else the package
-    `flash-attn`, version 2, if it is installed; else the one in PyTorch. Raises UserError where there is no GPU, or not
-    this kernel for it.
+    `auto` takes the first of: cuDNN's on Hopper and newer GPUs, where it is the fastest, if it can compute this
+    attention; the package `flash-attn` 2, if it is installed; PyTorch's own. Raises UserError where there is no GPU, or
+    the chosen kernel does not run on it.
     """
     if not torch.cuda.is_available():
         raise UserError(FLASH_NEEDS_GPU)
@@ -170,50 +173,50 @@ def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'au
         raise UserError("model.attn_impl: 'flash' needs an Ampere or newer GPU and a head dimension "
                         '(d_model / n_heads) that is a multiple of 8 up to 256; here: compute capability '
                         f'{major}.{minor}, head dimension {head_dim}; set model.attn_impl=sdpa')
-    cudnn = head_dim <= 128 and not within_document and torch.backends.cudnn.is_available()
-    if choice == 'auto' and cudnn and major >= 9:
+    cudnn_fits = head_dim <= 128 and not within_document and torch.backends.cudnn.is_available()
+    if choice == 'auto' and cudnn_fits and major >= 9:
         choice = 'cudnn'
     elif choice == 'auto':
         choice = 'flash-attn-2' if _package_kernel('flash-attn-2') else 'pytorch'
     if choice == 'pytorch':
         return 'PyTorch FlashAttention', _pytorch_flash
     if choice == 'cudnn':
-        if not cudnn:
+        if not cudnn_fits:
             raise UserError("model.flash_kernel: 'cudnn' has no kernel for head dimensions above 128 or for "
-                            'attn_within_document; set auto')
+                            'attn_within_document; set model.flash_kernel=auto')
         return 'PyTorch cuDNN', partial(_pytorch_flash, backend=SDPBackend.CUDNN_ATTENTION)
     kernel, (module, capabilities) = _package_kernel(choice), PACKAGES[choice]
     if kernel is None or major not in capabilities:
-        why = (f'its module {module} is not installed' if kernel is None else
-               f'it is not made for compute capability {major}.{minor}')
-        raise UserError(f'model.flash_kernel: {choice!r}: {why}; set auto, cudnn or pytorch')
+        reason = (f'its module {module} is not installed' if kernel is None else
+                  f'it is not made for compute capability {major}.{minor}')
+        raise UserError(f'model.flash_kernel: {choice!r}: {reason}; set auto, cudnn or pytorch')
     return choice, kernel
 
 
 def _pytorch_flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Optional[Documents] = None,
                    backend: Any = SDPBackend.FLASH_ATTENTION) -> Tensor:
-    """PyTorch's FlashAttention, or for rows of one document another backend's."""
+    """PyTorch's FlashAttention; for rows of one document, any `backend` of PyTorch's attention."""
     if documents is None:
         with sdpa_kernel(backend):
             return sdpa_attention(q, k, v, dropout_p)
-    # The operator behind `torch.nn.attention.varlen`, which torch has from 2.10 on, and behind nested tensors. No
-    # sequence exceeds `seq`; to know the longest would be to wait for the GPU.
+    # The operator behind nested tensors, and behind torch.nn.attention.varlen of torch 2.10. `seq_len` bounds the
+    # length of every document; the true maximum would make the CPU wait for the GPU.
     flash: Any = torch.ops.aten._flash_attention_forward
     bounds, seq_len = documents.cu_seqlens, q.shape[1]
     return end_to_end(lambda *qkv: flash(*qkv, bounds, bounds, seq_len, seq_len, dropout_p, True, False)[0], q, k, v)
 
 
 def end_to_end(kernel: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Calls a kernel for sequences of any lengths on all rows laid end to end, (batch * seq, heads, head_dim)."""
+    """Calls a variable-length kernel on all rows end to end: (batch * seq, heads, head_dim)."""
     return kernel(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (-1, q.shape[1]))
 
 
 def _package_kernel(choice: str) -> Optional[AttentionFn]:
-    """The kernel of a package; None where it is not installed."""
+    """The kernel of a package; None if the package is not installed."""
     try:
         module: Any = import_module(PACKAGES[choice][0])
-        dense, varlen = _of_any_version(module.flash_attn_func), _of_any_version(module.flash_attn_varlen_func)
-    except (ImportError, AttributeError):  # version 4 alone leaves a `flash_attn` without functions
+        dense, varlen = _any_version(module.flash_attn_func), _any_version(module.flash_attn_varlen_func)
+    except (ImportError, AttributeError):  # where only version 4 is installed, `flash_attn` has no functions
         return None
 
     def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0,
@@ -228,12 +231,12 @@ def _package_kernel(choice: str) -> Optional[AttentionFn]:
     return attention
 
 
-def _of_any_version(function: Callable[..., Any]) -> AttentionFn:
-    """Leaves out the keywords that a version may lack, and the logsumexp that some versions return as well."""
-    lacks = {'dropout_p', 'max_seqlen_q', 'max_seqlen_k'} - signature(function).parameters.keys()
+def _any_version(function: Callable[..., Any]) -> AttentionFn:
+    """Makes versions of FlashAttention alike: drops keywords that one lacks, and the logsumexp that some return."""
+    missing = {'dropout_p', 'max_seqlen_q', 'max_seqlen_k'} - signature(function).parameters.keys()
 
     def call(*qkv: Tensor, **keywords: Any) -> Tensor:
-        out = function(*qkv, **{name: value for name, value in keywords.items() if name not in lacks})
+        out = function(*qkv, **{name: value for name, value in keywords.items() if name not in missing})
         return out[0] if isinstance(out, tuple) else out
 
     return call

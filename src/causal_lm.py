@@ -1,7 +1,7 @@
-"""What every causal language model of the kit shares: targets, loss and metrics.
+"""The wrapper for Composer's Trainer that all causal language models share, with targets, loss and metrics.
 
-A model that Composer trains is a `ComposerCausalLM`: an `nn.Module` that returns the loss, in a thin wrapper. The
-wrapped module computes the loss itself, so that the logits of a whole microbatch never exist.
+A `ComposerCausalLM` wraps an `nn.Module` that returns its loss. The module computes the loss itself, because the logits
+of a whole microbatch would be the largest tensor of the run.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from src.common.targets import IGNORE
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which layers compute with `x`: autocast's, where that is on."""
+    """The dtype in which layers compute with `x`: that of autocast if autocast is on, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _padded(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """`x` in another type and with zeros to the right or below; `x` itself where that is nothing."""
+    """Converts the matrix `x` to `dtype`, and adds zeros on the right and at the bottom up to `shape`."""
     if x.shape == shape:
         return x.to(dtype)
     out = x.new_zeros(shape, dtype=dtype)
@@ -35,38 +35,38 @@ def _padded(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy of `hidden @ weight.T`, a chunk of rows at a time.
+    """Cross entropy of `hidden @ weight.T`, with the logits of one chunk of rows at a time.
 
-    The gradient of a mean is linear in the gradient that arrives, so both gradients are computed here, while a
-    chunk's logits exist, and only scaled in the backward pass: no logits are kept and none are computed twice.
+    The forward pass also computes both gradients, while a chunk's logits exist. The backward pass only scales them by
+    the gradient of the loss. So no logits are kept, and none are computed twice.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype,
                 with_grad: bool, multiple: int) -> Tensor:
-        vocab, width = len(weight), len(weight) + -len(weight) % multiple
-        w = _padded(weight, (width, weight.shape[1]), dtype)  # what the rows of zeros give is cut off before it counts
+        vocab, width = len(weight), len(weight) + -len(weight) % multiple  # width: vocab, rounded up
+        w = _padded(weight, (width, weight.shape[1]), dtype)  # logits of the added rows are cut off below
         n_targets = (targets != IGNORE).sum().clamp(min=1)
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_grad else None
         d_weight = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            h, target = hidden[rows].to(dtype), targets[rows]
+            h, target = hidden[rows].to(dtype), targets[rows]  # (chunk, d_model), (chunk,)
             trained = target != IGNORE
             index = target.where(trained, 0)[:, None]  # (chunk, 1)
-            logits = (h @ w.T)[:, :vocab].float()  # (chunk, vocab); everything below is in place
-            top = logits.amax(-1, keepdim=True)
+            logits = (h @ w.T)[:, :vocab].float()  # (chunk, vocab); the steps below reuse this memory
+            top = logits.amax(-1, keepdim=True)  # subtracted, so that exp does not overflow
             shifted = logits.gather(1, index) - top
             exps = logits.sub_(top).exp_()
             z = exps.sum(-1, keepdim=True)
-            loss += ((z.log() - shifted)[:, 0] * trained).sum()
+            loss += ((z.log() - shifted)[:, 0] * trained).sum()  # -log softmax at the targets
             if d_hidden is not None and d_weight is not None:
-                # d loss / d logits = (softmax - one_hot) / n_targets; the division comes last, fp16 would round it to 0
-                share = trained[:, None].float()
-                exps.mul_(share / z).scatter_add_(1, index, -share)
+                # d loss / d logits = (softmax - one_hot) / n_targets. `backward` divides: fp16 would round to 0 here
+                mask = trained[:, None].float()  # (chunk, 1)
+                exps.mul_(mask / z).scatter_add_(1, index, -mask)
                 d_logits = _padded(exps, (len(exps), width), dtype)
-                del logits, exps  # else they would be there until the next chunk's are
+                del logits, exps  # free them before the next chunk allocates its own
                 d_hidden[rows] = d_logits @ w
                 if dtype == torch.float32:
                     d_weight.addmm_(d_logits.T, h)
@@ -87,20 +87,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 1024,
                           vocab_multiple: Optional[int] = None) -> Tensor:
-    """Mean cross entropy of a linear head, equal to `F.cross_entropy(hidden @ weight.T, targets)`.
-
-    At most `chunk_tokens` rows of logits exist at one time, instead of batch * seq.
+    """Mean cross entropy of a linear head, without the full logits: `F.cross_entropy(hidden @ weight.T, targets)`.
 
     Args:
-        hidden: What the head reads, (batch, seq, d_model).
-        weight: The head, (vocab, d_model).
+        hidden: Output of the last block and norm, (batch, seq, d_model).
+        weight: Weight of the head, (vocab, d_model).
         targets: Token ids, (batch, seq); -100 where there is nothing to predict.
-        chunk_tokens: Rows of logits at one time.
-        vocab_multiple: The head is padded to a multiple of so many rows, which matrix products on GPUs want; the
-            result is the same. None: 64 on a GPU, 1 on a CPU.
+        chunk_tokens: Number of tokens whose logits exist at one time, instead of batch * seq.
+        vocab_multiple: Zero rows fill the head up to a multiple of this number, for faster matrix products on GPUs. The
+            result does not change. None: 64 on a GPU, 1 on a CPU.
 
     Returns:
-        The mean over the targets in nats, fp32; 0, with a gradient of 0, where there is none.
+        The mean over the targets in nats, fp32. Without any target it is 0, and so is its gradient.
     """
     kind, dtype = hidden.device.type, compute_dtype(hidden)
     multiple = vocab_multiple or (64 if kind == 'cuda' else 1)
@@ -111,22 +109,22 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same from logits, (batch, seq, vocab): for heads of other kinds, and for `torch.compile` to fuse."""
+    """The same mean from full logits, (batch, seq, vocab): for other heads, and for `torch.compile` to fuse."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction='sum')
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
 def padding_right_order(key_padding_mask: Tensor) -> Tensor:
-    """The order of positions that moves each row's padding behind its tokens, which keep their order.
+    """Returns the indices, (batch, seq), with which `gather` moves each row's padding behind its tokens.
 
-    `key_padding_mask`, (batch, seq), is true or 1 at tokens. The result, (batch, seq), holds indices for `gather` along
-    the sequence; `.argsort(1)` of them is the way back.
+    Tokens keep their order. `key_padding_mask`, (batch, seq), is true or 1 at tokens. The indices' `.argsort(1)` undoes
+    the move.
     """
     return key_padding_mask.bool().int().argsort(dim=1, descending=True, stable=True)
 
 
 def without_mask(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The batch with its padding moved to the right end, where causal attention hides it, and no `attention_mask`."""
+    """The batch without `attention_mask`: its padding is at the right end, where causal attention hides it."""
     if 'attention_mask' not in batch:
         return batch
     order = padding_right_order(batch['attention_mask'])
@@ -134,11 +132,11 @@ def without_mask(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def next_token_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs and what each position has to predict, both (batch, seq), padding moved to the right end.
+    """Returns inputs and targets, both (batch, seq), with padding at the right end.
 
-    The batch has `input_ids`, (batch, seq), and `labels`, not shifted, -100 where there is nothing to predict. Labels
-    of shape (batch, seq) leave nothing for the last position to predict; of shape (batch, seq + 1) they give it the
-    token after the inputs. Optionally, with the former, it has `attention_mask`, (batch, seq).
+    The batch has `input_ids`, (batch, seq), and `labels`: the same ids, not shifted, -100 where there is nothing to
+    predict. Labels of shape (batch, seq) leave the last position without a target. Labels of shape (batch, seq + 1)
+    give it one; only the former go with an `attention_mask`, (batch, seq).
     """
     batch = without_mask(batch)
     input_ids, labels = batch['input_ids'], batch['labels']
@@ -154,16 +152,16 @@ class ComposerCausalLM(ComposerModel):
     """A causal language model for Composer's Trainer.
 
     Args:
-        model: Called as `model(input_ids, targets=targets)`, returns the mean loss over the targets. With
-            `attn_within_document` it is given `sequence_id` too, all of shape (batch, seq).
-        n_layers: Number of blocks, for the FLOPs.
-        d_model: Width, for the FLOPs.
-        vocab_size: Token ids that it has embeddings for.
-        max_seq_len: The longest sequence that it takes; None: any.
-        attn_within_document: Batches have `sequence_id`, which numbers the documents of each sample.
+        model: `model(input_ids, targets=targets)` returns the mean loss over the targets. With `attn_within_document`
+            it also gets `sequence_id`. All three are of shape (batch, seq).
+        n_layers: Number of blocks, to count FLOPs.
+        d_model: Width of the model, to count FLOPs.
+        vocab_size: Number of token ids that have an embedding.
+        max_seq_len: Longest sequence that the model takes; None: any length.
+        attn_within_document: Whether batches have `sequence_id`, the number of each token's document.
 
     Attributes:
-        described_by: What a checkpoint's manifest says of the model, where it is not section `model` of the config.
+        described_by: The model in the manifest of a checkpoint; None: section `model` of the config.
     """
 
     described_by: Optional[dict[str, Any]] = None
@@ -178,11 +176,15 @@ class ComposerCausalLM(ComposerModel):
         self.n_layers, self.d_model = n_layers, d_model
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean loss in nats over the batch's targets, and how many there are."""
+        """Returns `loss`, the mean over the batch's targets in nats, and `n_targets`, their number.
+
+        Raises UserError where the batch has `sequence_id` and the model does not use it, or the other way round.
+        """
         if ('sequence_id' in batch) != self.attn_within_document:
             does, has = ('within', 'no') if self.attn_within_document else ('across', 'a')
             raise UserError(f'dataset.sequence_ids: the model attends {does} documents, and the batch has {has} '
-                            'sequence_id; make it the same as model.attn_within_document (which mosaic_gpt alone has)')
+                            'sequence_id; make it the same as model.attn_within_document (only mosaic_gpt has this '
+                            'setting)')
         batch = without_mask(batch)
         input_ids, targets = next_token_targets(batch)
         documents = {'sequence_id': batch['sequence_id']} if self.attn_within_document else {}
@@ -195,15 +197,15 @@ class ComposerCausalLM(ComposerModel):
         return {'LanguageCrossEntropy': LanguageCrossEntropy(), 'Perplexity': LanguagePerplexity()}
 
     def update_metric(self, batch: Mapping[str, Tensor], outputs: dict[str, Tensor], metric: Metric) -> None:
-        """Adds to both metrics' sums from the loss that is already there: their own update would want all logits."""
+        """Adds the loss to a metric's sums. The metric's own `update` would need all logits."""
         assert isinstance(metric, LanguageCrossEntropy)
         metric.sum_loss += outputs['loss'].detach() * outputs['n_targets']
         metric.total_items += outputs['n_targets']
 
     def flops_per_batch(self, batch: Mapping[str, Tensor]) -> float:
-        """FLOPs of one forward and backward pass; Composer's SpeedMonitor makes MFU of it.
+        """FLOPs of a forward and backward pass (Chowdhery et al. 2022, appendix B); SpeedMonitor turns them into MFU.
 
-        Attention is counted over whole rows, also where it stays within documents and does less.
+        Attention counts as if it covered whole rows, also where it stays within documents and computes less.
         """
         rows, seq_len = batch['input_ids'].shape
         return rows * seq_len * train_flops_per_token(self.n_params, self.n_layers, self.d_model, seq_len)

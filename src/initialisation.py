@@ -1,17 +1,16 @@
-"""Initial weights: the same on any number of ranks, with and without sharding, built on the CPU and on meta.
+"""Initial weights of GPT-2 (Radford et al. 2019): the same on any number of ranks, sharded or not, on the CPU or meta.
 
-| parameter                                        | drawn from                         |
-|--------------------------------------------------|------------------------------------|
-| wte, wpe, Wqkv, mlp_up weights                   | N(0, init_std)                     |
-| out_proj, mlp_down weights                       | N(0, init_std / sqrt(2 n_layers))  |
-| any other Linear's or Embedding's weight         | N(0, init_std)                     |
-| every Linear's bias                              | 0                                  |
-| LayerNorm weights and biases                     | 1 and 0                            |
-| parameters and buffers of any other module       | its own `reset_parameters`         |
+| parameter                                  | initial value                           |
+|--------------------------------------------|-----------------------------------------|
+| weights of wte, wpe, Wqkv, mlp_up          | normal, std init_std                    |
+| weights of out_proj, mlp_down              | normal, std init_std / sqrt(2 n_layers) |
+| weight of any other Linear or Embedding    | normal, std init_std                    |
+| bias of every Linear                       | 0                                       |
+| weight and bias of LayerNorm               | 1 and 0                                 |
+| parameters and buffers of any other module | set by the module's `reset_parameters`  |
 
-Each parameter has a seed of its own, made from `init_seed` and the parameter's name. A large parameter is drawn in
-chunks of whole rows, each with its own seed. So a rank draws only the chunks that it keeps a part of, and threads share
-them.
+Each parameter has its own seed, made from `init_seed` and the parameter's name. A large parameter is drawn in chunks of
+whole rows, each with its own seed. So each rank draws only the chunks that its shard touches, in several threads.
 """
 
 import hashlib
@@ -31,17 +30,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from src.common.errors import UserError
 from src.config.schema import MosaicGPTConfig
 
-CHUNK = 2**19  # numbers, as many as the largest parameter of the quick start has; a chunk has at least one row
-# Of FSDP1, activation checkpointing and torch.compile
+CHUNK = 2**19  # numbers in a chunk, which has at least one row; the quick start's largest parameter is one chunk
+# Names of the inner module in the wrappers of FSDP1, activation checkpointing and torch.compile
 WRAPPERS = ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')
 
 _loads_weights: ContextVar[bool] = ContextVar('loads_weights', default=False)
 
 
 @contextmanager
-def skip_initialisation(later: bool) -> Iterator[None]:
-    """Models that are built in this block draw nothing if `later` is true: a checkpoint overwrites their weights."""
-    token = _loads_weights.set(later)
+def skip_initialisation(skip: bool) -> Iterator[None]:
+    """Models that are built in this `with` block draw no weights if `skip` is true: a checkpoint brings them."""
+    token = _loads_weights.set(skip)
     try:
         yield
     finally:
@@ -49,72 +48,77 @@ def skip_initialisation(later: bool) -> Iterator[None]:
 
 
 class Initialiser:
-    """Gives the modules of a model their initial values, by the table above.
+    """Sets the initial values of a model's modules, by the table above.
 
-    Raises UserError where a matrix on meta loses what the code around its layer has written into it.
+    Raises UserError where other code has written into a Linear or an Embedding on meta, because these values are lost.
+
+    Attributes:
+        has_values: Whether modules hold the values that their constructors set. False: they come from meta.
+        draws: False where a checkpoint will bring the weights. They are NaN until then.
+        user_set: Names of weights and biases of layers that the user's code has set; they keep these values.
     """
 
     def __init__(self, model: nn.Module, cfg: MosaicGPTConfig):
         self.model, self.cfg = model, cfg
-        self.has_values = False  # whether modules hold what their constructors set; False: they have come from meta
+        self.has_values = False
         self.draws = not _loads_weights.get()
-        self.by_hand = set_by_hand(model)
-        if lost := [name for name in self.by_hand if model.get_parameter(name).is_meta]:
-            raise UserError(f'model.device: on meta {lost[0]} loses the values that the code around its layer has set; '
+        self.user_set = find_user_set_params(model)
+        if lost := [name for name in self.user_set if model.get_parameter(name).is_meta]:
+            raise UserError(f'model.device: on meta {lost[0]} loses the values that code outside of its layer has set; '
                             'write a subclass of the layer with a method reset_parameters(self) that sets them, or set '
                             'model.device=cpu')
 
     @torch.no_grad()
     def set_values(self, module: nn.Module) -> None:
-        """Sets the module's own parameters and buffers, not those of its children.
+        """Sets one module's own parameters and buffers, not those of its children.
 
-        Raises UserError where the module has come from meta, and nothing sets some of its parameters or buffers.
+        Raises UserError where the module comes from meta and one of these tensors has no initialisation.
         """
         path = next((path for path, other in named_modules(self.model) if other is module), '')
         tensors = own_tensors(module)
-        # A tied parameter is drawn under the first of its names
+        # Tied to a parameter of an earlier module, under whose name it is drawn
         tied = {name for name in tensors.keys() & module._parameters.keys()
                 if first_owner(self.model, tensors[name]) is not module}
         if not is_matrix(module):
             self._reset(module, path, tensors, tied)
             return
         if not self.has_values:
-            _check_none_is_unset(module, path, tensors.keys() - {'weight', 'bias'})
+            _refuse_unset(module, path, tensors.keys() - {'weight', 'bias'})
         for name in ('weight', 'bias'):
             if name in tensors and name not in tied:
                 self._draw(tensors[name], f'{path}.{name}', getattr(module, 'padding_idx', None))
 
     def _draw(self, param: Tensor, name: str, zero_row: Optional[int]) -> None:
-        """Draws the weight of a matrix, or sets its bias to 0, but where code around the layer has set them."""
+        """Draws a weight, or sets a bias to 0, unless other code has set it."""
         if not self.draws:
-            param.fill_(torch.nan)  # a weight that the checkpoint lacks cannot pass for an initial one
-        elif name.endswith('.bias') and name not in self.by_hand:
+            param.fill_(torch.nan)  # so that a weight which the checkpoint lacks is noticed
+        elif name.endswith('.bias') and name not in self.user_set:
             param.zero_()
-        elif name not in self.by_hand:
+        elif name not in self.user_set:
             residual = name.endswith(('out_proj.weight', 'mlp_down.weight'))
             std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)
             draw_normal(param, std, f'{self.cfg.init_seed}:{name}', zero_row)
 
     def _reset(self, module: nn.Module, path: str, tensors: dict[str, Tensor], tied: set[str]) -> None:
-        """Calls the module's own initialisation, with random numbers that depend on the seed and the path alone.
+        """Calls the module's `reset_parameters` with a random seed made from `init_seed` and the module's path.
 
-        It runs on a copy with whole tensors on the CPU, of which this rank keeps its part. A module that has values,
-        which its user may have changed, and whose initialisation draws no random numbers, stays as it is.
+        The method runs on a copy whose tensors are unsharded and on the CPU; this rank then keeps its shard. A module
+        with values, which the user may have changed, stays as it is if its method draws no random numbers.
         """
         fresh = object.__new__(type(module))  # not copy.copy, which calls the constructor of an FSDPModule
         fresh.__dict__ = {**module.__dict__, '_parameters': {**module._parameters}, '_buffers': {**module._buffers}}
         for name, t in tensors.items():
-            nothing = torch.nan if t.is_floating_point() else 0
-            blank = t.detach().clone() if self.has_values else torch.full(t.shape, nothing, dtype=t.dtype)
+            unset = torch.nan if t.is_floating_point() else 0
+            start = t.detach().clone() if self.has_values else torch.full(t.shape, unset, dtype=t.dtype)
             if name in module._buffers:
-                fresh._buffers[name] = blank
+                fresh._buffers[name] = start
             else:
-                fresh._parameters[name] = nn.Parameter(blank, t.requires_grad)
-        # nn.MultiheadAttention calls it `_reset_parameters`
-        blanks = own_tensors(fresh)
+                fresh._parameters[name] = nn.Parameter(start, t.requires_grad)
+        starts = own_tensors(fresh)
+        # The second is the name in nn.MultiheadAttention
         initialise = getattr(fresh, 'reset_parameters', None) or getattr(fresh, '_reset_parameters', None)
         if initialise is None:
-            _check_none_is_unset(module, path, () if self.has_values else tensors)
+            _refuse_unset(module, path, () if self.has_values else tensors)
         if not tensors or initialise is None:
             return
         with torch.random.fork_rng(devices=[]):
@@ -123,27 +127,28 @@ class Initialiser:
             if self.has_values and torch.equal(state, torch.default_generator.get_state()):
                 return
         module.__dict__.update({name: value for name, value in fresh.__dict__.items()
-                                if name not in ('_parameters', '_buffers')})  # what it may keep besides tensors
-        made = own_tensors(fresh)
+                                if name not in ('_parameters', '_buffers')})  # other attributes that the method set
+        results = own_tensors(fresh)
         if not self.has_values:
-            _check_none_is_unset(module, path, {name for name, t in made.items()
-                                                if name in tensors and _is_unset(t, blanks[name])})
+            _refuse_unset(module, path, {name for name, t in results.items()
+                                         if name in tensors and _is_unset(t, starts[name])})
         for name, t in tensors.items():
             if name in module._buffers:
-                module._buffers[name] = made[name].to(t.device)
+                module._buffers[name] = results[name].to(t.device)
             elif name not in tied:
-                copy_whole(t, made[name])
+                copy_shard(t, results[name])
 
 
-def _is_unset(made: Tensor, blank: Tensor) -> bool:
-    """Whether a tensor is as `_reset` gave it to an initialisation: NaN, or whole numbers that nobody wrote."""
-    return bool(made.isnan().any()) if made.is_floating_point() else made is blank and not made._version
+def _is_unset(result: Tensor, start: Tensor) -> bool:
+    """Whether `reset_parameters` left a tensor as it was: floats are NaN, and nothing wrote into integers."""
+    return bool(result.isnan().any()) if result.is_floating_point() else result is start and not result._version
 
 
-def _check_none_is_unset(module: nn.Module, path: str, names: Iterable[str]) -> None:
-    if names := sorted(names):
+def _refuse_unset(module: nn.Module, path: str, unset: Iterable[str]) -> None:
+    """Raises UserError where `unset`, the names of tensors without values, is not empty."""
+    if unset := sorted(unset):
         kind = type(module).__name__
-        raise UserError(f'model.device: on meta nothing gives values to {", ".join(names)} of {kind} ({path}); write a '
+        raise UserError(f'model.device: on meta nothing gives values to {", ".join(unset)} of {kind} ({path}); write a '
                         f'method reset_parameters(self) in class {kind} that sets each of its own parameters and '
                         'buffers, or set model.device=cpu')
 
@@ -155,13 +160,12 @@ def seed_of(key: str) -> int:
 
 @torch.no_grad()
 def draw_normal(param: Tensor, std: float, key: str, zero_row: Optional[int] = None) -> None:
-    """Draws what this rank keeps of a parameter from N(0, std), in chunks of at most `CHUNK` numbers or of one row.
+    """Fills this rank's shard of a parameter from N(0, std), in chunks of at most `CHUNK` numbers or of one row.
 
-    The parameter has at least one dimension; the chunks, and the parts of ranks, are cut along the first. Chunk 0 has
-    the seed of `key`, chunk n the seed of `key:n`. The numbers do not depend on the threads. `zero_row` is a row of
-    zeros, such as an Embedding's `padding_idx`.
+    Chunks and shards are cut along the first dimension. Chunk 0 has the seed of `key`, chunk n that of `key:n`, so the
+    numbers do not depend on ranks or threads. `zero_row` is set to zeros, as an Embedding's `padding_idx` is.
     """
-    first, local = 0, param.detach()
+    first, local = 0, param.detach()  # first row of the shard, and the shard
     if isinstance(param, DTensor):
         _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
         first, local = offset[0], param.to_local().detach()
@@ -181,28 +185,31 @@ def draw_normal(param: Tensor, std: float, key: str, zero_row: Optional[int] = N
         local[zero_row - first].zero_()
 
 
-def copy_whole(param: Tensor, whole: Tensor) -> None:
-    """Copies a tensor that every rank holds whole into a parameter, of which this rank may keep a part."""
+def copy_shard(param: Tensor, whole: Tensor) -> None:
+    """Copies an unsharded tensor, which every rank has, into a parameter that may be sharded."""
     if isinstance(param, DTensor):
-        # src_data_rank=None: every rank cuts its own part, nothing is sent.
+        # src_data_rank=None: every rank cuts its own shard, and no rank sends any
         whole = distribute_tensor(whole.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
     param.copy_(whole)
 
 
 # ---------------------------------------------------------------- modules
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a module is a Linear or an Embedding with PyTorch's `reset_parameters`: the model draws those."""
+    """Whether the model draws the module's weight: a Linear or Embedding with PyTorch's own `reset_parameters`."""
     own = getattr(type(module), 'reset_parameters', None)
     return own in (nn.Linear.reset_parameters, nn.Embedding.reset_parameters)
 
 
-def set_by_hand(model: nn.Module) -> list[str]:
-    """The weights and biases of new Linear and Embedding layers that code outside of their constructors has set."""
+def find_user_set_params(model: nn.Module) -> list[str]:
+    """Names of weights and biases of Linear and Embedding layers that other code than their constructors has set.
+
+    PyTorch counts the writes into a tensor; a constructor makes one, or two with `padding_idx`.
+    """
     found = []
-    for name, param in model.named_parameters():  # a tied one under the first of its names alone
+    for name, param in model.named_parameters():  # a tied parameter comes once, under its first name
         module = model.get_submodule(name.rpartition('.')[0])
-        writes = 1 if getattr(module, 'padding_idx', None) is None else 2  # of the constructor
-        # nn.MultiheadAttention sets the bias of its own kind of Linear to 0, too
+        writes = 1 if getattr(module, 'padding_idx', None) is None else 2
+        # nn.MultiheadAttention writes 0 into the bias of its own kind of Linear
         own_kind = type(module).__name__ == 'NonDynamicallyQuantizableLinear'
         if is_matrix(module) and not own_kind and param._version > writes:
             found.append(name)
@@ -210,32 +217,32 @@ def set_by_hand(model: nn.Module) -> list[str]:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a module by name, without those of its children."""
+    """A module's own parameters and buffers by name, without those of its children."""
     return {name: t for name, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside of what FSDP, activation checkpointing and compile put around it."""
+    """Returns the module inside the wrappers of FSDP1, activation checkpointing and torch.compile."""
     while inner := next((module._modules[name] for name in WRAPPERS if name in module._modules), None):
         module = inner
     return module
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `model.named_modules()`, with the names that modules had before they were wrapped."""
+    """Like `model.named_modules()`, but with the names from before FSDP and others wrapped the modules."""
     for name, module in model.named_modules():
         yield '.'.join(part for part in name.split('.') if part not in WRAPPERS), module
 
 
 def first_owner(model: nn.Module, param: Tensor) -> nn.Module:
-    """The first module that holds a parameter, which others may be tied to."""
+    """The first module that has a parameter; later modules may be tied to it."""
     return next(module for module in model.modules() if any(param is other for other in module._parameters.values()))
 
 
 def materialize_parameters(model: nn.Module, device: Union[str, torch.device]) -> list[nn.Module]:
-    """Gives memory to the tensors on meta, and moves the others to the device. Tied parameters stay tied.
+    """Moves a model to a device. Tensors on meta get memory without values, and tied parameters stay tied.
 
-    Returns the modules that had tensors on meta, which have no values yet.
+    Returns the modules that had tensors on meta, so that the caller can set their values.
     """
     empty = [module for module in model.modules() if any(t.is_meta for t in own_tensors(module).values())]
     before = [(module, name, param) for module in model.modules()

@@ -1,4 +1,4 @@
-"""`model.name` to class."""
+"""The model classes, by `model.name` of the config."""
 
 from src.hf_causal_lm import ComposerHFCausalLM
 from src.mosaic_gpt import ComposerMosaicGPT

@@ -1,6 +1,7 @@
-"""A plain PyTorch GPT: pre-LayerNorm, learned positions, GELU MLP, biases, tied embeddings (Radford et al. 2019).
+"""GPT-2 in plain PyTorch (Radford et al. 2019): MLP, block, model, and the wrapper for Composer's Trainer.
 
-`initialisation.py` says how the weights are drawn.
+LayerNorm stands before attention and MLP, positions are learned, and the head shares its weight with the token
+embedding. `initialisation.py` tabulates the initial weights.
 """
 
 import logging
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 
 class GPTMLP(nn.Module):
+    """Two linear layers with GELU between them; the inner layer is `mlp_ratio` times as wide as the model."""
+
     def __init__(self, cfg: MosaicGPTConfig):
         super().__init__()
         self.mlp_up = nn.Linear(cfg.d_model, cfg.mlp_ratio * cfg.d_model, device=cfg.device)
@@ -37,11 +40,12 @@ class GPTMLP(nn.Module):
         self.mlp_down = nn.Linear(cfg.mlp_ratio * cfg.d_model, cfg.d_model, device=cfg.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, seq, d_model) to the same shape."""
         return self.mlp_down(self.mlp_act(self.mlp_up(x)))
 
 
 class GPTBlock(nn.Module):
-    """The unit of sharding and of activation checkpointing."""
+    """A transformer block. FSDP gathers, and activation checkpointing recomputes, one block at a time."""
 
     def __init__(self, cfg: MosaicGPTConfig):
         super().__init__()
@@ -52,45 +56,45 @@ class GPTBlock(nn.Module):
         self.resid_dropout = nn.Dropout(cfg.resid_pdrop)
 
     def forward(self, x: Tensor, documents: Optional[Documents] = None) -> Tensor:
-        """(batch, seq, d_model) to the same shape."""
+        """Maps (batch, seq, d_model) to the same shape; with `documents`, attention stays within each document."""
         x = x + self.resid_dropout(self.causal_attn(self.ln_1(x), documents))
         return x + self.resid_dropout(self.mlp(self.ln_2(x)))
 
 
 def compute_in_fp8(blocks: nn.Module) -> str:
-    """Has torchao compute the blocks' linear layers in 8 bits, scaled anew for each tensor (Micikevicius et al. 2022).
+    """Makes the blocks' linear layers multiply in 8-bit floats, with one scale per tensor (Micikevicius et al. 2022).
 
-    Parameters keep their names, type and values. A CPU computes the same rounding in a slower way. Subclasses of
-    `nn.Linear` stay as they are: they may compute something else. Returns what computes them, for the log. Raises
-    UserError where the package is not installed, the GPU has no such matrix products, or there is no `nn.Linear`.
+    Parameters keep their names, types and values. On a CPU, torchao emulates the rounding, which is slow. Subclasses of
+    `nn.Linear` stay as they are, because they may compute something else. Returns the implementation's name for the
+    log. Raises UserError where torchao is not installed, the GPU cannot multiply in 8 bits, or no `nn.Linear` is there.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as e:
-        raise UserError(f"model.linear_impl: 'fp8' needs the package torchao ({e}): pip install torchao==0.12.0, which "
-                        'goes with torch 2.7 (0.17.0 with torch 2.11), or set plain') from e
+        raise UserError(f"model.linear_impl: 'fp8' needs the package torchao ({e}). Run pip install torchao==0.12.0 "
+                        '(for torch 2.7; 0.17.0 is for torch 2.11), or set model.linear_impl=plain') from e
     has_gpu = torch.cuda.is_available()
     if has_gpu and torch.cuda.get_device_capability() < (8, 9):
         capability = '.'.join(map(str, torch.cuda.get_device_capability()))
         raise UserError("model.linear_impl: 'fp8' needs a GPU of compute capability 8.9 or above, and "
-                        f'{torch.cuda.get_device_name()} has {capability}; set plain')
+                        f'{torch.cuda.get_device_name()} has {capability}; set model.linear_impl=plain')
     if not any(type(module) is nn.Linear for module in blocks.modules()):
         raise UserError("model.linear_impl: 'fp8': the model's blocks have no nn.Linear to compute in 8 bits; set "
-                        'plain')
+                        'model.linear_impl=plain')
     convert_to_float8_training(blocks, config=Float8LinearConfig(emulate=not has_gpu),
                                module_filter_fn=lambda module, name: type(module) is nn.Linear)
     return 'fp8 by torchao' if has_gpu else 'fp8 by torchao, emulated on the CPU'
 
 
 class MosaicGPT(nn.Module):
-    """The model. `fsdp_wrap_fn`, `activation_checkpointing_fn` and `param_init_fn` are what Composer's FSDP asks for.
+    """The model. Composer's FSDP calls `fsdp_wrap_fn`, `activation_checkpointing_fn` and `param_init_fn`.
 
     Args:
         cfg: `MosaicGPTConfig`, or a mapping with its keys. With `device: meta` the parameters take no memory until
-            `materialize`, or Composer's FSDP, gives them a device.
+            `materialize`, or Composer's FSDP, moves them to a device and draws them.
 
     Raises:
-        UserError: A key is unknown or its value impossible.
+        UserError: A key is unknown, or a value is impossible.
     """
 
     def __init__(self, cfg: Union[MosaicGPTConfig, Mapping[str, Any]]):
@@ -108,7 +112,8 @@ class MosaicGPT(nn.Module):
         for block in self.blocks:
             if cfg.attn_within_document and len(signature(block.forward).parameters) < 2:
                 raise UserError(f'model.attn_within_document: true, but forward of {type(block).__name__} takes no '
-                                '`documents`; add the argument and keep attention within them, or set false')
+                                '`documents`; add this argument and keep attention within the documents, or set '
+                                'model.attn_within_document=false')
         if cfg.linear_impl == 'fp8':
             log.info('linear layers: %s', compute_in_fp8(self.blocks))
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)
@@ -116,7 +121,7 @@ class MosaicGPT(nn.Module):
         attentions = [module for module in self.blocks.modules() if isinstance(module, CausalAttention)]
         for kernel in sorted({attention.kernel for attention in attentions}):
             log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
-        self.takes_lengths = tuple({dtype for attention in attentions for dtype in attention.takes_lengths})
+        self.varlen_dtypes = {dtype for attention in attentions for dtype in attention.varlen_dtypes}
         self.initialiser = Initialiser(self, cfg)
         if cfg.device != 'meta':
             self.init_weights()
@@ -126,24 +131,24 @@ class MosaicGPT(nn.Module):
         return self.transformer['blocks']
 
     def tie_weights(self) -> None:
+        """Makes the head use the weight of the token embedding."""
         self.lm_head.weight = self.transformer['wte'].weight  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, input_ids: Tensor, key_padding_mask: Optional[Tensor] = None,
                 targets: Optional[Tensor] = None, sequence_id: Optional[Tensor] = None) -> Tensor:
-        """Logits, or with targets the loss.
+        """Returns logits, or the loss if there are targets.
 
         Args:
-            input_ids: (batch, seq).
-            key_padding_mask: (batch, seq), true at tokens. Padding may stand on either side: positions count from
-                each row's first token, and what is computed for a token is what its row alone would give. What
-                stands at padding positions of the result has no meaning. Right padding needs no mask.
-            targets: (batch, seq), the id that each position has to predict, or -100.
-            sequence_id: (batch, seq), numbers the documents of each row. Positions count from each document's first
-                token and attention stays within it: what is computed for a token is what its document alone would
-                give. Without it a row is one document.
+            input_ids: Token ids, (batch, seq).
+            key_padding_mask: (batch, seq), true at tokens, false at padding on either side. Each token gets the logits
+                that its row would give without padding; logits at padding have no meaning. None: padding, if any,
+                stands on the right, where causal attention hides it.
+            targets: (batch, seq), the id that each position has to predict, or -100 for none.
+            sequence_id: (batch, seq), the number of each token's document. Each token gets the logits that its
+                document would give alone: attention and positions start anew in each. None: a row is one document.
 
         Returns:
-            Logits (batch, seq, vocab), or the mean cross entropy over the targets in nats.
+            Logits, (batch, seq, vocab), or the mean cross entropy over the targets in nats.
         """
         order = None
         if key_padding_mask is not None:
@@ -154,23 +159,24 @@ class MosaicGPT(nn.Module):
         documents = None if sequence_id is None else Documents(sequence_id)
         x = self._embed(input_ids, documents)
         for block in self.blocks:
-            x = block(x, documents) if documents else block(x)
-        x = self.transformer['ln_f'](x)  # (batch, seq, d_model)
+            x = block(x, documents) if documents else block(x)  # (batch, seq, d_model)
+        x = self.transformer['ln_f'](x)
         if targets is not None:
             return self._loss(x, targets)
-        if order is not None:
+        if order is not None:  # move padding back to where it was
             x = x.gather(1, order.argsort(1)[:, :, None].expand_as(x))
         return self.lm_head(x)  # (batch, seq, vocab)
 
     def _embed(self, input_ids: Tensor, documents: Optional[Documents]) -> Tensor:
+        """Token plus position embedding, (batch, seq, d_model)."""
         seq_len = input_ids.shape[1]
         if seq_len > self.cfg.max_seq_len:
             raise UserError(f'a batch of sequence length {seq_len} does not fit '
                             f'model.max_seq_len {self.cfg.max_seq_len}')
         positions = documents.positions if documents else torch.arange(seq_len, device=input_ids.device)
         x = self.transformer['emb_dropout'](self.transformer['wte'](input_ids) + self.transformer['wpe'](positions))
-        if documents and compute_dtype(x) in self.takes_lengths:
-            documents.count()
+        if documents and compute_dtype(x) in self.varlen_dtypes:
+            documents.prepare_cu_seqlens()
         return x
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -182,19 +188,19 @@ class MosaicGPT(nn.Module):
     # ------------------------------------------------------------ weights
 
     def param_init_fn(self, module: nn.Module) -> None:
-        """Gives one module's own parameters and buffers their initial values.
+        """Sets the initial values of one module's own parameters and buffers, not of its children's.
 
-        Raises UserError where the module has come from meta, and nothing sets some of its parameters or buffers.
+        Raises UserError where the module comes from meta and one of these tensors has no initialisation.
         """
         self.initialiser.set_values(module)
 
     def init_weights(self, modules: Optional[Iterable[nn.Module]] = None) -> None:
-        """Calls `param_init_fn` for modules that have come from meta; None: for every module.
+        """Calls `param_init_fn` for each of `modules`, which come from meta; None: for every module.
 
-        With None, a model that was built on the CPU redraws what is random, and a module without `reset_parameters`, or
-        without random numbers in it, keeps its values.
+        With None, a model that was built on the CPU draws its random weights anew. There, modules whose initialisation
+        is not random, or which have none, keep their values.
         """
-        if isinstance(self.transformer['wte'].weight, FakeTensor):  # a prediction of memory: tensors without data
+        if isinstance(self.transformer['wte'].weight, FakeTensor):  # tensors without data, to predict the memory
             return
         self.initialiser.has_values = modules is None and self.cfg.device == 'cpu'
         for module in self.modules() if modules is None else modules:
@@ -202,21 +208,21 @@ class MosaicGPT(nn.Module):
         self.initialiser.has_values = False
 
     def materialize(self, device: Union[str, torch.device]) -> 'MosaicGPT':
-        """Gives what is on meta its memory and its values; ties stay, and what is not on meta keeps its values.
+        """Moves the model from meta to a device and draws its weights. Tied weights stay tied.
 
-        Raises UserError where a module has parameters or buffers that nothing sets.
+        Tensors that are not on meta keep their values. Raises UserError where a tensor on meta has no initialisation.
         """
         self.init_weights(materialize_parameters(self, device))
         return self
 
-    # ------------------------------------------------------------ what Composer asks for
+    # ------------------------------------------------------------ called by Composer's FSDP
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Whether it is a block of any class, in any wrapper."""
+        """Whether FSDP makes the module a unit of its own: every block, of whatever class."""
         return any(unwrap(block) is module for block in self.blocks)
 
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        """Every n-th block."""
+        """Whether the backward pass recomputes the module's activations: every n-th block."""
         return any(unwrap(block) is module for block in self.blocks[::self.cfg.activation_checkpointing_every])
 
 

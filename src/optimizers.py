@@ -13,9 +13,9 @@ from src.config.schema import OptimizerConfig, SchedulerConfig
 
 
 def _fuse(optimizer: Any) -> None:
-    """Has torch update all parameters in one kernel where `fuses` says so.
+    """Makes torch update all parameters in one kernel if `optimizer.fuses` is true and their devices can.
 
-    Set at each step: parameters may be on meta when they are handed over, and a checkpoint brings the value of its run.
+    Called at each step: parameters may be on meta when the optimizer is built, and a checkpoint overwrites the setting.
     """
     for group in optimizer.param_groups:
         group['fused'] = optimizer.fuses and all(p.is_floating_point() and p.device.type in ('cpu', 'cuda')
@@ -23,7 +23,7 @@ def _fuse(optimizer: Any) -> None:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, fused unless `fuses` is false."""
+    """PyTorch's AdamW (Loshchilov & Hutter 2019), fused unless `fuses` is false."""
 
     fuses = True
 
@@ -34,11 +34,11 @@ class AdamW(torch.optim.AdamW):
 
 
 class DecoupledAdamW(composer.optim.DecoupledAdamW):
-    """AdamW whose weight decay does not scale with the peak learning rate (Loshchilov & Hutter 2019), fused.
+    """AdamW whose weight decay does not depend on the peak learning rate (Loshchilov & Hutter 2019), fused.
 
-    Composer's class of the same name loops over parameters. torch's fused step is the same update: it decays by
-    `lr * weight_decay`, so it is given `weight_decay / initial_lr`. One name on every device, because Composer keys
-    optimizer state and log entries by it.
+    Composer's class of the same name updates parameters one by one. PyTorch's fused step computes the same update: it
+    decays by `lr * weight_decay`, so `step` gives it `weight_decay / initial_lr`. The class keeps Composer's name,
+    because optimizer state in checkpoints and log entries are keyed by the name.
     """
 
     fuses = True
@@ -57,7 +57,7 @@ class DecoupledAdamW(composer.optim.DecoupledAdamW):
 
 
 def build_optimizer(cfg: OptimizerConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """`decoupled_adamw` (weight decay as a factor of its own) or `adamw` (times the learning rate)."""
+    """Builds `decoupled_adamw` (weight decay independent of the peak learning rate) or `adamw` (multiplied by it)."""
     cls = DecoupledAdamW if cfg.name == 'decoupled_adamw' else AdamW
     betas: Any = tuple(cfg.betas)
     optimizer = cls(params, lr=cfg.lr, betas=betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
@@ -66,7 +66,7 @@ def build_optimizer(cfg: OptimizerConfig, params: Iterable[torch.nn.Parameter]) 
 
 
 def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
-    """Linear warm-up to the peak, then cosine or linear decay to `alpha_f` of it, or none."""
+    """Builds a schedule: linear warm-up to the peak, then cosine or linear decay to `alpha_f` times it, or no decay."""
     if cfg.name == 'cosine_with_warmup':
         return composer.optim.CosineAnnealingWithWarmupScheduler(cfg.t_warmup, t_max=cfg.t_max, alpha_f=cfg.alpha_f)
     if cfg.name == 'linear_decay_with_warmup':
@@ -75,10 +75,10 @@ def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
 
 
 class OptimizerSettings(Callback):
-    """Gives a resumed run the optimizer's settings of its config, where loading brings those of the checkpoint.
+    """Makes a resumed run use the optimizer settings of its config, which loading replaces by the checkpoint's.
 
-    `new_schedule` says whether the config's schedule of the learning rate differs from the checkpoint's. Where they are
-    the same, the rate of the first batch is the checkpoint's to the bit.
+    `new_schedule` says whether the config's learning-rate schedule differs from the checkpoint's. If it does not, the
+    learning rate of the first batch stays exactly the checkpoint's.
     """
 
     def __init__(self, new_schedule: bool = False):
@@ -86,17 +86,17 @@ class OptimizerSettings(Callback):
 
     def before_load(self, state: State, logger: Logger) -> None:
         groups = state.optimizers[0].param_groups
-        # Keys that a setting is named like: others may be the optimizer's state. `initial_lr` is the peak rate, `lr`
-        # follows from it, and the optimizer sets `fused` at each step.
+        # Only keys that are settings: others may be state of the optimizer. `initial_lr` is the peak learning rate and
+        # `lr` follows from it. The optimizer sets `fused` at each step.
         keys = {'initial_lr', *OptimizerConfig.model_fields} - {'lr', 'fused'}
-        self._asked = [{key: value for key, value in group.items() if key in keys} for group in groups]
+        self._settings = [{key: value for key, value in group.items() if key in keys} for group in groups]
 
     def after_load(self, state: State, logger: Logger) -> None:
         groups = state.optimizers[0].param_groups
-        for group, asked in zip(groups, self._asked, strict=True):
-            group['lr'] *= asked['initial_lr'] / group['initial_lr']  # the schedule's factor stays
-            group.update(asked)
+        for group, settings in zip(groups, self._settings, strict=True):
+            group['lr'] *= settings['initial_lr'] / group['initial_lr']  # keeps the schedule's factor
+            group.update(settings)
         for scheduler in state.schedulers:
             scheduler.base_lrs = [group['initial_lr'] for group in groups]
             if self._new_schedule:
-                scheduler.step()  # Composer's take the rate from the state's timestamp
+                scheduler.step()  # Composer's schedulers compute the learning rate from the state's timestamp

@@ -70,7 +70,7 @@ MISSING = 'a file is missing that its class reads, .*; the folder holds'
 
 
 @pytest.mark.parametrize(('files', 'says'), [
-    ({}, 'there is no tokenizer.json, and no file names the class of another; it holds no files; name'),
+    ({}, 'there is no tokenizer.json, and no config that names a tokenizer class; it holds no files; name'),
     ({'x.tiktoken': ''}, 'it holds x.tiktoken; name'),
     ({'config.json': '{"model_type": "own"}'}, 'it holds config.json; name'),
     ({'tokenizer_config.json': '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, f'{MISSING} tokenizer_config.json$'),
@@ -90,7 +90,7 @@ def test_files_that_are_no_folder_or_no_json(tokenizer_dir: Path, tmp_path: Path
     assert said == f"tokenizer_name: '{tokenizer_dir}/tokenizer.json' is a file; name its folder: '{tokenizer_dir}'"
     for text in ('', '[]', '{"eos'):
         (tmp_path / 'tokenizer_config.json').write_text(text)
-        assert refused(tmp_path).endswith(f'{tmp_path}/tokenizer_config.json is no whole JSON object; copy it again')
+        assert refused(tmp_path).endswith(f'{tmp_path}/tokenizer_config.json is not a complete JSON object; copy the file again')
 
 
 def test_without_eos_is_refused(tokenizer_dir: Path, tmp_path: Path):
@@ -130,7 +130,7 @@ def test_an_eos_token_that_the_tokenizer_does_not_have(tokenizer: HFTokenizer, t
     for eos in ('<|endoftxt|>', {'content': '<|endoftxt|>', '__type': 'AddedToken'}):
         (copy / 'tokenizer_config.json').write_text(json.dumps(config | {'eos_token': eos}))
         assert refused(copy).startswith(f"tokenizer_name: eos_token '<|endoftxt|>' of {copy}/tokenizer_config.json is "
-                                        f'no token of it; its special tokens are {EOS}: name the one')
+                                        f'not in the vocabulary; the special tokens are {EOS}: name the one')
     tokenizer = HFTokenizer(str(tokenizer_dir), 8)
     tokenizer.tokenizer.add_special_tokens({'eos_token': '<|endoftxt|>'})
     tokenizer.tokenizer.save_pretrained(copy)

@@ -13,7 +13,7 @@ import main
 from src.checkpoints.hf_layout import hf_model
 from src.common.errors import UserError
 from src.config import load as config
-from src.hf_causal_lm import ComposerHFCausalLM, _underived
+from src.hf_causal_lm import ComposerHFCausalLM, _without_derived
 
 LLAMA = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=64,
              vocab_size=512)
@@ -105,7 +105,7 @@ SIGLIP = dict(model_type='siglip_vision_model', **SMALL, image_size=16, patch_si
         model_type='gemma3_text', head_dim=8, vocab_size=512, pad_token_id=0, **SMALL)),
      "no attribute 'num_hidden_layers'; .* text alone, gemma3_text$"),
     (dict(model_type='open-llama', vocab_size=512, intermediate_size=16, **TINY),
-     "'open-llama' cannot be built .*: it has no output layer, or none"),
+     "'open-llama' cannot be built .*: it has no output layer, or its output"),
     (dict(model_type='zamba', **SMALL), "'zamba' cannot be built as a causal language model: StopIteration"),
 ], ids=lambda value: value.get('model_type') if isinstance(value, dict) else '')
 def test_models_that_cannot_be_trained_are_refused(overrides, message):
@@ -119,8 +119,8 @@ def test_a_config_that_cannot_be_derived_is_taken_as_it_is():
             self.layers = layers / len(layer_types)
 
     own = {'layers': 2, 'layer_types': ['full']}
-    assert _underived(Needs, own) == own
-    assert _underived(LlamaConfig, {'hidden_size': 64, 'num_attention_heads': 4, 'head_dim': 16}).keys() == {
+    assert _without_derived(Needs, own) == own
+    assert _without_derived(LlamaConfig, {'hidden_size': 64, 'num_attention_heads': 4, 'head_dim': 16}).keys() == {
         'hidden_size', 'num_attention_heads'}
 
 
@@ -136,7 +136,7 @@ def test_a_folder_whose_config_names_no_family_is_refused(tmp_path, text):
 
 
 def test_a_folder_s_family_stays_and_what_follows_from_other_keys_is_derived_again(bf16_llama, tmp_path):
-    with pytest.raises(UserError, match="model_type: 'gpt2', but .* is 'llama'; take it back"):
+    with pytest.raises(UserError, match="model_type: 'gpt2', but .* is 'llama'; remove model_type"):
         build(pretrained_model_name_or_path=bf16_llama, config_overrides={'model_type': 'gpt2'})
     assert '"head_dim": 8' in (Path(bf16_llama) / 'config.json').read_text()
     narrow = build(pretrained_model_name_or_path=bf16_llama, config_overrides={
