@@ -1,4 +1,4 @@
-"""The loss without logits, the metrics made of it, and Hugging Face models in the same wrapper."""
+"""The loss without full logits, its metrics, and Hugging Face models in the same wrapper."""
 
 import json
 
@@ -67,7 +67,7 @@ def test_no_gradient_is_computed_in_evaluation(monkeypatch):
     monkeypatch.setattr(torch, 'zeros_like', lambda *a, **k: made.append(1) or like(*a, **k))
     with torch.no_grad():
         chunked_cross_entropy(hidden, weight, torch.zeros(2, 5, dtype=torch.long))
-    assert not made, 'the gradient of the head was made room for'
+    assert not made, 'memory was allocated for the gradient of the head'
     chunked_cross_entropy(hidden, weight, torch.zeros(2, 5, dtype=torch.long))
     assert made
 
@@ -114,7 +114,7 @@ def test_metrics_come_from_the_loss_and_weigh_tokens():
     metrics = model.get_metrics(is_train=True)
     assert list(metrics) == ['LanguageCrossEntropy', 'Perplexity']
     total, count = 0.0, 0
-    for keep in (25, 24, 5):  # of the first two, one trains the last position and the other does not
+    for keep in (25, 24, 5):  # 25 has a target for the last position, 24 has none
         ids = torch.randint(0, 97, (2, 25))
         labels = ids.clone()
         labels[:, keep:] = IGNORE
@@ -182,7 +182,7 @@ HF = {
     'llama': dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64,
                   max_position_embeddings=24, vocab_size=97),
     'phi': dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2, intermediate_size=64,
-                max_position_embeddings=24, vocab_size=97),  # its head has a bias: the plain way
+                max_position_embeddings=24, vocab_size=97),  # its head has a bias, so the loss comes from full logits
 }
 
 
@@ -210,7 +210,7 @@ def test_hf_loss_is_hugging_faces_own_on_each_row_alone(kind, padding):
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'phi'])
 def test_hf_loss_with_labels_one_longer_is_that_of_the_longer_row(kind):
-    """The longer row holds the same targets; the position it has more has nothing to predict."""
+    """The longer row has the same targets: its additional position has none."""
     model = hf_model(kind).eval()
     longer = torch.randint(1, 97, (3, 21), generator=torch.Generator().manual_seed(0))
     out, want = model({'input_ids': longer[:, :20], 'labels': longer}), model({'input_ids': longer, 'labels': longer})

@@ -1,4 +1,4 @@
-"""Hugging Face models: the type of their weights, their blocks, and keys that are taken back."""
+"""Hugging Face models: the dtype of their weights, their blocks, and overrides that null removes."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_key_of_the_yaml_is_taken_back_on_the_command_line(bf16_llama, mds_roo
 
 
 def test_a_null_that_a_model_has_stays_in_what_a_checkpoint_says():
-    """Mistral's own default is a window; a model without one has null there."""
+    """Mistral's default is a sliding window; a model without one has null there."""
     made = AutoConfig.for_model('mistral', **LLAMA, num_key_value_heads=4, sliding_window=None)
     shape = {key: value for key, value in made.to_dict().items() if key in (*LLAMA, 'num_key_value_heads', 'model_type')}
     model = build(config_overrides=shape)
@@ -126,7 +126,7 @@ def test_a_config_that_cannot_be_derived_is_taken_as_it_is():
 
 @pytest.mark.parametrize('text', [None, '{"n_layer": 1}', '[1]'])
 def test_a_folder_whose_config_names_no_family_is_refused(tmp_path, text):
-    """transformers would take the family whose name is in the path."""
+    """Otherwise transformers would choose the family whose name is in the path."""
     folder = tmp_path / 'my-gpt2-run'
     folder.mkdir()
     if text:

@@ -1,4 +1,4 @@
-"""The user's own layers and blocks: initial values, what FSDP makes of them, training. And how weights are drawn."""
+"""A user's own layers and blocks: their initial values, sharding and training. And how weights are drawn."""
 
 import copy
 import math
@@ -41,11 +41,11 @@ def built(device: str, **overrides) -> MosaicGPT:
 
 @pytest.fixture
 def own_block(monkeypatch) -> None:
-    """A fork that has put its own block in the place of GPTBlock."""
+    """Replaces GPTBlock by a block of the user's own."""
     monkeypatch.setattr(mosaic_gpt, 'GPTBlock', OwnBlock)
 
 
-def same(model: nn.Module, other: nn.Module) -> bool:
+def equal_tensors(model: nn.Module, other: nn.Module) -> bool:
     tensors, others = ([*m.named_parameters(), *m.named_buffers()] for m in (model, other))
     return all(name == other_name and torch.equal(a, b)
                for (name, a), (other_name, b) in zip(tensors, others, strict=True))
@@ -66,14 +66,14 @@ def test_own_layers_keep_their_own_initialisation(own_block, device):
         assert block.attention.in_proj_weight.std().item() == pytest.approx(xavier, rel=0.05)
         assert block.tables.inv_freq.tolist() == pytest.approx([1, 0.1, 0.01, 0.001])
         assert block.tables.odd.tolist() == [False, True, False, True]
-        # Linear layers are the model's, also those within other modules
+        # The model draws Linear layers, also those within other modules
         assert block.attention.out_proj.weight.std().item() == pytest.approx(0.08 / math.sqrt(6), rel=0.05)
         assert block.linear.weight.std().item() == pytest.approx(0.08, rel=0.05) and (block.linear.bias == 0).all()
     for name in ('gain.weight', 'attention.in_proj_weight'):
         assert not torch.equal(first.get_parameter(name), second.get_parameter(name)), name
     torch.rand(5)
-    assert same(built('cpu', d_model=64, n_heads=4), model)
-    assert not same(built(device, d_model=64, n_heads=4, init_seed=18), model)
+    assert equal_tensors(built('cpu', d_model=64, n_heads=4), model)
+    assert not equal_tensors(built(device, d_model=64, n_heads=4, init_seed=18), model)
     model(IDS, targets=IDS).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -125,7 +125,7 @@ def test_a_head_that_is_tied_to_an_embedding_with_padding_comes_from_meta(monkey
 
     monkeypatch.setattr(mosaic_gpt.nn, 'Embedding', Padded)
     here, meta = built('cpu'), built('meta')
-    assert same(here, meta) and meta.lm_head.weight is meta.transformer['wte'].weight and (meta.lm_head.weight[0] == 0).all()
+    assert equal_tensors(here, meta) and meta.lm_head.weight is meta.transformer['wte'].weight and (meta.lm_head.weight[0] == 0).all()
 
 
 @DEVICES
@@ -138,7 +138,7 @@ def test_a_tied_head_with_an_initialisation_of_its_own_leaves_the_embedding_alon
     model.lm_head = Head(16, 64, bias=False, device=device)
     model.tie_weights()
     model.materialize('cpu') if device == 'meta' else model.init_weights()
-    assert model.lm_head.weight is model.transformer['wte'].weight and same(model.transformer, MosaicGPT(TINY).transformer)
+    assert model.lm_head.weight is model.transformer['wte'].weight and equal_tensors(model.transformer, MosaicGPT(TINY).transformer)
 
 
 def test_one_block_in_several_places_is_refused_with_fsdp2():
@@ -222,7 +222,7 @@ def test_a_subclass_may_initialise_modules_itself():
         model.blocks[0].values = OwnValues(16, model.cfg.device)
         model.materialize('cpu') if model is meta else model.init_weights()
         assert (model.blocks[0].values.scale == 0.75).all()
-    assert same(here.blocks[1], meta.blocks[1])
+    assert equal_tensors(here.blocks[1], meta.blocks[1])
 
 
 def test_modules_may_come_from_meta_one_by_one_and_untied(own_block):
@@ -233,7 +233,7 @@ def test_modules_may_come_from_meta_one_by_one_and_untied(own_block):
             module.to_empty(device='cpu', recurse=False)
             model.param_init_fn(module)
     model.tie_weights()
-    assert same(model, MosaicGPT(TINY))
+    assert equal_tensors(model, MosaicGPT(TINY))
 
 
 # ---------------------------------------------------------------- replaced after the build
@@ -244,7 +244,7 @@ def test_blocks_that_are_replaced_after_the_build():
     model.blocks[1] = OwnBlock(model.cfg)
     before = copy.deepcopy(model.blocks[1])
     model(IDS)
-    assert same(model.blocks[1], before)
+    assert equal_tensors(model.blocks[1], before)
 
     meta = MosaicGPT(TINY | {'device': 'meta'})
     for n in (0, 1):
@@ -252,10 +252,10 @@ def test_blocks_that_are_replaced_after_the_build():
     meta.blocks[2] = here = OwnBlock(model.cfg)
     kept = copy.deepcopy(here)
     meta.materialize('cpu')
-    assert same(meta.blocks[2], kept)  # it had its values
+    assert equal_tensors(meta.blocks[2], kept)  # it had its values
     assert not torch.equal(meta.blocks[0].linear.weight, meta.blocks[1].linear.weight)
     model.init_weights()
-    assert same(model.blocks[1], meta.blocks[1])  # drawn by name
+    assert equal_tensors(model.blocks[1], meta.blocks[1])  # drawn by name
     for each in (model, meta):
         units = [m for m in each.modules() if each.fsdp_wrap_fn(m)]
         assert units == [*each.blocks] == [m for m in each.modules() if each.activation_checkpointing_fn(m)]
@@ -310,7 +310,7 @@ def test_a_tie_of_the_users_own_stays_on_meta():
     here, meta = tied('cpu'), tied('meta').materialize('cpu')
     here.init_weights()
     assert meta.blocks[2].mlp.mlp_up.weight is meta.blocks[0].mlp.mlp_up.weight
-    assert same(here, meta)
+    assert equal_tensors(here, meta)
     assert torch.equal(meta.blocks[0].mlp.mlp_up.weight, MosaicGPT(TINY).blocks[0].mlp.mlp_up.weight)
 
 
@@ -323,7 +323,7 @@ def test_8_bits_leave_layers_of_the_users_own(own_block):
     model = MosaicGPT(TINY | {'linear_impl': 'fp8'})
     assert type(model.blocks[0].linear).__name__ == 'Float8Linear'
     assert type(model.blocks[0].attention.out_proj).__name__ == 'NonDynamicallyQuantizableLinear'
-    assert same(model, MosaicGPT(TINY))
+    assert equal_tensors(model, MosaicGPT(TINY))
     with pytest.raises(UserError, match="linear_impl: 'fp8': the model's blocks have no nn.Linear to compute in 8 bits"):
         mosaic_gpt.compute_in_fp8(nn.ModuleList([nn.RMSNorm(4)]))
 
@@ -354,7 +354,7 @@ def test_a_large_parameter_is_drawn_in_chunks_with_their_own_seeds(monkeypatch):
 
 
 def test_no_parameter_of_the_quick_start_is_cut():
-    assert 4096 * 128 <= initialisation.CHUNK == 2**19  # else its loss curve is another
+    assert 4096 * 128 <= initialisation.CHUNK == 2**19  # otherwise its loss curve changes
 
 
 @pytest.fixture
@@ -362,7 +362,7 @@ def fake_rank() -> Iterator:
     def join(rank: int, world_size: int, *shape: int):
         if dist.is_initialized():
             dist.destroy_process_group()
-        # It keeps meshes, which know the rank: a process has one rank otherwise.
+        # This cache keeps meshes, which hold the rank; a real process has one rank
         DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()  # pyright: ignore
         dist.init_process_group('fake', rank=rank, world_size=world_size, store=FakeStore())
         return dist.init_device_mesh('cpu', shape or (world_size,))

@@ -158,7 +158,7 @@ LENGTHS = [[20], [5, 1, 14], [1, 1, 9, 9], [13, 7]]  # of the documents of each 
 
 
 def packed_batch(lengths: list[list[int]] = LENGTHS) -> dict[str, torch.Tensor]:
-    """Rows of documents, as the loader gives them: no document's first token is a target, but for a row's first."""
+    """Rows of several documents, as the loader makes them: the first token of a row's later documents is no target."""
     torch.manual_seed(4)
     ids = torch.randint(0, TINY['vocab_size'], (len(lengths), sum(lengths[0])))
     sequence_id = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
@@ -168,7 +168,7 @@ def packed_batch(lengths: list[list[int]] = LENGTHS) -> dict[str, torch.Tensor]:
 
 
 def documents_of(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Each document's token ids, in the order of the rows laid end to end."""
+    """The token ids of each document, row by row."""
     lengths = [numbers.bincount().tolist() for numbers in batch['sequence_id']]
     return [document for ids, row in zip(batch['input_ids'], lengths) for document in ids.split(row)]
 
@@ -190,8 +190,8 @@ def test_a_packed_row_gives_what_its_documents_alone_give(attn_impl):
     alone = torch.cat([model(document[None])[0] for document in documents])
     torch.testing.assert_close(together.flatten(0, 1), alone, rtol=0, atol=2e-6)
     rows = model(batch['input_ids'])
-    assert (rows - together)[1:].abs().max() > 0.1  # as whole rows the numbers are others
-    torch.testing.assert_close(rows[0], together[0], rtol=0, atol=2e-6)  # but not for a row that is one document
+    assert (rows - together)[1:].abs().max() > 0.1  # without sequence_id, the logits differ
+    torch.testing.assert_close(rows[0], together[0], rtol=0, atol=2e-6)  # except in a row that is one document
 
     direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(2))
     (together.flatten(0, 1) * direction).sum().backward()
@@ -204,7 +204,7 @@ def test_a_packed_row_gives_what_its_documents_alone_give(attn_impl):
 
 
 def composer_twin(model: MosaicGPT) -> ComposerMosaicGPT:
-    """In Composer's wrapper, with the same weights."""
+    """The model in Composer's wrapper, with the same weights."""
     twin = ComposerMosaicGPT(model.cfg.model_dump())
     twin.model.load_state_dict(model.state_dict())
     return twin
@@ -216,7 +216,7 @@ def test_the_loss_of_packed_rows_is_the_mean_over_their_documents(attn_impl, lon
     model = composer_twin(perturbed(attn_impl=attn_impl, attn_within_document=True))
     batch = packed_batch()
     documents, following = documents_of(batch), []
-    if longer:  # the token after the row goes on with its last document, or begins another
+    if longer:  # the token after the row continues its last document, or starts another
         last = torch.tensor([3, -100, 8, -100])
         batch['labels'] = torch.cat([batch['labels'], last[:, None]], 1)
         following = [(sum(map(len, LENGTHS[:row + 1])) - 1, token) for row, token in enumerate(last.tolist()) if token >= 0]
@@ -244,7 +244,7 @@ def test_padding_beside_packed_documents_changes_nothing(attn_impl, side):
     pad = (4, 0) if side == 'left' else (0, 4)
     padded = {key: F.pad(x, pad, value=-100 if key == 'labels' else 0) for key, x in batch.items()}
     mask = F.pad(torch.ones_like(batch['input_ids']), pad)
-    if side == 'left':  # a target is what follows a token
+    if side == 'left':  # nothing precedes the first token, so it is no target
         padded['labels'][:, 4] = -100
     got, want = model(padded | {'attention_mask': mask}), model(batch)
     assert got['n_targets'] == want['n_targets']
@@ -296,7 +296,7 @@ def test_documents_of_a_batch():
 
 
 def each_alone(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, causal=False):
-    """What a variable-length kernel computes, a sequence at a time."""
+    """Computes what a variable-length kernel does, one sequence at a time."""
     assert causal and dropout_p == 0 and q.dim() == 3 and torch.equal(cu_seqlens_q, cu_seqlens_k)
     lengths = cu_seqlens_q.diff().tolist()
     assert max(lengths) <= max_seqlen_q == max_seqlen_k
@@ -327,7 +327,7 @@ def version_4_varlen(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scal
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A GPU with every package of FlashAttention, whose kernels are their definitions, with the kernels' own arguments."""
+    """A fake Hopper GPU with all FlashAttention packages: fake kernels with the real arguments, which compute the reference."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, 'is_available', lambda: True)
@@ -342,7 +342,7 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize('documents', [False, True])
 @pytest.mark.parametrize('choice', ['pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'])
 def test_flash_kernels_are_given_what_they_take(choice, documents, hopper):
-    hopper.setattr('src.attention.sdpa_kernel', lambda backend: contextlib.nullcontext())  # it has none for fp32
+    hopper.setattr('src.attention.sdpa_kernel', lambda backend: contextlib.nullcontext())  # PyTorch has no such kernel for fp32
     model = perturbed(attn_impl='torch', attn_within_document=documents, n_heads=6)
     flash = MosaicGPT(model.cfg.model_copy(update={'attn_impl': 'flash', 'flash_kernel': choice}))
     flash.load_state_dict(model.state_dict())
@@ -370,14 +370,14 @@ def test_the_kernel_follows_the_hardware(hopper):
     for choice in ('flash-attn-3', 'flash-attn-4'):
         with pytest.raises(UserError, match=f"flash_kernel: '{choice}': it is not made for compute capability 8.0; set auto"):
             flash_kernel(64, choice=choice)
-    hopper.setitem(sys.modules, 'flash_attn', types.SimpleNamespace())  # what version 4 alone leaves
+    hopper.setitem(sys.modules, 'flash_attn', types.SimpleNamespace())  # as it is where only version 4 is installed
     assert chosen() == chosen(choice='pytorch') == 'PyTorch FlashAttention'
     with pytest.raises(UserError, match="flash_kernel: 'flash-attn-2': its module flash_attn is not installed; set auto, cudnn"):
         flash_kernel(64, choice='flash-attn-2')
 
 
 def test_pytorchs_flash_operator_takes_what_it_is_given(monkeypatch):
-    """On meta, where operators check their arguments and compute shapes alone."""
+    """On meta, where operators check their arguments and compute only shapes."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
     monkeypatch.setitem(sys.modules, 'flash_attn', None)
@@ -544,7 +544,7 @@ FP8 = dict(d_model=64, n_heads=2, n_layers=1, max_seq_len=64, vocab_size=128, at
 
 
 def losses(model: MosaicGPT, steps: int) -> list[float]:
-    """Of training on sequences in which each token has one of four successors."""
+    """Losses of training on sequences in which each token has one of four successors."""
     rng, out = torch.Generator().manual_seed(0), []
     successors = torch.randint(0, 128, (128, 4), generator=rng)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
