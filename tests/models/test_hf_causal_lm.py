@@ -103,7 +103,7 @@ SIGLIP = dict(model_type='siglip_vision_model', **SMALL, image_size=16, patch_si
     (dict(model_type='phi3', vocab_size=4096, **SMALL), '.phi3. cannot be .*; set .*overrides.pad_token_id to'),
     (dict(model_type='gemma3', vision_config=SIGLIP, mm_tokens_per_image=16, text_config=dict(
         model_type='gemma3_text', head_dim=8, vocab_size=512, pad_token_id=0, **SMALL)),
-     "no attribute 'num_hidden_layers'; .* text alone, gemma3_text$"),
+     "no attribute 'num_hidden_layers'; .* text model alone, gemma3_text$"),
     (dict(model_type='open-llama', vocab_size=512, intermediate_size=16, **TINY),
      "'open-llama' cannot be built .*: it has no output layer, or its output"),
     (dict(model_type='zamba', **SMALL), "'zamba' cannot be built as a causal language model: StopIteration"),
