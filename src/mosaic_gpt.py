@@ -121,7 +121,7 @@ class MosaicGPT(nn.Module):
         attentions = [module for module in self.blocks.modules() if isinstance(module, CausalAttention)]
         for kernel in sorted({attention.kernel for attention in attentions}):
             log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
-        self.varlen_dtypes = {dtype for attention in attentions for dtype in attention.varlen_dtypes}
+        self.varlen_dtypes = tuple({dtype for attention in attentions for dtype in attention.varlen_dtypes})
         self.initialiser = Initialiser(self, cfg)
         if cfg.device != 'meta':
             self.init_weights()
