@@ -57,7 +57,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
     settings, changed = build.compare_with_checkpoint(run, model, train_data, evaluators)
     writer = build.build_writer(run, model, tokenizer, settings)
     all_callbacks = build.build_callbacks(run, tokenizer, changed.schedule, writer, callbacks)
-    with loading.reading_safely(start, c.trust_checkpoint), explain_run_failures(c):
+    with loading.read_safely(start, c.trust_checkpoint), explain_run_failures(c):
         trainer = Trainer(
             model=model,
             train_dataloader=train_data,

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from src.common.errors import UserError
 from src.common.flops import train_flops_per_token
-from src.common.targets import IGNORE
+from src.common.targets import IGNORE_INDEX
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -46,14 +46,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 with_grad: bool, multiple: int) -> Tensor:
         vocab, width = len(weight), len(weight) + -len(weight) % multiple  # width: vocab, rounded up
         w = _padded(weight, (width, weight.shape[1]), dtype)  # logits of the added rows are cut off below
-        n_targets = (targets != IGNORE).sum().clamp(min=1)
+        n_targets = (targets != IGNORE_INDEX).sum().clamp(min=1)
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_grad else None
         d_weight = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
             h, target = hidden[rows].to(dtype), targets[rows]  # (chunk, d_model), (chunk,)
-            trained = target != IGNORE
+            trained = target != IGNORE_INDEX
             index = target.where(trained, 0)[:, None]  # (chunk, 1)
             logits = (h @ w.T)[:, :vocab].float()  # (chunk, vocab); the steps below reuse this memory
             top = logits.amax(-1, keepdim=True)  # subtracted, so that exp does not overflow
@@ -110,8 +110,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The same mean from full logits, (batch, seq, vocab): for other heads, and for `torch.compile` to fuse."""
-    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction='sum')
-    return total / (targets != IGNORE).sum().clamp(min=1)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction='sum')
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def padding_right_order(key_padding_mask: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def next_token_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return input_ids, labels[:, 1:]
     assert labels.shape == input_ids.shape, f'labels {[*labels.shape]} do not fit input_ids {[*input_ids.shape]}'
     targets = labels.roll(-1, dims=1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     return input_ids, targets
 
 
@@ -161,10 +161,10 @@ class ComposerCausalLM(ComposerModel):
         attn_within_document: Whether batches have `sequence_id`, the number of each token's document.
 
     Attributes:
-        described_by: The model in the manifest of a checkpoint; None: section `model` of the config.
+        manifest_config: The model in the manifest of a checkpoint; None: section `model` of the config.
     """
 
-    described_by: Optional[dict[str, Any]] = None
+    manifest_config: Optional[dict[str, Any]] = None
 
     def __init__(self, model: nn.Module, n_layers: int, d_model: int, vocab_size: int, max_seq_len: Optional[int],
                  attn_within_document: bool = False):
@@ -188,7 +188,8 @@ class ComposerCausalLM(ComposerModel):
         batch = without_mask(batch)
         input_ids, targets = next_token_targets(batch)
         documents = {'sequence_id': batch['sequence_id']} if self.attn_within_document else {}
-        return {'loss': self.model(input_ids, targets=targets, **documents), 'n_targets': (targets != IGNORE).sum()}
+        loss = self.model(input_ids, targets=targets, **documents)
+        return {'loss': loss, 'n_targets': (targets != IGNORE_INDEX).sum()}
 
     def loss(self, outputs: dict[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         return outputs['loss']

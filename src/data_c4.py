@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from src.common.errors import UserError, positive_int
 from src.common.machine import shorten_socket_paths
-from src.common.targets import IGNORE
+from src.common.targets import IGNORE_INDEX
 from src.common.workers import init_loader_worker
 from src.config.check import parse
-from src.config.data_checks import NO_SET_OF_SAMPLES
+from src.config.data_checks import CONCAT_EVALUATION_ERROR
 from src.config.data_places import is_copied, stream_errors, streams_of
 from src.config.schema import LoaderConfig
 from src.loader.contents import check_tokenizer, find_column
@@ -218,7 +218,7 @@ def _eval_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, 
                 place['local'] = os.path.join(place['local'], 'eval')
     dataset = StreamingC4(**data, batch_size=device_batch_size)
     if dataset.packs_on_the_fly:
-        raise UserError(NO_SET_OF_SAMPLES)
+        raise UserError(CONCAT_EVALUATION_ERROR)
     view = EvalView(dataset, cfg.eval_samples)
     sampler = DistributedSampler(view, get_world_size(), get_rank(), shuffle=False, drop_last=cfg.drop_last)
     loader = EvalLoader(view, sampler=sampler, **settings)
@@ -275,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
         seconds += time.perf_counter() - start
         if batch is None:
             break
-        ids, trained = batch['labels'], batch['labels'] != IGNORE
+        ids, trained = batch['labels'], batch['labels'] != IGNORE_INDEX
         if n_batches < 5:
             print(f'batch {n_batches}: ' + ', '.join(f'{key} {tuple(value.shape)}' for key, value in batch.items()))
             print(f'  {dataset.tokenizer.decode(ids[0][trained[0]])[:100]!r}')

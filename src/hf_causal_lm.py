@@ -199,7 +199,7 @@ class ComposerHFCausalLM(ComposerCausalLM):
         known = type(config)()
         shape = {key: value for key, value in config.to_diff_dict().items()
                  if hasattr(known, key) and key != '_name_or_path'}
-        self.described_by = cfg.model_copy(update={
+        self.manifest_config = cfg.model_copy(update={
             'pretrained_model_name_or_path': None, 'pretrained': False,
             'config_overrides': shape | {'model_type': config.model_type}}).model_dump()
 

@@ -12,7 +12,7 @@ from streaming.base.distributed import get_local_rank
 from torch import distributed as dist
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from src.common.encoding import encode_documents, n_ids
+from src.common.encoding import count_ids, encode_documents
 from src.common.errors import UserError, first_line
 from src.config.schema import Config
 
@@ -77,17 +77,18 @@ class HFTokenizer:
         """Identifies this tokenizer; see `tokenizer_hash`."""
         return tokenizer_hash(self.tokenizer)
 
-    def check_made(self, what: str, made_by: Optional[str], its_hash: str, setting: str = 'tokenizer_name') -> None:
+    def check_made_with(self, what: str, made_by: Optional[str], made_by_hash: str,
+                        setting: str = 'tokenizer_name') -> None:
         """Raises UserError where `what`, such as `the tokens in ./data/train`, was made with another tokenizer.
 
-        `made_by` and `its_hash` are name (None: unknown) and hash of the tokenizer that made it. `setting` is the key
-        of the config that names this tokenizer.
+        `made_by` and `made_by_hash` are the name (None: unknown) and hash of the tokenizer that made `what`. `setting`
+        is the key of the config that names this tokenizer.
         """
-        # Earlier versions of the kit hashed the serialization of every tokenizer, as loaded
-        if its_hash == self.hash or its_hash == _structure_hash(_open(self.tokenizer_name)):
+        # Earlier versions of the kit hashed the serialization of every tokenizer
+        if made_by_hash == self.hash or made_by_hash == _structure_hash(_open(self.tokenizer_name)):
             return
         raise UserError(f'{setting}: {self.tokenizer_name!r} (hash {self.hash[:12]}) is another tokenizer than that of '
-                        f'{what}: {made_by or "one whose name is not known"} (hash {its_hash[:12]}); set the one that '
+                        f'{what}: {made_by or "one whose name is not known"} (hash {made_by_hash[:12]}); set the one that '
                         'was used')
 
 
@@ -284,7 +285,7 @@ def check_vocab(tokenizer: Any, model_vocab_size: int) -> None:
 
     `tokenizer` is an HFTokenizer, or a dataset with the same attributes `tokenizer` and `tokenizer_name`.
     """
-    needed = n_ids(tokenizer.tokenizer)
+    needed = count_ids(tokenizer.tokenizer)
     if needed > model_vocab_size:
         raise UserError(f'model.vocab_size: {model_vocab_size} is too small for tokenizer_name '
                         f'{tokenizer.tokenizer_name!r}, whose ids need {needed}; set model.vocab_size={needed} or more '

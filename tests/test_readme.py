@@ -631,8 +631,8 @@ def test_what_has_no_effect_in_version_2_is_what_a_run_says():
     others = {'backward_prefetch': 'NONE', 'backward_prefetch_limit': 2, 'forward_prefetch_limit': 2}
     given = [f'fsdp_config.{key}={others.get(key, str(not FSDPConfig.model_fields[key].default).lower())}' for key in no_effect]
     c = check(config.load([str(ROOT / QUICKSTART), 'fsdp_config.activation_checkpointing=true', *given]),
-                     plugins.REGISTRIES, world_size=1, has_gpu=False)
-    said = report._sharding(c)
+              plugins.REGISTRIES, world_size=1, has_gpu=False)
+    said = report.describe_sharding(c)
     assert set(said.split('; without effect in FSDP2: ')[1].split(', ')) == no_effect
     assert not no_effect & FSDP2Config.settable_attrs()
 

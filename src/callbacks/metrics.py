@@ -13,7 +13,7 @@ from composer.utils import dist
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
-from src.causal_lm import IGNORE, next_token_targets
+from src.causal_lm import IGNORE_INDEX, next_token_targets
 from src.common.errors import UserError
 from src.common.flops import peak_flops
 from src.common.progress import progress
@@ -21,9 +21,9 @@ from src.config.derived import grad_accum
 
 log = logging.getLogger('src')
 
-NO_BATCH = ('train_loader: an epoch holds not one full batch for each device and worker; use more data, a smaller '
-            'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A loader of '
-            'your own must start again at each iteration; a generator cannot')
+NO_FULL_BATCH = ('train_loader: an epoch holds not one full batch for each device and worker; use more data, a smaller '
+                 'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A loader '
+                 'of your own must start again at each iteration; a generator cannot')
 
 
 class StepCounters(Callback):
@@ -78,7 +78,7 @@ class StepCounters(Callback):
         # The timestamp tells, not a flag set in `epoch_start`: a resumed run may end an epoch without that event.
         assert state.previous_timestamp is not None
         if int(state.previous_timestamp.batch_in_epoch) == 0:
-            raise UserError(NO_BATCH)
+            raise UserError(NO_FULL_BATCH)
 
 
 class UnigramBaseline(Callback):
@@ -104,7 +104,7 @@ class UnigramBaseline(Callback):
         if self.entropy is None:
             _, targets = next_token_targets(state.batch)
             self._rows_left, targets = self._rows_left - len(targets), targets[:self._rows_left]
-            self._counts.update(targets[targets != IGNORE].tolist())
+            self._counts.update(targets[targets != IGNORE_INDEX].tolist())
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if self.entropy is None:

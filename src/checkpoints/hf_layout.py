@@ -17,10 +17,10 @@ GPT2_NAMES = {'transformer.blocks.': 'transformer.h.', 'causal_attn.Wqkv': 'attn
 GPT2_ACTIVATIONS = {'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}
 # Keys of MosaicGPTConfig that GPT-2 has too, and keys that change only how the model is trained. A model with
 # `attn_within_document` is exported as a model of single documents: within a document it computes what GPT-2 does.
-GPT2_HAS = {'name', 'd_model', 'n_heads', 'n_layers', 'mlp_ratio', 'max_seq_len', 'vocab_size', 'init_std', 'mlp_act',
-            'attn_pdrop', 'resid_pdrop', 'emb_pdrop'}
-TRAINING_ALONE = {'device', 'init_seed', 'attn_impl', 'flash_kernel', 'attn_within_document', 'linear_impl',
-                  'loss_impl', 'loss_chunk_tokens', 'vocab_multiple', 'activation_checkpointing_every'}
+GPT2_KEYS = {'name', 'd_model', 'n_heads', 'n_layers', 'mlp_ratio', 'max_seq_len', 'vocab_size', 'init_std', 'mlp_act',
+             'attn_pdrop', 'resid_pdrop', 'emb_pdrop'}
+TRAINING_ONLY_KEYS = {'device', 'init_seed', 'attn_impl', 'flash_kernel', 'attn_within_document', 'linear_impl',
+                      'loss_impl', 'loss_chunk_tokens', 'vocab_multiple', 'activation_checkpointing_every'}
 
 
 def gpt2_config(cfg: MosaicGPTConfig, **more: Any) -> GPT2Config:
@@ -29,7 +29,7 @@ def gpt2_config(cfg: MosaicGPTConfig, **more: Any) -> GPT2Config:
     Raises UserError where GPT-2 has no such setting.
     """
     for name, field in type(cfg).model_fields.items():
-        if name not in GPT2_HAS | TRAINING_ALONE and getattr(cfg, name) != field.default:
+        if name not in GPT2_KEYS | TRAINING_ONLY_KEYS and getattr(cfg, name) != field.default:
             raise UserError(f'model.{name}: {getattr(cfg, name)!r} cannot be exported, because GPT-2 has only '
                             f'{field.default!r}')
     return GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.max_seq_len, n_embd=cfg.d_model, n_layer=cfg.n_layers,

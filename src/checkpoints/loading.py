@@ -73,7 +73,7 @@ def check_same_tokenizer(manifest: Optional[Manifest], tokenizer: Any, path: str
                          setting: str = 'tokenizer_name') -> None:
     """Raises UserError where the manifest of the checkpoint at `path` has the hash of another tokenizer."""
     if manifest and manifest.tokenizer_hash:
-        tokenizer.check_made(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash, setting)
+        tokenizer.check_made_with(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash, setting)
 
 
 def check_sample_in_epoch(start: Start, samples: int) -> None:
@@ -87,7 +87,7 @@ def check_sample_in_epoch(start: Start, samples: int) -> None:
 
 # ---------------------------------------------------------------- while it is built, and after
 @contextmanager
-def reading_safely(start: Start, trusted: Optional[bool] = None) -> Iterator[None]:
+def read_safely(start: Start, trusted: Optional[bool] = None) -> Iterator[None]:
     """Makes Composer's Trainer read `load_path` without running code, and explains a damaged file in one message.
 
     Wraps only Composer's reading functions, so an error of a model, an optimizer or a callback keeps its traceback.

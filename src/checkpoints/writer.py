@@ -135,7 +135,7 @@ class CheckpointWriter(Callback):
 
     def _finish(self, manifest: Manifest) -> None:
         self.folder.write(f'{manifest.name}.json', json.dumps(asdict(manifest), indent=1))
-        if self.folder.deletes:
+        if self.folder.can_delete:
             self.folder.delete([f'{manifest.name}{UNFINISHED}'])
         self.newest = self.folder.uri(manifest.path)
         if self.keep >= 0:

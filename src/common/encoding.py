@@ -44,7 +44,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
     return [np.concatenate([*arrays, eos]) for arrays in ids_of_pieces]
 
 
-def n_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the highest token id + 1. A vocabulary with gaps has fewer tokens than this."""
     return 1 + max(tokenizer.get_vocab().values())
 

@@ -18,7 +18,7 @@ def train_flops_per_token(n_params: int, n_layers: int, d_model: int, seq_len: i
 # Fraction of the card's memory that we plan with. The rest covers fragmentation, and an error of up to 5% in the
 # prediction of the tensors' memory. The prediction includes the memory of CUDA and NCCL. GB are 10^9 bytes: HBM cards
 # have up to 7% more, which is a reserve; on GDDR6 cards ECC takes as much.
-USABLE = 0.95
+USABLE_FRACTION = 0.95
 
 
 class Card(NamedTuple):
@@ -33,7 +33,7 @@ class Card(NamedTuple):
 
     @property
     def usable(self) -> float:
-        return USABLE * self.memory
+        return USABLE_FRACTION * self.memory
 
 
 # Dense peaks (no sparsity) with fp32 accumulation. MFU of fp8 layers uses them too, so that runs can be compared.

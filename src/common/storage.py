@@ -30,10 +30,10 @@ def owner_tag() -> str:
     return f'{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
 
 
-def is_leftover(name: str, of_all: bool = False) -> bool:
-    """Tells whether a name has the `owner_tag` of an ended process of this machine or, with `of_all`, any tag."""
+def is_leftover(name: str, any_owner: bool = False) -> bool:
+    """Tells whether a name has the `owner_tag` of an ended process of this machine or, with `any_owner`, any tag."""
     owned = OWNED.search(name)
-    return bool(owned) and (of_all or owned['host'] == HOST and not psutil.pid_exists(int(owned['pid'])))
+    return bool(owned) and (any_owner or owned['host'] == HOST and not psutil.pid_exists(int(owned['pid'])))
 
 
 class AnyFolder:
@@ -41,7 +41,7 @@ class AnyFolder:
 
     root: Any  # the path or the URL
     remote = False  # True for an object store
-    deletes = False  # True if files can be deleted
+    can_delete = False  # True if files can be deleted
 
     def __str__(self) -> str:
         return str(self.root)
@@ -57,7 +57,7 @@ class AnyFolder:
         raise NotImplementedError
 
     @staticmethod
-    def ask(call: Callable[[], Any], attempts: int = 3) -> Any:
+    def call_with_retries(call: Callable[[], Any], attempts: int = 3) -> Any:
         """Calls an object store, up to `attempts` times, and returns its answer."""
         from streaming.base.util import retry
 
@@ -67,7 +67,7 @@ class AnyFolder:
 class LocalFolder(AnyFolder):
     """A folder on a disk that all nodes share."""
 
-    deletes = True
+    can_delete = True
 
     def __init__(self, root: Union[str, Path]):
         self.root = Path(root)
@@ -112,13 +112,14 @@ class RemoteFolder(AnyFolder):
         store = maybe_create_object_store_from_uri(uri)
         assert isinstance(store, ObjectStore)
         self.store, self.prefix = store, parse_uri(self.root)[2]
-        self.deletes = isinstance(store, S3ObjectStore)  # Composer's ObjectStore cannot delete; boto3's client can
+        self.can_delete = isinstance(store, S3ObjectStore)  # Composer's ObjectStore cannot delete; boto3's client can
 
     def key(self, name: str) -> str:
         return f'{self.prefix}/{name}' if self.prefix else name
 
     def names(self) -> list[str]:
-        return [name[len(self.key('')):] for name in self.ask(lambda: self.store.list_objects(self.key('')))]
+        names = self.call_with_retries(lambda: self.store.list_objects(self.key('')))
+        return [name[len(self.key('')):] for name in names]
 
     def size(self, name: str) -> int:
         def get_size() -> int:
@@ -126,12 +127,12 @@ class RemoteFolder(AnyFolder):
                 return self.store.get_object_size(self.key(name))
             except FileNotFoundError:
                 return -1
-        return self.ask(get_size)
+        return self.call_with_retries(get_size)
 
     def read_bytes(self, name: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, 'file')
-            self.ask(lambda: self.store.download_object(self.key(name), str(file), overwrite=True))
+            self.call_with_retries(lambda: self.store.download_object(self.key(name), str(file), overwrite=True))
             return file.read_bytes()
 
     def write(self, name: str, text: str) -> None:
@@ -140,12 +141,12 @@ class RemoteFolder(AnyFolder):
             self.upload(name, Path(folder, 'file'))
 
     def upload(self, name: str, file: Path) -> None:
-        self.ask(lambda: self.store.upload_object(self.key(name), str(file)))
+        self.call_with_retries(lambda: self.store.upload_object(self.key(name), str(file)))
 
     def delete(self, names: Collection[str]) -> None:
         store: Any = self.store
         for key in map(self.key, names):
-            self.ask(lambda key=key: store.client.delete_object(Bucket=store.bucket, Key=key))
+            self.call_with_retries(lambda key=key: store.client.delete_object(Bucket=store.bucket, Key=key))
 
 
 Folder = Union[LocalFolder, RemoteFolder]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Union
 
-IGNORE = -100  # label of a position that is not a target
+IGNORE_INDEX = -100  # label of a position that is not a target
 
 
 def targets_per_sample(batch: Mapping[str, Any]) -> list[int]:
@@ -11,7 +11,7 @@ def targets_per_sample(batch: Mapping[str, Any]) -> list[int]:
 
     The batch has `labels` of shape (batch, seq) or (batch, seq + 1) and, optionally, `attention_mask` (batch, seq).
     """
-    trained = batch['labels'][:, 1:] != IGNORE
+    trained = batch['labels'][:, 1:] != IGNORE_INDEX
     if 'attention_mask' in batch:  # after padding on the left, nothing predicts the first token
         trained &= batch['attention_mask'][:, :trained.shape[1]].bool()
     return trained.sum(1).tolist()

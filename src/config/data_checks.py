@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import Optional
 
 from src.common.errors import UserError
-from src.config.data_places import columns_of, is_url, stream_errors, streams_of
+from src.config.data_places import is_url, read_columns, stream_errors, streams_of
 from src.config.schema import Config, DatasetConfig, LoaderConfig, MosaicGPTConfig
 
-NO_SET_OF_SAMPLES = ("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
-                     'set truncate, or evaluate on packed tokens')
+CONCAT_EVALUATION_ERROR = ("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
+                           'set truncate, or evaluate on packed tokens')
 
 
 def data_errors(c: Config, num_nodes: int, kits_loader: bool) -> Iterator[str]:
@@ -18,7 +18,7 @@ def data_errors(c: Config, num_nodes: int, kits_loader: bool) -> Iterator[str]:
     Without `kits_loader` the `dataset` sections are not checked: a loader of the user's own may use them differently.
     """
     train = c.train_loader.dataset
-    for name, loader in loaders(c).items():
+    for name, loader in loader_sections(c).items():
         yield from _loader_errors(c, name, loader)
         if kits_loader:
             yield from (f'{name}.{error}' for error in stream_errors(loader.dataset))
@@ -40,7 +40,7 @@ def data_errors(c: Config, num_nodes: int, kits_loader: bool) -> Iterator[str]:
                'which works only in training; set a number')
 
 
-def loaders(c: Config) -> dict[str, LoaderConfig]:
+def loader_sections(c: Config) -> dict[str, LoaderConfig]:
     """The loaders in the config by the names of their sections; `eval_loader` may be absent."""
     return {'train_loader': c.train_loader, **({'eval_loader': c.eval_loader} if c.eval_loader else {})}
 
@@ -70,7 +70,7 @@ def packs_on_the_fly(data: DatasetConfig) -> bool:
     """Whether the loader packs text into samples while it reads. Data without a readable index counts as text."""
     if data.group_method != 'concat':
         return False
-    return not any('tokens' in (columns_of(place) or ()) for place in _places(data)[:1])  # all streams have one format
+    return not any('tokens' in (read_columns(place) or ()) for place in _places(data)[:1])  # all have one format
 
 
 def _places(data: DatasetConfig) -> list[str]:
@@ -81,7 +81,7 @@ def _places(data: DatasetConfig) -> list[str]:
 
 def _split_errors(c: Config, train: DatasetConfig, evals: DatasetConfig) -> Iterator[str]:
     if packs_on_the_fly(evals):
-        yield NO_SET_OF_SAMPLES
+        yield CONCAT_EVALUATION_ERROR
     if set(_places(train)) & set(_places(evals)) and not c.allow_same_split:
         yield (f'eval_loader.dataset.split: {evals.split!r} is also what train_loader reads, so the run would evaluate '
                'on its training data; change one of the splits, or set allow_same_split=true if you want this')
@@ -89,7 +89,7 @@ def _split_errors(c: Config, train: DatasetConfig, evals: DatasetConfig) -> Iter
 
 def check_seq_len(c: Config, max_positions: Optional[int]) -> None:
     """Refuses sequences longer than the model's positions; for a Hugging Face model they are known once it is built."""
-    for name, loader in loaders(c).items():
+    for name, loader in loader_sections(c).items():
         if max_positions and loader.dataset.max_seq_len > max_positions:
             raise UserError(f'{name}.dataset.max_seq_len: {loader.dataset.max_seq_len} is above the {max_positions} '
                             'positions of the model; set a smaller max_seq_len, or more positions in '

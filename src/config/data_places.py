@@ -33,7 +33,7 @@ def streams_of(data: DatasetConfig) -> dict[str, StreamConfig]:
     return {'dataset': StreamConfig(remote=data.remote, local=data.local, split=data.split)} if data.local else {}
 
 
-def columns_of(place: str) -> Optional[list[str]]:
+def read_columns(place: str) -> Optional[list[str]]:
     """The columns of the split in a folder or at a URL, read from the first shard in its index.
 
     None where the index cannot be read; the loader that opens the data then reports the cause.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Optional
 
 from src.common.machine import compiler_errors
-from src.config.data_checks import loaders
+from src.config.data_checks import loader_sections
 from src.config.derived import fsdp_version
 from src.config.schema import CompileConfig, Config, FSDPConfig, HFCausalLMConfig, MosaicGPTConfig
 
@@ -55,7 +55,7 @@ def _attention_errors(c: Config, model: MosaicGPTConfig, has_gpu: bool) -> Itera
 
 def _layer_errors(c: Config, model: MosaicGPTConfig) -> Iterator[str]:
     """Shapes that fp8 cannot compute, and settings that would have no effect."""
-    lengths = {f'{name}.dataset.max_seq_len': loader.dataset.max_seq_len for name, loader in loaders(c).items()}
+    lengths = {f'{name}.dataset.max_seq_len': loader.dataset.max_seq_len for name, loader in loader_sections(c).items()}
     uneven = [f'{key} is {n}' for key, n in {'model.d_model': model.d_model, **lengths}.items() if n % 16]
     if model.linear_impl == 'fp8' and uneven:
         yield (f"model.linear_impl: 'fp8' needs multiples of 16, but {' and '.join(uneven)}; change the value, or set "

@@ -43,7 +43,7 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
                     'tokenizer_name': options.tokenizer_name, **_sum_counts(list(parts.values())), 'files': files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), 'utf-8')
         output.send(folder, [INDEX, MANIFEST])
-    remove_leftovers(output, of_all=True)
+    remove_leftovers(output, any_owner=True)
     return manifest
 
 

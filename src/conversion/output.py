@@ -83,7 +83,7 @@ class RemoteOutput(AnyFolder):
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, 'file')
             with self.explain_errors('read', url):
-                exists = self.ask(download, 5)
+                exists = self.call_with_retries(download, 5)
             if not exists:
                 raise FileNotFoundError(url)
             return Path(file).read_bytes()
@@ -170,10 +170,10 @@ def unfinished_folder(output: Output, name: str) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_leftovers(output: Output, of_all: bool = False) -> None:
-    """Removes unfinished parts of killed processes of this machine; with `of_all`, also those of other machines."""
+def remove_leftovers(output: Output, any_owner: bool = False) -> None:
+    """Removes unfinished parts of killed processes of this machine; with `any_owner`, also those of other machines."""
     disk = staging_root(output)
     for path in chain(disk.glob('.*.partial-*'), Path(tempfile.gettempdir()).glob('.*.partial-*')):
-        if is_leftover(path.name, of_all and path.parent == disk and not output.remote):
+        if is_leftover(path.name, any_owner and path.parent == disk and not output.remote):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from src.common.errors import UserError
-from src.common.targets import IGNORE, targets_per_sample
+from src.common.targets import IGNORE_INDEX, targets_per_sample
 
 MODEL_KEYS = ('input_ids', 'labels', 'attention_mask', 'sequence_id')  # models read these; other keys are passed on
 
@@ -42,7 +42,7 @@ class BatchForm:
         self._check_shapes(ids)
         self._check_values(ids)
         if (mask := ids.get('attention_mask')) is not None:
-            ids['labels'] = ids['labels'].masked_fill(mask == 0, IGNORE)
+            ids['labels'] = ids['labels'].masked_fill(mask == 0, IGNORE_INDEX)
         return {**values, **ids, 'n_targets': targets_per_sample(ids)}
 
     def _as_int64(self, key: str, value: Any) -> Tensor:
@@ -74,18 +74,18 @@ class BatchForm:
         for key in ('input_ids', 'labels'):
             wrong = (ids[key] < 0) | (ids[key] >= self.vocab_size)
             if key == 'labels':
-                wrong &= ids[key] != IGNORE
+                wrong &= ids[key] != IGNORE_INDEX
             if wrong.any():
                 raise UserError(f'{self.setting}: {key} hold {int(ids[key][wrong][0])}, but the model has the token '
-                                f'ids 0 to {self.vocab_size - 1} (labels also {IGNORE}); set a larger vocabulary in '
-                                'section model, or give ids of another tokenizer')
+                                f'ids 0 to {self.vocab_size - 1} (labels also {IGNORE_INDEX}); set a larger vocabulary '
+                                'in section model, or give ids of another tokenizer')
         mask = ids.get('attention_mask')
         if mask is not None and not ((mask == 0) | (mask == 1)).all():
             raise UserError(f'{self.setting}: attention_mask must be 1 at tokens and 0 at padding, but holds '
                             f'{int(mask.min())} and {int(mask.max())}')
 
 
-def split(batch: Mapping[str, Any], size: Any) -> list[dict[str, Any]]:
+def split_batch(batch: Mapping[str, Any], size: Any) -> list[dict[str, Any]]:
     """Splits a batch into microbatches of `size` samples, the last of which may have fewer.
 
     A value without one entry for each sample goes to every microbatch as a whole.

@@ -91,7 +91,7 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
     options = manifest.get('options') if isinstance(manifest, dict) else None  # another tool's manifest has none
     tokenizer_hash = options.get('tokenizer_hash') if isinstance(options, dict) else None
     if tokenizer_hash:
-        tokenizer.check_made(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), str(tokenizer_hash))
+        tokenizer.check_made_with(f'the tokens in {stream.place}', manifest.get('tokenizer_name'), str(tokenizer_hash))
 
 
 def _read_beside_index(stream: CheckedStream, name: str) -> Optional[bytes]:

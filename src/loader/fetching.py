@@ -86,14 +86,14 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
     raise UserError(_explain_failure(stream, name, os.path.dirname(path), info, error))
 
 
-def remove_parts(folder: Path, names: Container[str], of_all: bool) -> None:
+def remove_parts(folder: Path, names: Container[str], any_owner: bool) -> None:
     """Removes partly fetched files that killed runs have left in `folder`, the folder of a split.
 
-    `names` are the names of the split's files. With `of_all` the partial files of other machines and of running runs
+    `names` are the names of the split's files. With `any_owner` the partial files of other machines and of running runs
     are removed too; those runs fetch the files again.
     """
     for part in folder.rglob(f'*{PART}*'):
-        if str(part.relative_to(folder)).split(PART)[0] in names and (of_all or is_leftover(part.name)):
+        if str(part.relative_to(folder)).split(PART)[0] in names and (any_owner or is_leftover(part.name)):
             with suppress(OSError):  # the file may belong to another user
                 part.unlink()
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch.utils.data import default_collate, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from src.common.encoding import encode_documents, n_ids
+from src.common.encoding import count_ids, encode_documents
 from src.common.errors import UserError
-from src.common.targets import IGNORE, targets_per_sample
+from src.common.targets import IGNORE_INDEX, targets_per_sample
 from src.loader.contents import check_tokens
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ class SampleMaker:
                  place: str) -> None:
         self.tokenizer, self.tokenizer_name, self.place = tokenizer, tokenizer_name, place
         self.max_seq_len, self.sequence_ids = max_seq_len, sequence_ids
-        self._n_ids = n_ids(tokenizer)
+        self._n_ids = count_ids(tokenizer)
 
     def of_tokens(self, rows: list[Row]) -> list[Sample]:
         """One sample for each row of tokens.
@@ -45,7 +45,7 @@ class SampleMaker:
             n = min(len(ids), self.max_seq_len)
             sample = {'input_ids': np.full(self.max_seq_len, self.tokenizer.pad_token_id, np.int64),
                       'attention_mask': np.zeros(self.max_seq_len, np.int64),
-                      'labels': np.full(self.max_seq_len, IGNORE, np.int64)}
+                      'labels': np.full(self.max_seq_len, IGNORE_INDEX, np.int64)}
             sample['input_ids'][:n] = sample['labels'][:n] = ids[:n]
             sample['attention_mask'][:n] = 1
             if self.sequence_ids:
@@ -80,7 +80,7 @@ class SampleMaker:
             return {'input_ids': ids[:n], 'labels': labels}
         starts = np.zeros(len(ids), bool)  # true at the first token of each document but the first
         starts[1:] = ids[:-1] == self.tokenizer.eos_token_id
-        labels[starts] = IGNORE
+        labels[starts] = IGNORE_INDEX
         return {'input_ids': ids[:n], 'labels': labels, 'sequence_id': starts[:n].cumsum()}
 
     def _encode(self, rows: list[Row]) -> list[NDArray[np.int64]]:

@@ -77,7 +77,7 @@ class CheckedStream(Stream):
         _check_unpacking(self, shards)
         folder = Path(self.local, self.split)
         if self.remote is not None or any(shard.compression for shard in shards):  # else nothing is written there
-            remove_parts(folder, self._infos, of_all=self.remote is not None)
+            remove_parts(folder, self._infos, any_owner=self.remote is not None)
         with ThreadPoolExecutor() as pool:
             usage = list(pool.map(self._count_good_bytes, shards))
         cache_usage_per_shard[:] = usage

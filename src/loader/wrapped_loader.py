@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 RANDOM_SAMPLERS = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)
 
 
-class Batches:
+class OrderedBatches:
     """The batches of a loader of your own, in an order that depends only on the number of the epoch.
 
     To come to its epoch, a resumed run starts each earlier epoch and reads one batch of it. That draws fewer random
@@ -47,7 +47,7 @@ class Batches:
         return getattr(self.loader, name)  # callbacks read `dataset`, `batch_size` and others
 
 
-class SizedBatches(Batches):
+class SizedBatches(OrderedBatches):
     """Batches with a length: the batches in an epoch; in training, those of the rank that has the fewest.
 
     A class of its own, because Composer refuses an evaluation whose `len` raises TypeError.
@@ -57,7 +57,7 @@ class SizedBatches(Batches):
         return self._length
 
 
-def has_state(loader: Any) -> bool:
+def can_save_place(loader: Any) -> bool:
     """Whether the loader's dataset can save its place in an epoch in the form that Composer calls (streaming's)."""
     if not (isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)):
         return False
@@ -69,13 +69,13 @@ def has_state(loader: Any) -> bool:
     return True
 
 
-def sampler_of(loader: DataLoader) -> Any:
+def find_sampler(loader: DataLoader) -> Any:
     """The sampler that chooses the samples: the loader's own, or the one inside its batch sampler."""
     order = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     return order.sampler if type(order) is data.BatchSampler else order
 
 
-def epoch_length(loader: Any) -> Optional[int]:
+def count_batches(loader: Any) -> Optional[int]:
     """Number of batches in an epoch; None where the loader does not know it."""
     try:
         return len(loader)
@@ -84,8 +84,8 @@ def epoch_length(loader: Any) -> Optional[int]:
 
 
 def unwrap_loader(loader: Any) -> Any:
-    """The original loader, without the wrapper Batches."""
-    return loader.loader if isinstance(loader, Batches) else loader
+    """The original loader, without the wrapper OrderedBatches."""
+    return loader.loader if isinstance(loader, OrderedBatches) else loader
 
 
 def describe_loader(loader: Any) -> str:

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple, Optional
 
-from src.common.flops import USABLE
+from src.common.flops import USABLE_FRACTION
 from src.config.derived import fsdp_version
 from src.config.schema import TIME, FSDPConfig
 from src.sizing.estimate import C4_TOKENS, CHECKPOINT_BYTES, RULE_BYTES, Estimate, apply_remedies
@@ -53,7 +53,7 @@ def rows(e: Estimate, price: Optional[float]) -> list[Row]:
             'the global batch; or --gpus', column='GPUs'),
         Row('microbatch', str(e.microbatch), '', "the config's; with auto, the largest that fits", 'micro'),
         Row('peak memory', gib(e.memory.total), 'peak memory of each device, predicted (src/sizing/memory.py); usable: '
-            f'{USABLE} x {memory} = {gib(e.card.usable)}', column='GiB',
+            f'{USABLE_FRACTION} x {memory} = {gib(e.card.usable)}', column='GiB',
             cell=f'{e.memory.total / 2**30:.2f}{"" if e.fits else "!"}'),
         Row('largest microbatch', str(e.largest_microbatch or 'none'), 'the largest microbatch that fits and divides '
             'the samples of a device, global batch / devices', f' = {batch // e.devices}', 'max micro'),

@@ -56,7 +56,7 @@ from src.ranks import program, rendezvous
 from src.ranks.failure_watch import FailureWatch
 from src.sizing.memory import GPU_WORKSPACE, predict
 from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals
-from src.training.data import has_kits_loader
+from src.training.data import uses_kit_loader
 from src.training.report import environment
 from src.training.setup import check_config
 
@@ -141,7 +141,7 @@ def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
 
 def reads_real_data(args: argparse.Namespace) -> bool:
     """Whether the run reads the YAML's data. A user's own loader always does."""
-    return args.real_data or not has_kits_loader()
+    return args.real_data or not uses_kit_loader()
 
 
 def run(args: argparse.Namespace, overrides: list[str], number: int,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
-from src.causal_lm import IGNORE, next_token_targets
+from src.causal_lm import IGNORE_INDEX, next_token_targets
 
 
 def bytes_per_token(tokenizer: Any, vocab_size: int) -> NDArray[np.float64]:
@@ -58,7 +58,7 @@ class Totals(Metric):
         n_targets = outputs['n_targets'].double()
         self.sums[0] += outputs['loss'].double() * n_targets
         self.sums[1] += n_targets
-        self.sums[2] += self.lengths[targets[targets != IGNORE]].sum()
+        self.sums[2] += self.lengths[targets[targets != IGNORE_INDEX]].sum()
         self.sums[3] += len(targets)
 
     def compute(self) -> Tensor:

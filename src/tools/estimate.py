@@ -22,7 +22,7 @@ from src.config.check import check
 from src.sizing.estimate import ASSUMED_MFU, Estimate, estimate
 from src.sizing.report import overview, report
 from src.training import plugins
-from src.training.data import has_kits_loader
+from src.training.data import uses_kit_loader
 
 YAMLS = Path(__file__).resolve().parents[2] / 'yamls' / 'mosaic_gpt'
 
@@ -45,7 +45,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def estimate_of(yaml: str, args: argparse.Namespace) -> Estimate:
     c = check(config.load([yaml, *args.overrides]), plugins.REGISTRIES, args.gpus or 1, True,
-              kits_loader=has_kits_loader())
+              kits_loader=uses_kit_loader())
     return estimate(c, CARDS[args.gpu], args.gpus, args.mfu)
 
 

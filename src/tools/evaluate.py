@@ -38,7 +38,7 @@ from src.checkpoints.loading import (
     check_same_tokenizer,
     check_same_weights,
     finish_loading,
-    reading_safely,
+    read_safely,
 )
 from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
@@ -139,7 +139,7 @@ def sum_over_samples(c: Config, start: Start, model: ComposerCausalLM, evaluator
     has_gpu = torch.cuda.is_available()
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
-    with reading_safely(start), explain_run_failures(c):
+    with read_safely(start), explain_run_failures(c):
         trainer = Trainer(
             model=model,
             eval_dataloader=evaluators,

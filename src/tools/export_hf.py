@@ -29,7 +29,7 @@ from src.checkpoints.manifest import Manifest
 from src.common import program
 from src.common.errors import UserError, first_line
 from src.config.load import load, to_plain
-from src.tokenizer import HFTokenizer, check_vocab, n_ids
+from src.tokenizer import HFTokenizer, check_vocab, count_ids
 
 
 def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optional[list[str]] = None,
@@ -58,7 +58,7 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
         raise UserError(f'model: {first_line(e)}; give the section model of the run') from None
     kit_tokenizer = HFTokenizer(name, 2)
     check_same_tokenizer(manifest, kit_tokenizer, path, '--tokenizer' if tokenizer_name else 'tokenizer_name')
-    if tokenizer_name and n_ids(kit_tokenizer.tokenizer) > hf.config.vocab_size:
+    if tokenizer_name and count_ids(kit_tokenizer.tokenizer) > hf.config.vocab_size:
         raise UserError(f'--tokenizer: {tokenizer_name} has more tokens than the {hf.config.vocab_size} of the '
                         'model; name the tokenizer that the model was trained with')
     check_vocab(kit_tokenizer, hf.config.vocab_size)
@@ -75,7 +75,7 @@ def _load_sections(yaml: Optional[list[str]]) -> dict[str, Any]:
 
 
 def _describe_model(path: str, manifest: Optional[Manifest], tokenizer_name: Optional[str],
-               cfg: dict[str, Any]) -> tuple[dict[str, Any], str]:
+                    cfg: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The section `model` of the run and the name of its tokenizer, from the config, else from the manifest."""
     model, name = cfg.get('model'), tokenizer_name or (cfg.get('tokenizer') or {}).get('tokenizer_name')
     if model and (overrides := model.get('config_overrides')):  # null means the default of the model
@@ -97,7 +97,7 @@ def _connect(model: PreTrainedModel, tokenizer: Any) -> None:
     """Sets in model and tokenizer the values of the other that Hugging Face's programs read."""
     tokenizer.split_special_tokens = False  # Hugging Face's default; the kit splits them in documents
     tokenizer.model_max_length = getattr(model.config, 'max_position_embeddings', None) or int(1e30)
-    model.resize_token_embeddings(n_ids(tokenizer), mean_resizing=False)  # no rows for ids without a token
+    model.resize_token_embeddings(count_ids(tokenizer), mean_resizing=False)  # no rows for ids without a token
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = {'bos_token_id': eos if bos is None else bos, 'eos_token_id': eos}
     model.config.update(ids)

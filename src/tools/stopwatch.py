@@ -18,7 +18,7 @@ from src.common.errors import UserError
 from src.common.progress import progress
 from src.config.derived import resolve_precision
 from src.config.schema import Config, MosaicGPTConfig
-from src.loader.batch_form import split
+from src.loader.batch_form import split_batch
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 
 PARTS = ('data', 'forward', 'backward', 'update', 'rest')
@@ -155,7 +155,7 @@ class BareLoop:
 
     def step(self, batch: Any) -> None:
         rows = len(batch['input_ids'])
-        for part in split(batch, self.microbatch):
+        for part in split_batch(batch, self.microbatch):
             part = {key: x.to(self.device) if isinstance(x, torch.Tensor) else x for key, x in part.items()}
             with get_precision_context(self.precision):
                 loss = self.loss(self.model, part)

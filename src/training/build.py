@@ -35,8 +35,8 @@ def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
     Raises UserError where the kit's loader has no tokenizer, or where the tokenizer cannot be loaded.
     """
     if c.tokenizer:
-        return load_tokenizer(c, of_loaders=data.has_kits_loader())
-    if data.has_kits_loader():
+        return load_tokenizer(c, of_loaders=data.uses_kit_loader())
+    if data.uses_kit_loader():
         raise UserError('tokenizer: null is for a loader of your own. build_c4_dataloader in src/training/data.py is '
                         "the kit's loader, which needs a tokenizer; set tokenizer.name and tokenizer_name")
     return None
@@ -76,7 +76,7 @@ def build_train_data(c: Config, model: ComposerCausalLM, device_batch: int) -> D
     """Builds the loader of training. Raises UserError where that fails, or the loader lacks what a setting needs."""
     spec = data.build_data_spec(data.build_c4_dataloader(c.train_loader, device_batch), 'train_loader', model, c.seed)
     data.check_train_loader(c, spec.dataloader)
-    check_warmup(c, data.epoch_length(spec.dataloader))
+    check_warmup(c, data.count_batches(spec.dataloader))
     return spec
 
 
@@ -110,7 +110,7 @@ def compare_with_checkpoint(run: Setup, model: ComposerCausalLM, train: DataSpec
     if run.is_finished:
         return settings, SettingChanges([], False)
     changed = compare_settings(run.start, settings, data.resumes_by_samples(train.dataloader))
-    if data.has_kits_loader() and data.resumes_by_samples(train.dataloader):
+    if data.uses_kit_loader() and data.resumes_by_samples(train.dataloader):
         check_sample_in_epoch(run.start, train.dataloader.dataset.epoch_size)  # pyright: ignore
     return settings, changed
 
@@ -122,7 +122,7 @@ def build_writer(run: Setup, model: ComposerCausalLM, tokenizer: Optional[HFToke
     if not c.save_folder:
         return None
     interval = to_batches_samples_or_tokens(c.save_interval, c.max_duration)
-    info = RunInfo(model.described_by or c.model.model_dump(), tokenizer.tokenizer_name if tokenizer else '',
+    info = RunInfo(model.manifest_config or c.model.model_dump(), tokenizer.tokenizer_name if tokenizer else '',
                    getattr(tokenizer, 'hash', ''), settings)
     return CheckpointWriter(c.save_folder, interval, c.save_num_checkpoints_to_keep, run.start, info)
 

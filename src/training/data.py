@@ -14,21 +14,21 @@ from src.common.errors import UserError
 from src.common.targets import get_num_tokens_in_batch
 from src.config.schema import Config
 from src.data_c4 import build_c4_dataloader
-from src.loader.batch_form import BatchForm, split
+from src.loader.batch_form import BatchForm, split_batch
 from src.loader.sample_order import EvalView
 from src.loader.wrapped_loader import (
-    Batches,
+    OrderedBatches,
     SizedBatches,
+    can_save_place,
+    count_batches,
     describe_loader,
-    epoch_length,
-    has_state,
-    sampler_of,
+    find_sampler,
     unwrap_loader,
 )
 from src.tokenizer import check_vocab
 
 
-def has_kits_loader() -> bool:
+def uses_kit_loader() -> bool:
     """Whether `build_c4_dataloader` is the kit's own. Only then do the `dataset` sections of the config apply."""
     return build_c4_dataloader is data_c4.build_c4_dataloader
 
@@ -58,12 +58,12 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
         loader = _prepare_own_loader(loader, setting, seed)
         form = BatchForm(setting, model.vocab_size, model.max_seq_len)
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
-    return DataSpec(loader, batch_transforms=form, split_batch=split,
+    return DataSpec(loader, batch_transforms=form, split_batch=split_batch,
                     get_num_samples_in_batch=lambda batch: len(batch['input_ids']), get_num_tokens_in_batch=count)
 
 
 def _prepare_own_loader(loader: Any, setting: str, seed: int) -> Any:
-    """Checks the user's own loader, and wraps it in Batches if Composer cannot save its position."""
+    """Checks the user's own loader, and wraps it in OrderedBatches if Composer cannot save its position."""
     ranks, evaluate = dist.get_world_size(), setting == 'eval_loader'
     if isinstance(loader, (Mapping, str)) or not (hasattr(loader, '__iter__') or hasattr(loader, '__getitem__')):
         raise UserError(f'{setting}: build_c4_dataloader returned a {type(loader).__name__}; have it return one '
@@ -74,7 +74,7 @@ def _prepare_own_loader(loader: Any, setting: str, seed: int) -> Any:
     if isinstance(loader, DataLoader):
         if loader.generator is None:
             loader.generator = torch.Generator().manual_seed(seed + dist.get_global_rank())
-        if ranks > 1 and type(sampler_of(loader)) in (SequentialSampler, RandomSampler):
+        if ranks > 1 and type(find_sampler(loader)) in (SequentialSampler, RandomSampler):
             raise UserError(f'{setting}: the DataLoader has no DistributedSampler, so each of {ranks} ranks would read '
                             'the same samples; give it sampler=composer.utils.dist.get_sampler(dataset, shuffle=True). '
                             'If the dataset already holds only the samples of its rank, make it an IterableDataset, or '
@@ -82,13 +82,13 @@ def _prepare_own_loader(loader: Any, setting: str, seed: int) -> Any:
     # With a DistributedSampler, Composer leaves out the samples that come twice in an evaluation.
     drops_repeated = isinstance(loader, DataLoader) and any(
         isinstance(sampler, DistributedSampler) for sampler in (loader.batch_sampler, loader.sampler))
-    if evaluate and drops_repeated or has_state(loader):
+    if evaluate and drops_repeated or can_save_place(loader):
         return loader
-    length = epoch_length(loader)
+    length = count_batches(loader)
     if not evaluate:  # the learning-rate schedule needs one length on all ranks
         lengths: list[Any] = dist.all_gather_object(length)
         length = None if None in lengths else min(lengths)
-    return Batches(loader, evaluate) if length is None else SizedBatches(loader, evaluate, length)
+    return OrderedBatches(loader, evaluate) if length is None else SizedBatches(loader, evaluate, length)
 
 
 def resumes_by_samples(loader: Any) -> bool:
@@ -107,7 +107,7 @@ def check_train_loader(c: Config, loader: Any) -> None:
     """Raises UserError where a setting needs the length of an epoch or the size of a batch, and the loader has none."""
     for setting, time in (('max_duration', c.max_duration), ('scheduler.t_warmup', c.scheduler.t_warmup),
                           ('scheduler.t_max', c.scheduler.t_max)):
-        if time.endswith('ep') and epoch_length(loader) is None:
+        if time.endswith('ep') and count_batches(loader) is None:
             raise UserError(f'{setting}: {time!r}, but the train loader, {describe_loader(loader)}, does not say how '
                             'many batches an epoch has; give batches (ba) or tokens (tok)')
     if c.device_train_microbatch_size == 'auto' and getattr(loader, 'batch_size', None) is None:
@@ -137,7 +137,7 @@ def describe(loader: Any) -> list[str]:
                 '--concat_tokens)']
     if reads_kit_dataset(loader):
         return []
-    length, ranks = epoch_length(loader), dist.get_world_size()
+    length, ranks = count_batches(loader), dist.get_world_size()
     number = 'an unknown number of' if length is None else length
     resumed = 'reads its epoch again up to the checkpoint'
     if resumes_by_samples(loader):
@@ -145,7 +145,7 @@ def describe(loader: Any) -> list[str]:
     lines = [f'data: a loader of your own, {describe_loader(loader)}, with {number} batches in an epoch; a resumed run '
              f'{resumed}']
     own = unwrap_loader(loader)
-    if ranks > 1 and not (isinstance(own, DataLoader) and isinstance(sampler_of(own), DistributedSampler)):
+    if ranks > 1 and not (isinstance(own, DataLoader) and isinstance(find_sampler(own), DistributedSampler)):
         lines.append(f'data: no DistributedSampler divides the samples among {ranks} ranks. If your loader does not '
                      'divide them either, each rank trains on the same samples')
     return lines

@@ -27,11 +27,11 @@ def explain_run_failures(c: Config, writer: Optional[CheckpointWriter] = None) -
         raise
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
-            raise out_of_memory(c, e) from e
+            raise out_of_memory_error(c, e) from e
         raise
 
 
-def out_of_memory(c: Config, e: BaseException) -> UserError:
+def out_of_memory_error(c: Config, e: BaseException) -> UserError:
     """Builds the error that lists the settings to change, cheapest first."""
     steps, micro, gpus = [], c.device_train_microbatch_size, torch.cuda.device_count()
     if gpus > dist.get_local_world_size():

@@ -12,7 +12,7 @@ from composer import Trainer
 from composer.core import DataSpec
 from composer.utils import dist
 
-from src.callbacks.metrics import NO_BATCH
+from src.callbacks.metrics import NO_FULL_BATCH
 from src.causal_lm import ComposerCausalLM
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError, mask_secrets
@@ -69,7 +69,7 @@ def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[Checkpoi
 
 
 # ---------------------------------------------------------------- dry run
-def this_machine() -> Card:
+def this_device() -> Card:
     """A device of this run: the GPU of rank 0, or a CPU with this rank's share of the memory."""
     if torch.cuda.is_available():
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
@@ -85,9 +85,9 @@ def describe_dry_run(c: Config, train: DataSpec, tokenizer: Any) -> str:
     """
     batch = next(iter(train.dataloader), None)
     if batch is None:
-        raise UserError(NO_BATCH)
+        raise UserError(NO_FULL_BATCH)
     try:
-        estimated = report(estimate(c, this_machine(), dist.get_world_size()))
+        estimated = report(estimate(c, this_device(), dist.get_world_size()))
     except UserError as e:  # no estimate, because the model cannot run without data; it can still train
         estimated = str(e)
     first = _describe_batch(train.batch_transforms(batch), tokenizer)

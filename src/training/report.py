@@ -32,7 +32,7 @@ def plan(run: Setup, model: ComposerCausalLM, train_loader: Any, changed: Sequen
     if c.max_duration.endswith('ba'):
         total = tokens * int(c.max_duration[:-2].replace('_', ''))
         lines.append(f'tokens: {total:,} in the whole run, {total / model.n_params:.1f} per parameter')
-    lines.append(f'sharding: {_sharding(c)}')
+    lines.append(f'sharding: {describe_sharding(c)}')
     return '\n'.join([*lines, *data.describe(train_loader), f'start: {run.start}', *changed])
 
 
@@ -63,7 +63,7 @@ def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:
             **{name: version(name) for name in ('torch', 'mosaicml', 'mosaicml-streaming', 'transformers')}}
 
 
-def _sharding(c: Config) -> str:
+def describe_sharding(c: Config) -> str:
     f, world_size = c.fsdp_config, dist.get_world_size()
     version = fsdp_version(f, torch.cuda.is_available())
     if f is None or version == 0:

@@ -27,7 +27,7 @@ from src.ranks.preflight import preflight
 from src.ranks.program import log_to_stderr
 from src.ranks.stop import StopRequest
 from src.training import sharding
-from src.training.data import has_kits_loader
+from src.training.data import uses_kit_loader
 from src.training.plugins import REGISTRIES
 
 log = logging.getLogger('src')
@@ -53,7 +53,7 @@ def check_config(cfg: Any, nodes: int) -> Config:
 
     Raises UserError, which lists every mistake.
     """
-    return check(cfg, REGISTRIES, dist.get_world_size(), torch.cuda.is_available(), nodes, has_kits_loader())
+    return check(cfg, REGISTRIES, dist.get_world_size(), torch.cuda.is_available(), nodes, uses_kit_loader())
 
 
 def join_ranks(c: Config, watch: Optional[FailureWatch]) -> None:

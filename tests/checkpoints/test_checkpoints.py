@@ -429,7 +429,7 @@ def test_settings_of_hugging_face_models_that_no_weight_tells_are_held_against_t
     shape = {'model_type': 'llama', 'hidden_size': 16, 'num_hidden_layers': 1, 'intermediate_size': 32,
              'vocab_size': 64, 'num_attention_heads': 2, 'torch_dtype': 'float32',
              'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}}
-    saved = json.loads(json.dumps(ComposerHFCausalLM(model(**shape)).described_by))
+    saved = json.loads(json.dumps(ComposerHFCausalLM(model(**shape)).manifest_config))
     manifest = Manifest('ep0-ba4', False, 0, 4, 4, 4, 1, {}, model=saved)
     check_model(manifest, model(**shape), 'x')
     check_model(manifest, model(attention_dropout=0.5, torch_dtype='bfloat16', _attn_implementation='eager'), 'x')

@@ -16,7 +16,7 @@ from launch import tiny
 from runs import train
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from src.checkpoints.loading import reading_safely
+from src.checkpoints.loading import read_safely
 from src.checkpoints.start import Start
 from src.checkpoints.weights import read_weights
 from src.common.errors import UserError
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_checkpoint_is_named(mds_root, tmp_path, holds):
     says = f'{tmp_path}/x.pt is not a checkpoint of the kit: it holds no weights under state.model'
     with pytest.raises(UserError, match=f'CHECKPOINT: {says}'):
         read_weights(str(tmp_path / 'x.pt'))
-    with pytest.raises(UserError, match=f'load_path: {says}'), reading_safely(Start('weights', f'{tmp_path}/x.pt'), False):
+    with pytest.raises(UserError, match=f'load_path: {says}'), read_safely(Start('weights', f'{tmp_path}/x.pt'), False):
         safe_torch_load(tmp_path / 'x.pt')
     if holds == [1]:
         assert f'load_path: {says}' in refused(mds_root, f'load_path={tmp_path}/x.pt')

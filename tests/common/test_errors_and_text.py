@@ -127,10 +127,10 @@ def test_the_file_logger_writes_utf8_in_any_locale(mds_root, tmp_path, monkeypat
 
 def test_an_out_of_memory_on_one_of_several_gpus_advises_the_launcher_first(monkeypatch):
     c = check(config.load([str(ROOT / 'yamls/quickstart.yaml')]), plugins.REGISTRIES, 1, False)
-    first = [str(failures.out_of_memory(c, MemoryError())).split('  1. ')[1]]
+    first = [str(failures.out_of_memory_error(c, MemoryError())).split('  1. ')[1]]
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
-    first.append(str(failures.out_of_memory(c, MemoryError())).split('  1. ')[1])
+    first.append(str(failures.out_of_memory_error(c, MemoryError())).split('  1. ')[1])
     launch = 'start with `composer main.py ...`, which uses all 8 GPUs of this machine; this run uses 1'
     assert first[1].splitlines()[0] == launch and first[1].splitlines()[1] == f'  2. {first[0].splitlines()[0]}'
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
-    assert 'composer' not in str(failures.out_of_memory(c, MemoryError()))
+    assert 'composer' not in str(failures.out_of_memory_error(c, MemoryError()))

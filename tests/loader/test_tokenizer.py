@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from src import tokenizer as tokenizer_module
 from src.common.errors import UserError
-from src.tokenizer import TOKENIZER_REGISTRY, HFTokenizer, check_vocab, encode_documents, n_ids
+from src.tokenizer import TOKENIZER_REGISTRY, HFTokenizer, check_vocab, count_ids, encode_documents
 
 
 @pytest.fixture(scope='module')
@@ -194,9 +194,9 @@ def test_the_hash_of_packed_data_stays(tmp_path: Path):
     unigram = HFTokenizer(str(tokenizers_of.save('unigram', tmp_path / 'unigram')), 8)
     old = hashlib.sha256(f'{unigram.tokenizer.backend_tokenizer.to_str()} {unigram.eos_token_id}'.encode()).hexdigest()
     assert old != unigram.hash
-    unigram.check_made('the tokens in x', None, old)
+    unigram.check_made_with('the tokens in x', None, old)
     with pytest.raises(UserError, match=r'another tokenizer than that of the tokens in x: gpt2 \(hash 000\)'):
-        unigram.check_made('the tokens in x', 'gpt2', '000')
+        unigram.check_made_with('the tokens in x', 'gpt2', '000')
 
 
 def test_tokenizers_of_one_vocabulary_are_told_apart(tmp_path: Path):
@@ -218,7 +218,7 @@ def test_the_hash_of_a_tokenizer_that_cut_and_padded_stays(tmp_path: Path, kind:
     again = HFTokenizer(str(tmp_path / 'saved'), 8)
     assert again.hash == first.hash
     old = hashlib.sha256(f'{says} {again.eos_token_id}'.encode()).hexdigest()
-    again.check_made('the tokens in x', None, old)  # the hash of an earlier version of the kit
+    again.check_made_with('the tokens in x', None, old)  # the hash of an earlier version of the kit
 
 
 @pytest.mark.parametrize('kind', ['wordlevel', 'wordpiece', 'unigram', 'bpe'])
@@ -258,6 +258,6 @@ def test_a_vocabulary_with_gaps_needs_its_highest_id(tmp_path: Path):
     words = Tokenizer(models.WordLevel({'<eos>': 0, 'the': 7, 'river': 90}, '<eos>'))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token='<eos>').save_pretrained(tmp_path)
     gaps = HFTokenizer(str(tmp_path), 8)
-    assert (gaps.vocab_size, n_ids(gaps.tokenizer)) == (3, 91)
+    assert (gaps.vocab_size, count_ids(gaps.tokenizer)) == (3, 91)
     with pytest.raises(UserError, match='model.vocab_size: 90 is too small .*need 91'):
         check_vocab(gaps, 90)

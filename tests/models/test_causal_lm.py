@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from src.causal_lm import IGNORE, chunked_cross_entropy
+from src.causal_lm import IGNORE_INDEX, chunked_cross_entropy
 from src.common.errors import UserError
 from src.common.targets import get_num_tokens_in_batch
 from src.hf_causal_lm import ComposerHFCausalLM
@@ -26,7 +26,7 @@ def test_chunked_loss_equals_cross_entropy_on_full_logits(chunk, padding, multip
     weight = (0.3 * torch.randn(301, 48)).requires_grad_()
     targets = torch.randint(0, 301, (4, 33))
     keep = {'none': 1.0, 'some': 0.7, 'most': 0.05}[padding]
-    targets[torch.rand(4, 33) > keep] = IGNORE
+    targets[torch.rand(4, 33) > keep] = IGNORE_INDEX
     want = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
     want_grads = torch.autograd.grad(3 * want, (hidden, weight))
     got = chunked_cross_entropy(hidden, weight, targets, chunk, multiple)
@@ -38,7 +38,7 @@ def test_chunked_loss_equals_cross_entropy_on_full_logits(chunk, padding, multip
 
 def test_chunked_loss_without_targets_is_zero_with_zero_gradient():
     hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    loss = chunked_cross_entropy(hidden, weight, torch.full((2, 5), IGNORE))
+    loss = chunked_cross_entropy(hidden, weight, torch.full((2, 5), IGNORE_INDEX))
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad is not None and not hidden.grad.any() and weight.grad is not None and not weight.grad.any()
@@ -99,7 +99,7 @@ def test_model_gradients_are_those_of_the_loss_on_full_logits():
 def test_ways_to_the_loss_are_one_model(options):
     ids = torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
-    labels[1, 9:] = IGNORE
+    labels[1, 9:] = IGNORE_INDEX
     want, got = ComposerMosaicGPT(TINY), ComposerMosaicGPT(TINY | options)
     losses = [model({'input_ids': ids, 'labels': labels})['loss'] for model in (want, got)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
@@ -117,7 +117,7 @@ def test_metrics_come_from_the_loss_and_weigh_tokens():
     for keep in (25, 24, 5):  # 25 has a target for the last position, 24 has none
         ids = torch.randint(0, 97, (2, 25))
         labels = ids.clone()
-        labels[:, keep:] = IGNORE
+        labels[:, keep:] = IGNORE_INDEX
         batch = {'input_ids': ids[:, :24], 'labels': labels}
         with torch.no_grad():
             out = model.eval_forward(batch)
@@ -145,16 +145,16 @@ def test_metrics_run_no_second_forward_pass():
 def test_target_count_agrees_with_the_loader():
     ids = torch.randint(0, 97, (3, 24))
     labels = ids.clone()
-    labels[0, 7:] = IGNORE
-    labels[1] = IGNORE
+    labels[0, 7:] = IGNORE_INDEX
+    labels[1] = IGNORE_INDEX
     batch = {'input_ids': ids, 'labels': labels}
     assert ComposerMosaicGPT(TINY)(batch)['n_targets'].item() == get_num_tokens_in_batch(batch)['total'] == 6 + 23
-    longer = torch.cat([labels, torch.tensor([[5], [IGNORE], [6]])], 1)  # one longer than the inputs
+    longer = torch.cat([labels, torch.tensor([[5], [IGNORE_INDEX], [6]])], 1)  # one longer than the inputs
     batch = {'input_ids': ids, 'labels': longer}
     assert ComposerMosaicGPT(TINY)(batch)['n_targets'].item() == get_num_tokens_in_batch(batch)['total'] == 6 + 1 + 24
     mask = torch.ones_like(ids)
     mask[2, :5] = 0  # padding on the left
-    batch = {'input_ids': ids, 'labels': labels.masked_fill(mask == 0, IGNORE), 'attention_mask': mask}
+    batch = {'input_ids': ids, 'labels': labels.masked_fill(mask == 0, IGNORE_INDEX), 'attention_mask': mask}
     assert ComposerMosaicGPT(TINY)(batch)['n_targets'].item() == get_num_tokens_in_batch(batch)['total'] == 6 + 18
 
 

@@ -78,8 +78,8 @@ def test_a_null_that_a_model_has_stays_in_what_a_checkpoint_says():
     shape = {key: value for key, value in made.to_dict().items() if key in (*LLAMA, 'num_key_value_heads', 'model_type')}
     model = build(config_overrides=shape)
     assert model.config.sliding_window == 4096
-    model.described_by['config_overrides']['sliding_window'] = None
-    exported = hf_model(json.loads(json.dumps(model.described_by)), model.state_dict(), 'load_path')
+    model.manifest_config['config_overrides']['sliding_window'] = None
+    exported = hf_model(json.loads(json.dumps(model.manifest_config)), model.state_dict(), 'load_path')
     assert exported.config.sliding_window is None
 
 

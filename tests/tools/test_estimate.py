@@ -10,7 +10,7 @@ from launch import ROOT, tiny
 
 import main
 from src.common.errors import UserError
-from src.common.flops import CARDS, USABLE
+from src.common.flops import CARDS, USABLE_FRACTION
 from src.config import load as config
 from src.config.check import check
 from src.config.schema import Config
@@ -69,7 +69,7 @@ def test_tokens_of_other_units():
 @pytest.mark.parametrize('name', SOME)
 def test_no_smaller_number_fits_and_no_larger_microbatch(name, card):
     e = sized(name, card)
-    limit, batch = USABLE * CARDS[card].memory, e.c.global_train_batch_size
+    limit, batch = USABLE_FRACTION * CARDS[card].memory, e.c.global_train_batch_size
     powers = [n for n in (2**i for i in range(12)) if n <= batch]  # powers of two: only they divide these batches
     assert device_counts(e.c) == powers
 

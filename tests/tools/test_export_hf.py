@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.checkpoints import weights
-from src.checkpoints.hf_layout import GPT2_HAS, TRAINING_ALONE, gpt2_config, hf_model
+from src.checkpoints.hf_layout import GPT2_KEYS, TRAINING_ONLY_KEYS, gpt2_config, hf_model
 from src.common.errors import UserError
 from src.config.schema import MosaicGPTConfig
 from src.hf_causal_lm import ComposerHFCausalLM
@@ -239,7 +239,7 @@ def test_every_setting_computes_the_same(settings):
 
 
 def test_a_setting_that_gpt2_lacks_is_named():
-    assert set(MosaicGPTConfig.model_fields) == GPT2_HAS | TRAINING_ALONE, 'a new setting: can GPT-2 express it?'
+    assert set(MosaicGPTConfig.model_fields) == GPT2_KEYS | TRAINING_ONLY_KEYS, 'a new setting: can GPT-2 express it?'
 
     class Later(MosaicGPTConfig):
         position: Literal['learned', 'rotary'] = 'learned'
@@ -257,7 +257,7 @@ def test_hugging_face_models_stay_what_they_are():
     shape = {'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'vocab_size': 512,
              'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}, 'tie_word_embeddings': False}
     composer = ComposerHFCausalLM({'name': 'hf_causal_lm', 'config_overrides': {'model_type': 'llama', **shape}}).eval()
-    described = json.loads(json.dumps(composer.described_by))
+    described = json.loads(json.dumps(composer.manifest_config))
     described['config_overrides']['_attn_implementation'] = 'owner/repository'  # names code on the hub, which must not run
     model = hf_model(described, composer.state_dict(), 'x')
     assert model.config._attn_implementation in ('sdpa', 'eager')

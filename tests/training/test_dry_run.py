@@ -18,7 +18,7 @@ from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.mosaic_gpt import ComposerMosaicGPT
 from src.sizing.memory import predict
 from src.sizing.report import gib
-from src.training.fit import this_machine
+from src.training.fit import this_device
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
 SECRET = '5ec2e7' * 6 + 'abcd'
@@ -55,7 +55,7 @@ def test_it_says_everything_and_writes_nothing(mds_root, tmp_path, monkeypatch, 
     c = Config.model_validate(shown)
     for name, size in predict(c, 1, False, 5)._replace(moment=0)._asdict().items():
         assert name == 'moment' or re.search(rf'^    {name} +{gib(size)}   ', said, re.MULTILINE)
-    assert this_machine().usable > 0 and not this_machine().is_gpu and 'no peak of CPU' in said
+    assert this_device().usable > 0 and not this_device().is_gpu and 'no peak of CPU' in said
 
     first = First()
     trainer = main.main(config.load([*argv, *(f'loggers.{name}=false' for name in ('wandb', 'file', 'tensorboard')),

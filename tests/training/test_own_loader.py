@@ -19,7 +19,7 @@ import main
 from src.callbacks.metrics import UnigramBaseline
 from src.common.errors import UserError
 from src.config import load as config
-from src.loader.batch_form import BatchForm, split
+from src.loader.batch_form import BatchForm, split_batch
 from src.tools import benchmark, estimate
 from src.training import data
 
@@ -222,7 +222,7 @@ def test_the_rank_with_the_fewest_batches_says_how_many_an_epoch_has(monkeypatch
     for lengths, length in (([4, 2], 2), ([4, None], None)):
         monkeypatch.setattr(data.dist, 'all_gather_object', lambda mine, lengths=lengths: lengths)
         loader = data.build_data_spec(uneven(None, 12), 'train_loader', MODEL, 17).dataloader
-        assert data.epoch_length(loader) == length
+        assert data.count_batches(loader) == length
 
 
 def test_ranks_that_would_read_the_same_samples_are_told(monkeypatch):
@@ -257,7 +257,7 @@ def test_padding_is_never_predicted_and_labels_may_be_one_longer():
 
 def test_a_batch_is_split_by_samples_and_the_rest_goes_to_all():
     batch = with_other_keys([Rows()[i] for i in range(5)])
-    parts = split(batch, 2)
+    parts = split_batch(batch, 2)
     assert [len(part['input_ids']) for part in parts] == [len(part['url']) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part['input_ids'] for part in parts]), batch['input_ids'])
     assert [part['array'].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
