@@ -62,7 +62,7 @@ def test_tokens_of_other_units():
     assert sized('125m', 'l4', FEW, 'max_duration=5000tok', 'scheduler.t_warmup=0.1dur').tokens == 5000
     e = sized('125m', 'l4', FEW, 'max_duration=2ep', 'scheduler.t_warmup=0.1dur', 'train_loader.dataset.group_method=truncate')
     assert e.tokens is e.flops is e.hours is None
-    assert 'the data decide how long that is' in sizing_report.report(e, 2.0)
+    assert '2ep depends on the data: set max_duration to a number of batches' in sizing_report.report(e, 2.0)
 
 
 @pytest.mark.parametrize('card', ['a100-40gb', 'l4'])
@@ -120,7 +120,7 @@ def test_what_does_not_fit_says_what_to_set():
     assert (ddp.smallest, ddp.smallest_of_one, ddp.largest_microbatch, ddp.devices) == (None, None, None, 1024)
     assert list(apply_remedies(ddp))[-1][0] == 'fsdp_config.sharding_strategy=FULL_SHARD'
     text = sizing_report.report(ddp)
-    assert 'DOES NOT FIT' in text and 'FULL_SHARD: fits' in text and 'as it is, no number of these is enough' in text
+    assert 'DOES NOT FIT' in text and 'FULL_SHARD: fits' in text and 'with these settings no number of l4 is enough' in text
 
 
 @pytest.mark.parametrize('name', CARDS)
@@ -182,10 +182,10 @@ def test_bytes_of_data_and_checkpoints():
     text = sizing_report.report(sized('13b', 'h200', FEW, SHORT, 'save_num_checkpoints_to_keep=3', 'save_folder=a/{run_name}'))
     tokens = 124_000 * 1024 * 2048
     assert f'{2 * tokens / 1e9:.2f} GB' == '520.09 GB' and '520.09 GB' in text
-    assert tokens > C4_TOKENS and 'C4 has 1.70e11 tokens, 340.00 GB, and what exceeds them is read again' in text
+    assert tokens > C4_TOKENS and 'C4 has 1.70e11 tokens (340.00 GB), and longer runs read them again' in text
     n_params = 4 * (12 * 5120**2 + 13 * 5120) + (50257 + 2048 + 2) * 5120
-    assert f'3 kept: {3 * 12 * n_params / 1e9:.2f} GB' in text
-    kept = f'25 kept: {25 * 12 * n_params / 1e9:.2f} GB, with a save_folder'  # 124000 / 5000, and the end
+    assert f'the run keeps 3: {3 * 12 * n_params / 1e9:.2f} GB' in text
+    kept = f'the run keeps 25: {25 * 12 * n_params / 1e9:.2f} GB, if save_folder is set'  # 124000 / 5000, and the end
     assert kept in sizing_report.report(sized('13b', 'h200', FEW, SHORT))
     assert sized('125m', 'l4', FEW, 'model.vocab_size=100000').token_bytes == 4
 
@@ -198,16 +198,15 @@ def rows(table: str) -> list[list[str]]:
 
 
 def readme_table() -> str:
-    shown = re.search(r'```text\n(\| run .*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-    assert shown
-    return shown[1]
+    docs = (file.read_text() for file in (ROOT / 'README.md', ROOT / 'yamls' / 'README.md') if file.exists())
+    return next(shown[1] for shown in (re.search(r'```text\n(\| run .*?)```', doc, re.DOTALL) for doc in docs) if shown)
 
 
 def test_a_row_of_the_table():
     out = sizing_report.overview({'125m': sized('125m')}, 1.5)
     head, row = rows(out)
-    assert head == ['run', 'N', 'GPUs', 'micro', 'GiB', 'up to', 'at 1', '16 N', 'rule', 'tokens', 'FLOPs', 'hours', 'cost',
-                    'saved', 'data']
+    assert head == ['run', 'N', 'GPUs', 'micro', 'GiB', 'max micro', 'min GPUs', '16 N', 'rule', 'tokens', 'FLOPs', 'hours',
+                    'cost', 'checkpoint', 'data']
     cost = head.index('cost')
     assert row[cost] == '8 $'  # 5.5 hours x 1.5 $
     assert row[:cost] + row[cost + 1:] == next(row for row in rows(readme_table()) if row[0] == '125m')
@@ -229,8 +228,8 @@ def test_one_yaml_is_a_report(capsys):
     e, = run(yaml, '--gpus', 64, '--mfu', 0.5, '--price', 2, 'device_train_microbatch_size=4', FEW)
     out = capsys.readouterr().out
     assert e == estimate(parsed('7b', 'device_train_microbatch_size=4', FEW), CARDS['a100-40gb'], 64, 0.5)
-    figures = {'parameters N': '1,019,768,832', 'rule of thumb': '16.32 GB', 'devices': '64', 'tokens': '1.34e11',
-               'fewest devices': '1', 'cost': f'{e.hours * 64 * 2:,.0f} $', 'largest microbatch': '16'}
+    figures = {'parameters N': '1,019,768,832', 'rule of thumb': '16.32 GB', 'GPUs': '64', 'tokens': '1.34e11',
+               'fewest GPUs': '1', 'cost': f'{e.hours * 64 * 2:,.0f} $', 'largest microbatch': '16'}
     for what, figure in figures.items():
         assert re.search(rf'^{what} +{re.escape(figure)}   ', out, re.MULTILINE), what
     for name, size in {**e.memory._asdict(), 'moment': e.memory.total}.items():
