@@ -1,1 +1,1 @@
-"""How many FLOPs, bytes, devices and hours a run takes."""
+"""Estimates of a run: FLOPs, memory, devices, hours."""

@@ -1,4 +1,4 @@
-"""What a run takes: how many devices, how much memory of each, how long. Computed from the config and its model."""
+"""Computes what a run takes from its config and model: devices, memory of each, FLOPs, hours, bytes on disk."""
 
 from collections.abc import Iterator
 from itertools import takewhile
@@ -8,27 +8,27 @@ from src.common.errors import UserError
 from src.common.flops import Card, train_flops_per_token
 from src.config.derived import device_batch_size, resolve_precision
 from src.config.schema import TIME, Config, FSDPConfig
-from src.sizing.memory import Memory, predict, traced
+from src.sizing.memory import Memory, predict, trace_config
 from src.sizing.remedies import Remedy, remedies
 from src.sizing.step_trace import Trace
 
-# An assumption; src/tools/benchmark.py measures it. Chowdhery et al. 2022 (PaLM), table 3: from 0.21 (GPT-3) to 0.46.
-MFU = 0.4
-C4_TOKENS = 170e9  # of the split train, by GPT-2's tokenizer, roughly
-RULE = 16  # bytes a parameter: fp32 weights 4, gradients 4, Adam's moments 8
-CHECKPOINT = 12  # bytes a parameter: without the gradients
+# Chowdhery et al. 2022 (PaLM), table 3, lists MFUs from 0.21 (GPT-3) to 0.46. src/tools/benchmark.py measures yours.
+ASSUMED_MFU = 0.4
+C4_TOKENS = 170e9  # roughly, in the split train with GPT-2's tokenizer
+RULE_BYTES = 16  # per parameter: fp32 weights 4, gradients 4, Adam's moments 8
+CHECKPOINT_BYTES = 12  # per parameter: as above, without the gradients
 
 
 class Estimate(NamedTuple):
-    """What a run takes. None: there is no such number, or it cannot be known."""
+    """What a run takes. A property is None where no number exists, or where the config does not determine it."""
 
     c: Config
     card: Card
     mfu: float
     devices: int
     microbatch: int
-    smallest: Optional[int]  # number of devices that the YAML's microbatch fits on; of `auto`, a microbatch of 1
-    smallest_of_one: Optional[int]  # and a microbatch of 1
+    fewest_devices: Optional[int]  # on which the config's microbatch fits; with `auto`, a microbatch of 1
+    fewest_devices_for_one: Optional[int]  # on which a microbatch of 1 fits
     largest_microbatch: Optional[int]
     memory: Memory  # of each device
     trace: Trace
@@ -42,9 +42,9 @@ class Estimate(NamedTuple):
         return self.memory.total <= self.card.usable
 
     @property
-    def rule(self) -> Optional[int]:
-        """The smallest number of devices by the rule of thumb."""
-        return next((n for n in counts(self.c) if n * self.card.memory > RULE * self.n_params), None)
+    def fewest_by_rule(self) -> Optional[int]:
+        """The fewest devices by the rule of thumb."""
+        return next((n for n in device_counts(self.c) if n * self.card.memory > RULE_BYTES * self.n_params), None)
 
     @property
     def seq_len(self) -> int:
@@ -72,7 +72,7 @@ class Estimate(NamedTuple):
 
     @property
     def peak(self) -> Optional[float]:
-        """FLOP/s of a device."""
+        """FLOP/s of one device."""
         return None if resolve_precision(self.c.precision, self.card.is_gpu) == 'fp32' else self.card.peak
 
     @property
@@ -80,21 +80,21 @@ class Estimate(NamedTuple):
         return self.flops / (self.devices * self.peak * self.mfu) / 3600 if self.flops and self.peak else None
 
     @property
-    def checkpoint(self) -> int:
-        """Bytes of one. A full one has a tied weight once, a sharded one has it under each of its names."""
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint. A full one holds a tied weight once, a sharded one once for each of its names."""
         f, model = self.c.fsdp_config, self.trace.model
         sharded = f is not None and f.state_dict_type == 'sharded'
         named = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))
-        return CHECKPOINT * self.n_params + (4 * (named - self.n_params) if sharded else 0)
+        return CHECKPOINT_BYTES * self.n_params + (4 * (named - self.n_params) if sharded else 0)
 
     @property
     def token_bytes(self) -> int:
-        """Of a packed token."""
+        """Bytes of one packed token."""
         return 2 if self.trace.model.vocab_size <= 2**16 else 4
 
     @property
-    def data(self) -> Optional[int]:
-        """Bytes of all tokens, packed."""
+    def data_bytes(self) -> Optional[int]:
+        """Bytes of all tokens of the run, packed."""
         return self.tokens and self.tokens * self.token_bytes
 
 
@@ -102,64 +102,69 @@ def divisors(n: int) -> list[int]:
     return [m for m in range(1, n + 1) if n % m == 0]
 
 
-def counts(c: Config) -> list[int]:
-    """The numbers of devices that divide the global batch, and that the copies of `fsdp_config` divide."""
+def device_counts(c: Config) -> list[int]:
+    """The possible numbers of devices: they divide the global batch, and agree with the degrees in `fsdp_config`."""
     f = c.fsdp_config or FSDPConfig()
     copies, shards = f.data_parallel_replicate_degree or 1, f.data_parallel_shard_degree
     return [n for n in divisors(c.global_train_batch_size)
             if n % copies == 0 and (shards == -1 or n == copies * shards)]
 
 
-def needs(c: Config, card: Card, n: int, microbatch: int) -> Memory:
-    """The predicted peak of each of n devices; a microbatch is never more than what a device has."""
+def peak_memory(c: Config, card: Card, n: int, microbatch: int) -> Memory:
+    """The predicted peak memory of each of n devices. A device never gets a larger microbatch than its samples."""
     return predict(c, n, card.is_gpu, min(device_batch_size(c.global_train_batch_size, n), microbatch))
 
 
-def smallest(c: Config, card: Card, microbatch: int) -> Optional[int]:
-    """The smallest number of devices that fits."""
-    return next((n for n in counts(c) if needs(c, card, n, microbatch).total <= card.usable), None)
+def find_fewest_devices(c: Config, card: Card, microbatch: int) -> Optional[int]:
+    """The fewest devices on which the microbatch fits."""
+    return next((n for n in device_counts(c) if peak_memory(c, card, n, microbatch).total <= card.usable), None)
 
 
-def largest(c: Config, card: Card, n: int, wanted: int) -> Optional[int]:
-    """The largest microbatch that fits on n devices: from the wanted size down, then up, as the step of a much larger
-    microbatch takes long to follow."""
+def find_largest_microbatch(c: Config, card: Card, n: int, wanted: int) -> Optional[int]:
+    """The largest microbatch that fits on n devices.
+
+    Searches from the wanted size down, then up, because tracing a step with a large microbatch takes long.
+    """
     sizes = divisors(c.global_train_batch_size // n)
 
     def fits(microbatch: int) -> bool:
-        return needs(c, card, n, microbatch).total <= card.usable
+        return peak_memory(c, card, n, microbatch).total <= card.usable
 
     below = next((m for m in reversed(sizes) if m <= wanted and fits(m)), 0)
     return max(takewhile(fits, (m for m in sizes if m > below)), default=below) or None
 
 
-def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = MFU) -> Estimate:
+def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = ASSUMED_MFU) -> Estimate:
     """All figures of a run.
 
-    `devices` as None means the smallest number that fits, or, where none does, the largest that there can be. `mfu` is
-    the part of the peak that the model's FLOPs reach. Raises UserError where the model's memory cannot be predicted, or
-    the devices do not divide the batch or the copies of the model.
+    `devices` as None means the fewest that fit, or, if the run fits on none, the largest possible number. `mfu` is the
+    fraction of the peak FLOP/s that the model reaches. Raises UserError where the memory of the model cannot be
+    predicted, or the devices do not divide the global batch or the copies of the model.
     """
-    possible, asked = counts(c), c.device_train_microbatch_size
+    possible, setting = device_counts(c), c.device_train_microbatch_size
     if not possible or devices and devices not in possible:
         device_batch_size(c.global_train_batch_size, devices or 1)
         raise UserError('fsdp_config.data_parallel_replicate_degree, data_parallel_shard_degree: the batch of '
                         f'{c.global_train_batch_size} and the copies of the model allow '
                         f'{", ".join(map(str, possible)) or "no number of"} devices')
-    wanted = 1 if isinstance(asked, str) else asked
-    fewest, fewest_of_one = smallest(c, card, wanted), smallest(c, card, 1)
+    wanted = 1 if isinstance(setting, str) else setting
+    fewest, fewest_for_one = find_fewest_devices(c, card, wanted), find_fewest_devices(c, card, 1)
     n = devices or fewest or max(possible)
-    most = largest(c, card, n, wanted)
-    microbatch = min(c.global_train_batch_size // n, (most or 1) if asked == 'auto' else wanted)
-    return Estimate(c, card, mfu, n, microbatch, fewest, fewest_of_one, most, needs(c, card, n, microbatch),
-                    traced(c, n, card.is_gpu, microbatch))
+    most = find_largest_microbatch(c, card, n, wanted)
+    microbatch = min(c.global_train_batch_size // n, (most or 1) if setting == 'auto' else wanted)
+    return Estimate(c, card, mfu, n, microbatch, fewest, fewest_for_one, most, peak_memory(c, card, n, microbatch),
+                    trace_config(c, n, card.is_gpu, microbatch))
 
 
 def apply_remedies(e: Estimate) -> Iterator[tuple[str, int]]:
-    """What to set where it does not fit, one after another until it does, and the peak with all of them so far."""
+    """Applies settings that save memory, one after another, until the run fits.
+
+    Yields each setting that saves memory as `key=value`, with the peak of all settings so far in bytes.
+    """
     c, peak = e.c, e.memory.total
     for remedy in [Remedy('device_train_microbatch_size', 1), *remedies(e.c)]:
         c, before = remedy.applied(c) if '.' in remedy.key else c, peak
-        peak = needs(c, e.card, e.devices, 1).total
+        peak = peak_memory(c, e.card, e.devices, 1).total
         if peak < before:
             yield f'{remedy.key}={remedy.shown}', peak
         if peak <= e.card.usable:

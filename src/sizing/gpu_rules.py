@@ -1,4 +1,4 @@
-"""Has tensors on a CPU get the types, and keep for the backward pass what they would on a GPU."""
+"""Makes operators on CPU tensors use the types of a GPU, and save for the backward pass what they save on a GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Operators that autocast computes in fp32 on a GPU, and in the type of their input on a CPU.
+# Autocast computes these operators in fp32 on a GPU, but in the type of their input on a CPU.
 FP32_ON_GPUS = ('layer_norm', 'softmax.int', 'log_softmax.int', 'pow.Tensor_Scalar', 'rsqrt', 'exp')
 
 
@@ -22,8 +22,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor] = No
     return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, *args, **kwargs)
 
 
-class DropoutOfGPUs(TorchFunctionMode):
-    """Has dropout keep a mask of bytes, and fused attention no mask."""
+class GPUDropout(TorchFunctionMode):
+    """Makes dropout save a mask of bytes, and fused attention no mask."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replaced = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention}.get(func, func)
@@ -32,7 +32,7 @@ class DropoutOfGPUs(TorchFunctionMode):
 
 @contextmanager
 def act_like_gpu() -> Iterator[None]:
-    """While it lasts, operators on CPU tensors act as on a GPU."""
+    """A context in which operators on CPU tensors act as on a GPU."""
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def in_fp32(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,7 +41,7 @@ def act_like_gpu() -> Iterator[None]:
                 return operator(*(x.float() if isinstance(x, Tensor) else x for x in args), **kwargs)
         return run
 
-    with torch.library._scoped_library('aten', 'IMPL') as library, DropoutOfGPUs():
+    with torch.library._scoped_library('aten', 'IMPL') as library, GPUDropout():
         for name in FP32_ON_GPUS:
             packet, _, overload = name.partition('.')
             operator = getattr(getattr(torch.ops.aten, packet), overload or 'default')

@@ -1,15 +1,15 @@
-"""What to set where memory runs out."""
+"""Settings that save memory, for a run that does not fit."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from src.config.schema import Config, FSDPConfig
 
-SMALL_CHUNK = 256  # tokens, with which a chunk's logits are no longer what takes memory
+SMALL_CHUNK = 256  # tokens; the logits of such a chunk take little memory
 
 
 class Remedy(NamedTuple):
-    """A setting that saves memory: its dotted key, its value, and what that does, as the end of a sentence."""
+    """A setting that saves memory: its dotted key, its value, and its effect, as the end of a sentence."""
 
     key: str
     value: Any
@@ -17,7 +17,7 @@ class Remedy(NamedTuple):
 
     @property
     def shown(self) -> str:
-        """The value as a YAML has it."""
+        """The value as a YAML writes it."""
         return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
 
     def applied(self, c: Config) -> Config:
@@ -28,14 +28,14 @@ class Remedy(NamedTuple):
 
 
 FSDP = (
-    Remedy('fsdp_config.sharding_strategy', 'FULL_SHARD', ', which divides the weights and all that belongs to them'),
+    Remedy('fsdp_config.sharding_strategy', 'FULL_SHARD', ', which shares weights, gradients and optimizer state'),
     Remedy('fsdp_config.activation_checkpointing', True, ' (slower)'),
     Remedy('fsdp_config.activation_cpu_offload', True, ' (slower still)'),
 )
 
 
 def remedies(c: Config) -> Iterator[Remedy]:
-    """What this config can still set, that first which costs least; a smaller microbatch comes before all."""
+    """The settings that this config can still change, the cheapest first. Try a smaller microbatch before them."""
     if getattr(c.model, 'loss_impl', None) == 'plain':
         yield Remedy('model.loss_impl', 'chunked', ', which never holds all logits')
     elif getattr(c.model, 'loss_chunk_tokens', 0) > SMALL_CHUNK:
@@ -43,6 +43,6 @@ def remedies(c: Config) -> Iterator[Remedy]:
     for remedy in FSDP:
         name = remedy.key.split('.')[1]
         if name == 'activation_checkpointing' and c.compile_config and c.compile_config.scope == 'model':
-            continue  # they do not go together
+            continue  # a compiled model excludes activation checkpointing
         if c.fsdp_config is None or getattr(c.fsdp_config, name) != remedy.value:
             yield remedy

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 from src.common.flops import USABLE
 from src.config.derived import fsdp_version
 from src.config.schema import TIME, FSDPConfig
-from src.sizing.estimate import C4_TOKENS, CHECKPOINT, RULE, Estimate, apply_remedies
+from src.sizing.estimate import C4_TOKENS, CHECKPOINT_BYTES, RULE_BYTES, Estimate, apply_remedies
 from src.sizing.memory import moments, state_bytes
 
 
@@ -47,7 +47,7 @@ def rows(e: Estimate, price: Optional[float]) -> list[Row]:
     out = [
         Row('parameters N', f'{e.n_params:,}', 'parameters; tied weights count once',
             f'; {sum(e.trace.units):,} of them in {len(e.trace.units)} blocks', 'N', f'{e.n_params / 1e9:.3f}B'),
-        Row('fewest devices', str(e.smallest or 'none'),
+        Row('fewest devices', str(e.fewest_devices or 'none'),
             f"that hold the config's microbatch and divide the global batch of {batch}"),
         Row('devices', str(e.devices), f"the fewest {e.card.name} that hold the config's microbatch (micro) and divide "
             'the global batch; or --gpus', column='GPUs'),
@@ -57,22 +57,23 @@ def rows(e: Estimate, price: Optional[float]) -> list[Row]:
             cell=f'{e.memory.total / 2**30:.2f}{"" if e.fits else "!"}'),
         Row('largest microbatch', str(e.largest_microbatch or 'none'), 'the largest microbatch that fits and divides '
             'the samples of a device, global batch / devices', f' = {batch // e.devices}', 'max micro'),
-        Row('fewest, microbatch 1', str(e.smallest_of_one or 'none'), 'the fewest devices that hold a microbatch of 1',
-            column='min GPUs'),
-        Row('rule of thumb', gigabytes(RULE * e.n_params), f'memory of all devices together: {RULE} bytes x N',
-            column=f'{RULE} N'),
-        Row('  devices by the rule', str(e.rule or 'none'), f'the fewest devices with more memory than {RULE} N, '
-            f'at {memory} each', column='rule'),
+        Row('fewest, microbatch 1', str(e.fewest_devices_for_one or 'none'), 'the fewest devices that hold a '
+            'microbatch of 1', column='min GPUs'),
+        Row('rule of thumb', gigabytes(RULE_BYTES * e.n_params), f'memory of all devices together: {RULE_BYTES} bytes '
+            'x N', column=f'{RULE_BYTES} N'),
+        Row('  devices by the rule', str(e.fewest_by_rule or 'none'), f'the fewest devices with more memory than '
+            f'{RULE_BYTES} N, at {memory} each', column='rule'),
         Row('tokens', big(e.tokens), 'batches x global batch x sequence length', duration(e), 'tokens'),
         Row('FLOPs', big(e.flops), 'tokens x (6 N + 12 x layers x width x sequence length)',
             f': {model.n_layers} x {model.d_model} x {e.seq_len}', 'FLOPs'),
         Row('hours', hours, f'FLOPs / (devices x a peak of {big(e.peak)} FLOP/s x an MFU of {e.mfu:g}) / 3600; the MFU '
             'is assumed (--mfu)', '' if e.peak else f'; src/common/flops.py has no peak of {e.card.name} for precision '
             f'{c.precision}', 'hours'),
-        Row('checkpoint', gigabytes(e.checkpoint), f"{CHECKPOINT} bytes x N: weights in fp32 and Adam's two moments; a "
-            'sharded checkpoint holds the tied embedding twice', checkpoints(e), 'checkpoint'),
-        Row('data', gigabytes(e.data), f'tokens x {e.token_bytes} bytes, as packed tokens; C4 has {big(C4_TOKENS)} '
-            f'tokens ({gigabytes(C4_TOKENS * e.token_bytes)}), and longer runs read them again', column='data')]
+        Row('checkpoint', gigabytes(e.checkpoint_bytes), f'{CHECKPOINT_BYTES} bytes x N: weights in fp32 and '
+            "Adam's two moments; a sharded checkpoint holds the tied embedding twice", checkpoints(e), 'checkpoint'),
+        Row('data', gigabytes(e.data_bytes), f'tokens x {e.token_bytes} bytes, as packed tokens; C4 has '
+            f'{big(C4_TOKENS)} tokens ({gigabytes(C4_TOKENS * e.token_bytes)}), and longer runs read them again',
+            column='data')]
     if price is not None:
         cost = f'{e.hours * e.devices * price:,.0f} $' if e.hours else 'unknown'
         out.insert(-2, Row('cost', cost, f'hours x devices x {price:g} $', column='cost'))
@@ -94,7 +95,7 @@ def checkpoints(e: Estimate) -> str:
     if c.save_num_checkpoints_to_keep != -1:
         kept = min(kept, c.save_num_checkpoints_to_keep)
     condition = '' if c.save_folder else ', if save_folder is set'
-    return f'; the run keeps {kept}: {gigabytes(kept * e.checkpoint)}{condition}'
+    return f'; the run keeps {kept}: {gigabytes(kept * e.checkpoint_bytes)}{condition}'
 
 
 def memory_rows(e: Estimate) -> list[Row]:
@@ -123,10 +124,10 @@ def memory_rows(e: Estimate) -> list[Row]:
 
 def remedy_rows(e: Estimate) -> list[Row]:
     """Settings that make a run fit which does not."""
-    enough = e.smallest or e.smallest_of_one
+    enough = e.fewest_devices or e.fewest_devices_for_one
     last = f'a larger device or a smaller model: with these settings no number of {e.card.name} is enough'
     if enough:
-        last = f'{enough} devices' + ('' if e.smallest else ', and a microbatch of 1')
+        last = f'{enough} devices' + ('' if e.fewest_devices else ', and a microbatch of 1')
     return [Row('DOES NOT FIT', '', 'set these; each line includes the lines above it:'),
             *(Row('', gib(peak), setting, ': fits' if peak <= e.card.usable else '')
               for setting, peak in apply_remedies(e)),

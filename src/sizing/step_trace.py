@@ -1,7 +1,7 @@
-"""What a training step holds in memory, by running the step of the real model on tensors that have shapes and no data.
+"""Traces the memory of a training step: runs the step of the real model on tensors that have shapes and no data.
 
-The model is the one that `model.name` builds, so a changed block or a user's own model is followed as it is. Nothing is
-allocated or computed: the step of a 70B model takes seconds on any computer.
+The trace follows any model that `model.name` builds, with changed blocks or of a user's own. Nothing is allocated or
+computed: the step of a 70B model takes seconds on any computer.
 """
 
 import logging
@@ -34,7 +34,7 @@ ATEN: Any = torch.ops.aten
 
 
 class Step(NamedTuple):
-    """What the memory of a step depends on, besides the number of devices."""
+    """The settings that determine the memory of a step, apart from the number of devices."""
 
     model: Any  # section `model` of the config
     microbatch: int
@@ -43,13 +43,13 @@ class Step(NamedTuple):
     autocast: Optional[torch.dtype]
     weights: torch.dtype  # of the weights that blocks compute with
     sharded: bool  # FSDP reduces and frees the gradients of a unit when the unit's backward pass ends
-    accumulates: bool  # without FSDP: the gradients of earlier microbatches are there
+    accumulates: bool  # without FSDP: gradients of earlier microbatches take memory
     checkpointing: bool
     offload: bool
 
 
 class Phase(NamedTuple):
-    """A part of a step. `unit` numbers the FSDP units in the order in which they run; -1: the phase is of no unit."""
+    """A part of a step. `unit` is the number of the FSDP unit, in the order in which units run; -1: no unit."""
 
     name: str
     unit: int = -1
@@ -58,9 +58,9 @@ class Phase(NamedTuple):
 class Trace(NamedTuple):
     """The memory of a step."""
 
-    model: ComposerCausalLM  # what was built; its parameters have no data
-    # The most bytes of each phase, by kind: `weights` (copies in low precision), `gradients`, `activations`, `logits`
-    # (of the loss). Master weights, optimizer state and what FSDP gathers and reduces are not counted.
+    model: ComposerCausalLM  # its parameters have no data
+    # The peak bytes of each phase, by kind: `weights` (copies in low precision), `gradients`, `activations`, `logits`
+    # (of the loss). Master weights, optimizer state, and buffers of FSDP are not counted.
     peaks: dict[Phase, Counter[str]]
     units: tuple[int, ...]  # the number of parameters of each FSDP unit, in the order in which they run
 
@@ -74,18 +74,18 @@ _traces: dict[str, Trace] = {}
 
 
 def trace(step: Step) -> Trace:
-    """The memory of a step; one that was asked for before is not run again.
+    """Traces the memory of a step. A step that was traced before is not run again.
 
     Raises UserError where the model cannot run on tensors without data.
     """
     key = f'{COMPOSER_MODEL_REGISTRY[step.model.name]} {step}'
     if key not in _traces:
         try:
-            _traces[key] = _run(step)
+            _traces[key] = _trace_step(step)
         except UserError:
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-            # A model's own code and kernels, on tensors that they do not take
+            # Code and kernels of a user's model may refuse tensors without data
             where = traceback.extract_tb(e.__traceback__)[-1]
             raise UserError(
                 f'model.name: the memory of {step.model.name!r} cannot be predicted. Its step without data ended '
@@ -94,11 +94,11 @@ def trace(step: Step) -> Trace:
     return _traces[key]
 
 
-def _run(s: Step) -> Trace:
+def _trace_step(s: Step) -> Trace:
     on_host = saved_tensors_hooks(lambda x: x.to('meta'), lambda x: torch.empty_like(x, device='cpu'))
     offload = mock.patch('torch.distributed.algorithms._checkpoint.checkpoint_wrapper.save_on_cpu', lambda **_: on_host)
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
-        model = _build(s.model, s.has_gpu)
+        model = _build_model(s.model, s.has_gpu)
         params = list(model.parameters())
         for p in params:
             p.data = p.data.to(s.weights)
@@ -108,7 +108,7 @@ def _run(s: Step) -> Trace:
         if s.has_gpu:
             stack.enter_context(act_like_gpu())
         live = stack.enter_context(LiveBytes({p.untyped_storage()._cdata for p in params}))
-        units = _follow(model, live, s)
+        units = _add_hooks(model, live, s)
         columns = ['input_ids', 'labels', *['sequence_id'] * model.attn_within_document]
         batch = {column: torch.zeros(s.microbatch, s.seq_len, dtype=torch.long) for column in columns}
         with torch.autocast('cpu', s.autocast) if s.autocast else nullcontext():
@@ -119,15 +119,15 @@ def _run(s: Step) -> Trace:
     return Trace(model, live.peaks, tuple(sum(p.numel() for p in unit) for unit in units))
 
 
-def _build(section: Any, has_gpu: bool) -> ComposerCausalLM:
-    """The model, with kernels that a CPU has, and that keep for the backward pass what those of a GPU keep."""
+def _build_model(section: Any, has_gpu: bool) -> ComposerCausalLM:
+    """The model with kernels of a CPU that save the same tensors for the backward pass as the kernels of a GPU."""
     update: dict[str, Any] = {'device': 'cpu', 'pretrained': False, 'linear_impl': 'plain'}
     if has_gpu:
         update['vocab_multiple'] = getattr(section, 'vocab_multiple', None) or 64
         if getattr(section, 'attn_impl', None) in ('auto', 'flash'):
             update |= {'attn_impl': 'sdpa', 'attn_within_document': False}
     section = section.model_copy(update={key: value for key, value in update.items() if hasattr(section, key)})
-    # The model tells which kernel it has, and these are not the run's. Composer's barrier needs data.
+    # Silent: the model would log the name of its kernel, which the run does not use. Composer's barrier needs data.
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
@@ -137,14 +137,14 @@ def _build(section: Any, has_gpu: bool) -> ComposerCausalLM:
         logging.disable(before)
 
 
-def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn.Parameter]]:
-    """Has hooks tell `live` the phase of the step, and free gradients as FSDP does.
+def _add_hooks(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn.Parameter]]:
+    """Adds hooks that tell `live` the phase of the step, and that free gradients as FSDP does.
 
-    Returns the parameters of each FSDP unit, in the order in which the units run: the list fills in the forward pass.
+    Returns the parameters of each FSDP unit, in the order in which units run. The forward pass fills the list.
     """
     is_unit = getattr(model.model, 'fsdp_wrap_fn', lambda module: False)
     modules = [module for module in model.model.modules() if is_unit(module)]
-    owner = {p: module for module in modules for p in module.parameters()}  # the innermost unit, which comes last
+    owner = {p: module for module in modules for p in module.parameters()}  # the innermost unit comes last
     running: list[int] = []
     units: list[list[nn.Parameter]] = []
 
@@ -156,22 +156,22 @@ def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn
                     p.grad = None
         live.enter(name, unit)
 
-    def at_gradient_of(values: Any, *phase: Any) -> None:
+    def enter_at_gradient(values: Any, *phase: Any) -> None:
         for x in tree_leaves(values):
             if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(lambda _: finish_unit_and_enter(*phase))
 
     def before_forward(module: nn.Module, *inputs: Any) -> None:
-        if live.phase.name in (FORWARD, LOSS):  # else activations are computed again
+        if live.phase.name in (FORWARD, LOSS):  # in the backward pass, checkpointing runs the module again
             if not units:
-                at_gradient_of(inputs, EMBEDDINGS)
+                enter_at_gradient(inputs, EMBEDDINGS)
             running.append(len(units))
             units.append([p for p in owner if owner[p] is module])
             live.enter(FORWARD, running[-1])
 
     def after_forward(module: nn.Module, inputs: Any, outputs: Any) -> None:
         if live.phase.name in (FORWARD, LOSS):
-            at_gradient_of(outputs, BACKWARD, running.pop())
+            enter_at_gradient(outputs, BACKWARD, running.pop())
             if running:
                 live.enter(FORWARD, running[-1])
             else:
@@ -189,16 +189,16 @@ def _follow(model: ComposerCausalLM, live: 'LiveBytes', s: Step) -> list[list[nn
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that exist, by kind, and keeps the peak of each phase.
+    """Counts the bytes of all live storages, by kind, and keeps the peak of each phase.
 
-    `params` are the storages of the parameters, which are not counted.
+    `params` are the storages of the parameters, which do not count.
     """
 
     def __init__(self, params: set[int]):
         super().__init__()
         self.params = params
-        self.held: dict[int, tuple[str, int]] = {}
-        self.now: Counter[str] = Counter()
+        self.storages: dict[int, tuple[str, int]] = {}
+        self.current: Counter[str] = Counter()
         self.phase = Phase(FORWARD)
         self.peaks: dict[Phase, Counter[str]] = {}
 
@@ -207,32 +207,32 @@ class LiveBytes(TorchDispatchMode):
         self.note_peak()
 
     def note_peak(self) -> None:
-        if self.phase not in self.peaks or self.now.total() > self.peaks[self.phase].total():
-            self.peaks[self.phase] = self.now.copy()
+        if self.phase not in self.peaks or self.current.total() > self.peaks[self.phase].total():
+            self.peaks[self.phase] = self.current.copy()
 
     def set_kind(self, tensor: Optional[Tensor], kind: str) -> None:
         assert tensor is not None
         key = tensor.untyped_storage()._cdata
-        self.held[key] = kind, self.remove(key)
-        self.now[kind] += self.held[key][1]
+        self.storages[key] = kind, self.remove(key)
+        self.current[kind] += self.storages[key][1]
 
     def remove(self, key: int) -> int:
-        kind, size = self.held.pop(key)
-        self.now[kind] -= size
+        kind, size = self.storages.pop(key)
+        self.current[kind] -= size
         return size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             storage = x.untyped_storage() if isinstance(x, Tensor) and x.device.type == 'cpu' else None
-            if storage is None or storage._cdata in self.held or storage._cdata in self.params:
+            if storage is None or storage._cdata in self.storages or storage._cdata in self.params:
                 continue
             is_cast = func is ATEN._to_copy.default and args[0].untyped_storage()._cdata in self.params
             kind = 'weights' if is_cast else 'logits' if self.phase.name in (LOSS, START) else 'activations'
-            self.held[storage._cdata] = kind, storage.nbytes()
-            self.now[kind] += storage.nbytes()
+            self.storages[storage._cdata] = kind, storage.nbytes()
+            self.current[kind] += storage.nbytes()
             weakref.finalize(storage, self.remove, storage._cdata)
-            # Where two gradients meet, autograd adds in place, but not on tensors without data: count one place.
+            # Autograd adds gradients in place, but not on tensors without data: leave that moment out of the peak.
             if func is not ATEN.add.Tensor or torch.is_grad_enabled():
                 self.note_peak()
         return out

@@ -1,4 +1,4 @@
-"""How much text a token stands for, and the sums that turn a loss per token into bits per byte."""
+"""Counts the bytes of text that tokens stand for, and sums losses and bytes over samples, for bits per byte."""
 
 import json
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from src.causal_lm import IGNORE, next_token_targets
 
 
 def bytes_per_token(tokenizer: Any, vocab_size: int) -> NDArray[np.float64]:
-    """How many UTF-8 bytes of text each token id stands for: 0 for special tokens, such as EOS.
+    """The number of UTF-8 bytes of text that each token id stands for; 0 for special tokens, such as EOS.
 
     In a byte-level BPE every character of a token stands for one byte (Radford et al. 2019, section 2.2), so the
-    lengths are exact, also of tokens that hold part of a character. Of a tokenizer that normalises its text, they are
-    of the result.
+    numbers are exact, also for tokens that hold part of a character. If the tokenizer normalises text, they count the
+    normalised text.
 
-    The tokenizer is Hugging Face's own object, and the model has embeddings for `vocab_size` ids. Returns an array of
-    shape (vocab_size,), NaN where it is not known: ids without a token, added tokens that swallow the spaces beside
-    them, and every token of a tokenizer that is no byte-level BPE, or one that puts a space before each document.
+    `tokenizer` is a Hugging Face tokenizer, and the model has embeddings for `vocab_size` ids. Returns an array of
+    shape (vocab_size,), with NaN where the number is unknown: for ids without a token, for added tokens that remove the
+    spaces beside them, and for all tokens if the tokenizer is no byte-level BPE or puts a space before each document.
     """
     lengths = np.full(vocab_size, np.nan)
     if not tokenizer.is_fast:
@@ -35,13 +35,13 @@ def bytes_per_token(tokenizer: Any, vocab_size: int) -> NDArray[np.float64]:
     for token, i in model['vocab'].items():
         lengths[i] = len(token)
     for i, token in tokenizer.added_tokens_decoder.items():
-        swallows = token.lstrip or token.rstrip
-        lengths[i] = 0 if token.special else np.nan if swallows else len(token.content.encode())
+        strips_spaces = token.lstrip or token.rstrip
+        lengths[i] = 0 if token.special else np.nan if strips_spaces else len(token.content.encode())
     return lengths
 
 
 class Totals(Metric):
-    """Sums over the samples that are counted: nats, targets, bytes of text that the targets stand for, and samples."""
+    """Sums over all samples: nats of loss, targets, bytes of text that the targets stand for, and samples."""
 
     full_state_update = False
     lengths: Tensor
@@ -50,7 +50,7 @@ class Totals(Metric):
     def __init__(self, lengths: NDArray) -> None:
         super().__init__()
         self.register_buffer('lengths', torch.from_numpy(lengths), persistent=False)
-        # float64: exact for whole numbers, and the sum of the losses does not depend on how many ranks share it
+        # float64: counts are exact, and the sum of the losses depends little on the number of ranks
         self.add_state('sums', torch.zeros(4, dtype=torch.float64), dist_reduce_fx='sum')
 
     def update(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,9 @@
-"""How many GPUs a run needs, for how long: `python src/tools/estimate.py [YAML] [--gpu h200] [--gpus N] [k=v ...]`.
+"""Estimates how many GPUs a run needs, and for how long: memory, FLOPs, hours, cost, bytes on disk.
 
-Computed without a GPU, from a step of the model on tensors without data. With no YAML, a table of those in
-`yamls/mosaic_gpt`.
+    python src/tools/estimate.py [YAML] [key=value ...] [--gpu h200] [--gpus N]
+
+No GPU is needed: the program traces one step of the model on tensors without data. Without a YAML it prints a table of
+all runs in `yamls/mosaic_gpt`.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from src.common.errors import UserError, positive_int
 from src.common.flops import CARDS
 from src.config import load as config
 from src.config.check import check
-from src.sizing.estimate import MFU, Estimate, estimate
+from src.sizing.estimate import ASSUMED_MFU, Estimate, estimate
 from src.sizing.report import overview, report
 from src.training import plugins
 from src.training.data import has_kits_loader
@@ -28,14 +30,15 @@ YAMLS = Path(__file__).resolve().parents[2] / 'yamls' / 'mosaic_gpt'
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('yaml', nargs='?', metavar='YAML', help='default: a table of all in yamls/mosaic_gpt')
-    add('overrides', nargs='*', metavar='key=value', help='as for main.py')
+    add('yaml', nargs='?', metavar='YAML', help='default: all in yamls/mosaic_gpt, as a table')
+    add('overrides', nargs='*', metavar='key=value', help='settings, as for main.py')
     add('--gpu', default='a100-40gb', choices=CARDS, metavar='NAME', help=f'{", ".join(CARDS)}; default: %(default)s')
-    add('--gpus', type=positive_int, metavar='N', help='over all nodes; default: the smallest number that fits')
-    add('--mfu', type=float, default=MFU, help="part of the GPU's peak that the model reaches; default: %(default)s")
-    add('--price', type=float, metavar='DOLLARS', help='of one GPU for an hour')
+    add('--gpus', type=positive_int, metavar='N', help='GPUs over all nodes; default: the fewest on which the run fits')
+    add('--mfu', type=float, default=ASSUMED_MFU,
+        help="fraction of the GPU's peak that the model reaches, an assumption; default: %(default)s")
+    add('--price', type=float, metavar='DOLLARS', help='dollars for one GPU and hour')
     args = parser.parse_intermixed_args(argv)
-    if args.yaml and '=' in args.yaml:  # no YAML: settings for all of them
+    if args.yaml and '=' in args.yaml:  # without a YAML the settings apply to all runs
         args.yaml, args.overrides = None, [args.yaml, *args.overrides]
     return args
 
@@ -47,9 +50,9 @@ def estimate_of(yaml: str, args: argparse.Namespace) -> Estimate:
 
 
 def main(args: argparse.Namespace) -> list[Estimate]:
-    """Prints one report, or the table. Raises UserError where a number is out of range, or a config has a mistake."""
+    """Prints a report of one YAML, or a table of all. Raises UserError where an option or a config has a mistake."""
     if not 0 < args.mfu <= 1:
-        raise UserError(f'--mfu: {args.mfu:g} must be above 0 and at most 1, as in {MFU}')
+        raise UserError(f'--mfu: {args.mfu:g} must be above 0 and at most 1, such as {ASSUMED_MFU}')
     if args.price is not None and not 0 <= args.price < math.inf:
         raise UserError(f'--price: {args.price:g} must be a number of dollars, 0 or more')
     if args.yaml:

@@ -1,10 +1,10 @@
 """Evaluates a checkpoint: loss, perplexity and bits per byte over a whole split.
 
-    python src/tools/evaluate.py YAML load_path=FILE [key=value ...] [--split val] [--out PATH.json]
+    python src/tools/evaluate.py YAML load_path=CHECKPOINT [key=value ...] [--split val] [--out PATH.json]
 
-With the YAML's model, data, precision and sharding, through Composer's own evaluation; `eval_samples=1000` takes the
-first samples alone. The same command after `composer` shares the work among several devices: each sample counts once,
-on any number of them. Nothing is saved or logged.
+CHECKPOINT is a file, the folder of a sharded checkpoint, or the folder of a run. Model, data, precision and sharding
+are those of the YAML. `eval_samples=1000` evaluates only the first samples. Start the program with `composer` to use
+several devices: each sample counts once. Nothing but PATH.json is saved or logged.
 """
 # ruff: noqa: E402
 
@@ -64,44 +64,45 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('yaml', metavar='YAML')
-    add('overrides', nargs='*', metavar='key=value', help='as for main.py')
-    add('--split', help="default: eval_loader's; streams that name their own keep it")
-    add('--out', type=Path, metavar='PATH.json', help='write the figures there too')
+    add('overrides', nargs='*', metavar='key=value', help='settings, as for main.py')
+    add('--split', help='default: the split of eval_loader; does not change streams that set their own split')
+    add('--out', type=Path, metavar='PATH.json', help='also write the figures to this new file')
     return parser.parse_intermixed_args(argv)
 
 
 def load(args: argparse.Namespace) -> DictConfig:
-    """The YAML as an evaluation reads it: the whole split unless the command line says otherwise, nothing of training.
+    """Loads the YAML for an evaluation: the whole split unless `eval_samples` is an override, without training.
 
-    Raises UserError where it has no `eval_loader`, or cannot be read.
+    Raises UserError where the YAML cannot be read, or has no `eval_loader`.
     """
     cfg = config.load([args.yaml, 'eval_samples=-1', *args.overrides])
-    _set(cfg, allow_same_split=True, global_train_batch_size=dist.get_world_size(), max_duration='1ba',
-         scheduler={'t_warmup': '0dur'}, algorithms={}, callbacks={}, loggers={}, save_folder=None, autoresume=False,
-         compile_config=None)
-    given = config.to_plain(cfg)
-    if not given.get('eval_loader'):
-        raise UserError(f'eval_loader: {args.yaml} has none, so there is no data to evaluate on; see '
-                        'yamls/quickstart.yaml')
-    _set(cfg, load_weights_only=given.get('load_path') is not None,
-         **{'eval_loader.drop_last': False, 'eval_loader.eval_samples': given['eval_samples']})
-    if given.get('device_eval_batch_size') is not None:  # else its default is the YAML's own microbatch
-        _set(cfg, device_train_microbatch_size=1)
+    _override(cfg, allow_same_split=True, global_train_batch_size=dist.get_world_size(), max_duration='1ba',
+              scheduler={'t_warmup': '0dur'}, algorithms={}, callbacks={}, loggers={}, save_folder=None,
+              autoresume=False, compile_config=None)
+    settings = config.to_plain(cfg)
+    if not settings.get('eval_loader'):
+        raise UserError('eval_loader: not set, so there is no data to evaluate on; copy the section from '
+                        f'yamls/quickstart.yaml to {args.yaml}')
+    _override(cfg, load_weights_only=settings.get('load_path') is not None,
+              **{'eval_loader.drop_last': False, 'eval_loader.eval_samples': settings['eval_samples']})
+    if settings.get('device_eval_batch_size') is not None:  # else the default is the YAML's microbatch
+        _override(cfg, device_train_microbatch_size=1)
     if args.split:
-        _set(cfg, **{'eval_loader.dataset.split': args.split})
+        _override(cfg, **{'eval_loader.dataset.split': args.split})
     return cfg
 
 
-def _set(cfg: DictConfig, **changed: Any) -> None:
+def _override(cfg: DictConfig, **changed: Any) -> None:
     for key, value in changed.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
 @explain_outside_failures('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
-    """The figures of one split, of a checked config with an `eval_loader`.
+    """Evaluates one split and returns the figures by name. The config is checked and has an `eval_loader`.
 
-    Raises UserError where the checkpoint or the data is missing, is of another model, or holds nothing to predict.
+    Raises UserError where the checkpoint or the data is missing, or belongs to another model, or where the data hold no
+    token to predict.
     """
     join_ranks(c, watch)
     start = find_start(None, None, False, c.load_path, weights_only=True)
@@ -114,24 +115,27 @@ def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     check_ranks_agree('data', fingerprints(None, evaluators[0].dataloader))
     loader: Any = evaluators[0].dataloader.dataloader
     dataset: Optional[StreamingC4] = loader.dataset.dataset if reads_kit_dataset(loader) else None
-    reads_with = dataset.tokenizer if dataset else tokenizer and tokenizer.tokenizer
-    totals = Totals(bytes_per_token(reads_with, model.vocab_size) if reads_with else np.full(model.vocab_size, np.nan))
-    nats, targets, n_bytes, samples = sums(c, start, model, evaluators, totals)
+    data_tokenizer = dataset.tokenizer if dataset else tokenizer and tokenizer.tokenizer
+    n_ids = model.vocab_size
+    totals = Totals(bytes_per_token(data_tokenizer, n_ids) if data_tokenizer else np.full(n_ids, np.nan))
+    nats, targets, n_bytes, samples = sum_over_samples(c, start, model, evaluators, totals)
 
     if dataset:
         assert samples == len(loader.dataset), f'{samples} samples were counted, of {len(loader.dataset)}'
-    place = dataset.place if dataset else 'what eval_loader, a loader of your own, gives'
+    place = dataset.place if dataset else 'the data of your own eval_loader'
     if not targets:
         raise UserError(f'eval_loader.dataset: {place} holds no token to predict')
     loss = nats / targets
-    return {'loss': loss, 'perplexity': math.inf if loss > 709 else math.exp(loss),  # more has no float
-            'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes > 0 else None,  # NaN is not above 0
+    return {'loss': loss, 'perplexity': math.inf if loss > 709 else math.exp(loss),  # a larger one overflows a float
+            'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes > 0 else None,  # NaN > 0 is False
             'documents' if dataset and dataset.column == 'text' else 'sequences': int(samples), 'tokens': int(targets),
-            'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': place, 'weights': weights(c, start)}
+            'bytes': None if math.isnan(n_bytes) else int(n_bytes), 'data': place,
+            'weights': describe_weights(c, start)}
 
 
-def sums(c: Config, start: Start, model: ComposerCausalLM, evaluators: list[Evaluator], totals: Totals) -> list[float]:
-    """Loads the weights, and evaluates: what `totals` has summed on all ranks."""
+def sum_over_samples(c: Config, start: Start, model: ComposerCausalLM, evaluators: list[Evaluator],
+                     totals: Totals) -> list[float]:
+    """Loads the weights and evaluates. Returns the sums of `totals` over all ranks."""
     has_gpu = torch.cuda.is_available()
     model.get_metrics = lambda is_train=False: {} if is_train else {'totals': totals}
     model.update_metric = lambda batch, outputs, metric: metric.update(batch, outputs)
@@ -149,60 +153,60 @@ def sums(c: Config, start: Start, model: ComposerCausalLM, evaluators: list[Eval
             load_ignore_keys=check_same_weights(start, model.state_dict()),
         )
     finish_loading(start, trainer)
-    log.info('weights: %s', weights(c, start))
+    log.info('weights: %s', describe_weights(c, start))
     try:
         trainer.eval()
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise UserError(f'out of memory: {first_line(e)}\nset device_eval_batch_size below '
-                            f'{c.device_eval_batch_size}, or fsdp_config.sharding_strategy=FULL_SHARD on more '
-                            'devices') from e
+                            f'{c.device_eval_batch_size}, or use more devices with '
+                            'fsdp_config.sharding_strategy=FULL_SHARD') from e
         raise
-    found = trainer.state.eval_metrics['eval']['totals'].compute().tolist()
+    result = trainer.state.eval_metrics['eval']['totals'].compute().tolist()
     trainer.engine.close()
-    return found
+    return result
 
 
-def weights(c: Config, start: Start) -> str:
+def describe_weights(c: Config, start: Start) -> str:
     if start.path:
         return start.path
     if isinstance(c.model, HFCausalLMConfig) and c.model.pretrained:
-        return f'of {c.model.pretrained_model_name_or_path}'
+        return f'pretrained, of {c.model.pretrained_model_name_or_path}'
     return 'as initialised, untrained: load_path is not set'
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """The figures for people."""
-    rows = 'documents' if 'documents' in found else 'sequences'
-    bits = 'unknown: no tokenizer_name, or one that is no byte-level BPE, or not that of the tokens'
-    if found['bits_per_byte'] is not None:
-        bits = f'{found["bits_per_byte"]:.4f}'
-    n_bytes = '' if found['bytes'] is None else f', {found["bytes"]:,} bytes of text'
-    return (f'evaluation on {found["data"]}\n'
-            f'  weights        {found["weights"]}\n'
-            f'  loss           {found["loss"]:.4f}   nats per token\n'
-            f'  perplexity     {found["perplexity"]:.2f}\n'
+def format_figures(figures: Mapping[str, Any]) -> str:
+    """The lines that the program prints."""
+    rows = 'documents' if 'documents' in figures else 'sequences'
+    bits = 'unknown: tokenizer_name is not set, is no byte-level BPE, or is not the tokenizer of the data'
+    if figures['bits_per_byte'] is not None:
+        bits = f'{figures["bits_per_byte"]:.4f}'
+    n_bytes = '' if figures['bytes'] is None else f', {figures["bytes"]:,} bytes of text'
+    return (f'evaluation on {figures["data"]}\n'
+            f'  weights        {figures["weights"]}\n'
+            f'  loss           {figures["loss"]:.4f}   nats per token\n'
+            f'  perplexity     {figures["perplexity"]:.2f}\n'
             f'  bits per byte  {bits}\n'
-            f'  predicted      {found["tokens"]:,} tokens of {found[rows]:,} {rows}{n_bytes}')
+            f'  predicted      {figures["tokens"]:,} tokens of {figures[rows]:,} {rows}{n_bytes}')
 
 
 def main(args: argparse.Namespace, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
-    """Evaluates, prints and writes the figures."""
+    """Evaluates, prints the figures, and writes them to `--out`. Raises UserError for a mistake of the user."""
     check_environment(os.environ)
-    if args.out and dist.get_global_rank() == 0:  # which writes it
+    if args.out and dist.get_global_rank() == 0:  # rank 0 writes the file
         if not args.out.absolute().parent.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
-            raise UserError(f'--out: {args.out}: there is no folder {args.out.parent} that may be written')
+            raise UserError(f'--out: {args.out}: there is no writable folder {args.out.parent}; name another file')
         if args.out.exists():
-            raise UserError(f'--out: {args.out} is there already; name another, or move it away')
+            raise UserError(f'--out: {args.out} already exists; name another file, or move this one away')
     c = check_config(load(args), nodes=1)
     program.log_to_stderr()
-    found = evaluate(c, watch)
+    figures = evaluate(c, watch)
     if dist.get_global_rank() == 0:
-        print(text(found), flush=True)
+        print(format_figures(figures), flush=True)
         if args.out:
-            no_json = {key: None for key, x in found.items() if isinstance(x, float) and not math.isfinite(x)}
-            args.out.write_text(json.dumps(found | no_json, indent=1) + '\n', 'utf-8')
-    return found
+            not_finite = {key: None for key, x in figures.items() if isinstance(x, float) and not math.isfinite(x)}
+            args.out.write_text(json.dumps(figures | not_finite, indent=1) + '\n', 'utf-8')
+    return figures
 
 
 if __name__ == '__main__':

@@ -61,9 +61,9 @@ class LiveBytes(step_trace.LiveBytes):
         self.peak = 0
 
     def note_peak(self) -> None:
-        if self.now.total() > self.peak:
+        if self.current.total() > self.peak:
             gc.collect()  # FSDP2's states refer to each other
-            self.peak = max(self.peak, self.now.total())
+            self.peak = max(self.peak, self.current.total())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -75,11 +75,11 @@ class LiveBytes(step_trace.LiveBytes):
 
         def resize_(storage, size):
             resize(storage, size)
-            if storage._cdata in self.held:
-                kind, _ = self.held[storage._cdata]
+            if storage._cdata in self.storages:
+                kind, _ = self.storages[storage._cdata]
                 self.remove(storage._cdata)
-                self.held[storage._cdata] = kind, size
-                self.now[kind] += size
+                self.storages[storage._cdata] = kind, size
+                self.current[kind] += size
                 self.note_peak()
         Storage.resize_ = resize_
         gc.freeze()
@@ -118,7 +118,7 @@ def two_steps(c: Config, microbatch: int, amp: bool, wrap: Optional[Wrap] = None
         batch['sequence_id'] = torch.zeros(microbatch, c.max_seq_len, dtype=torch.long)
     for _ in range(2):
         if live:
-            live.peak = live.now.total()
+            live.peak = live.current.total()
         optimizer.zero_grad()
         for _ in range(c.global_train_batch_size // microbatch):
             with torch.autocast('cpu', torch.bfloat16) if amp else nullcontext():

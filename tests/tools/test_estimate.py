@@ -15,7 +15,7 @@ from src.config import load as config
 from src.config.check import check
 from src.config.schema import Config
 from src.sizing import report as sizing_report
-from src.sizing.estimate import C4_TOKENS, Estimate, apply_remedies, counts, estimate, needs
+from src.sizing.estimate import C4_TOKENS, Estimate, apply_remedies, device_counts, estimate, peak_memory
 from src.sizing.memory import moments, predict
 from src.tools import estimate as program
 
@@ -71,15 +71,15 @@ def test_no_smaller_number_fits_and_no_larger_microbatch(name, card):
     e = sized(name, card)
     limit, batch = USABLE * CARDS[card].memory, e.c.global_train_batch_size
     powers = [n for n in (2**i for i in range(12)) if n <= batch]  # of two: they alone divide these batches
-    assert counts(e.c) == powers
+    assert device_counts(e.c) == powers
 
     def fits(n: int, microbatch: int) -> bool:
         return predict(e.c, n, True, min(microbatch, batch // n)).total <= limit
 
-    for fewest, microbatch in ((e.smallest, e.c.device_train_microbatch_size), (e.smallest_of_one, 1)):
+    for fewest, microbatch in ((e.fewest_devices, e.c.device_train_microbatch_size), (e.fewest_devices_for_one, 1)):
         assert isinstance(microbatch, int) and fewest and fits(fewest, microbatch)
         assert not any(fits(n, microbatch) for n in powers if n < fewest)
-    assert e.fits and e.devices == e.smallest
+    assert e.fits and e.devices == e.fewest_devices
     assert e.largest_microbatch and fits(e.devices, e.largest_microbatch)
     assert not any(fits(e.devices, m) for m in powers if e.largest_microbatch < m <= batch // e.devices)
 
@@ -91,15 +91,15 @@ def test_a_microbatch_is_never_more_than_a_device_has():
 
 def test_a_microbatch_of_auto_is_the_largest_that_fits():
     e = sized('1b', 'l4', FEW, 'device_train_microbatch_size=auto')
-    assert e.smallest == e.smallest_of_one == 1 and e.microbatch == e.largest_microbatch == 64
-    assert needs(e.c, e.card, 1, 128).total > e.card.usable >= needs(e.c, e.card, 1, 64).total
+    assert e.fewest_devices == e.fewest_devices_for_one == 1 and e.microbatch == e.largest_microbatch == 64
+    assert peak_memory(e.c, e.card, 1, 128).total > e.card.usable >= peak_memory(e.c, e.card, 1, 64).total
 
 
 def test_copies_of_the_model_take_whole_groups_of_devices():
     hybrid = ('fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=4')
     e = sized('7b', 'l4', FEW, *hybrid)
     one = sized('7b', 'l4', FEW)
-    assert (e.smallest, e.devices) == (4 * (one.smallest or 0),) * 2  # 4 copies
+    assert (e.fewest_devices, e.devices) == (4 * (one.fewest_devices or 0),) * 2  # 4 copies
     with pytest.raises(UserError, match='data_parallel_replicate_degree.*the batch of 1024 and .* allow 4, 8, 16, .* devices'):
         sized('7b', 'l4', FEW, *hybrid, devices=2)
     for none in (['fsdp_config.sharding_strategy=HYBRID_SHARD', 'fsdp_config.data_parallel_replicate_degree=3'],
@@ -107,7 +107,7 @@ def test_copies_of_the_model_take_whole_groups_of_devices():
         with pytest.raises(UserError, match='batch of 1024 and the copies of the model allow no number of devices'):
             sized('7b', 'l4', FEW, *none)
     degree = parsed('7b', *hybrid, 'fsdp_config.data_parallel_shard_degree=8')
-    assert counts(degree) == [32]
+    assert device_counts(degree) == [32]
 
 
 def test_what_does_not_fit_says_what_to_set():
@@ -115,9 +115,9 @@ def test_what_does_not_fit_says_what_to_set():
     assert not e.fits
     steps = dict(apply_remedies(e))
     assert list(steps) == ['device_train_microbatch_size=1']  # and no more, once it fits
-    assert steps['device_train_microbatch_size=1'] == needs(e.c, e.card, 2, 1).total <= e.card.usable
+    assert steps['device_train_microbatch_size=1'] == peak_memory(e.c, e.card, 2, 1).total <= e.card.usable
     ddp = sized('7b', 'l4', 'model.n_layers=6', 'fsdp_config=null')
-    assert (ddp.smallest, ddp.smallest_of_one, ddp.largest_microbatch, ddp.devices) == (None, None, None, 1024)
+    assert (ddp.fewest_devices, ddp.fewest_devices_for_one, ddp.largest_microbatch, ddp.devices) == (None, None, None, 1024)
     assert list(apply_remedies(ddp))[-1][0] == 'fsdp_config.sharding_strategy=FULL_SHARD'
     text = sizing_report.report(ddp)
     assert 'DOES NOT FIT' in text and 'FULL_SHARD: fits' in text and 'with these settings no number of l4 is enough' in text
@@ -149,7 +149,8 @@ def test_the_rule_of_thumb_is_what_stays_from_step_to_step(name):
     norms = 4 * 4 * e.c.model.d_model
     root, block = 2 * (e.n_params - sum(e.trace.units)), 2 * e.trace.units[0]
     assert root <= copies <= root + 2 * block + norms
-    assert e.rule and e.rule <= e.devices and e.rule * 40e9 > rule and (e.rule == 1 or e.rule / 2 * 40e9 <= rule)
+    by_rule = e.fewest_by_rule
+    assert by_rule and by_rule <= e.devices and by_rule * 40e9 > rule and (by_rule == 1 or by_rule / 2 * 40e9 <= rule)
     other = 'DEFAULT' if name in ('30b', '70b') else 'PURE'
     assert moments(parsed(name, f'fsdp_config.mixed_precision={other}'), n, True, e.microbatch)[-1] == stays
 
@@ -159,7 +160,7 @@ def test_the_rules_own_example():
     """A GPT-13B needs 8 x A100-40GB or 4 x A100-80GB; with a microbatch of 1 the prediction agrees."""
     for card, n in (('a100-40gb', 8), ('a100-80gb', 4)):
         e = sized('13b', card)
-        assert (e.rule, e.smallest_of_one) == (n, n)
+        assert (e.fewest_by_rule, e.fewest_devices_for_one) == (n, n)
 
 
 # ---------------------------------------------------------------- bytes on disks
@@ -173,9 +174,9 @@ def test_a_checkpoint_is_as_large_as_it_says(kind, mds_root, tmp_path):
     cfg = config.load([str(ROOT / 'yamls/quickstart.yaml'), *argv, *sharded])
     main.main(cfg).close()
     e = estimate(check(cfg, {}, 1, True), CARDS['l4'])
-    assert e.n_params > 1e6 and e.checkpoint == 12 * e.n_params + (4 * 4096 * 128 if sharded else 0)
+    assert e.n_params > 1e6 and e.checkpoint_bytes == 12 * e.n_params + (4 * 4096 * 128 if sharded else 0)
     size = sum(p.stat().st_size for p in tmp_path.rglob('*') if p.is_file())
-    assert e.checkpoint < size < 1.04 * e.checkpoint  # with names, and padding of small tensors
+    assert e.checkpoint_bytes < size < 1.04 * e.checkpoint_bytes  # with names, and padding of small tensors
 
 
 def test_bytes_of_data_and_checkpoints():

@@ -234,7 +234,7 @@ def test_settings_written_as_numbers(checkpoint, mds_root, tmp_path):
 
 
 @pytest.mark.parametrize('overrides, parts', [
-    (['eval_loader=null'], ['eval_loader: ', 'has none']),
+    (['eval_loader=null'], ['eval_loader: not set, ', 'yamls/quickstart.yaml']),
     (['--split', 'vall'], ['vall', 'python convert_c4.py']),
     (['load_path=none.pt'], ['load_path: none.pt: no such file']),
     (['model.d_model=32', 'load_path={checkpoint}'], ['load_path: ', 'other weights than this model has']),
@@ -245,8 +245,8 @@ def test_settings_written_as_numbers(checkpoint, mds_root, tmp_path):
     (['load_path=${{oc.env:NOPE}}'], ["'NOPE' not found", '(key: load_path)']),
     (["load_path=''"], ['load_path: is empty']),
     (['eval_loader.dataset.group_method=concat'], ["group_method: 'concat' has no fixed set of samples"]),
-    (['--out', '/nowhere/x.json'], ['--out: /nowhere/x.json: there is no folder /nowhere']),
-    (['--out', '{checkpoint}'], ['--out: ', 'is there already; name another']),
+    (['--out', '/nowhere/x.json'], ['--out: /nowhere/x.json: there is no writable folder /nowhere']),
+    (['--out', '{checkpoint}'], ['--out: ', 'already exists; name another file']),
 ], ids=lambda values: values[0].split('=')[0])
 def test_mistakes_end_in_one_message(checkpoint, mds_root, capfd, overrides, parts):
     fails(argv(mds_root, *(o.format(checkpoint=checkpoint[0]) for o in overrides)), capfd, *parts)

@@ -288,7 +288,7 @@ def test_fine_tuning_begins_with_the_loss_of_the_checkpoint(exported, full, mds_
 def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path):
     bare = tmp_path / 'bare.pt'
     bare.write_bytes((full[0] / 'ep0-ba4-rank0.pt').read_bytes())
-    assert refused(bare, tmp_path / 'out').startswith('--yaml: none given, and no manifest beside')
+    assert refused(bare, tmp_path / 'out').startswith('--yaml: not given, and no manifest beside')
     said = refused(bare, tmp_path / 'out', '--yaml', QUICKSTART, f'data_remote={mds_root}')
     assert said.startswith('--yaml: the weights are not those') and '128' in said
     overrides = tiny(mds_root, *EVERY)
@@ -304,7 +304,7 @@ def test_a_checkpoint_without_a_manifest_needs_the_yaml(full, mds_root, tmp_path
     larger.add_tokens([f'<{i}>' for i in range(999)])
     larger.save_pretrained(tmp_path / 'larger')
     said = refused(bare, tmp_path / 'out', '--tokenizer', tmp_path / 'larger', *yaml)
-    assert said.startswith(f'--tokenizer: {tmp_path}/larger is not that of this model, whose vocabulary has ')
+    assert said.startswith(f'--tokenizer: {tmp_path}/larger has more tokens than the 512 of the model')
     saved = full[0] / 'ep0-ba4-rank0.pt'
     assert 'has model.n_heads 2, and here it is 4' in refused(saved, tmp_path / 'out', *yaml, 'model.n_heads=4')
     export(bare, tmp_path / 'out', *yaml)
@@ -358,8 +358,8 @@ def test_out_is_never_overwritten_and_whole_or_absent(full, tmp_path, monkeypatc
     checkpoint = full[0] / 'ep0-ba4-rank0.pt'
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'precious').touch()
-    assert refused(checkpoint, tmp_path / 'mine').startswith(f'OUT: {tmp_path / "mine"} is there already')
-    assert refused(checkpoint, 's3://bucket/out').startswith('OUT: s3://bucket/out; a folder on a disk')
+    assert refused(checkpoint, tmp_path / 'mine').startswith(f'OUT: {tmp_path / "mine"} already exists')
+    assert refused(checkpoint, 's3://bucket/out').startswith('OUT: s3://bucket/out is not on a disk; export to')
 
     def full_disk(*_, **__):
         raise OSError(28, 'No space left on device')
@@ -381,7 +381,7 @@ def test_a_tokenizer_that_has_moved(full, mds_root, tmp_path):
     manifest = json.loads((full[0] / 'ep0-ba4.json').read_text())
     assert manifest['tokenizer_name'] == str(mds_root / 'tokenizer') and manifest['model']['n_heads'] == 2
     (folder / 'ep0-ba4.json').write_text(json.dumps(manifest | {'tokenizer_name': './gone/tokenizer'}))
-    assert refused(folder, tmp_path / 'out').startswith("--tokenizer: none given, and the run's is not here: ./gone/tokenizer")
+    assert refused(folder, tmp_path / 'out').startswith('--tokenizer: not given, and the tokenizer of the run, ./gone/tokenizer, does not exist')
     export(folder, tmp_path / 'out', '--tokenizer', mds_root / 'tokenizer')
     assert difference(tmp_path / 'out', full[1]) < 1e-5
 

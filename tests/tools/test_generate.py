@@ -173,9 +173,9 @@ def test_what_is_no_model_is_named(folder, tmp_path):
 
 
 @pytest.mark.parametrize('option, value, allowed', [
-    ('--temperature', -1, 'a number from 0'), ('--temperature', 'nan', 'a number from 0'),
+    ('--temperature', -1, 'a number of 0 or more'), ('--temperature', 'nan', 'a number of 0 or more'),
     ('--temperature', 'inf', 'a number'), ('--top_p', 0, 'a number above 0 and up to 1'), ('--top_p', 1.5, 'up to 1'),
-    ('--seed', -1, 'a whole number from 0')])
+    ('--seed', -1, 'a whole number of 0 or more')])
 def test_a_value_out_of_its_range_is_named(option, value, allowed):
     said = refused('none', 'a', option, value)
     assert said.startswith(f'{option}: ') and allowed in said
