@@ -1,8 +1,10 @@
-"""Times training: `python src/tools/benchmark.py YAML [key=value ...] [--steps 20] [--sweep key=a,b] [--against hf]`.
+"""Benchmarks training: times the steps of a run through Composer's Trainer.
 
-What is timed is a run as `main.py` makes it, through Composer's Trainer, with the YAML's batch, precision, sharding and
-loader. Its data are random tokens in a temporary folder (--real_data: the YAML's own), it saves and logs nothing. The
-same command after `composer` times several devices. Rates are of the median step after the warm-up.
+    python src/tools/benchmark.py YAML [key=value ...] [--steps 20] [--sweep key=a,b] [--against hf]
+
+`main.py` builds the run, with the batch, precision, sharding and loader of the YAML. The run saves and logs nothing. Its
+data are random tokens in a temporary folder (--real_data: the YAML's data). Start the program with `composer` to use
+several devices. Rates are those of the median step after the warm-up.
 """
 # ruff: noqa: E402
 
@@ -59,65 +61,66 @@ from src.training.report import environment
 from src.training.setup import check_config
 
 VERSIONS = ('python', 'torch', 'mosaicml', 'mosaicml-streaming', 'transformers')
-VOCAB_SIZE = 50257  # of random tokens for a model that does not say how many it has
-DOCUMENT = 512  # random tokens to an end of a document, on average
-SYNTHETIC_BYTES = 64_000_000  # of random tokens, at most; they are read again where the steps need more
+VOCAB_SIZE = 50257  # of the random tokens, if the model does not tell its own
+DOCUMENT = 512  # mean length of a document in random tokens
+SYNTHETIC_BYTES = 64_000_000  # maximum of random tokens; longer runs read them again
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('yaml', metavar='YAML')
-    add('overrides', nargs='*', metavar='key=value', help='as for main.py')
-    add('--steps', type=positive_int, default=20, help='timed, after the warm-up; default: %(default)s')
-    add('--warmup', type=positive_int, default=5, help='steps before, which compile everything; default: %(default)s')
-    add('--real_data', action='store_true', help="the YAML's data in place of random tokens")
-    add('--sweep', action='append', default=[], metavar='key=a,b,c', help='a run for each value or combination')
-    add('--against', action='append', choices=['hf', 'bare'], default=[], help='time in the same run, alternating, hf: '
-        "Hugging Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that loop, which shows "
-        'what the Trainer costs; may be given twice')
-    add('--profile', action='store_true', help=f'{PROFILED} more steps under the profiler: a Chrome trace and a table')
+    add('overrides', nargs='*', metavar='key=value', help='settings, as for main.py')
+    add('--steps', type=positive_int, default=20, help='timed steps, after the warm-up; default: %(default)s')
+    add('--warmup', type=positive_int, default=5, help='steps before the timed ones, for compilation; default: %(default)s')
+    add('--real_data', action='store_true', help="read the YAML's data instead of random tokens")
+    add('--sweep', action='append', default=[], metavar='key=a,b,c',
+        help='time a run for each value; give it several times for all combinations')
+    add('--against', action='append', choices=['hf', 'bare'], default=[], help='also time another loop, step by '
+        "step in turn. hf: Hugging Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that "
+        'loop, which shows the cost of the Trainer. May be given twice')
+    add('--profile', action='store_true', help=f'profile {PROFILED} more steps: writes a Chrome trace and a table')
     add('--out', type=Path, default=Path('benchmark'), metavar='PATH',
-        help='PATH.json and PATH.md; default: %(default)s')
-    add('--append', action='store_true', help='keep what the two files hold')
+        help='writes PATH.json and PATH.md; default: %(default)s')
+    add('--append', action='store_true', help='keep the rows that the two files already hold')
     return parser.parse_intermixed_args(argv)
 
 
 # ---------------------------------------------------------------- one run
 @contextmanager
 def synthetic(vocab_size: int, seq_len: int, rows: int) -> Iterator[dict[str, str]]:
-    """Random tokens in documents of random lengths, and a tokenizer of as many, in a temporary folder of each node.
+    """Writes random tokens, in documents of random lengths, and a tokenizer to a temporary folder on each node.
 
-    Yields the settings that name them.
+    Yields the settings that name them. Deletes the folder at the end.
     """
     names = [f'benchmark-{uuid.uuid4().hex}']
-    dist.broadcast_object_list(names)  # one name on all nodes, which compare their settings
-    folder, mine = Path(tempfile.gettempdir(), names[0]), False
+    dist.broadcast_object_list(names)  # the same name on all nodes, because nodes compare settings
+    folder, is_owner = Path(tempfile.gettempdir(), names[0]), False
     if dist.get_local_rank() == 0:
-        with suppress(FileExistsError):  # another node's, where they share a disk
+        with suppress(FileExistsError):  # another node made it on a shared disk
             folder.mkdir(mode=0o700)
-            mine = True
+            is_owner = True
     try:
-        if mine:
+        if is_owner:
             vocabulary = {f'<{i}>': i for i in range(vocab_size)}
             PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, '<0>')), eos_token='<0>',
                                     pad_token='<0>').save_pretrained(str(folder / 'tokenizer'))
             rng, dtype = np.random.default_rng(0), np.min_scalar_type(vocab_size - 1)
-            fitting = max(1, min(rows, SYNTHETIC_BYTES // (seq_len * dtype.itemsize)))
+            n_rows = max(1, min(rows, SYNTHETIC_BYTES // (seq_len * dtype.itemsize)))
             columns = {'tokens': f'ndarray:{dtype.name}:{seq_len}'}
             with MDSWriter(out=str(folder / 'train'), columns=columns) as writer:
-                for _ in range(fitting):
-                    ends = rng.random(seq_len) < 1 / DOCUMENT  # of documents, with token 0
+                for _ in range(n_rows):
+                    ends = rng.random(seq_len) < 1 / DOCUMENT  # token 0 ends a document
                     writer.write({'tokens': np.where(ends, 0, rng.integers(1, vocab_size, seq_len)).astype(dtype)})
         dist.barrier()
         yield {'data_remote': str(folder), 'data_local': str(folder), 'tokenizer_name': str(folder / 'tokenizer')}
     finally:
-        if mine:
+        if is_owner:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
-    """The run that is timed: the YAML's, but that it ends after `steps`, evaluates, saves, logs and resumes nothing."""
+    """Changes the config to the timed run: it ends after `steps`, and evaluates, saves, logs and resumes nothing."""
     changed: dict[str, Any] = {
         'max_duration': f'{steps}ba', 'scheduler.t_warmup': '1ba', 'scheduler.t_max': '1dur', 'eval_loader': None,
         'save_folder': None, 'load_path': None, 'load_weights_only': False, 'autoresume': False, 'loggers': {},
@@ -127,9 +130,9 @@ def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
                    'num_canonical_nodes': 1, 'tokenizer_name': data['tokenizer_name'],
                    'epoch_size': steps * cfg.global_train_batch_size}
         changed |= {f'train_loader.dataset.{key}': value for key, value in dataset.items()}
-        for key in 'streams', 'cache_limit', 'validate_hash':  # which belong to the YAML's data
+        for key in 'streams', 'cache_limit', 'validate_hash':  # they describe the YAML's data
             cfg.train_loader.dataset.pop(key, None)
-        if cfg.get('tokenizer'):  # null: main.py says whether the loader does without
+        if cfg.get('tokenizer'):  # if null, main.py checks whether the loader needs a tokenizer
             changed['tokenizer.tokenizer_name'] = data['tokenizer_name']
     for key, value in changed.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
@@ -137,16 +140,16 @@ def prepare(cfg: DictConfig, steps: int, data: dict[str, str]) -> DictConfig:
 
 
 def reads_real_data(args: argparse.Namespace) -> bool:
-    """Whether the run reads the YAML's data; a loader of the user's own knows no other."""
+    """Whether the run reads the YAML's data. A user's own loader always does."""
     return args.real_data or not has_kits_loader()
 
 
 def run(args: argparse.Namespace, overrides: list[str], number: int,
         failures: Optional[FailureWatch] = None) -> dict[str, Any]:
-    """One record: what was timed, where, and the figures.
+    """Times one run and returns its record: the settings, the machine and the figures.
 
-    `overrides` are those of the command line and those of this run of a sweep, and `number` is the record's. `failures`
-    ends this rank when another fails. Raises UserError where the YAML or an override does not do.
+    `overrides` are those of the command line and of this run of a sweep. `number` is the number of the record.
+    `failures` ends this rank when another one fails. Raises UserError where the YAML or an override has a mistake.
     """
     cfg = config.load([args.yaml, *overrides])
     c = check_config(cfg, nodes=1)
@@ -163,22 +166,22 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
     with made as data:
         watch = Stopwatch(args.warmup, args.steps, build_rivals(args.against, c), trace)
         gc.collect()
-        torch.cuda.empty_cache()  # else pieces of what the run before held make this one run out of memory
-        torch._dynamo.reset()  # else what the run before compiled serves this one, or keeps it from compiling
+        torch.cuda.empty_cache()  # else memory of the previous run makes this one run out of memory
+        torch._dynamo.reset()  # else this run reuses what the previous one compiled, or does not compile
         try:
             trainer = train(prepare(cfg, steps, data), failures, [watch])
             record = describe(args, overrides, trainer, c, watch)
             trainer.close()
         finally:
-            atexit.unregister(Engine._close)  # with which Composer keeps every run's model until the process ends
+            atexit.unregister(Engine._close)  # through this hook Composer keeps every model until the process ends
     return record
 
 
 def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Config,
              watch: Stopwatch) -> dict[str, Any]:
-    """The record of a run that has ended."""
+    """The record of a finished run."""
     state, devices, gpu = trainer.state, dist.get_world_size(), torch.cuda.is_available()
-    model = getattr(state.model, 'module', state.model)  # DDP's
+    model = getattr(state.model, 'module', state.model)  # unwraps DDP
     versions = {name: value for name, value in environment(c, model).items() if name in VERSIONS}
     versions['cuda'] = torch.version.cuda if gpu else None  # pyright: ignore[reportAttributeAccessIssue]
     with suppress(PackageNotFoundError):
@@ -206,12 +209,12 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
         'ms': ms, 'ms_fastest': min(s['total'] for s in steps), 'ms_slowest': max(s['total'] for s in steps),
         'tokens_per_second': rate, 'mfu': mfu, 'mfu_causal': mfu_causal,
         'peak_memory': peak_memory(args),
-        'predicted_memory': predicted(c, devices, state.device_train_microbatch_size) if gpu else None,
+        'predicted_memory': predict_memory(c, devices, state.device_train_microbatch_size) if gpu else None,
         'against': {name: statistics.median(times) for name, times in watch.rival_ms.items()}, 'profile': watch.table}
 
 
 def peak_memory(args: argparse.Namespace) -> Optional[int]:
-    """Bytes: allocated on the GPU, or of this process on a CPU. None: it would be the rivals' or earlier runs' too."""
+    """Bytes allocated on the GPU, or of this process on a CPU. None if other loops or earlier runs count too."""
     if args.against or args.sweep and not torch.cuda.is_available():
         return None
     if torch.cuda.is_available():
@@ -219,9 +222,9 @@ def peak_memory(args: argparse.Namespace) -> Optional[int]:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def predicted(c: Config, devices: int, microbatch: int) -> Optional[int]:
-    with suppress(UserError):  # a model that cannot run without data
-        return predict(c, devices, True, microbatch).total - GPU_WORKSPACE  # which the allocator does not count
+def predict_memory(c: Config, devices: int, microbatch: int) -> Optional[int]:
+    with suppress(UserError):  # the model cannot run without data
+        return predict(c, devices, True, microbatch).total - GPU_WORKSPACE  # outside of the allocator
 
 
 # ---------------------------------------------------------------- results
@@ -231,7 +234,7 @@ COLUMNS = ('run', 'parameters', 'batch × seq', 'precision', 'attention', 'token
 
 
 def cells(r: dict[str, Any]) -> list[str]:
-    """Of a record, after its name."""
+    """The cells of a record, without its name."""
     if 'error' in r:
         return [r['error'], *['–'] * (len(COLUMNS) - 2)]
     against = [f'{name} {ms:.0f} ms, ratio {ms / r["ms"]["total"]:.3f}' for name, ms in r['against'].items()]
@@ -244,25 +247,25 @@ def cells(r: dict[str, Any]) -> list[str]:
 
 
 def table(records: list[dict[str, Any]], first: int = 1) -> str:
-    """A row for each record, then where and how each was made."""
-    rows, made = [list(COLUMNS), ['---'] * len(COLUMNS)], {}
+    """A row for each record, then the command, machine and versions of each."""
+    rows, origins = [list(COLUMNS), ['---'] * len(COLUMNS)], {}
     for i, r in enumerate(records, first):
         rows.append([f'{i}. {Path(r["yaml"]).stem} {" ".join(r["overrides"])}'.strip(), *cells(r)])
         if 'error' not in r:
-            says = ', '.join(f'{name} {v}' for name, v in r['versions'].items() if v)
-            how = (f'`{r["command"]}` on {r["devices"]} × {r["device"]}, {r["threads"]} threads; {says}; {r["data"]}; '
-                   f'median of {r["steps"]} steps after {r["warmup"]}')
-            made.setdefault(how, []).append(str(i))
+            versions = ', '.join(f'{name} {v}' for name, v in r['versions'].items() if v)
+            origin = (f'`{r["command"]}` on {r["devices"]} × {r["device"]}, {r["threads"]} threads; {versions}; '
+                      f'{r["data"]}; median of {r["steps"]} steps after {r["warmup"]}')
+            origins.setdefault(origin, []).append(str(i))
     lines = [' | '.join(cell.replace('|', '\\|') for cell in row) for row in rows]
     return '\n'.join([*(f'| {line} |' for line in lines), '',
-                      *(f'- {", ".join(numbers)}: {how}' for how, numbers in made.items())])
+                      *(f'- {", ".join(numbers)}: {origin}' for origin, numbers in origins.items())])
 
 
 def page(records: list[dict[str, Any]]) -> str:
-    """The records as Markdown."""
-    parts = ['# Benchmarks', 'Written by `src/tools/benchmark.py`. MFU counts 6 N + 12 L d S FLOPs a token, causal MFU '
-             'half the attention. Times are milliseconds; a ratio above 1 says that the run is the faster. A dash: '
-             'unknown.', table(records)]
+    """The Markdown page of all records."""
+    parts = ['# Benchmarks', 'Written by `src/tools/benchmark.py`. MFU counts 6 N + 12 L d S FLOPs per token (N '
+             'parameters, L blocks, width d, S tokens per sequence), causal MFU half of the attention. Times are in '
+             'milliseconds; a ratio above 1 means that the run is faster. A dash means unknown.', table(records)]
     parts += [f'Profile of run {i}, {PROFILED} steps:\n\n```text\n{r["profile"].rstrip()}\n```'
               for i, r in enumerate(records, 1) if r.get('profile')]
     return '\n\n'.join(parts) + '\n'
@@ -270,39 +273,39 @@ def page(records: list[dict[str, Any]]) -> str:
 
 # ---------------------------------------------------------------- the program
 def combinations(sweeps: list[str]) -> list[tuple[str, ...]]:
-    """The overrides of each run."""
+    """The overrides of each run of a sweep."""
     swept = []
     for sweep in sweeps:
         key, _, values = sweep.partition('=')
         if not key or not values:
-            raise UserError(f'--sweep: {sweep!r} is not of the form key=a,b,c')
-        swept.append([f'{key}={value}' for value in re.split(r',(?![^\[{]*[\]}])', values)])  # not within brackets
+            raise UserError(f'--sweep: {sweep!r} must have the form key=a,b,c')
+        swept.append([f'{key}={value}' for value in re.split(r',(?![^\[{]*[\]}])', values)])  # not in brackets
     return list(product(*swept))
 
 
 def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> list[dict[str, Any]]:
-    """Times every run of the sweep, and writes the records after each.
+    """Times every run of the sweep, and writes all records after each run.
 
-    Raises UserError for a mistake that all runs have. One that a single run of a sweep has is its record.
+    Raises UserError for a mistake that all runs share. A mistake of a single run of a sweep becomes its record.
     """
     runs, target = combinations(args.sweep), Path(f'{args.out}.json')
     try:
         records = json.loads(target.read_text('utf-8')) if args.append and target.exists() else []
         target.parent.mkdir(parents=True, exist_ok=True)
-        known = isinstance(records, list) and all(isinstance(r, dict) and 'yaml' in r for r in records)
+        is_ours = isinstance(records, list) and all(isinstance(r, dict) and 'yaml' in r for r in records)
         is_folder = not args.out.name or target.is_dir() or Path(f'{args.out}.md').is_dir()
-        if not known or is_folder or not os.access(target.parent, os.W_OK):
-            raise ValueError('a folder that may not be written, or another file')
+        if not is_ours or is_folder or not os.access(target.parent, os.W_OK):
+            raise ValueError('it is a folder, or not writable, or no file of this program')
     except (OSError, ValueError) as error:
-        raise UserError(f'--out: {target} cannot be read or made: {error}; name another') from None
+        raise UserError(f'--out: {target} cannot be read or written: {error}; name another file') from None
     for chosen in runs:
         try:
             record = run(args, [*args.overrides, *chosen], len(records) + 1, failures)
         except UserError as error:
-            if not chosen or dist.get_world_size() > 1:  # the other ranks may not have it
+            if not chosen or dist.get_world_size() > 1:  # other ranks may not have this error
                 raise
-            said = [line for line in str(error).splitlines() if not line.endswith('in the config:')]
-            record = {'yaml': args.yaml, 'overrides': [*args.overrides, *chosen], 'error': said[0].strip(' -')}
+            lines = [line for line in str(error).splitlines() if not line.endswith('in the config:')]
+            record = {'yaml': args.yaml, 'overrides': [*args.overrides, *chosen], 'error': lines[0].strip(' -')}
         records.append(record)
         if dist.get_global_rank() == 0:
             print(table([record], len(records)), flush=True)

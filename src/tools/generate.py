@@ -130,8 +130,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add('model', metavar='CHECKPOINT_OR_FOLDER', help='a checkpoint, as for export_hf.py, or a Hugging Face folder')
     add('prompts', nargs='+', metavar='PROMPT')
-    add('--max_new_tokens', type=positive_int, metavar='N', help='for each prompt; default: 100, or what the context allows')
-    add('--temperature', type=float, default=1.0, metavar='T', help='0 takes the most likely token each time; default: 1')
+    add('--max_new_tokens', type=positive_int, metavar='N',
+        help='for each prompt; default: 100, or as many as the context allows')
+    add('--temperature', type=float, default=1.0, metavar='T', help='0: the most likely token each time; default: 1')
     add('--top_k', type=positive_int, metavar='K', help='sample from the K most likely tokens; default: all')
     add('--top_p', type=float, default=1.0, metavar='P',
         help='sample from the most likely tokens that together have probability P; default: all')

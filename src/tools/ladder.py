@@ -1,8 +1,10 @@
-"""A ladder of models: `python src/tools/ladder.py [--out ./ladder] [--sizes 64x2 80x3 ...] [--jobs 2]`.
+"""Trains a ladder of models: small sizes whose losses predict the loss of a larger one.
 
-Trains each size on about 20 tokens a parameter (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) of the sample,
-fits a power law to loss against compute, and holds each size's loss against what the smaller ones predict. The same
-command goes on with a ladder that was stopped.
+    python src/tools/ladder.py [--out ./ladder] [--sizes 64x2 80x3 ...] [--jobs 2]
+
+Trains each size on about 20 tokens a parameter (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) of the sample.
+Then fits a power law to loss against compute, and compares each loss with the prediction from the smaller sizes. If you
+stop the program, the same command continues.
 """
 
 import argparse
@@ -40,13 +42,13 @@ WARMUP, EVALUATIONS, SMOOTH = 100, 10, 50
 
 @cache
 def n_params(d_model: int, n_layers: int) -> int:
-    """The parameters of a size, from its model, for which no memory is taken."""
+    """The number of parameters of a size. Its model is built without memory, on the meta device."""
     return ComposerMosaicGPT({'d_model': d_model, 'n_heads': d_model // HEAD_DIM, 'n_layers': n_layers,
                               'max_seq_len': SEQ_LEN, 'vocab_size': VOCAB, 'device': 'meta'}).n_params
 
 
 class Rung(NamedTuple):
-    """One size, and how long it trains."""
+    """One size of the ladder and the length of its training."""
 
     d_model: int
     n_layers: int
@@ -73,7 +75,7 @@ class Rung(NamedTuple):
         return f'{self.d_model}x{self.n_layers}-{self.batches}ba'
 
     def arguments(self, data: Path, out: Path) -> list[str]:
-        """Of main.py. The peak learning rate falls with the root of the width."""
+        """The arguments for main.py. The peak learning rate falls with the square root of the width."""
         every = f'{math.ceil(self.batches / EVALUATIONS)}ba'
         return ['yamls/quickstart.yaml', f'run_name={self.name}', f'data_remote={data}', f'max_seq_len={SEQ_LEN}',
                 f'model.vocab_size={VOCAB}', f'model.d_model={self.d_model}', f'model.n_layers={self.n_layers}',
@@ -85,10 +87,10 @@ class Rung(NamedTuple):
                 f'loggers.tensorboard.log_dir={out}/runs']
 
     def loss(self, out: Path) -> Optional[float]:
-        """Of the last evaluation, in nats per token; None: it has not come to its end."""
+        """The loss of the last evaluation, in nats per token; None: the run is not finished."""
         try:
             return read_run(str(out / 'runs' / self.name)).scalars.get(EVAL, {}).get(self.batches)
-        except UserError:  # it has not begun, or not logged a batch
+        except UserError:  # the run has not started, or has not logged a batch
             return None
 
 
@@ -105,10 +107,10 @@ class Law(NamedTuple):
 
 
 def fit(flops: Sequence[float], losses: Sequence[float]) -> Law:
-    """The form of Henighan et al. 2020 (https://arxiv.org/abs/2010.14701) for the best loss at a given compute.
+    """Fits the law of Henighan et al. 2020 (https://arxiv.org/abs/2010.14701) to the losses of compute-optimal runs.
 
-    Of 1000 floors from 0 to the lowest loss the one whose power law, fitted to the logarithms of what is above it,
-    comes nearest to the losses. Three numbers take three points to fit, and more to tell anything.
+    Tries 1000 floors from 0 to the lowest loss. For each, fits a line to the logarithms of FLOPs and of loss above the
+    floor, and keeps the law nearest to the losses. Three constants need three points, and more to predict anything.
     """
     x, y = np.log(flops), np.asarray(losses)
 
@@ -121,7 +123,7 @@ def fit(flops: Sequence[float], losses: Sequence[float]) -> Law:
 
 
 def table(rungs: Sequence[Rung], losses: Sequence[float]) -> str:
-    """Each size with its loss and, from the fourth on, what the sizes before it predict; then the law over all."""
+    """A row for each size with its loss and, from the fourth on, the loss that smaller sizes predict; then the law."""
     lines = [f'{"width x layers":>14} {"parameters":>11} {"tokens":>12} {"FLOPs":>9} {"loss":>7}   '
              'predicted by the smaller ones']
     flops = [rung.flops for rung in rungs]
@@ -141,7 +143,7 @@ def table(rungs: Sequence[Rung], losses: Sequence[float]) -> str:
 
 # ---------------------------------------------------------------- the runs
 def prepare(out: Path) -> Path:
-    """The sample as packed tokens of a vocabulary of 1024."""
+    """Makes the data unless they exist: the sample as packed tokens, with a vocabulary of 1024. Returns the folder."""
     data = out / 'data'
     if not all((data / split / 'manifest.json').exists() for split in ('train', 'val')):
         code = subprocess.run([sys.executable, 'convert_c4.py', '--source', 'sample', '--train_tokenizer', str(VOCAB),
@@ -152,17 +154,17 @@ def prepare(out: Path) -> Path:
 
 
 def start(rung: Rung, data: Path, out: Path, threads: int) -> subprocess.Popen[bytes]:
-    """Trains one size in a process of its own, which stops when this one dies."""
+    """Starts the training of one size in a new process, which stops when this process dies."""
     env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
     with (out / f'{rung.name}.log').open('ab') as log:
         return subprocess.Popen([sys.executable, 'main.py', *rung.arguments(data, out)], cwd=ROOT, stdout=log,
                                 stderr=subprocess.STDOUT, env=env, preexec_fn=workers.stop_with_parent)
 
 
-def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
-    """Trains what is not finished, the largest first, `jobs` at a time, which share the cores.
+def train_all(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
+    """Trains all sizes that are not finished, the largest first, `jobs` at a time. The runs share the CPU cores.
 
-    Raises UserError where a run has failed; the others are stopped, and have saved what they have.
+    Raises UserError where a run fails. The other runs then stop and save a checkpoint.
     """
     waiting = sorted((rung for rung in rungs if rung.loss(out) is None), key=lambda rung: rung.flops)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -184,7 +186,7 @@ def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
     finally:
         bar.close()
         for process in running.values():
-            process.send_signal(signal.SIGTERM)  # which saves
+            process.send_signal(signal.SIGTERM)  # the run saves a checkpoint and stops
         for process in running.values():
             process.wait()
 
@@ -192,12 +194,12 @@ def climb(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
 def parse_size(text: str) -> tuple[int, int]:
     width, _, layers = text.partition('x')
     if not (width.isdigit() and layers.isdigit() and int(layers) and int(width) and int(width) % HEAD_DIM == 0):
-        raise argparse.ArgumentTypeError(f'{text!r} is not WIDTHxLAYERS with a width in multiples of {HEAD_DIM}, as in '
-                                         '64x2')
+        raise argparse.ArgumentTypeError(f'{text!r} is not WIDTHxLAYERS with a width in multiples of {HEAD_DIM}, such '
+                                         'as 64x2')
     return int(width), int(layers)
 
 
-def above_zero(text: str) -> float:
+def positive_float(text: str) -> float:
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f'{text} is not a number above 0')
     return float(text)
@@ -206,18 +208,19 @@ def above_zero(text: str) -> float:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--out', type=Path, default='./ladder', help='folder of data, logs and checkpoints; default: %(default)s')
+    add('--out', type=Path, default='./ladder', help='folder for data, logs and checkpoints; default: %(default)s')
     add('--sizes', nargs='+', type=parse_size, default=[parse_size(size) for size in SIZES], metavar='WIDTHxLAYERS',
         help=f'default: {" ".join(SIZES)}')
-    add('--tokens_per_parameter', type=above_zero, default=20.0, metavar='N', help='default: %(default)g')
+    add('--tokens_per_parameter', type=positive_float, default=20.0, metavar='N',
+        help='length of each training; default: %(default)g')
     add('--jobs', type=positive_int, default=1 if torch.cuda.is_available() else 2, metavar='N',
-        help='runs at a time; default: %(default)s')
+        help='number of runs at a time; default: %(default)s')
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains the sizes, prints the table, and draws the losses. Raises UserError where a run has failed."""
-    out = args.out.expanduser().resolve()  # a shell leaves the ~ of --out=~/x as it is
+    out = args.out.expanduser().resolve()  # the shell does not expand the ~ in --out=~/x
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -225,15 +228,15 @@ def main(args: argparse.Namespace) -> None:
     rungs = sorted({Rung(width, layers, args.tokens_per_parameter) for width, layers in args.sizes},
                    key=lambda rung: rung.flops)
     try:
-        climb(rungs, prepare(out), out, args.jobs)
+        train_all(rungs, prepare(out), out, args.jobs)
     except KeyboardInterrupt:
-        print('stopped; the same command goes on', file=sys.stderr)
+        print('stopped; run the same command again to continue', file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     losses = []
     for rung in rungs:
-        if (loss := rung.loss(out)) is None:  # killed after its last save
-            raise UserError(f'{rung.name}: has ended without its last evaluation; delete {out}/checkpoints/{rung.name} '
-                            f'and {out}/runs/{rung.name}, and give the same command again')
+        if (loss := rung.loss(out)) is None:  # the run was killed after its last save
+            raise UserError(f'{rung.name}: the run ended without its last evaluation; delete '
+                            f'{out}/checkpoints/{rung.name} and {out}/runs/{rung.name}, then run this command again')
         losses.append(loss)
     print(table(rungs, losses))
     plot_loss.main(plot_loss.parse_args([
@@ -242,5 +245,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which stops it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the program as Ctrl-C does
     program.run(main, parse_args)

@@ -1,9 +1,9 @@
-"""Draws the losses of runs from their logs.
+"""Draws the loss curves of runs from their logs.
 
     python src/tools/plot_loss.py RUN [RUN ...] [--out loss.png] [--x flops --log --smooth 20 --envelope ...]
 
-RUN is a folder with TensorBoard files, such as ./runs/my-run, or a file of the file logger or a folder with it.
-Training is a line per run, evaluation its dots.
+RUN is a folder of TensorBoard files, such as ./runs/my-run, or a file of the file logger, or a folder with such a file.
+Lines are training losses, dots are evaluations.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Array = NDArray[np.float64]
 
 # ---------------------------------------------------------------- numbers
 class Curve(NamedTuple):
-    """Loss against x, of training smoothed and not."""
+    """The losses of a run against x: training, raw and smoothed, and evaluation."""
 
     x: Array
     raw: Array
@@ -45,7 +45,7 @@ class Curve(NamedTuple):
 
 
 def smoothed(values: Array, n: int) -> Array:
-    """The mean of the n finite values around each, of fewer at the ends; nan where there is none."""
+    """The mean of the finite values among the n around each value (fewer at the ends); nan if none is finite."""
     finite = np.isfinite(values)
     kernel = np.ones(n)
     before = n // 2
@@ -54,25 +54,25 @@ def smoothed(values: Array, n: int) -> Array:
 
 
 def curve(run: Run, x: str = 'tokens', n: int = 1) -> Curve:
-    """What is drawn of a run: x as of `Run.positions`, and the mean of n batches.
+    """The curve of a run, smoothed over n batches. `x` is as in `Run.positions`.
 
-    Raises UserError where no loss is finite, or the logs do not have x.
+    Raises UserError where no loss is finite, or the logs do not contain x.
     """
     at, losses, evals = run.positions(x), run.scalars[TRAIN], run.scalars.get(EVAL, {})
     batches = sorted(losses.keys() & at.keys())
     raw = np.array([losses[batch] for batch in batches], float)
     if not np.isfinite(raw).any():
-        raise UserError(f'{run.name}: none of its {len(losses)} training losses is a finite number beside a value of '
+        raise UserError(f'{run.name}: none of its {len(losses)} training losses is a finite number with a value of '
                         f'--x {x}')
     last = max(at)
-    rate = at[last] / max(last, 1)  # for an evaluation after the last value
+    rate = at[last] / max(last, 1)  # extrapolates to evaluations after the last batch
     eval_x = [at.get(batch, batch * rate) for batch in evals]
     return Curve(np.array([at[batch] for batch in batches], float), raw, smoothed(raw, n),
                  np.array(eval_x, float), np.array(list(evals.values()), float))
 
 
 def envelope(curves: list[Curve]) -> tuple[Array, Array]:
-    """The lowest smoothed training loss that any run has reached with so much compute, at each point where it falls."""
+    """The lowest smoothed training loss that any run reached with at most this compute: the points where it falls."""
     x, loss = np.concatenate([c.x for c in curves]), np.concatenate([c.smooth for c in curves])
     order = np.lexsort((loss, x))
     order = order[np.isfinite(loss[order])]
@@ -84,22 +84,22 @@ def envelope(curves: list[Curve]) -> tuple[Array, Array]:
 # ---------------------------------------------------------------- pictures
 def draw(runs: list[Run], x: str = 'tokens', y: str = 'both', log: bool = False, smooth: int = 1,
          with_envelope: bool = False) -> Figure:
-    """Losses in the colours of matplotlib's style at hand.
+    """Draws losses in the current style of matplotlib.
 
     `x` is `tokens`, `flops` or `device-days`; `y` is `train`, `eval` or `both`; `log` makes both axes logarithmic.
-    `smooth` counts the batches of a mean; above 1, the curve as it is lies behind. `with_envelope` adds the
+    `smooth` is a number of batches; above 1, the raw curve lies behind the smoothed one. `with_envelope` adds the
     compute-optimal envelope, against FLOPs. Raises UserError where there is nothing to draw.
     """
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     curves = [curve(run, x, smooth) for run in runs]
     if y == 'eval' and not any(len(c.eval_x) for c in curves):
-        raise UserError(f'{", ".join(run.name for run in runs)}: no evaluation is logged; take --y train')
+        raise UserError(f'{", ".join(run.name for run in runs)}: no evaluation is logged; use --y train')
     if log and not any((np.concatenate([c.x, c.eval_x]) > 0).any() for c in curves):
-        raise UserError(f'{", ".join(run.name for run in runs)}: no point with {x} above 0, so none on a '
-                        'logarithmic axis')
+        raise UserError(f'{", ".join(run.name for run in runs)}: no point has {x} above 0, so a logarithmic axis '
+                        'is empty; draw without --log')
     ink = plt.rcParams['text.color']
     for i, (run, c) in enumerate(zip(runs, curves)):
-        # Between two $ matplotlib reads maths, and what begins with _ it leaves out
+        # matplotlib reads text between two $ as maths, and hides labels that begin with _
         name = ' ' * run.name.startswith('_') + run.name.replace('$', r'\$')
         if y != 'eval':
             _draw_training(axes, c, f'{name}, training', f'C{i}', smooth > 1)
@@ -135,47 +135,48 @@ def _finish(axes: Any, x: str, log: bool) -> None:
 
 # ---------------------------------------------------------------- program
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Draw the losses of runs.')
+    parser = argparse.ArgumentParser(description='Draws the loss curves of runs.')
     add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='a folder of TensorBoard or the file logger, or a log file')
+    add('runs', nargs='+', metavar='RUN', help='a folder of TensorBoard files, or a file of the file logger')
     add('--out', type=Path, default='loss.png', metavar='FILE', help='.png, .svg or .pdf; default: %(default)s')
-    add('--theme', choices=['light', 'dark', 'both'], default='light', help='both: FILE-light and FILE-dark')
-    add('--x', choices=list(LABELS), default='tokens', help='default: %(default)s')
-    add('--y', choices=['train', 'eval', 'both'], default='both', help='default: %(default)s')
+    add('--theme', choices=['light', 'dark', 'both'], default='light',
+        help='both: FILE-light and FILE-dark; default: %(default)s')
+    add('--x', choices=list(LABELS), default='tokens', help='horizontal axis; default: %(default)s')
+    add('--y', choices=['train', 'eval', 'both'], default='both', help='losses to draw; default: %(default)s')
     add('--log', action='store_true', help='logarithmic axes')
-    add('--smooth', type=positive_int, default=1, metavar='N', help='the mean of N batches, and the curve behind it')
-    add('--envelope', action='store_true', help='with --x flops: the lowest loss of all runs for each compute')
+    add('--smooth', type=positive_int, default=1, metavar='N', help='smooth over N batches; raw curve behind')
+    add('--envelope', action='store_true', help='the lowest loss of all runs for each compute; needs --x flops')
     return parser.parse_args(argv)
 
 
 def read_runs(paths: list[str]) -> list[Run]:
-    """The runs, each under a name of its own. Of several, one that has logged nothing is said and left out.
+    """Reads the runs and gives each a unique name. Leaves out a run that cannot be drawn, with a message.
 
-    Raises UserError where there is no such path, or none of them has logged anything.
+    Raises UserError where a path does not exist, or no run can be drawn.
     """
-    runs, said = {}, []
+    runs, errors = {}, []
     for path in paths:
         try:
             run = read_run(path)
-            runs[run.place] = run  # a run's starts may each have been named
+            runs[run.place] = run  # two paths may be starts of one run
         except UserError as e:
             if not Path(path).exists():
                 raise
-            said.append(str(e))
+            errors.append(str(e))
     if not runs:
-        raise UserError('\n'.join(said))
-    for text in said:
+        raise UserError('\n'.join(errors))
+    for text in errors:
         print(f'left out: {text}', file=sys.stderr)
     count = Counter(run.name for run in runs.values())
     return [run if count[run.name] == 1 else run._replace(name=str(run.place)) for run in runs.values()]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draws, writes, and says what."""
+    """Draws the picture, writes it, and prints its file and runs."""
     if args.out.suffix not in FORMATS:
-        raise UserError(f'--out: {args.out}; its ending says the format: {", ".join(FORMATS)}')
+        raise UserError(f'--out: {args.out}; the ending must be one of {", ".join(FORMATS)}')
     if args.envelope and args.x != 'flops':
-        raise UserError(f'--envelope: is of compute, and --x is {args.x}; add --x flops')
+        raise UserError(f'--envelope: needs --x flops, and --x is {args.x}')
     runs, out = read_runs(args.runs), args.out
     for theme in ('light', 'dark') if args.theme == 'both' else (args.theme,):
         file = out.with_name(f'{out.stem}-{theme}{out.suffix}') if args.theme == 'both' else out

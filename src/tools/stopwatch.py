@@ -1,4 +1,4 @@
-"""What a benchmark times with: a stopwatch for runs of the Trainer, and bare PyTorch loops to hold them against."""
+"""The timers of the benchmark: a stopwatch for runs of the Trainer, and bare PyTorch loops to compare with."""
 
 import time
 from collections.abc import Callable
@@ -30,7 +30,7 @@ PROFILED = 3  # steps
 
 
 def now(part: str = '') -> Any:
-    """A moment: of the clock, or in the GPU's queue. For data the host waits, not the GPU."""
+    """A point in time: an event in the GPU's queue, or the clock of the host on CPUs and for waiting on data."""
     if part == 'data' or not torch.cuda.is_available():
         return time.perf_counter()
     event: Any = torch.cuda.Event(enable_timing=True)
@@ -43,16 +43,16 @@ def milliseconds(begin: Any, end: Any) -> float:
 
 
 def reset_peak_memory() -> None:
-    """Has the peak count from now on: of the GPU, or of this process, as `ru_maxrss` has it."""
+    """Restarts the measurement of peak memory: of the GPU, or of this process (`ru_maxrss`)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    with suppress(OSError):  # Linux alone has it
+    with suppress(OSError):  # only Linux has this file
         Path('/proc/self/clear_refs').write_text('5')
 
 
 def milliseconds_of(call: Callable[[], Any]) -> float:
-    """Until the GPU has finished too."""
+    """The time of a call, until the GPU has finished."""
     start = now()
     call()
     end = now()
@@ -62,19 +62,20 @@ def milliseconds_of(call: Callable[[], Any]) -> float:
 
 
 class Stopwatch(Callback):
-    """Times the steps of a run and their parts: by the clock on a CPU, by events in the GPU's own queue on a GPU.
+    """Times the steps of a run and their parts: by the clock on a CPU, by events in the GPU's queue on a GPU.
 
-    A step begins where the one before ended. `data` is what the host waits for the loader; `forward` and `backward` are
-    sums over the microbatches; `update` is from the last backward pass to the end of the step: clipping, guard,
-    optimizer, logs; `rest` is what remains. The last of the callbacks.
+    A step begins where the previous one ended. `data` is the time that the host waits for the loader; `forward` and
+    `backward` are sums over the microbatches; `update` lasts from the last backward pass to the end of the step
+    (clipping, check for finite values, optimizer, logs); `rest` is the remaining time. Put this callback last.
 
-    The first `warmup` steps are not kept, and the next `steps` are. `rivals` are steps of other loops, by name, taken
-    after each step with its batch, and timed alone. `trace` is where a Chrome trace of PROFILED more steps goes.
+    The first `warmup` steps do not count, the next `steps` do. `rivals` are other training loops, by name: after each
+    step, each of them trains on the same batch and is timed separately. `trace` is the file for a Chrome trace of
+    PROFILED more steps.
     """
 
     def __init__(self, warmup: int, steps: int, rivals: dict[str, 'BareLoop'], trace: Optional[Path] = None):
         self.warmup, self.steps, self.rivals, self.trace = warmup, steps, rivals, trace
-        self.timed: list[dict[str, list[tuple[Any, Any]]]] = []  # for each step, the begin and the end of each part
+        self.timed: list[dict[str, list[tuple[Any, Any]]]] = []  # for each step: part → its begins and ends
         self.rival_ms: dict[str, list[float]] = {name: [] for name in rivals}
         self.table = ''
         self._begun: dict[str, Any] = {}
@@ -84,7 +85,7 @@ class Stopwatch(Callback):
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         if event in ENDS:
             self._end(ENDS[event])
-        if event is Event.BEFORE_TRAIN_BATCH:  # once more after a microbatch that did not fit
+        if event is Event.BEFORE_TRAIN_BATCH:  # fires again if a microbatch did not fit: drop that try
             self._step = {'data': self._step.get('data', [])}
         if event in BEGINS:
             self._begun[BEGINS[event]] = now(BEGINS[event])
@@ -100,7 +101,7 @@ class Stopwatch(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._end('total')
-        self._bar.update()  # between two steps, as the rivals are
+        self._bar.update()  # between two steps, where the rivals run too
         done, last = int(state.timestamp.batch), self.warmup + self.steps
         if done <= last:
             rival_ms = {name: milliseconds_of(lambda rival=rival: rival.step(state.batch))
@@ -126,7 +127,7 @@ class Stopwatch(Callback):
             self.table = self._profiler.key_averages().table(order, row_limit=20, max_name_column_width=60)
 
     def milliseconds(self) -> list[dict[str, float]]:
-        """For each step `total` and the PARTS."""
+        """The milliseconds of each timed step: `total` and the PARTS."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         out = []
@@ -137,10 +138,10 @@ class Stopwatch(Callback):
 
 
 class BareLoop:
-    """A training loop as PyTorch's tutorials have it: microbatches, clipping, fused AdamW.
+    """A plain PyTorch training loop: microbatches, gradient clipping, fused AdamW.
 
-    `loss` is called with the model and a microbatch, a mapping as the loader makes it. Microbatch, precision and
-    learning rate are the run's.
+    `loss` is called with the model and a microbatch, a mapping as the loader returns it. Microbatch, precision and
+    learning rate are those of the run.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor], c: Config):
@@ -170,19 +171,19 @@ def hf_loss(model: Any, part: Any) -> torch.Tensor:
 
 
 def build_rivals(names: list[str], c: Config) -> dict[str, BareLoop]:
-    """`bare`: the run's own model; `hf`: Hugging Face GPT-2 of its shape.
+    """Builds the loops to compare with. `bare` trains the run's model, `hf` Hugging Face's GPT-2 of the same shape.
 
-    Raises UserError where the run does what a bare loop does not, or has no like.
+    Raises UserError where the run uses a feature that the loop or GPT-2 does not have.
     """
     rivals, m = {}, c.model
     if names and (dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.compile_config
                   or c.fsdp_config):
-        raise UserError('--against: a bare loop has one device, a number as device_train_microbatch_size, and neither '
-                        'compile_config nor fsdp_config; set both to null')
+        raise UserError('--against: a bare loop needs one device, compile_config=null, fsdp_config=null, and a number '
+                        'for device_train_microbatch_size')
     if 'hf' in names:
         if type(m) is not MosaicGPTConfig or m.attn_within_document:
-            raise UserError('--against hf: Hugging Face has no like of this model; of mosaic_gpt without '
-                            'attn_within_document it has')
+            raise UserError('--against hf: only mosaic_gpt without attn_within_document has an equal model in '
+                            'Hugging Face; use --against bare')
         rivals['hf'] = BareLoop(GPT2LMHeadModel(gpt2_config(m, use_cache=False)), hf_loss, c)
     if 'bare' in names:
         model = COMPOSER_MODEL_REGISTRY[m.name](m.model_copy(update={'device': 'cpu'}) if hasattr(m, 'device') else m)

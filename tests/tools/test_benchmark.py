@@ -127,13 +127,13 @@ def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
     assert len({line.count('|') for line in page.splitlines() if line.startswith('|')}) == 1, page
     records = run(tmp_path / 'lists', '--sweep', 'optimizer.betas=[0.9,0.95],[0.9,0.99]', '--steps', '1')
     assert [record['overrides'][-1] for record in records] == ['optimizer.betas=[0.9,0.95]', 'optimizer.betas=[0.9,0.99]']
-    with pytest.raises(UserError, match="--sweep: 'lr' is not of the form key=a,b,c"):
+    with pytest.raises(UserError, match="--sweep: 'lr' must have the form key=a,b,c"):
         run(tmp_path / 'out', '--sweep', 'lr')
     (tmp_path / 'other.json').write_text('no JSON')
     (tmp_path / 'numbers.json').write_text('[1, 2]')
     (tmp_path / 'page.md').mkdir()
     for out in tmp_path / 'other', tmp_path / 'numbers', tmp_path / 'page', Path('.'), tmp_path / 'other.json' / 'x':
-        with pytest.raises(UserError, match='--out: .* cannot be read or made: .*; name another'):
+        with pytest.raises(UserError, match='--out: .* cannot be read or written: .*; name another'):
             run(out, '--append')
 
 
@@ -160,9 +160,9 @@ def test_rivals_are_the_same_model(tmp_path: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, bare.parameters(), strict=True)), 'it trains'
     assert record['peak_memory'] is None, 'it would be theirs too'
     for override in 'compile_config={}', 'fsdp_config.sharding_strategy=FULL_SHARD':
-        with pytest.raises(UserError, match='--against: a bare loop has one device'):
+        with pytest.raises(UserError, match='--against: a bare loop needs one device'):
             run(tmp_path / 'out', '--against', 'bare', override)
-    with pytest.raises(UserError, match='--against hf: Hugging Face has no like of this model'):
+    with pytest.raises(UserError, match='--against hf: only mosaic_gpt without attn_within_document'):
         run(tmp_path / 'out', '--against', 'hf', 'model.attn_within_document=true')
 
 

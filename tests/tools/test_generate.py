@@ -117,7 +117,7 @@ def test_it_fills_the_context_and_no_more(loaded):
     assert len(generate(model, tokenizer, [prompt], temperature=0)[0]) == 4
     with pytest.raises(UserError, match=r'^PROMPT: number 2 has 60 tokens, and the model takes 64, .*--max_new_tokens=4 or less'):
         generate(model, tokenizer, ['a', prompt], 5)
-    with pytest.raises(UserError, match=r'^PROMPT: number 1 has 80 tokens, and the model takes 64, new ones.*shorten it$'):
+    with pytest.raises(UserError, match=r'^PROMPT: number 1 has 80 tokens, and the model takes 64, including new.*shorten it$'):
         generate(model, tokenizer, ['a' + ' a' * 79])
 
 

@@ -24,7 +24,7 @@ from src.tools.ladder import Rung
 def test_a_length_that_is_none_is_refused(number, capsys):
     with pytest.raises(SystemExit):
         ladder.parse_args([f'--tokens_per_parameter={number}'])
-    assert re.search(rf"{number} is not a number above 0|invalid above_zero value: '{number}'", capsys.readouterr().err)
+    assert re.search(rf"{number} is not a number above 0|invalid positive_float value: '{number}'", capsys.readouterr().err)
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
@@ -84,8 +84,8 @@ def test_a_size_that_is_none_is_refused(size, capsys):
 
 def test_a_model_that_ended_without_its_last_evaluation_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, 'prepare', lambda out: out)
-    monkeypatch.setattr(ladder, 'climb', lambda *_: None)
-    with pytest.raises(UserError, match='16x1-21ba: has ended without its last evaluation; delete .*/checkpoints/16x1-21ba'):
+    monkeypatch.setattr(ladder, 'train_all', lambda *_: None)
+    with pytest.raises(UserError, match='16x1-21ba: the run ended without its last evaluation; delete .*/checkpoints/16x1-21ba'):
         ladder.main(ladder.parse_args(['--out', str(tmp_path), '--sizes', '16x1', '--tokens_per_parameter', '2']))
 
 
@@ -102,7 +102,7 @@ def test_a_ladder_is_stopped_and_goes_on(tmp_path):
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED and 'the same command goes on' in err
+    assert process.returncode == EXIT_STOPPED and 'run the same command again' in err
     stopped = re.search(r'stopped on request after batch (\d+)', log.read_text())
     assert stopped
 

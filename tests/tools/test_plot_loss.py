@@ -127,7 +127,7 @@ def test_a_damaged_or_unreadable_log_is_said(tmp_path, monkeypatch, capsys):
     with open(file, 'ab') as damaged:
         RecordWriter(damaged).write(b'no event')  # a record whose checksums are right
     assert read_run(str(tmp_path)).scalars[TRAIN] == {1: 1.0}
-    assert re.fullmatch(f'{file}: cut off or damaged after [0-9]+ records: what follows is left out\n', capsys.readouterr().err)
+    assert re.fullmatch(f'{file}: damaged or incomplete after [0-9]+ records; later records are left out\n', capsys.readouterr().err)
 
     def no_open(*args):
         raise PermissionError(13, 'Permission denied')
@@ -209,9 +209,9 @@ def test_what_is_drawn_is_these_numbers():
 
 @pytest.mark.parametrize(('run', 'options', 'message'), [
     (a_run([float('nan')] * 3), {}, 'a: none of its 3 training losses is a finite number'),
-    (a_run([1.0]), {'y': 'eval'}, 'a: no evaluation is logged; take --y train'),
-    (a_run([1.0]), {'log': True}, 'a: no point with tokens above 0'),
-    (a_run([1.0])._replace(hparams={}), {'x': 'flops'}, 'a: its logs have no environment.flops_per_token, so --x flops'),
+    (a_run([1.0]), {'y': 'eval'}, 'a: no evaluation is logged; use --y train'),
+    (a_run([1.0]), {'log': True}, 'a: no point has tokens above 0'),
+    (a_run([1.0])._replace(hparams={}), {'x': 'flops'}, 'a: its logs have no environment.flops_per_token, which --x flops needs'),
     (a_run([1.0]), {'x': 'device-days'}, 'a: its logs have no time/train, .*speed_monitor'),
     (a_run([1.0], **{SECONDS: {1: 2.0}}), {'x': 'device-days'}, 'a: its logs have no trainer/devices'),
 ], ids=['nan', 'no evaluation', 'one point at 0', 'no flops', 'no time', 'no devices'])
@@ -256,9 +256,9 @@ def test_several_runs_and_svg(run, logs, tmp_path, capsys):
 
 @pytest.mark.parametrize(('argv', 'message'), [
     (['--out', '{tmp}/none/loss.png'], '--out: .*none/loss.png cannot be written: No such file or directory'),
-    (['--out', '{tmp}/loss'], r'--out: .*loss; its ending says the format: .png, .svg, .pdf'),
-    (['--out', '{tmp}/loss.gif'], r'--out: .*loss.gif; its ending says the format: .png, .svg, .pdf'),
-    (['--envelope'], '--envelope: is of compute, and --x is tokens; add --x flops'),
+    (['--out', '{tmp}/loss'], r'--out: .*loss; the ending must be one of .png, .svg, .pdf'),
+    (['--out', '{tmp}/loss.gif'], r'--out: .*loss.gif; the ending must be one of .png, .svg, .pdf'),
+    (['--envelope'], '--envelope: needs --x flops, and --x is tokens'),
     (['{tmp}/nothing'], 'nothing: no such file or folder'),
 ], ids=['no folder', 'no ending', 'no format', 'envelope of tokens', 'no run'])
 def test_mistakes_of_the_command_line(run, tmp_path, argv, message):
