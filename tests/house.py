@@ -1,4 +1,4 @@
-"""Measures the code outside of tests: `python tests/house.py`; tests/test_house.py holds the limits."""
+"""Measures the size of the code outside of tests: `python tests/house.py`. tests/test_house.py checks the limits."""
 
 import ast
 import statistics
@@ -14,7 +14,7 @@ def length(node: ast.AST) -> int:
 
 
 def own_modules(tree: ast.Module) -> set[str]:
-    """The modules of `src` that a file imports; `from src.room import a, b` are two."""
+    """The modules of `src` that a file imports. `from src.room import a, b` counts as two."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'src':
@@ -24,7 +24,7 @@ def own_modules(tree: ast.Module) -> set[str]:
 
 
 def measures() -> dict[str, Any]:
-    """Figures by name; of files, functions and classes (length, name), longest last."""
+    """The figures by name. Files, functions and classes are lists of (length, name), the longest last."""
     files = [ROOT / 'main.py', ROOT / 'convert_c4.py', *sorted((ROOT / 'src').rglob('*.py'))]
     trees = {file: ast.parse(file.read_text('utf-8')) for file in files}
     lines = {file: file.read_text('utf-8').splitlines() for file in files}
@@ -51,5 +51,5 @@ if __name__ == '__main__':
     print(f'files: median {statistics.median(sizes):g}, largest {found["files"][-3:]}')
     print(f'functions: {len(lengths)}, ninth decile {lengths[int(0.9 * len(lengths))]}, longest {found["functions"][-3:]}')
     print(f'classes: largest {found["classes"][-3:]}')
-    print(f'main.py: main() has {found["main"]} lines; {len(found["imports of main.py"])} modules of ours are imported')
-    print(f'modules of the rooms beside __init__.py: {found["rooms"]}')
+    print(f'main.py: main() has {found["main"]} lines; {len(found["imports of main.py"])} modules of src are imported')
+    print(f'modules in each folder of src, without __init__.py: {found["rooms"]}')

@@ -1,10 +1,10 @@
-"""Seconds in which one rank draws its initial weights, as Composer has a model on meta do it.
+"""Measures the seconds in which one rank draws its initial weights, as Composer initialises a model on the meta device.
 
     python tests/init_speed.py yamls/mosaic_gpt/7b.yaml [key=value ...] [--ranks 8]
 
-The other ranks do not run: this is rank 0, with its share of the weights and with the threads that one of so many ranks
-on this machine has. With `--alone` it has all cores, as if each rank had a machine of its own. Each block is freed
-before the next. CPU seconds are those of all threads, and depend less on what else the machine does.
+This process is rank 0, with its share of the weights and with the threads that one of `--ranks` ranks on this machine
+has; the other ranks do not run. With `--alone` it uses all cores, as if each rank had its own machine. It frees each
+block before the next. CPU seconds are the sum over all threads, and depend less on other programs on the machine.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from src.mosaic_gpt import MosaicGPT
 
 
 def seconds(model: MosaicGPT, unit: nn.Module, skip: set[nn.Module]) -> float:
-    """Draws a unit of FSDP and frees it. What is in `skip` is of other units, or tied."""
+    """Draws the weights of an FSDP unit and frees them. `skip` holds modules of other units, and tied ones."""
     modules = [m for m in unit.modules() if m not in skip and any(True for _ in m.parameters(recurse=False))]
     started = time.perf_counter()
     for module in modules:
@@ -60,4 +60,4 @@ if __name__ == '__main__':
     cfg = config.to_plain(config.load([args.yaml, *args.overrides]))['model']
     cpu = time.process_time()
     taken = measure(cfg, args.ranks)
-    print(f'{args.ranks} ranks: {taken:.1f} s for the weights of one; {time.process_time() - cpu:.1f} CPU seconds')
+    print(f'{args.ranks} ranks: one rank draws its weights in {taken:.1f} s, {time.process_time() - cpu:.1f} CPU seconds')

@@ -1,10 +1,11 @@
-"""Loss curves of what makes training faster, beside the plain way: same data, same seed, and the noise of another seed.
+"""Compares the loss curves of options that make training faster with the plain options: same data, same seed.
 
     python tests/loss_curves.py [--steps 300] [--root ./my-copy-c4] [key=value ...]
 
-Trains the quick start's model, `key=value` set for all, once for each row on the sample (made in a temporary folder unless
---root has it). Prints the mean loss of the last tenth of the steps and how far each curve, smoothed over 20 steps, is from the
-plain one at most; for another seed (of the weights and of the order of the data) the same, which is the noise.
+Trains the quick start's model on the sample, once for each row of ROWS; `key=value` settings apply to all rows. The
+sample is made in a temporary folder unless --root names it. Prints for each row the mean loss of the last tenth of the
+steps, and the largest distance from the plain curve, both smoothed over 20 steps. Two rows have other seeds: their
+distance is the noise.
 """
 
 # ruff: noqa: E402
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import main  # before Composer, which reads what it sets
+import main  # before Composer, because Composer reads environment variables that main sets
 
 # isort: split
 import numpy as np
@@ -52,7 +53,7 @@ class Losses(Callback):
         self.values: list[float] = []
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.values.append(float(state.train_metrics['LanguageCrossEntropy'].compute()))  # of the whole batch
+        self.values.append(float(state.train_metrics['LanguageCrossEntropy'].compute()))  # over the whole batch
 
 
 def train(root: str, steps: int, overrides: list[str]) -> np.ndarray:
@@ -80,7 +81,7 @@ if __name__ == '__main__':
             subprocess.run([sys.executable, 'convert_c4.py', '--source', 'sample', '--out_root', root], cwd=ROOT, check=True)
         plain = None
         lines = [f'torch {torch.__version__}, {args.steps} steps, {" ".join(args.overrides)}', '',
-                 '| | last tenth | from plain, at most |', '|---|---|---|']
+                 '| | loss of the last tenth | largest distance from plain |', '|---|---|---|']
         for name, overrides in ROWS.items():
             losses = train(root, args.steps, [*overrides, *args.overrides])
             plain = losses if plain is None else plain

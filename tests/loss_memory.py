@@ -1,8 +1,8 @@
-"""Peak memory of the loss: in chunks against the plain way, each in a process of its own.
+"""Compares the peak memory of the chunked loss and of the plain loss. Each runs in its own process.
 
     python tests/loss_memory.py [--batch 8] [--seq_len 512] [--d_model 256] [--vocab 50257]
 
-Prints one line for each way and the ratio. Memory is the growth of the process's peak resident size over the
+Prints one line for each loss, and the ratio. Memory is the growth of the process's peak resident size during the
 forward and backward pass.
 """
 
@@ -27,7 +27,7 @@ def measure(way: str, batch: int, seq_len: int, d_model: int, vocab: int) -> Non
     weight = (0.02 * torch.randn(vocab, d_model)).requires_grad_()
     targets = torch.randint(0, vocab, (batch, seq_len))
     small = (hidden[:1, :8].detach(), weight[:64].detach(), targets[:1, :8] % 64)
-    chunked_cross_entropy(*small)  # loads the libraries before the measurement
+    chunked_cross_entropy(*small)  # loads libraries before the measurement begins
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if way == 'chunked':
         loss = chunked_cross_entropy(hidden, weight, targets)
@@ -39,7 +39,7 @@ def measure(way: str, batch: int, seq_len: int, d_model: int, vocab: int) -> Non
 
 
 def compare(batch: int, seq_len: int, d_model: int, vocab: int) -> dict[str, dict]:
-    """`plain` and `chunked`, each with `mib` and `loss`."""
+    """The measurements of `plain` and `chunked`, each with `mib` and `loss`."""
     sizes = [str(n) for n in (batch, seq_len, d_model, vocab)]
     results = {}
     for way in ('plain', 'chunked'):

@@ -1,4 +1,4 @@
-"""Measures how long the loader takes to the first batch after resuming packed tokens at a step.
+"""Measures the time until the loader returns its first batch after a resume at a step, with packed tokens.
 
     python tests/resume_time.py
 """
@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-if __name__ == '__main__':  # this folder is on the path already
+if __name__ == '__main__':  # the folder of this script is already on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -20,7 +20,7 @@ SEQ_LEN, BATCH, STEPS = 128, 8, (10, 100, 1_000, 10_000)
 
 
 def seconds(root: Path, step: int, workers: int) -> float:
-    """From nothing to the first batch after `step`."""
+    """The time to build the loader and get the first batch after `step`."""
     cfg = {'dataset': {'local': str(root), 'split': 'train', 'tokenizer_name': str(root / 'tokenizer'), 'max_seq_len': SEQ_LEN,
                        'shuffle': True}, 'drop_last': True, 'num_workers': workers}
     start = time.perf_counter()

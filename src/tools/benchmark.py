@@ -2,8 +2,8 @@
 
     python src/tools/benchmark.py YAML [key=value ...] [--steps 20] [--sweep key=a,b] [--against hf]
 
-`main.py` builds the run, with the batch, precision, sharding and loader of the YAML. The run saves and logs nothing. Its
-data are random tokens in a temporary folder (--real_data: the YAML's data). Start the program with `composer` to use
+`main.py` builds the run, with the batch, precision, sharding and loader of the YAML. The run saves and logs nothing.
+Its data are random tokens in a temporary folder (--real_data: the YAML's data). Start the program with `composer` to use
 several devices. Rates are those of the median step after the warm-up.
 """
 # ruff: noqa: E402
@@ -72,7 +72,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('yaml', metavar='YAML')
     add('overrides', nargs='*', metavar='key=value', help='settings, as for main.py')
     add('--steps', type=positive_int, default=20, help='timed steps, after the warm-up; default: %(default)s')
-    add('--warmup', type=positive_int, default=5, help='steps before the timed ones, for compilation; default: %(default)s')
+    add('--warmup', type=positive_int, default=5, help='steps before them, for compilation; default: %(default)s')
     add('--real_data', action='store_true', help="read the YAML's data instead of random tokens")
     add('--sweep', action='append', default=[], metavar='key=a,b,c',
         help='time a run for each value; give it several times for all combinations')
