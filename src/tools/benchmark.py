@@ -3,8 +3,8 @@
     python src/tools/benchmark.py YAML [key=value ...] [--steps 20] [--sweep key=a,b] [--against hf]
 
 `main.py` builds the run, with the batch, precision, sharding and loader of the YAML. The run saves and logs nothing.
-Its data are random tokens in a temporary folder (--real_data: the YAML's data). Start the program with `composer` to use
-several devices. Rates are those of the median step after the warm-up.
+Its data are random tokens in a temporary folder (--real_data: the YAML's data). Start the program with `composer` to
+use several devices. Rates are those of the median step after the warm-up.
 """
 # ruff: noqa: E402
 
