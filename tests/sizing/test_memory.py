@@ -1,8 +1,8 @@
-"""Predicted memory against what the real model allocates in the second of two steps.
+"""Compares the predicted memory with the memory that the real model allocates in the second of two steps.
 
-On a CPU the events of the allocator are summed. FSDP itself, in one of many ranks that exchange nothing, runs on tensors
-without data, of which the storages are counted. What only a GPU has is in neither: the scratch memory of its kernels, and
-what the caching allocator cannot hand out again.
+On a CPU the tests sum the events of the allocator. FSDP runs on tensors without data, in one of many ranks that exchange
+nothing, and the tests count its storages. Neither covers what only a GPU has: scratch memory of kernels, and fragments
+of the caching allocator.
 """
 
 import gc
@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-import torch.distributed._tools.fake_collectives  # gives collectives a form for tensors without data
+import torch.distributed._tools.fake_collectives  # lets collectives run on tensors without data
 from composer.distributed import prepare_distributed
 from composer.distributed.mosaic_parallelism import BACKWARD_PREFETCH_MAP, SHARDING_MAP, get_mixed_precision
 from composer.distributed.prepare_distributed import parallelize_composer_model
@@ -54,7 +54,7 @@ Storage: Any = torch.UntypedStorage
 
 
 class LiveBytes(step_trace.LiveBytes):
-    """Counts DTensors by their parts, and follows FSDP, which frees storages by resizing them to 0."""
+    """Counts the local parts of DTensors. FSDP frees storages by resizing them to 0, so resizing counts too."""
 
     def __init__(self):
         super().__init__(set())
@@ -62,12 +62,12 @@ class LiveBytes(step_trace.LiveBytes):
 
     def note_peak(self) -> None:
         if self.current.total() > self.peak:
-            gc.collect()  # FSDP2's states refer to each other
+            gc.collect()  # FSDP2's states form reference cycles
             self.peak = max(self.peak, self.current.total())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # it is taken apart first, into tensors that come here
+            return NotImplemented  # DTensor then dispatches its local tensors, which come here
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __enter__(self):
@@ -93,7 +93,7 @@ class LiveBytes(step_trace.LiveBytes):
 
 @pytest.fixture
 def processes() -> Iterator[Callable[[int], None]]:
-    """Called with a world size, makes this process rank 0 of a group whose other ranks do not exist."""
+    """A function that makes this process rank 0 of a group of the given size. The other ranks do not exist."""
     if torch.distributed.is_initialized():  # of an earlier test
         torch.distributed.destroy_process_group()
     yield lambda n: torch.distributed.init_process_group('fake', rank=0, world_size=n, store=FakeStore())
@@ -106,7 +106,7 @@ Wrap = Callable[[ComposerModel, torch.optim.Optimizer], None]
 
 def two_steps(c: Config, microbatch: int, amp: bool, wrap: Optional[Wrap] = None,
               live: Optional[LiveBytes] = None) -> tuple[ComposerModel, torch.optim.Optimizer]:
-    """Trains as Composer does, on one rank's batch; the second step finds all that stays from step to step."""
+    """Trains two steps as Composer does, on one rank's batch. In the second, all tensors between steps exist."""
     model = COMPOSER_MODEL_REGISTRY[c.model.name](c.model)
     optimizer = build_optimizer(c.optimizer, model.parameters())
     if wrap:
@@ -141,7 +141,7 @@ def allocated_peak(c: Config, microbatch: int) -> int:
             model, _ = two_steps(c, microbatch, False)
         sums = list(accumulate(e.nbytes() for e in profiler.kineto_results.events() if e.name() == '[memory]'))
         kept = sum((1 + 3 * p.requires_grad) * p.nbytes for p in model.parameters())
-        if sums[-1] >= kept:  # else the profiler has lost events on a busy machine
+        if sums[-1] >= kept:  # otherwise the profiler lost events on a busy machine
             return max(sums)
     raise AssertionError('the profiler loses events')
 
@@ -280,7 +280,7 @@ def without_data(monkeypatch) -> pytest.MonkeyPatch:
 
 
 def fsdp1(model: Any, c: Config, patch: pytest.MonkeyPatch) -> FullyShardedDataParallel:
-    """Wraps with the settings of Composer's `prepare_fsdp_module`, which needs a GPU; FSDP1 is told that a CPU is one."""
+    """Wraps a model as Composer's `prepare_fsdp_module`, which needs a GPU. Patches FSDP1 to accept a CPU."""
     f = c.fsdp_config
     assert f is not None
 
@@ -306,7 +306,7 @@ def fsdp1(model: Any, c: Config, patch: pytest.MonkeyPatch) -> FullyShardedDataP
 
 
 def live_peak(c: Config, world_size: int, microbatch: int, patch: pytest.MonkeyPatch, has_gpu: bool = True) -> int:
-    """The peak of rank 0's second step; `c.global_train_batch_size` is over all ranks."""
+    """The peak of rank 0's second step. `c.global_train_batch_size` counts the samples of all ranks."""
     version = fsdp_version(c.fsdp_config, has_gpu)
     mesh = init_device_mesh('cpu', (world_size,)) if version == 2 else None
 
@@ -322,7 +322,7 @@ def live_peak(c: Config, world_size: int, microbatch: int, patch: pytest.MonkeyP
             model.model = fsdp1(model.model, c, patch)
             optimizer.add_param_group({'params': list(model.parameters())} | group)
 
-    # DTensor finds the shape of a result by tensors of the active mode, whole ones, which on a GPU have no data.
+    # DTensor computes the shape of a result with full tensors of the active mode; on a GPU these take no memory.
     propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def uncounted(*args: Any) -> Any:
@@ -332,7 +332,7 @@ def live_peak(c: Config, world_size: int, microbatch: int, patch: pytest.MonkeyP
     patch.setattr(ShardingPropagator, '_propagate_tensor_meta_non_cached', uncounted)
     update: dict[str, Any] = {'global_train_batch_size': c.global_train_batch_size // world_size}
     if c.model.name == 'mosaic_gpt' and c.model.attn_impl == 'flash':
-        # PyTorch's FlashAttention for CPUs, of which autograd keeps the same
+        # PyTorch's FlashAttention for CPUs saves the same tensors for the backward pass
         update['model'] = c.model.model_copy(update={'attn_impl': 'sdpa', 'device': 'cpu', 'vocab_multiple': 64})
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -1,4 +1,4 @@
-"""What the benchmark times, counts and writes; and what a step must not do."""
+"""The benchmark: its times, counts and files. And what a training step must not do."""
 
 import gc
 import json
@@ -56,7 +56,7 @@ def test_flops_of_a_token_by_hand() -> None:
     ('NVIDIA A100-SXM4-80GB', 'amp_bf16', 312), ('NVIDIA A100-PCIE-40GB', 'amp_fp16', 312),
     ('NVIDIA A100 80GB PCIe', 'amp_bf16', 312), ('NVIDIA H200 NVL', 'amp_bf16', 835.5),
     ('NVIDIA H100 80GB HBM3', 'fp32', None),
-    # kin of those in the table that are others
+    # similar names of other GPUs
     ('NVIDIA L40', 'amp_bf16', None), ('NVIDIA GH200 480GB', 'amp_bf16', None),
     ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'amp_bf16', None),
     ('NVIDIA GeForce RTX 4090 Laptop GPU', 'amp_bf16', None), ('NVIDIA GeForce RTX 4090 D', 'amp_bf16', None),
@@ -110,7 +110,7 @@ def test_no_run_of_a_sweep_is_kept_in_memory(tmp_path: Path) -> None:
 
     before = models()
     run(tmp_path / 'out', '--sweep', 'seed=1,2,3')
-    assert models() <= before + 1  # the last, until the next begins
+    assert models() <= before + 1  # the last model lives until the next run begins
 
 
 def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
@@ -266,11 +266,11 @@ def test_two_nodes(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what a step must not do
 
 
-READS = ('tolist', 'cpu', 'numpy')  # of a tensor; `item` and its like are operators
+READS = ('tolist', 'cpu', 'numpy')  # methods of a tensor; `item` and the like are operators
 
 
 class Watch(Callback):
-    """Counts what each batch of a run does on the host's account."""
+    """Counts how often the host waits for the device in each batch of a run."""
 
     def __init__(self) -> None:
         self.mode: Any = None
@@ -321,14 +321,14 @@ def watched(mds_root: Path, *overrides: str) -> Watch:
 
 @pytest.mark.parametrize('packing', ['truncate', 'concat'])
 def test_the_host_waits_for_no_microbatch(packing: str, mds_root: Path) -> None:
-    """On a GPU, to read one number of a microbatch is to wait for it."""
+    """On a GPU, reading a number of a microbatch makes the host wait for it."""
     group = f'train_loader.dataset.group_method={packing}'
     one, four = (watched(mds_root, group, f'device_train_microbatch_size={n}').waits for n in (12, 3))
     assert len(one) == 3 and one == four and max(one) <= 12
 
 
 class WatchGraphs(Watch):
-    """Without the mode that counts operators, which compiled code does not pass through."""
+    """Compiled code bypasses the mode that counts operators, so this test does not use the mode."""
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self.mode = Ops()
@@ -359,7 +359,7 @@ def test_nothing_is_compiled_after_the_first_step(scope: str, overrides: list[st
 
 
 def by_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, documents: Documents) -> torch.Tensor:
-    """What the kernels of variable lengths compute, from what they are given."""
+    """Computes the same as the kernels of variable lengths, from the same arguments."""
 
     def kernel(*qkv: torch.Tensor) -> torch.Tensor:
         index = torch.arange(len(qkv[0]))
@@ -371,7 +371,7 @@ def by_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: flo
 
 
 def in_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, documents: Documents) -> torch.Tensor:
-    """What `auto` takes on a GPU in fp32."""
+    """The attention that `auto` chooses on a GPU in fp32."""
     return attention.sdpa_attention(q, k, v, dropout_p, documents)
 
 

@@ -1,4 +1,4 @@
-"""How many GPUs: each figure against arithmetic by hand, and against the rule of thumb."""
+"""The estimate of GPUs, memory and hours: compares each figure with arithmetic by hand, and with the rule of thumb."""
 
 import re
 import runpy
@@ -21,7 +21,7 @@ from src.tools import estimate as program
 
 NAMES = ('125m', '350m', '760m', '1b', '3b', '7b', '13b', '30b', '70b')
 SOME = [name if name == '125m' else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-FEW = 'model.n_layers=4'  # each block takes time to follow, and so does each chunk of the loss
+FEW = 'model.n_layers=4'  # tracing takes time for each block, and for each chunk of the loss
 SHORT = 'model.loss_chunk_tokens=65536'
 
 
@@ -47,7 +47,7 @@ def test_7b_of_four_blocks_by_hand():
     assert e.n_params == layers * block + rest * d == 1_019_768_832
     assert (e.devices, e.microbatch, e.fits) == (1, 8, True)
     assert e.memory.moment == 'in the backward pass of block 4 of 4'
-    gathered = 2 * rest * d + 2 * 2 * block  # in bf16: what is outside of blocks, and two blocks
+    gathered = 2 * rest * d + 2 * 2 * block  # in bf16: the root and two blocks
     assert e.memory.weights - 4 * e.n_params == pytest.approx(gathered, rel=1e-4)
     assert e.memory.optimizer == 8 * e.n_params
     assert e.card.usable == 0.95 * 40e9
@@ -70,7 +70,7 @@ def test_tokens_of_other_units():
 def test_no_smaller_number_fits_and_no_larger_microbatch(name, card):
     e = sized(name, card)
     limit, batch = USABLE * CARDS[card].memory, e.c.global_train_batch_size
-    powers = [n for n in (2**i for i in range(12)) if n <= batch]  # of two: they alone divide these batches
+    powers = [n for n in (2**i for i in range(12)) if n <= batch]  # powers of two: only they divide these batches
     assert device_counts(e.c) == powers
 
     def fits(n: int, microbatch: int) -> bool:
@@ -114,7 +114,7 @@ def test_what_does_not_fit_says_what_to_set():
     e = sized('7b', 'l4', FEW, 'fsdp_config.activation_checkpointing=false', devices=2)
     assert not e.fits
     steps = dict(apply_remedies(e))
-    assert list(steps) == ['device_train_microbatch_size=1']  # and no more, once it fits
+    assert list(steps) == ['device_train_microbatch_size=1']  # nothing more, because now it fits
     assert steps['device_train_microbatch_size=1'] == peak_memory(e.c, e.card, 2, 1).total <= e.card.usable
     ddp = sized('7b', 'l4', 'model.n_layers=6', 'fsdp_config=null')
     assert (ddp.fewest_devices, ddp.fewest_devices_for_one, ddp.largest_microbatch, ddp.devices) == (None, None, None, 1024)
@@ -134,17 +134,17 @@ def test_cards_have_their_labels_memory(name):
 
 @pytest.mark.parametrize('name', SOME)
 def test_the_rule_of_thumb_is_what_stays_from_step_to_step(name):
-    """16 N over all devices; while blocks compute, FSDP adds copies in low precision.
+    """16 N over all devices, plus copies in low precision that FSDP gathers while blocks compute.
 
-    Their part grows with the number of devices, as the rest is divided and they are not: up to a third here. mixed_precision
-    PURE keeps fp32 weights as well, and so changes nothing of what stays.
+    The copies are not divided among devices, so their part of the memory grows with the number of devices, here up to a
+    third. mixed_precision PURE also keeps fp32 weights, so it does not change the memory between steps.
     """
     e = sized(name)
     n, rule = e.devices, 16 * e.n_params
     stays = moments(e.c, n, True, e.microbatch)[-1]
     assert n * (stays.weights + stays.gradients + stays.optimizer) == pytest.approx(rule, rel=1e-5)
     assert 1 <= n * (e.memory.weights + e.memory.gradients + e.memory.optimizer) / rule < 1.34
-    # In bf16: what is outside blocks, and up to two blocks; in fp32 what autocast makes of a block's two norms
+    # In bf16: the root and up to two blocks; in fp32: autocast's copies of the two norms of a block
     copies = e.memory.weights - stays.weights
     norms = 4 * 4 * e.c.model.d_model
     root, block = 2 * (e.n_params - sum(e.trace.units)), 2 * e.trace.units[0]

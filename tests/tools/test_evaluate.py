@@ -1,4 +1,4 @@
-"""An evaluation finds what a plain loop over the texts finds, on any number of ranks; its mistakes are messages."""
+"""An evaluation gives the figures of a plain loop over the texts, on any number of ranks; mistakes end in messages."""
 
 import json
 import math
@@ -27,7 +27,7 @@ WITHIN = 'model.attn_within_document=true'
 
 
 def argv(root, *overrides: str) -> list[str]:
-    """Arguments of the program: without those of `tiny` that bound the evaluation."""
+    """The arguments of the program, without the limit on evaluated samples that `tiny` sets."""
     return [QUICKSTART, *(o for o in tiny(root) if not o.startswith('eval_samples')), *overrides]
 
 
@@ -46,7 +46,7 @@ def fails(arguments: list[str], capfd, *parts: str) -> None:
 
 @pytest.fixture(scope='module')
 def checkpoint(mds_root, tmp_path_factory):
-    """A model that was trained for 20 batches, and the figures that the run itself found on 31 documents."""
+    """A model that was trained for 20 batches, and the figures of the run's own evaluation on 31 documents."""
     folder = tmp_path_factory.mktemp('trained')
     trainer = main.main(config.load([QUICKSTART, *tiny(mds_root, 'log_to_console=false', f'save_folder={folder}')]))
     trainer.engine.close()
@@ -64,7 +64,7 @@ def model(weights, *overrides: str) -> MosaicGPT:
 
 
 def loop(gpt: MosaicGPT, tokenizer: Tokenizer, rows: list[list[int]]) -> dict[str, float]:
-    """One row at a time: each token but the first is predicted from those before it. The fixture's text is ASCII."""
+    """Evaluates one row at a time: predicts each token but the first from the tokens before it. The text is ASCII."""
     nats, tokens, n_bytes = 0.0, 0, 0
     with torch.no_grad():
         for row in map(torch.tensor, rows):
@@ -86,7 +86,7 @@ def packed_rows(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def pieces(tokenizer: Tokenizer) -> list[list[int]]:
-    """What packed rows hold of each document."""
+    """The parts of documents in the packed rows."""
     out, eos = [], tokenizer.token_to_id(EOS)
     for row in packed_rows(tokenizer):
         ends = [0, *(i + 1 for i, token in enumerate(row) if token == eos and i < 31), 32]
@@ -165,7 +165,7 @@ def test_bytes_are_those_of_the_text_to_the_last_one(tokenizer_dir):
 
 
 def test_a_character_cut_in_two_counts_the_bytes_on_this_side(mds_root, tmp_path, tokenizer):
-    """Rows of packed tokens may begin within a character; what counts is then no text that `decode` could give."""
+    """A row of packed tokens may begin inside a character; then the counted bytes are no text that `decode` returns."""
     ids = [*tokenizer.encode('日本語のテキスト 🙂🙃').ids, tokenizer.token_to_id(EOS)]
     assert len(ids) > 32, 'one token a byte'
     write_mds(tmp_path / 'val', [{'tokens': np.array(ids[1:33], np.uint16)}], {'tokens': 'ndarray:uint16'})
@@ -263,7 +263,7 @@ def test_a_split_with_nothing_to_predict_is_a_message(mds_root, tmp_path, capfd,
 
 @pytest.fixture(scope='module')
 def on(checkpoint, mds_root, tokens_root, tmp_path_factory):
-    """The figures, by name, of evaluations on a number of ranks; a run on two ranks has saved its shards before."""
+    """The figures of evaluations on n ranks, by name. Before, a run on two ranks has saved a sharded checkpoint."""
     folder = tmp_path_factory.mktemp('evaluations')
     load = f'load_path={checkpoint[0]}'
 

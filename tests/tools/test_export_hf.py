@@ -1,4 +1,4 @@
-"""Any checkpoint becomes a folder that transformers loads, without the kit, as the same model."""
+"""transformers loads the exported folder of any checkpoint, without the kit, as the same model."""
 
 import json
 import pickle
@@ -121,7 +121,7 @@ def test_it_loads_without_the_kit(exported, full, mds_root, tmp_path):
 
 
 def test_the_folder_holds_one_embedding_the_config_and_the_tokenizer(exported, full):
-    assert sorted(p.name for p in exported.iterdir() if p.name != 'special_tokens_map.json') == [  # gone in transformers 5
+    assert sorted(p.name for p in exported.iterdir() if p.name != 'special_tokens_map.json') == [  # transformers 5 does not write it
         'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     assert len({p.stat().st_mode for p in exported.iterdir()}) == 1
     with safe_open(exported / 'model.safetensors', 'pt') as file:
@@ -169,7 +169,7 @@ def test_half_the_bytes(exported, full, tmp_path, capsys, dtype):
     export(full[0] / 'ep0-ba4-rank0.pt', tmp_path / 'out', '--dtype', dtype)
     assert f'MiB, {dtype}; from' in capsys.readouterr().out
     sizes = [(folder / 'model.safetensors').stat().st_size for folder in (tmp_path / 'out', exported)]
-    assert 0.5 < sizes[0] / sizes[1] < 0.65  # the header is as long
+    assert 0.5 < sizes[0] / sizes[1] < 0.65  # the header keeps its length
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert (config.get('dtype') or config['torch_dtype']) == dtype
     model = AutoModelForCausalLM.from_pretrained(tmp_path / 'out', torch_dtype='auto')
@@ -202,7 +202,7 @@ def test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary(sharded, tmp
 @pytest.mark.parametrize('kind', ['full', 'sharded'])
 def test_from_s3(s3, kind, full, sharded, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')  # as in the shell of a pod whose launcher sets it for ranks
-    monkeypatch.setattr(dist, 'is_initialized', lambda: False)  # which tests before this one change
+    monkeypatch.setattr(dist, 'is_initialized', lambda: False)  # earlier tests change it
     folder, state = {'full': full, 'sharded': sharded}[kind]
     for file in (p for p in folder.rglob('*') if p.is_file()):
         s3.upload_file(str(file), 'bucket', f'runs/one/{file.relative_to(folder)}')
@@ -231,7 +231,7 @@ def test_every_setting_computes_the_same(settings):
     cfg = {'name': 'mosaic_gpt', 'd_model': 16, 'n_heads': 4, 'n_layers': 2, 'max_seq_len': 32, 'vocab_size': 512, **settings}
     composer = ComposerMosaicGPT(cfg).eval()
     generator = torch.Generator().manual_seed(1)
-    for p in composer.parameters():  # biases and LayerNorms begin at 0 and 1, which would hide a mistake
+    for p in composer.parameters():  # initial biases of 0 and LayerNorms of 1 would hide a mistake
         p.data.normal_(0.3, 0.3, generator=generator)
     with torch.no_grad():
         ours, theirs = composer.model(IDS), hf_model(cfg, composer.state_dict(), 'x')(IDS).logits
@@ -258,7 +258,7 @@ def test_hugging_face_models_stay_what_they_are():
              'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}, 'tie_word_embeddings': False}
     composer = ComposerHFCausalLM({'name': 'hf_causal_lm', 'config_overrides': {'model_type': 'llama', **shape}}).eval()
     described = json.loads(json.dumps(composer.described_by))
-    described['config_overrides']['_attn_implementation'] = 'owner/repository'  # of the hub, whose code would be run
+    described['config_overrides']['_attn_implementation'] = 'owner/repository'  # names code on the hub, which must not run
     model = hf_model(described, composer.state_dict(), 'x')
     assert model.config._attn_implementation in ('sdpa', 'eager')
     assert type(model).__name__ == 'LlamaForCausalLM' and model.config.rope_scaling['factor'] == 2.0
@@ -275,7 +275,7 @@ def test_fine_tuning_begins_with_the_loss_of_the_checkpoint(exported, full, mds_
     assert got['losses'][0] == pytest.approx(expected[0], abs=1e-5) and abs(new['losses'][0] - expected[0]) > 1e-3
     assert got['losses'] == pytest.approx(expected, abs=1e-3), 'the same training too'
 
-    export(tmp_path / 'tuned', tmp_path / 'out')  # a model in a folder that may be gone by then
+    export(tmp_path / 'tuned', tmp_path / 'out')  # the pretrained folder may be deleted by then
     model = AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
     for name, value in model.state_dict().items():
         assert torch.equal(value, got['weights'][f'model.hf.{name}']), name

@@ -1,4 +1,4 @@
-"""Generation: the cache and the batch change nothing, sampling does what it says, and mistakes are named."""
+"""Generation: cache and batch change nothing, sampling follows its options, and mistakes end in messages."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ PROMPTS = ['The river', 'Document 3 of train. Perhaps the engine was', 'a']
 
 @pytest.fixture(scope='module')
 def folder(tokenizer_dir, tmp_path_factory):
-    """A GPT-2 with wide weights, so that what it says depends on all that it sees."""
+    """A GPT-2 with large weights, so that each token depends on the whole prompt."""
     out = tmp_path_factory.mktemp('gpt2')
     torch.manual_seed(1)
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
@@ -85,7 +85,7 @@ def test_seeds_reproduce_and_differ(loaded):
 
 @pytest.mark.parametrize('options', [{'top_k': 3}, {'top_p': 0.4}, {'temperature': 0.7}, {}], ids=str)
 def test_samples_have_the_probabilities_that_the_options_give(loaded, options):
-    """The first token of 4000 samples, against the same options applied to the softmax."""
+    """Compares the first token of 4000 samples with the same options applied to the softmax."""
     model, tokenizer = loaded
     with torch.no_grad():
         p = (model(torch.tensor([tokenizer('The')['input_ids']])).logits[0, -1] / options.get('temperature', 1)).softmax(-1)

@@ -1,4 +1,4 @@
-"""The ladder of models: its sizes, its power law, and a small one that is stopped, goes on and ends."""
+"""The ladder of models: its sizes, its power law, and a small ladder that is stopped, continues and ends."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def test_a_size_has_the_parameters_that_it_says(size, tmp_path):
     assert c.max_duration == f'{rung.batches}ba' and c.global_train_batch_size * c.max_seq_len * rung.batches == rung.tokens
 
 
-def test_a_power_law_is_found_again_and_foretells_the_next_size():
+def test_a_power_law_is_recovered_and_predicts_the_next_size():
     rungs = [Rung(*ladder.parse_size(size), 20) for size in ladder.SIZES]
     losses = [2 + 1000 * rung.flops ** -0.25 for rung in rungs]
     floor, _, exponent = ladder.fit([rung.flops for rung in rungs], losses)

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval, by its own command line, on a model that the kit has trained and exported, and a task made here."""
+"""Runs EleutherAI's lm-eval, by its command line, on a model that the kit trained and exported, with a task made here."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def test_lm_eval_finds_what_a_plain_loop_finds(mds_root, tmp_path):
         mds_root, 'max_seq_len=512', 'eval_loader=null', 'callbacks.unigram_baseline=false', 'log_to_console=false',
         f'save_folder={tmp_path}/saves')]))
     trainer.close()
-    model = trainer.state.model.model.eval()  # the kit's own, not what was exported of it
+    model = trainer.state.model.model.eval()  # the kit's model, not the exported one
     done(sys.executable, 'src/tools/export_hf.py', f'{tmp_path}/saves', f'{tmp_path}/my-gpt')
     texts = documents('val')[:5]
     (tmp_path / 'tiny.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
@@ -56,7 +56,7 @@ def test_lm_eval_finds_what_a_plain_loop_finds(mds_root, tmp_path):
     tokenizer, nats, uniform = AutoTokenizer.from_pretrained(mds_root / 'tokenizer'), 0.0, 0.0
     with torch.no_grad():
         for text in texts:
-            ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)['input_ids']]])  # lm-eval predicts the first token too
+            ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)['input_ids']]])  # lm-eval also predicts the first token
             logits = model(ids)[0, :-1, :len(tokenizer)].double()
             nats += F.cross_entropy(logits, ids[0, 1:], reduction='sum').item()
             uniform += math.log(len(tokenizer)) * (ids.shape[1] - 1)

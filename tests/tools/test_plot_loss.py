@@ -1,4 +1,4 @@
-"""Pictures of losses: one run's two kinds of logs give one curve, and the figures that are drawn are the right ones."""
+"""Loss curves: both kinds of logs of a run give the same curve, and the picture shows the right numbers."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ HPARAMS = {'train_loader': {'dataset': {'max_seq_len': 10}}, 'environment': {'fl
 
 
 def a_run(losses: list[float], name: str = 'a', samples: int = 2, **more: dict[int, float]) -> Run:
-    """A run of a loss for each batch, `samples` samples in each, half of the tokens padding."""
+    """A run with one loss for each batch of `samples` samples; half of the tokens are padding."""
     scalars = {TRAIN: dict(enumerate(losses)), TOKENS: {i: 5.0 * samples * i for i in range(len(losses) + 1)},
                SAMPLES: {i: float(samples * i) for i in range(len(losses) + 1)}}
     return Run(name, Path(name), scalars | more, HPARAMS)
@@ -49,7 +49,7 @@ def run(tmp_path):
 
 @pytest.fixture(scope='module')
 def logs(mds_root, tmp_path_factory):
-    """A run with both loggers, that ended after batch 12, lost its checkpoints but that of 5, and went on."""
+    """A run with both loggers that ended after batch 12, lost all checkpoints but that of batch 5, and resumed."""
     folder = tmp_path_factory.mktemp('logs')
     argv = tiny(mds_root, 'run_name=one', 'autoresume=true', f'save_folder={folder}/save', 'save_interval=5ba',
                 'save_num_checkpoints_to_keep=-1', 'eval_interval=6ba', f'loggers.tensorboard.log_dir={folder}/tb',
@@ -125,7 +125,7 @@ def test_a_damaged_or_unreadable_log_is_said(tmp_path, monkeypatch, capsys):
         writer.add_scalar(TRAIN, 1.0, 1)
     [file] = tmp_path.iterdir()
     with open(file, 'ab') as damaged:
-        RecordWriter(damaged).write(b'no event')  # a record whose checksums are right
+        RecordWriter(damaged).write(b'no event')  # a record with correct checksums
     assert read_run(str(tmp_path)).scalars[TRAIN] == {1: 1.0}
     assert re.fullmatch(f'{file}: damaged or incomplete after [0-9]+ records; later records are left out\n', capsys.readouterr().err)
 
