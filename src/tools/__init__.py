@@ -1,1 +1,1 @@
-"""Programs around a run: small shells over the other rooms."""
+"""Programs that plan a run or use its model. They build on all other folders of src."""
