@@ -377,7 +377,7 @@ def in_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float,
 
 def test_lengths_are_counted_for_those_who_take_them_alone(mds_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('in fp32', in_fp32, attention.HALF))
-    monkeypatch.setattr(Documents, 'count', lambda self: pytest.fail('counted for nothing'))
+    monkeypatch.setattr(Documents, 'prepare_cu_seqlens', lambda self: pytest.fail('counted for nothing'))
     watched(mds_root, 'model.attn_within_document=true', 'max_duration=2ba', 'scheduler.t_warmup=1ba')
 
 
@@ -391,5 +391,6 @@ def test_one_graph_serves_any_number_of_documents(scope: str, mds_root: Path, mo
     counters.clear()
     compiled = watched(mds_root, *overrides, f'compile_config.scope={scope}', 'compile_config.backend=aot_eager')
     assert len(set(compiled.graphs)) == 1 and (scope == 'model' or compiled.graphs[0] == 1)
-    assert all('Documents.count' in why for why in counters['graph_break']) and (scope == 'model' or not counters['graph_break'])
+    breaks = counters['graph_break']
+    assert all('Documents.prepare_cu_seqlens' in why for why in breaks) and (scope == 'model' or not breaks)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
