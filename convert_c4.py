@@ -59,7 +59,7 @@ def parse_folder(text: str) -> str:
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     """Reads `argv`, or the command line. Exits with status 2 and a usage line where an argument is wrong."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description='Write C4, or another text data set, as shards for '
+    parser = argparse.ArgumentParser(description='Write C4, or another text dataset, as shards for '
                                      'mosaicml-streaming. If the command is stopped, run it again: it continues.')
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add('--out_root', type=parse_folder, metavar='DIR|URL',
@@ -70,12 +70,12 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add('--splits', nargs='+', choices=list(SPLITS), default=['train', 'val'],
         help=f'what to convert (default: train val); train_small is the first {N_SMALL:,} documents of train')
     add('--source', type=parse_folder, default='hub', metavar='hub|sample|FOLDER',
-        help='hub: a data set from the Hugging Face hub (default); sample: English prose from the Python '
+        help='hub: a dataset from the Hugging Face hub (default); sample: English prose from the Python '
         'installation (no network), with a tokenizer of 4096 tokens in DIR/tokenizer; FOLDER: a folder with '
         'C4\'s own files, such as c4-train.00000-of-01024.json.gz, or with other .jsonl, .parquet or .txt files')
-    add('--dataset', default=C4, metavar='NAME', help='the data set on the hub (default: %(default)s)')
-    add('--config', metavar='NAME', help='the configuration of the data set (default: en for C4)')
-    add('--revision', metavar='COMMIT', help='the commit of the data set on the hub (default: the newest)')
+    add('--dataset', default=C4, metavar='NAME', help='the dataset on the hub (default: %(default)s)')
+    add('--config', metavar='NAME', help='the configuration of the dataset (default: en for C4)')
+    add('--revision', metavar='COMMIT', help='the commit of the dataset on the hub (default: the newest)')
     add('--text_column', default='text', metavar='NAME', help='the field that holds the text (default: text)')
     add('--txt_lines', action='store_true', help='each line of a .txt file is a document (default: each file)')
 
@@ -96,7 +96,7 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add('--num_workers', type=positive_int, default=cores, metavar='N',
         help='number of processes (default: one for each core, here %(default)s)')
     add('--partition', type=parse_partition, metavar='i/n',
-        help='convert only part i of n, counted from 0, for example 0/4; run --merge when all parts are done')
+        help='convert only partition i of n, counted from 0, such as 0/4; run --merge when all of them are done')
     add('--merge', action='store_true', help='finish the splits when every --partition is done')
     add('--skip_disk_check', action='store_true', help='start even if the disk looks too small')
     return parser.parse_args(argv)
@@ -172,7 +172,7 @@ def check_source_options(args: argparse.Namespace, split_files: dict[str, list[S
 
 
 def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
-    """Raises UserError where the disk has less room than the parts need, by an estimate on the low side."""
+    """Raises UserError where the disk has less free space than a low estimate of what the parts need."""
     disk = args.out_root
     if is_url(args.out_root):  # only unfinished parts lie on this machine, one for each worker
         todo, disk = sorted(todo, key=lambda job: -job.file.size)[:args.num_workers], tempfile.gettempdir()
@@ -214,7 +214,7 @@ def print_files(source: Source, split_files: dict[str, list[SourceFile]]) -> Non
 
 
 def make_tokenizer(args: argparse.Namespace, source: Source, split_files: dict[str, list[SourceFile]]) -> None:
-    """Trains a tokenizer on the text, for the sample always, for other sources if --train_tokenizer is set."""
+    """Trains a tokenizer on the text: always for the sample, for other sources only with --train_tokenizer."""
     if isinstance(source, SampleSource):
         texts = (document['text'] for document in source.corpus['train'])
     elif args.train_tokenizer:
@@ -234,7 +234,7 @@ def convert_split(split: str, jobs: list[Job], finished: list[Optional[Part]], a
     if args.partition:
         i, n = args.partition
         make_parts(split, jobs[i::n], finished[i::n], args.num_workers)
-        print(f'{root}: part {i} of {n} is done, {len(jobs[i::n])} of {len(jobs)} files. When all parts are done, run '
+        print(f'{root}: partition {i} of {n} is done, {len(jobs[i::n])} of {len(jobs)} files. When all are done, run '
               'the same command with --merge instead of --partition')
         return
     if not args.merge:
@@ -274,7 +274,7 @@ def main(args: argparse.Namespace) -> None:
         if damage := verify(args.verify):
             raise UserError('\n'.join([f'--verify: {len(damage)} damaged', *damage,
                                        'Delete the subfolder of each damaged file, such as train/00012, then run the '
-                                       'command that made the data again: it makes only those anew']))
+                                       'command that made the data again: it makes only those again']))
         return
     check_combinations(args)
     args.splits, args.hashes = list(dict.fromkeys(args.splits)), sorted({*args.hashes})

@@ -83,7 +83,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             load_path=start.read_by_composer,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=loading.check_same_weights(start, model.state_dict()),  # a check: it ignores no key
-            load_exclude_algorithms=dir(algorithms),  # else Composer runs `eval` on their text in a checkpoint
+            load_exclude_algorithms=dir(algorithms),  # else Composer passes a checkpoint's text to Python's eval
         )
     loading.finish_loading(start, trainer)
     fit.log_start(run, trainer, model, train_data, changed.lines)

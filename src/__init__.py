@@ -1,7 +1,7 @@
-"""The modules of the kit, and what must happen before all other imports.
+"""Prepares the process before any module of the kit imports torch, Composer or streaming.
 
-Composer, torch and streaming read environment variables when they are imported, and a process may fork at any time. So
-this file prepares both. It also makes `src` a regular package, which Python prefers to others of that name.
+These libraries read environment variables when they are imported, and a process may fork at any time. This file also
+makes `src` a regular package, which Python prefers to a namespace package of the same name.
 """
 
 import os

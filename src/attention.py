@@ -68,7 +68,7 @@ class CausalAttention(nn.Module):
 
 
 class Documents:
-    """Where documents begin in the rows of a batch, in the forms that attention kernels take.
+    """The document boundaries of a batch, in the formats that attention kernels need.
 
     Each form is computed once, when the first layer reads it, and kept for the later layers and for recomputed
     activations. This is a plain class, because FSDP copies tuples and dataclasses for every block: the copies would
@@ -105,9 +105,9 @@ class Documents:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """Where each document begins if all rows stand end to end, then their length: int32, (documents + 1,).
+        """Start of each document in the concatenated rows, then the total length: int32, (documents + 1,).
 
-        Their number decides the shape, so the CPU waits until the GPU has counted the documents.
+        The shape depends on the number of documents, so the CPU waits until the GPU has counted them.
         """
         if self._cu_seqlens is None:
             begins = (self.positions.flatten() == 0).nonzero()[:, 0]
@@ -207,7 +207,7 @@ def _pytorch_flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, docu
 
 
 def end_to_end(kernel: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Calls a variable-length kernel on all rows end to end: (batch * seq, heads, head_dim)."""
+    """Calls a variable-length kernel on the concatenated rows, of shape (batch * seq, heads, head_dim)."""
     return kernel(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (-1, q.shape[1]))
 
 

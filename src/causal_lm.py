@@ -20,7 +20,7 @@ from src.common.targets import IGNORE_INDEX
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which layers compute with `x`: that of autocast if autocast is on, else that of `x`."""
+    """Returns the dtype in which layers compute: autocast's dtype if autocast is on, else the dtype of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -109,7 +109,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same mean from full logits, (batch, seq, vocab): for other heads, and for `torch.compile` to fuse."""
+    """Mean cross entropy from full logits, (batch, seq, vocab): for other heads, or if `torch.compile` fuses it."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction='sum')
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
@@ -124,7 +124,7 @@ def padding_right_order(key_padding_mask: Tensor) -> Tensor:
 
 
 def without_mask(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The batch without `attention_mask`: its padding is at the right end, where causal attention hides it."""
+    """Moves padding to the right end, where causal attention hides it, and removes `attention_mask`."""
     if 'attention_mask' not in batch:
         return batch
     order = padding_right_order(batch['attention_mask'])
@@ -135,8 +135,8 @@ def next_token_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns inputs and targets, both (batch, seq), with padding at the right end.
 
     The batch has `input_ids`, (batch, seq), and `labels`: the same ids, not shifted, -100 where there is nothing to
-    predict. Labels of shape (batch, seq) leave the last position without a target. Labels of shape (batch, seq + 1)
-    give it one; only the former go with an `attention_mask`, (batch, seq).
+    predict. With labels of shape (batch, seq), the last position has no target; with (batch, seq + 1), it has one.
+    An `attention_mask`, (batch, seq), is allowed only with labels of shape (batch, seq).
     """
     batch = without_mask(batch)
     input_ids, labels = batch['input_ids'], batch['labels']
@@ -183,7 +183,7 @@ class ComposerCausalLM(ComposerModel):
         if ('sequence_id' in batch) != self.attn_within_document:
             does, has = ('within', 'no') if self.attn_within_document else ('across', 'a')
             raise UserError(f'dataset.sequence_ids: the model attends {does} documents, and the batch has {has} '
-                            'sequence_id; make it the same as model.attn_within_document (only mosaic_gpt has this '
+                            'sequence_id; set it to the value of model.attn_within_document (only mosaic_gpt has this '
                             'setting)')
         batch = without_mask(batch)
         input_ids, targets = next_token_targets(batch)

@@ -122,8 +122,8 @@ class StreamingC4(CheckedDataset):
             raise TypeError('StreamingC4 has no length with group_method concat: samples are packed as they are read')
         return super().__len__()
 
-    # Composer looks for these two with `hasattr`. It counts samples, but streaming counts documents. If samples are
-    # packed on the fly these differ, and Composer would resume at the wrong place.
+    # Composer looks for these properties with `hasattr`. Composer counts samples, but streaming counts documents. If
+    # samples are packed on the fly, the two counts differ, and Composer would resume at the wrong sample.
     @property
     def state_dict(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._raise_if_packing(super().state_dict)
@@ -187,7 +187,7 @@ def build_c4_dataloader(cfg: Union[LoaderConfig, Any], device_batch_size: int, e
         os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # before the fork: else each worker prints a warning
     settings: dict[str, Any] = cfg.model_dump(exclude={'name', 'dataset', 'eval_samples'}) | {
         'batch_size': device_batch_size, 'worker_init_fn': init_loader_worker, 'collate_fn': collate,
-        # Without it, each epoch would draw a number from dropout's generator, and a resumed run would draw one more.
+        # Else the loader draws a number from dropout's generator in each epoch, and once more in a resumed run.
         'generator': torch.Generator().manual_seed(cfg.dataset.shuffle_seed)}
     return (_eval_loader if evaluate else _train_loader)(cfg, device_batch_size, settings)
 
@@ -246,8 +246,8 @@ def _prepare_epochs(dataset: StreamingC4, device_batch_size: int) -> None:
         return
     global_batch_size = device_batch_size * get_world_size()
     if n < global_batch_size:
-        raise UserError(f'train_loader: an epoch holds not one full batch: {dataset.place} holds {n} samples, fewer '
-                        f'than global_train_batch_size {global_batch_size}; use more data or a smaller '
+        raise UserError(f'train_loader: an epoch holds less than one full batch: {dataset.place} holds {n} samples, '
+                        f'fewer than global_train_batch_size {global_batch_size}; use more data or a smaller '
                         'global_train_batch_size')
     dataset.partition_algo = deal_whole_batches.__name__
     # The samples of this rank; Composer ends an epoch there

@@ -64,7 +64,7 @@ class Initialiser:
         self.draws = not _loads_weights.get()
         self.user_set = find_user_set_params(model)
         if lost := [name for name in self.user_set if model.get_parameter(name).is_meta]:
-            raise UserError(f'model.device: on meta {lost[0]} loses the values that code outside of its layer has set; '
+            raise UserError(f'model.device: meta loses the values of {lost[0]} that code outside of its layer set; '
                             'write a subclass of the layer with a method reset_parameters(self) that sets them, or set '
                             'model.device=cpu')
 
@@ -148,7 +148,7 @@ def _refuse_unset(module: nn.Module, path: str, unset: Iterable[str]) -> None:
     """Raises UserError where `unset`, the names of tensors without values, is not empty."""
     if unset := sorted(unset):
         kind = type(module).__name__
-        raise UserError(f'model.device: on meta nothing gives values to {", ".join(unset)} of {kind} ({path}); write a '
+        raise UserError(f'model.device: with meta, nothing gives values to {", ".join(unset)} of {kind} ({path}); write a '
                         f'method reset_parameters(self) in class {kind} that sets each of its own parameters and '
                         'buffers, or set model.device=cpu')
 

@@ -172,7 +172,7 @@ class MosaicGPT(nn.Module):
         seq_len = input_ids.shape[1]
         if seq_len > self.cfg.max_seq_len:
             raise UserError(f'a batch of sequence length {seq_len} does not fit '
-                            f'model.max_seq_len {self.cfg.max_seq_len}')
+                            f'model.max_seq_len {self.cfg.max_seq_len}; give shorter samples, or set a larger one')
         positions = documents.positions if documents else torch.arange(seq_len, device=input_ids.device)
         x = self.transformer['emb_dropout'](self.transformer['wte'](input_ids) + self.transformer['wpe'](positions))
         if documents and compute_dtype(x) in self.varlen_dtypes:

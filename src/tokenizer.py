@@ -87,7 +87,7 @@ class HFTokenizer:
         # Earlier versions of the kit hashed the serialization of every tokenizer
         if made_by_hash == self.hash or made_by_hash == _structure_hash(_open(self.tokenizer_name)):
             return
-        raise UserError(f'{setting}: {self.tokenizer_name!r} (hash {self.hash[:12]}) is another tokenizer than that of '
+        raise UserError(f'{setting}: {self.tokenizer_name!r} (hash {self.hash[:12]}) differs from the tokenizer of '
                         f'{what}: {made_by or "one whose name is not known"} (hash {made_by_hash[:12]}); set the '
                         'one that was used')
 

@@ -211,7 +211,7 @@ def bad_data(mds_root, tmp_path, kind):
     if kind.startswith('small'):
         method = kind.split()[-1]
         return ([f'data_remote={root}', f'train_loader.dataset.group_method={method}', 'global_train_batch_size=5000'],
-                ['train_loader: an epoch holds not one full batch'])
+                ['train_loader: an epoch holds less than one full batch'])
     if kind == 'garbage checkpoint':
         (tmp_path / 'garbage.pt').write_bytes(b'garbage')
         return [f'data_remote={root}', f'load_path={tmp_path}/garbage.pt'], ['load_path:', 'garbage.pt cannot be loaded']

@@ -1,4 +1,4 @@
-"""Composer's loggers, repaired: they log exact values, and a new start of a run does not overwrite earlier logs."""
+"""Fixes Composer's loggers: they log exact values, and a run that is started again keeps its earlier logs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Callbacks that log figures which Composer does not have, and check what the loaders give."""
+"""Callbacks that log metrics which Composer does not have, and check the batches of the loaders."""
 
 import logging
 import sys
@@ -21,9 +21,9 @@ from src.config.derived import grad_accum
 
 log = logging.getLogger('src')
 
-NO_FULL_BATCH = ('train_loader: an epoch holds not one full batch for each device and worker; use more data, a smaller '
-                 'global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A loader '
-                 'of your own must start again at each iteration; a generator cannot')
+NO_FULL_BATCH = ('train_loader: an epoch holds less than one full batch for each device and worker; use more data, a '
+                 'smaller global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A '
+                 'loader of your own must start again at each iteration; a generator cannot')
 
 
 class StepCounters(Callback):
@@ -72,7 +72,7 @@ class StepCounters(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if int(state.eval_timestamp.batch) == 0:
-            raise UserError('eval_loader: it gave no batch on a rank, so there is nothing to evaluate')
+            raise UserError('eval_loader: a rank got no batch; give each rank at least one batch, or use fewer devices')
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         # The timestamp tells, not a flag set in `epoch_start`: a resumed run may end an epoch without that event.

@@ -20,7 +20,7 @@ class TextSamples(Callback):
     Args:
         prompts: Texts; tokenized as documents are in training, without special tokens.
         max_new_tokens: The most tokens for each prompt, also limited by `max_seq_len`; a text ends at EOS.
-        temperature: Divides the logits; 0: the likeliest token each time.
+        temperature: Divides the logits; 0: the most likely token each time.
         seed: The seed of the sampling, set again at each evaluation.
     """
 
@@ -29,8 +29,8 @@ class TextSamples(Callback):
                 ('prompts', prompts, prompts, 'a list of texts'),
                 ('max_new_tokens', max_new_tokens, max_new_tokens > 0, 'a whole number above 0'),
                 ('temperature', temperature, 0 <= temperature < math.inf,
-                 'a number from 0 (0: the likeliest token)'),
-                ('seed', seed, 0 <= seed < 1 << 63, 'a whole number from 0')):
+                 'a number of 0 or more (0: the most likely token)'),
+                ('seed', seed, 0 <= seed < 1 << 63, 'a whole number of 0 or more')):
             if not good:
                 raise UserError(f'{name}: {value}; set {allowed}')
         self.prompts, self.max_new_tokens, self.temperature, self.seed = prompts, max_new_tokens, temperature, seed

@@ -1,1 +1,1 @@
-"""Checkpoints: which one a run starts from, how a run saves them, and how programs read them."""
+"""Chooses the checkpoint that a run starts from, saves checkpoints, and reads them."""

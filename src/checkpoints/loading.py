@@ -42,7 +42,7 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
                         '(or SHARD_GRAD_OP), also on one device')
     if sharded and not start.sharded:
         raise UserError(f'{start.setting}: {start.path} is a full checkpoint, and fsdp_config.state_dict_type is '
-                        'sharded; set full to go on from it, or load only its weights: load_path=FILE '
+                        'sharded; set full to continue from it, or load only its weights: load_path=FILE '
                         'load_weights_only=true')
     if is_tar(start.path):  # Composer would unpack an archive, also to places outside of its folder
         raise UserError(f'{start.setting}: {start.path} is an archive; unpack it, and name the file of the checkpoint')
@@ -51,7 +51,7 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
 
 
 def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting: str) -> None:
-    """Raises UserError where the checkpoint's model has weights of the same shapes but, say, other heads."""
+    """Raises UserError where the checkpoint's model has the same shapes but, for example, another n_heads."""
     saved, name = manifest.model if manifest else {}, model.get('name', 'mosaic_gpt')
     if name not in KEYS_WITHOUT_SHAPE or saved.get('name') != name:
         return

@@ -2,7 +2,7 @@
 
 Composer writes the files of a checkpoint: `ep0-ba400-rank0.pt`, or the folder `ep0-ba400`. The kit then writes the
 manifest `ep0-ba400.json`, which lists every file with its size. A checkpoint without a manifest, or with a file of
-another size, is half a save: no run goes on from it, and the next save of that batch replaces it.
+another size, is incomplete: no run resumes from it, and the next save of that batch replaces it.
 """
 
 import json

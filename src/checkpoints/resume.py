@@ -1,4 +1,4 @@
-"""Compares the settings of a resumed run with its checkpoint's, and refuses changes that would mix up samples."""
+"""Compares a resumed run's settings with its checkpoint's; refuses changes that would repeat or skip samples."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -18,24 +18,24 @@ ONLY_AT_START = {'seed', 'eval_first', 'model.init_seed', 'model.init_std', 'mod
 # Keys of `train_loader` that do not change the order of samples.
 KEEP_ORDER = {'remote', 'pin_memory', 'prefetch_factor', 'persistent_workers', 'timeout', 'drop_last', 'eval_samples',
               'predownload', 'cache_limit', 'download_retry', 'download_timeout', 'validate_hash', 'keep_zip'}
-# More of them, where the dataset counts its samples; and keys whose values it then takes from the checkpoint.
+# More such keys, for a dataset that resumes by samples; and keys that such a dataset takes from the checkpoint.
 KEEP_ORDER_IF_COUNTED = {'num_workers', 'max_seq_len', 'tokenizer_name', 'sequence_ids'}
 FROM_CHECKPOINT_IF_COUNTED = {'train_loader.dataset.shuffle_seed', 'train_loader.dataset.num_canonical_nodes'}
 
 UNKNOWN = ('changed since the checkpoint: unknown, because the checkpoint has no manifest with its settings. '
-           'Text packed on the fly goes on at the right sample only with the same batch size, devices, workers and '
+           'Text packed on the fly continues at the right sample only with the same batch size, devices, workers and '
            'data')
-MOVED = ('{} lies within an epoch that counts batches, not samples, as for text packed on the fly. These changed '
+MOVED = ('{} lies within an epoch counted in batches, not samples, as for text packed on the fly. These changed '
          'settings put other samples into each batch, so the run would repeat some samples and leave out others: {}. '
          'Set the values of the run that saved the checkpoint, or start a new run from its weights: load_path=FILE '
-         'load_weights_only=true. With packed tokens (convert_c4.py --concat_tokens), a run can go on with another '
+         'load_weights_only=true. With packed tokens (convert_c4.py --concat_tokens), a run can continue with another '
          'batch size, and with other numbers of devices and workers')
 
 
 def run_settings(c: Config, data: Mapping[str, str]) -> dict[str, Any]:
     """Returns the settings that a manifest stores for later runs: dotted key → JSON value, with secrets masked.
 
-    `data` maps the setting that names a data set to the digest of the data set.
+    `data` maps the section of each dataset to the fingerprint of the dataset.
     """
     world_size = dist.get_world_size()
     return {**config.flatten_masked(c), 'devices': world_size, 'nodes': world_size // dist.get_local_world_size(),
@@ -81,7 +81,7 @@ def compare_settings(start: Start, now: Mapping[str, Any], counts_samples: bool)
         lines.append('changed without effect, because a resumed run keeps the values of its checkpoint: '
                      + join_changes(no_effect))
     if position and (moved := [key for key in moved if key not in no_effect]):
-        lines.append(f'data: {join_changes(moved)}: this epoch goes on at its sample {position:,} in another order: '
+        lines.append(f'data: {join_changes(moved)}: this epoch continues at its sample {position:,} in another order: '
                      'some samples may come twice, and others not at all')
     in_duration = any(str(now.get(key)).endswith('dur') for key in ('scheduler.t_warmup', 'scheduler.t_max'))
     return SettingChanges(lines, any(key.startswith('scheduler.') or key == 'max_duration' and in_duration

@@ -104,8 +104,8 @@ def _find_start(save_folder: Optional[str], name: Optional[str], autoresume: boo
             start = start_from_path(load_path, 'weights' if weights_only else 'resume', folder)
     is_copy = folder and start.manifest and start.manifest == read_manifest(folder, start.manifest.name)
     if saved and not (start.in_save_folder or is_copy):  # this run would delete old checkpoints of another run
-        raise UserError(f'save_folder: {folder} already holds checkpoints. To go on from them, set autoresume=true; to '
-                        'start from the beginning, set another run_name or save_folder')
+        raise UserError(f'save_folder: {folder} already holds checkpoints. To continue from them, set autoresume=true; '
+                        'to start from the beginning, set another run_name or save_folder')
     return start
 
 
@@ -114,8 +114,8 @@ def start_from_path(path: str, kind: Literal['resume', 'weights'], save_folder: 
     """Finds the checkpoint that a user names.
 
     `path` is the file or folder of a checkpoint, a link to one, or the folder of a run; local or a URI. From the folder
-    of a run, the newest whole checkpoint is taken; also where `path` ends in `latest-rank0.pt`, a link that plain
-    Composer writes, and there is none. `save_folder` is this run's. Messages begin with `setting`. Raises UserError
+    of a run, the newest whole checkpoint is taken; also if `path` ends in `latest-rank0.pt`, a link that plain Composer
+    writes, and the link does not exist. `save_folder` is this run's. Messages begin with `setting`. Raises UserError
     where there is no checkpoint, or it is not whole.
     """
     path = path.replace('{rank}', '0').rstrip('/') or '/'

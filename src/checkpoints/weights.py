@@ -76,7 +76,7 @@ def shapes_in_shards(start: Start) -> dict[str, tuple[int, ...]]:
 
 
 def read_full_checkpoint(local: str, start: Start) -> dict[str, Any]:
-    """Reads the model's state dict from a full checkpoint: CPU tensors, mapped from the file, which they outlive."""
+    """Reads the model's state dict from a full checkpoint: memory-mapped CPU tensors; the file may be deleted later."""
     with explain_read_errors(start, AS_WEIGHTS):
         return extract_weights(torch.load(local, map_location='cpu', weights_only=True, mmap=True), start)
 

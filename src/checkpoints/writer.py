@@ -68,7 +68,7 @@ class CheckpointWriter(Callback):
         dist.broadcast_object_list(later)
         if later[0]:
             raise UserError(f'save_folder: {self.folder} already holds {", ".join(later[0])}, which this run would '
-                            'overwrite; set another run_name or save_folder, or set autoresume=true to go on from '
+                            'overwrite; set another run_name or save_folder, or set autoresume=true to continue from '
                             'the newest')
         if not isinstance(self.folder, RemoteFolder) and dist.get_world_size() > dist.get_local_world_size():
             check_shared(self.folder)

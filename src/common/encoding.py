@@ -151,7 +151,7 @@ def _split(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
             break
         if stop == start + MAX_PIECE_CHARS:
             warnings.warn(f'the tokenizer {tokenizer.name_or_path!r} finds no place in {MAX_PIECE_CHARS:,} characters '
-                          'of a document where a cut keeps the token ids; the document was cut all the same, to bound '
+                          'of a document where a cut keeps the token ids; the document was cut anyway, to limit '
                           'the memory, and some ids at the cut differ from those of the whole document', stacklevel=2)
         yield text[start:stop]
         start = next_start

@@ -123,7 +123,7 @@ def check_shared_memory(need: int, what: str, otherwise: str = '') -> None:
 
 
 def low_shared_memory_hint() -> str:
-    """Ends a message about a crash: says that shared memory is full and what to do, or '' if it is not full."""
+    """Returns the end of a message about a crash: shared memory is full, and what to do; '' if it is not full."""
     free = free_shared_memory()
     if free is None or free >= LOW:
         return ''

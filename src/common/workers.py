@@ -45,8 +45,8 @@ def die_with_launcher() -> None:
 def let_threads_settle() -> None:
     """Waits a moment before a fork, so that gloo's threads can free the tensors of the last collective.
 
-    They hold the interpreter's lock while they free them. A loader worker that is forked in that moment never starts,
-    up to Python 3.10.14 and 3.11.9: https://github.com/python/cpython/issues/112275
+    The threads hold the GIL while they free the tensors. A loader worker that is forked at that moment never starts, up
+    to Python 3.10.14 and 3.11.9: https://github.com/python/cpython/issues/112275
     """
     torch = sys.modules.get('torch')
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -54,7 +54,7 @@ def let_threads_settle() -> None:
 
 
 def init_loader_worker(worker_id: int) -> None:
-    """Lets only the rank end its loader worker, which dies with the rank. A `worker_init_fn` of DataLoader.
+    """Sets up a loader worker: only its rank can stop it, and it dies with the rank. A DataLoader `worker_init_fn`.
 
     Ctrl-C and Slurm also send signals to loader workers, while the rank still needs them to finish its batch.
     """

@@ -1,1 +1,1 @@
-"""The settings of a run: what they are, what they mean, and which combinations are impossible."""
+"""Defines the settings of a run, reads them from a YAML and the command line, and checks them."""

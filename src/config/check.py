@@ -138,7 +138,7 @@ _TYPES = {'int_type': 'a whole number', 'float_type': 'a number', 'bool_type': '
 
 
 def _message(err: Any, key: str, schema: type[BaseModel]) -> str:
-    """What is wrong with the value of `key`, and what to write, without the key itself."""
+    """Describes the mistake in the value of `key` and what to write instead; the caller adds the key."""
     name, kind = key.split('.')[-1], err['type']
     value = mask_secrets(err['input'], name)
     if kind == 'extra_forbidden':

@@ -62,7 +62,7 @@ def stream_errors(data: DatasetConfig) -> list[str]:
     """One line for each mistake in the folders of a dataset; the caller puts the name of the loader in front."""
     out, copies, streams = [], {}, streams_of(data)
     if not streams:
-        out.append('dataset.local: missing; set the folder with the shards, or for copies of them, or set streams')
+        out.append('dataset.local: missing; set the folder of the shards or of their copies, or set streams')
     for key in ('remote', 'local') if data.streams else ():
         if getattr(data, key) is not None:
             out.append(f'dataset.{key}: {getattr(data, key)!r} does not go with streams, which have their own {key}; '

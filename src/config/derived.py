@@ -3,7 +3,8 @@
     global_train_batch_size = device batch * world_size
     device batch            = microbatch * grad_accum   (the last microbatch may be smaller)
 
-The global batch decides what is computed, the microbatch only how. Functions get facts about the machine as arguments.
+The global batch changes the training, the microbatch only its memory and speed. Functions get facts about the machine
+as arguments.
 """
 
 import math

@@ -78,7 +78,7 @@ def _interpolation_error(text: str, key: Any, cfg: DictConfig) -> str:
         if not target[2]:
             text += f'; for a variable of the shell write ${{oc.env:{top}}}'
         elif not isinstance(value, dict) or not value:
-            return f'{top}: {mask_secrets(value, top)!r} must be a section with keys of its own; {key} refers to one'
+            return f'{top}: {mask_secrets(value, top)!r} must be a section with keys of its own; {key} uses one of them'
     return f'config: {text} (key: {key or "?"})'
 
 

@@ -199,7 +199,7 @@ def _fill_sections(tree: Tree, yaml: Tree) -> None:
 
 
 def _follow_command_line(tree: Tree, yaml: Tree, command_line: Tree) -> list[str]:
-    """Changes values in sections that repeat a top-level value of the YAML, where the command line sets that one.
+    """If the command line sets a top-level value, changes the sections that repeat the old value in the YAML.
 
     Returns a line for each change, and for each section whose value differs from the top level's.
     """
@@ -226,7 +226,7 @@ def _follow_command_line(tree: Tree, yaml: Tree, command_line: Tree) -> list[str
 
 
 def _check_shared_value(tree: Tree, command_line: Tree, top: str) -> tuple[list[str], list[str]]:
-    """Lines for sections with another value than the top level's, and an error where no section has that value."""
+    """Returns a note for each section that differs from the top level, or an error if all of them differ."""
     # without the model, which may have more positions
     keys = [key for key in SHARED_VALUES[top] if _has(tree, key) and not key.startswith('model.')]
     different = {key: value for key in keys if '${' not in str(value := _get(tree, key))

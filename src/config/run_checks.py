@@ -144,7 +144,7 @@ def check_save_folder(c: Config) -> None:
     folder = format_name_with_dist(c.save_folder, name) if name else c.save_folder.split('{')[0]
     if blocked := find_unwritable_folder(folder):
         raise UserError(f'save_folder: {c.save_folder} cannot be created or written: {blocked} is not a folder that '
-                        'this user may write to')
+                        'this user may write to; correct its permissions, or set another save_folder')
 
 
 def check_early_stopper(c: Config, metrics: Mapping[str, Collection[str]]) -> None:

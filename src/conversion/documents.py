@@ -106,7 +106,7 @@ def _document(row: Any, fields: dict[str, str], is_line: bool) -> Document | Bad
         wrong = [field for column, field in fields.items() if not isinstance(document[column], str)]
         if wrong:
             in_columns = is_line and isinstance(document['text'], (dict, list))  # a table that pandas wrote
-            hint = "; write an object a line (df.to_json(FILE, orient='records', lines=True) does)" * in_columns
+            hint = "; write one object per line (df.to_json(FILE, orient='records', lines=True) does)" * in_columns
             return BadDocument(f'has no string {", ".join(wrong)}; a document is an object with the strings '
                                f'{", ".join(fields.values())}{hint}', holds_several=in_columns)
     joined = ''.join(document.values())
@@ -158,19 +158,19 @@ def _json_rows(path: Path, where: str, text_column: str) -> Iterator[tuple[int, 
                 row = json.loads(line)  # reads NaN, half a surrogate pair, a byte order mark
             except (ValueError, RecursionError) as error:
                 holds_several = 'Extra data' in str(error)
-                remedy = 'write an object a line (jq -c . does), or ' if holds_several else ''
+                remedy = 'write one object per line (jq -c . does), or ' if holds_several else ''
                 row = BadDocument(f'is not JSON ({error}); {remedy}download the file again',
                                   holds_several=holds_several)
         is_array = isinstance(row, list) and row and (first or isinstance(row[0], dict))
         if is_array or first and isinstance(row, BadDocument) and re.match(rb'\s*\[\s*([{"]|$)', line):
             place = where if first else f'{where}, line {number}'
-            raise UserError(f'--source: {place} is one JSON array; write an object a line (jq -c .[] does)')
+            raise UserError(f'--source: {place} is one JSON array; write one object per line (jq -c .[] does)')
         if first and line.strip() == b'{':
-            raise UserError(f'--source: {where} is JSON over several lines; write an object a line (jq -c . does)')
+            raise UserError(f'--source: {where} is JSON over several lines; write one object per line (jq -c . does)')
         if first and isinstance(row, dict) and text_column not in row:
             for name, value in row.items():
                 if isinstance(value, list) and value and isinstance(value[0], dict):
-                    raise UserError(f'--source: {where} is one JSON object with a list {name!r}; write an object a '
+                    raise UserError(f'--source: {where} is one JSON object with a list {name!r}; write one object per '
                                     f"line (jq -c '.{name}[]' does), or, if the text is in another field, set "
                                     '--text_column')
         first = False
@@ -204,7 +204,7 @@ def _lines(path: Path, where: str) -> Iterator[bytes]:
     if name.endswith(('.gz', '.zst')) and not path.stat().st_size:
         raise EOFError('it is empty')  # a compressed file is never empty
     lines: Any
-    if name.endswith('.gz'):  # damage hides at most the 512 KB before it, isal's buffer
+    if name.endswith('.gz'):  # damage also loses up to 512 KB before it: isal's buffer
         lines = igzip.IGzipFile(path)
     elif name.endswith('.zst'):
         import pyarrow

@@ -60,7 +60,7 @@ def _read_shards(output: Output, part: str) -> list[dict[str, Any]]:
         shards = json.loads(output.read(f'{part}/{INDEX}'))['shards']
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise UserError(f'--out_root: {output}/{part}/{INDEX} is missing or damaged; delete {output}/{part}, then run '
-                        'the same command again: it makes this part anew') from None
+                        'the same command again: it makes this part again') from None
     for file in (shard[key] for shard in shards for key in ('raw_data', 'zip_data') if shard[key]):
         file['basename'] = f'{part}/{file["basename"]}'
     return shards
@@ -119,7 +119,7 @@ def verify(root: str) -> list[str]:
             contents = 'tokenizer' if path.name == TRAINED else f'{manifest["documents"]:,} documents'
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'--verify: {path} is damaged ({error}); run the command that made the split again: it '
-                            'writes this file anew') from error
+                            'writes this file again') from error
         bad, size = [], sum(info['bytes'] for info in files.values())
         with ThreadPoolExecutor(4) as threads, progress(str(path.parent), size) as bar:
             for info, line in zip(files.values(), threads.map(_find_damage, files, files.values())):

@@ -154,7 +154,8 @@ def make_unfinished_folder(folder: Path, name: str) -> Path:
 def unfinished_folder(output: Output, name: str) -> Iterator[Path]:
     """Gives an empty folder for an unfinished part, and removes the folder in the end.
 
-    Raises UserError where the disk is full or cannot be written: sources have turned their OSErrors into UserErrors.
+    Raises UserError where the disk is full or cannot be written. An OSError here is always one of this disk, because
+    sources raise UserError instead.
     """
     path, disk = None, staging_root(output)
     try:

@@ -83,7 +83,7 @@ def _check_same_options(job: Job, old: dict[str, Any], has_skipped: bool) -> Non
     if old != new:
         differ = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in new.items() if old.get(k) != v)
         raise UserError(f'--out_root: {job.root}/{job.name} was made with {differ}; use the same options (and '
-                        f'--revision) to go on, name another --out_root, or delete {job.root}')
+                        f'--revision) to continue, name another --out_root, or delete {job.root}')
 
 
 def finished_parts(jobs: list[Job]) -> list[Optional[Part]]:

@@ -32,7 +32,7 @@ def make_parts(split: str, jobs: list[Job], finished: list[Optional[Part]], num_
         print(f'{split}: {sum(map(bool, finished))} of {len(jobs)} parts are already finished')
     max_docs = jobs[0].max_docs if jobs else None
     tqdm.monitor_interval = 0  # no monitor thread: a fork could copy its lock while it is held
-    # No smoothing, since parts end in batches, one of each worker. In a log file, one line a minute.
+    # No smoothing, because all workers finish a part at about the same time. In a log file: one line per minute.
     with tqdm(desc=split, total=max_docs or total, initial=sum(part['documents'] for part in finished if part),
               unit=' documents', unit_scale=True, smoothing=0, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
         if max_docs is not None:

@@ -67,7 +67,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def repetition_keys(line: str) -> set[str]:
-    """Returns the keys by which a paragraph repeats another: its lower-case words, and those of each long sentence.
+    """Returns keys that find repeated text: the lower-case words of a paragraph, and of each long sentence in it.
 
     Words with a capital, digit or sign do not count, since docstrings of similar classes differ only in such words.
     """

@@ -42,7 +42,7 @@ class SourceFile(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """Tells files of other content apart; stays the same if the file is moved to another folder."""
+        """A text that differs for files of different content, and stays the same if a file moves to another folder."""
         name = self.path if is_url(self.path) else Path(self.path).name
         name += f' and {len(self.more_paths)} more' if self.more_paths else ''
         return f'{name} ({self.size} bytes{self.digest and " "}{self.digest})'
@@ -96,7 +96,7 @@ class FolderSource:
         unnamed = splits.pop('')
         folder_name = Path(os.path.abspath(self.folder)).name
         if unnamed and not any(splits.values()) and SPLIT_PATTERNS['val'].fullmatch(folder_name):
-            print(f'val: no path names a split, and the folder is named {folder_name}: {list_some(unnamed)}')
+            print(f'val: all files, as no path names a split and the folder is {folder_name}: {list_some(unnamed)}')
             splits['val'] = unnamed
         elif splits['train']:
             self.unread |= dict.fromkeys(unnamed, 'the path names no split, and other files are named train')

@@ -1,4 +1,4 @@
-"""The sources of documents: C4 or another data set on the Hugging Face hub, a folder of files, the embedded sample.
+"""The sources of documents: C4 or another dataset on the Hugging Face hub, a folder of files, the embedded sample.
 
 A split is a list of files. One process reads a file, from its beginning to its end. Every source has:
     name, revision: For the manifest. The revision is the commit on the hub, None for files on a disk.
@@ -42,7 +42,7 @@ class SampleSource:
 
 
 class HubSource:
-    """A data set on the hub. The library `datasets` lists the files of each split; they are downloaded completely."""
+    """A dataset on the hub. The library `datasets` lists the files of each split; they are downloaded completely."""
 
     def __init__(self, dataset: str = C4, config: Optional[str] = None, revision: Optional[str] = None) -> None:
         from datasets import load_dataset_builder
@@ -141,7 +141,7 @@ def call_with_retries(call: Callable[[], Any], what: str, attempts: int = MAX_AT
             is_refused = 400 <= (status := _http_status(error)) < 500 and status not in (408, 429)
             if is_refused or is_absent and not isinstance(error, LocalEntryNotFoundError):
                 raise UserError(f'{setting}: {what} is not on the hub, or you have no access: check the name and '
-                                '--revision; for a private or gated data set log in with `hf auth login`, or set '
+                                '--revision; for a private or gated dataset log in with `hf auth login`, or set '
                                 f'HF_TOKEN\n{reason}') from error
             limit = attempts if not status and _is_unreachable(error) else MAX_ATTEMPTS
             if constants.HF_HUB_OFFLINE or attempt >= limit:

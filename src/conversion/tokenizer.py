@@ -51,7 +51,7 @@ def texts_to_train_on(files: Iterable[SourceFile], args: argparse.Namespace) -> 
 
 
 def write_tokenizer(out_root: str, texts: Iterable[str], vocab_size: int) -> None:
-    """Trains a tokenizer, unless there is one: splits may be tokenized with it. Raises UserError for other files."""
+    """Trains a tokenizer, or keeps an existing one: data may be packed with it. Raises UserError for other files."""
     from src.conversion.sample_corpus import train_tokenizer
 
     output, folder = open_output(out_root), Path(out_root, 'tokenizer')

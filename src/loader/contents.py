@@ -1,4 +1,4 @@
-"""Finds out what a dataset holds: text or packed tokens, and which tokenizer made the tokens."""
+"""Detects whether a dataset holds text or packed tokens, and checks which tokenizer made the tokens."""
 
 import json
 import os

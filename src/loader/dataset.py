@@ -1,4 +1,4 @@
-"""StreamingDataset and its DataLoaders, repaired: a shard that cannot be fetched ends the run with one message."""
+"""Fixes StreamingDataset and its DataLoaders: a shard that cannot be fetched ends the run with one message."""
 
 import hashlib
 import json

@@ -32,7 +32,8 @@ def patch_streaming() -> None:
 def _attach_briefly(name: str, create: bool, size: int = 0) -> SharedMemory:
     """Opens a block for streaming's search for a free prefix, without keeping the block open.
 
-    Streaming keeps each block that it looks at open until its end. A killed job's blocks would then look used.
+    Streaming keeps each block that it looks at open until the process ends. The blocks of a killed job would then
+    seem to be in use.
     """
     return SharedMemory(name, create, size, auto_cleanup=create)
 

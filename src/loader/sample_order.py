@@ -1,4 +1,4 @@
-"""The order of samples: which are read, and when; the same on any number of nodes, devices and loader workers."""
+"""Decides the order in which samples are read; it is the same on any number of nodes, devices and workers."""
 
 from typing import Any, Optional
 

@@ -92,7 +92,7 @@ class SampleMaker:
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Makes a batch of samples, with the number of targets of each sample in the list `n_targets`.
 
-    Counting here, on the CPU, spares the host to wait for a GPU in each microbatch.
+    Counting here, on the CPU, avoids waiting for the GPU in each microbatch.
     """
     batch = default_collate(samples)
     return {**batch, 'n_targets': targets_per_sample(batch)}

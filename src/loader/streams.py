@@ -1,4 +1,4 @@
-"""Streaming's Stream with checks: each shard is checked, and a shard that cannot be fetched is one clear message."""
+"""Streaming's Stream with checks: a damaged shard is fetched again, and a failure ends in one clear message."""
 
 import logging
 import os

@@ -1,1 +1,1 @@
-"""How the processes of a run connect, compare their settings, stop and fail together."""
+"""Connects the ranks of a run, compares their settings, and makes all ranks stop and fail together."""

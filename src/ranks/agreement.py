@@ -65,7 +65,7 @@ def describe_ranks(some: Iterable[Process], all_ranks: Iterable[Process]) -> str
 
 @contextmanager
 def explain_network_errors(what: str) -> Iterator[None]:
-    """Turns RuntimeErrors of torch's network into a UserError: `what` failed, this node's settings, what to check."""
+    """Turns a RuntimeError of torch's network into a UserError: what failed, on which node, what to check."""
     started = time.monotonic()
     try:
         yield

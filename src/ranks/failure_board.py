@@ -1,4 +1,4 @@
-"""The failure of a rank, and the board on which ranks read it; src/ranks/failure_watch.py then ends the ranks."""
+"""Publishes the failure of a rank in the TCP store; src/ranks/failure_watch.py then ends the other ranks."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def own_stderr() -> list[int]:
 
 
 class Board:
-    """Where ranks read and write failures: keys in the TCP store of the default process group."""
+    """Writes and reads failures of ranks, as keys in the TCP store of the default process group."""
 
     def __init__(self, me: Process) -> None:
         self.me = me
@@ -92,7 +92,7 @@ class Board:
         return []
 
     def leave(self) -> None:
-        """Waits until all ranks are done. Rank 0, whose process has the store, waits until the others have read so."""
+        """Waits until all ranks are done. Rank 0, which hosts the store, then waits until all ranks have seen this."""
         with contextlib.suppress(RuntimeError):  # the store ended first, but this rank has done its work
             for key, waits in (('left', True), ('gone', self.me.rank == 0)):
                 self._store.set(f'{key}/{self.me.rank}', '')

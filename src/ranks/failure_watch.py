@@ -112,7 +112,7 @@ class FailureWatch:
             if not self._shown:
                 self._shown = True
                 prints_text = failure.node == self.me.node and self.me.local_rank == 0
-                if failure.text and prints_text and failure.shown_on != own_stderr():  # torchrun's ranks share one
+                if failure.text and prints_text and failure.shown_on != own_stderr():  # torchrun: one stderr for all
                     print(failure.text, file=sys.stderr)
                 me = f'this rank ({self.me.rank} on node {self.me.node})'
                 print(f'{failure}; {me} stops', file=sys.stderr, flush=True)

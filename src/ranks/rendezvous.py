@@ -25,7 +25,7 @@ SAME_WORLD_ADVICE = ('start every node with its own NODE_RANK, and all with the 
 def initialize(timeout: float) -> None:
     """Waits for all ranks, and makes the default process group, if there is none yet.
 
-    Before torch connects the ranks, each rank registers in the store of rank 0, which so knows the ranks that are
+    Before torch connects the ranks, each rank registers in the store of rank 0. So rank 0 can name the ranks that are
     missing, started twice or set up differently. torch 2.7 alone names no rank, and waits longer than `timeout`: up to
     twice as long for a node 0 that does not answer, five times for gloo's connections, and for ever where another
     program uses the port.
@@ -41,11 +41,11 @@ def initialize(timeout: float) -> None:
         raise UserError(f'LOCAL_WORLD_SIZE: {dist.get_local_world_size()} processes on {this_machine()}, which has '
                         f'{torch.cuda.device_count()} GPUs; set composer -n to the number of GPUs')
     deadline = time.monotonic() + timeout
-    with explain_network_errors(f'the ranks do not meet (dist_timeout: {timeout:g} s)'):
+    with explain_network_errors(f'cannot connect to all ranks (dist_timeout: {timeout:g} s)'):
         # Under torchrun its agents have already connected, and have the store.
         store = None if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else _register(timeout, deadline)
     _choose_network()
-    with explain_network_errors('the ranks have met, but cannot connect to each other '
+    with explain_network_errors('all ranks have registered, but cannot connect to each other '
                                 f'(dist_timeout: {timeout:g} s)'):
         # `get_device` sets the current GPU of its thread: both threads need it
         _call_with_timeout(max(deadline - time.monotonic(), 5), lambda: dist.initialize_dist(get_device(None), timeout))

@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 
 def _start_time(pid: int) -> Optional[str]:
-    """When a process started, which tells it from a later one with the same number; None if it is dead or a zombie."""
+    """Returns when a process started, to tell it from a later process with the same pid; None if it has ended."""
     try:
         with open(f'/proc/{pid}/stat') as f:
             fields = f.read().rpartition(')')[2].split()

@@ -1,4 +1,4 @@
-"""Computes what a run takes from its config and model: devices, memory of each, FLOPs, hours, bytes on disk."""
+"""Estimates the resources of a run from its config and model: devices, memory of each, FLOPs, hours, disk space."""
 
 from collections.abc import Iterator
 from itertools import takewhile
@@ -20,7 +20,7 @@ CHECKPOINT_BYTES = 12  # per parameter: as above, without the gradients
 
 
 class Estimate(NamedTuple):
-    """What a run takes. A property is None where no number exists, or where the config does not determine it."""
+    """The resources that a run needs. A property is None if there is no such number, or the config does not set it."""
 
     c: Config
     card: Card
@@ -135,7 +135,7 @@ def find_largest_microbatch(c: Config, card: Card, n: int, wanted: int) -> Optio
 
 
 def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = ASSUMED_MFU) -> Estimate:
-    """All figures of a run.
+    """Estimates the devices, memory, FLOPs, hours and bytes of a run.
 
     `devices` as None means the fewest that fit, or, if the run fits on none, the largest possible number. `mfu` is the
     fraction of the peak FLOP/s that the model reaches. Raises UserError where the memory of the model cannot be

@@ -123,7 +123,7 @@ def memory_rows(e: Estimate) -> list[Row]:
 
 
 def remedy_rows(e: Estimate) -> list[Row]:
-    """Settings that make a run fit which does not."""
+    """Lists the settings to change, for a run that does not fit into memory."""
     enough = e.fewest_devices or e.fewest_devices_for_one
     last = f'a larger device or a smaller model: with these settings no number of {e.card.name} is enough'
     if enough:

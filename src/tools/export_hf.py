@@ -94,7 +94,7 @@ def _describe_model(path: str, manifest: Optional[Manifest], tokenizer_name: Opt
 
 
 def _connect(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Sets in model and tokenizer the values of the other that Hugging Face's programs read."""
+    """Copies values between model and tokenizer: Hugging Face's programs read each value from only one of them."""
     tokenizer.split_special_tokens = False  # Hugging Face's default; the kit splits them in documents
     tokenizer.model_max_length = getattr(model.config, 'max_position_embeddings', None) or int(1e30)
     model.resize_token_embeddings(count_ids(tokenizer), mean_resizing=False)  # no rows for ids without a token
@@ -132,7 +132,7 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for what the manifest of a checkpoint may lack; `generate.py` has them too."""
+    """Adds --tokenizer and --yaml, for a manifest that is missing or lacks them; `generate.py` has them too."""
     parser.add_argument('--tokenizer', metavar='NAME', help="a hub name or a folder; default: the run's tokenizer")
     parser.add_argument('--yaml', nargs='+', metavar=('YAML', 'key=value'),
                         help='config of the run, for a checkpoint without a manifest')

@@ -149,7 +149,7 @@ def prepare(out: Path) -> Path:
         code = subprocess.run([sys.executable, 'convert_c4.py', '--source', 'sample', '--train_tokenizer', str(VOCAB),
                                '--concat_tokens', str(SEQ_LEN + 1), '--out_root', str(data)], cwd=ROOT).returncode
         if code:
-            raise UserError(f'{data}: convert_c4.py ended with exit code {code}')
+            raise UserError(f'{data}: convert_c4.py ended with exit code {code}; see its message above')
     return data
 
 
@@ -224,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f'--out: {out} cannot be made: {e.strerror}') from None
+        raise UserError(f'--out: {out} cannot be made: {e.strerror}; name a folder that can be written') from None
     rungs = sorted({Rung(width, layers, args.tokens_per_parameter) for width, layers in args.sizes},
                    key=lambda rung: rung.flops)
     try:

@@ -64,9 +64,9 @@ class Run(NamedTuple):
 def read_run(path: str) -> Run:
     """Reads the logs of one run; TensorBoard's, if a folder has both kinds.
 
-    `path` is a folder that holds the logs of one run, at any depth, or one log file. Values of a later start replace
-    those that an earlier start logged after the batch at which the later one began. Raises UserError where the path
-    does not exist, or holds no log, several runs, or no training loss.
+    `path` is a folder that holds the logs of one run, at any depth, or one log file. If a run was
+    started again at batch N, the values that its earlier start logged after batch N are dropped. Raises UserError
+    where the path does not exist, or holds no log, several runs, or no training loss.
     """
     root = Path(path).resolve()
     if not root.exists():

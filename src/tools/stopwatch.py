@@ -30,7 +30,7 @@ PROFILED = 3  # steps
 
 
 def now(part: str = '') -> Any:
-    """A point in time: an event in the GPU's queue, or the clock of the host on CPUs and for waiting on data."""
+    """Returns a point in time: a CUDA event or, on a CPU and for the part `data`, the clock of the host."""
     if part == 'data' or not torch.cuda.is_available():
         return time.perf_counter()
     event: Any = torch.cuda.Event(enable_timing=True)

@@ -67,10 +67,10 @@ def _prepare_own_loader(loader: Any, setting: str, seed: int) -> Any:
     ranks, evaluate = dist.get_world_size(), setting == 'eval_loader'
     if isinstance(loader, (Mapping, str)) or not (hasattr(loader, '__iter__') or hasattr(loader, '__getitem__')):
         raise UserError(f'{setting}: build_c4_dataloader returned a {type(loader).__name__}; have it return one '
-                        'DataLoader, a list of batches, or an object whose __iter__ begins anew')
+                        'DataLoader, a list of batches, or an object whose __iter__ begins again')
     if evaluate and isinstance(loader, Iterator):
         raise UserError(f'eval_loader: a {type(loader).__name__} can be read only once, and each evaluation reads the '
-                        'loader anew; give a DataLoader, a list, or an object whose __iter__ begins anew')
+                        'loader again; give a DataLoader, a list, or an object whose __iter__ begins again')
     if isinstance(loader, DataLoader):
         if loader.generator is None:
             loader.generator = torch.Generator().manual_seed(seed + dist.get_global_rank())
@@ -124,7 +124,7 @@ def check_first_batch(spec: DataSpec) -> None:
         return
     batch = next(iter(spec.dataloader), None)
     if batch is None:
-        raise UserError('eval_loader: it gave no batch, so there is nothing to evaluate')
+        raise UserError('eval_loader: the loader gave no batch, so there is nothing to evaluate; give at least one')
     spec.batch_transforms(batch)
 
 

@@ -50,7 +50,7 @@ def fit(run: Setup, trainer: Trainer, train: DataSpec, writer: Optional[Checkpoi
     if run.dry_run:
         log.info('%s', describe_dry_run(run.user_config, train, tokenizer and tokenizer.tokenizer))
     elif state.max_duration is not None and state.timestamp >= state.max_duration:
-        log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to go on',
+        log.info('nothing to do: the checkpoint has already reached max_duration %s; set a longer one to continue',
                  c.max_duration)
     else:
         sharding.average_gradients(state.model)

@@ -98,7 +98,7 @@ def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
             callback.prepare(tokenizer, c.train_loader.dataset.max_seq_len)
             if c.eval_loader is None:
                 log.warning('callbacks.text_samples: does nothing without eval_loader, because it writes text at each '
-                            'evaluation')
+                            'evaluation; set eval_loader, or callbacks.text_samples=false')
     return built
 
 

@@ -97,7 +97,7 @@ def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
 
 
 class ReduceOncePerStep(Callback):
-    """Reduces FSDP's gradients once a step: each device sums those of its microbatches, and reduces them with the last.
+    """Reduces FSDP's gradients once per step: a device sums the gradients of its microbatches, then reduces the sum.
 
     Composer would reduce after every microbatch. Until the last microbatch each device keeps whole gradients.
     """

@@ -140,8 +140,8 @@ def test_two_ranks_say_what_one_does(mds_root, tmp_path):
 @pytest.mark.parametrize(('keywords', 'message'), [
     ({'prompts': []}, r'callbacks.text_samples: prompts: \[\]; set a list of texts'),
     ({'prompts': ['a'], 'max_new_tokens': 0}, 'max_new_tokens: 0; set a whole number above 0'),
-    ({'prompts': ['a'], 'seed': -1}, 'seed: -1; set a whole number from 0'),
-    ({'prompts': ['a'], 'temperature': -1.0}, 'temperature: -1.0; set a number from 0'),
+    ({'prompts': ['a'], 'seed': -1}, 'seed: -1; set a whole number of 0 or more'),
+    ({'prompts': ['a'], 'temperature': -1.0}, 'temperature: -1.0; set a number of 0 or more'),
 ], ids=['no prompt', 'no tokens', 'seed', 'temperature'])
 def test_values_out_of_range_are_refused(keywords, message):
     with pytest.raises(UserError, match=message):

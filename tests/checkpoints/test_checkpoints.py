@@ -317,7 +317,7 @@ def test_a_run_that_starts_elsewhere_saves_nothing_among_anothers_checkpoints(fo
     assert find_start(str(folder), 'new', False, path, weights_only).path == path, 'a copy of its own'
     manifest = tmp_path / 'other/ep0-ba12.json'
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {'settings': {'seed': 1}}))
-    with pytest.raises(UserError, match=f'^save_folder: {folder} already holds checkpoints. To go on from them, set'):
+    with pytest.raises(UserError, match=f'^save_folder: {folder} already holds checkpoints. To continue from them, set'):
         find_start(str(folder), 'new', False, path, weights_only)
     (tmp_path / 'link').symlink_to(folder)
     for place in (folder, tmp_path / 'link', os.path.relpath(folder)):

@@ -122,7 +122,7 @@ def test_data_that_is_packed_on_the_fly_goes_on_with_the_same_settings_alone(run
         with pytest.raises(UserError) as e:
             run(*load, change)
         message = str(e.value)
-        assert message.startswith(f'load_path: {tmp_path}/ep0-ba4-rank0.pt lies within an epoch that counts batches')
+        assert message.startswith(f'load_path: {tmp_path}/ep0-ba4-rank0.pt lies within an epoch counted in batches')
         assert text in message and 'load_weights_only=true' in message
     run(*load, 'load_weights_only=true', 'global_train_batch_size=24', 'scheduler.t_warmup=1ba', 'max_duration=5ba')
 
@@ -186,7 +186,7 @@ def test_what_it_does_not_depend_on_is_said():
         'changed since the checkpoint: algorithms.ema.half_life 1ba → unset']
     by_stream = {'train_loader.dataset.batching_method': 'stratified'}
     lines = compare_settings(start(**by_stream), settings(**by_stream, global_train_batch_size=8), counts_samples=True).lines
-    assert any('global_train_batch_size 12 → 8: this epoch goes on at its sample 48 in another order' in line for line in lines)
+    assert any('global_train_batch_size 12 → 8: this epoch continues at its sample 48 in another order' in line for line in lines)
 
 
 def test_a_checkpoint_that_does_not_tell_its_settings_is_said_and_taken(run, tmp_path):

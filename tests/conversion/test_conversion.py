@@ -647,7 +647,7 @@ def test_other_formats(name: str, texts: list[str], tmp_path: Path) -> None:
 
 def test_a_json_array_is_no_list_of_documents(tmp_path: Path) -> None:
     (tmp_path / 'a.json').write_text(json.dumps([{'text': 'one'}], indent=1))
-    with pytest.raises(UserError, match='--source: .*a.json is one JSON array; write an object a line'):
+    with pytest.raises(UserError, match='--source: .*a.json is one JSON array; write one object per line'):
         convert(tmp_path / 'out', tmp_path, 'train')
 
 
@@ -765,7 +765,7 @@ def test_other_options_or_another_source(source: Path, tmp_path: Path) -> None:
             convert(out, folder, 'train', **options)
         assert tree(out) == before
 
-    refused(r"--out_root: .*train/00000 was made with hashes \[\], now \['sha1'\]; use the same options \(and --revision\) to go",
+    refused(r"--out_root: .*train/00000 was made with hashes \[\], now \['sha1'\]; use the same options \(and --revision\) to continue",
             hashes='sha1')
     data = (folder / 'c4-train.00002-of-01024.json.gz').read_bytes()
     (folder / 'c4-train.00002-of-01024.json.gz').write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size

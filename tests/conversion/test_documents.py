@@ -40,19 +40,19 @@ def test_zstd_windows_above_128_mb(tmp_path: Path) -> None:
 
 
 WHOLE = {
-    'an array in one line': ('[{"text": "a"}, {"text": "b"}]', 'b.json is one JSON array; write an object a line'),
+    'an array in one line': ('[{"text": "a"}, {"text": "b"}]', 'b.json is one JSON array; write one object per line'),
     'an element a line': ('[{"text": "a"},\n{"text": "b"}]', 'b.json is one JSON array'),
     'an array after blank lines': ('\n \n[{"text": "a"}]\n', 'b.json is one JSON array'),
     'an array after a byte order mark': ('\ufeff[{"text": "a"}]', 'b.json is one JSON array'),
     'an array of strings': ('["a", "b"]', 'b.json is one JSON array'),
     'an array after a document': ('{"text": "a"}\n[{"text": "b"}]', 'b.json, line 2 is one JSON array'),
     'documents in an object': ('{"v": 1, "data": [{"text": "a"}]}', "b.json is one JSON object with a list 'data';"),
-    'an object over several lines': ('{\n "text": "a"\n}', 'b.json is JSON over several lines; write an object a line'),
+    'an object over several lines': ('{\n "text": "a"\n}', 'b.json is JSON over several lines; write one object per line'),
     'no document can be used': ('{"text": 1}\n{"text": null}\n{}', 'line 1 has no string text; .*; none of the doc'),
     'columns of pandas': ('{"text": {"0": "a", "1": "b"}}', 'line 1 has no string text; .* a line .df.to_json'),
-    'columns of lists': ('{"text": ["a", "b"]}', 'an object a line .df.to_json.*; none of the documents of this file'),
-    'documents on one line': ('{"text": "a"}{"text": "a"}', 'line 1 is not JSON .Extra data: .* an object a line'),
-    'line ends of old Macs': ('{"text": "a"}\r{"text": "b"}\r', 'line 1 is not JSON .Extra data: .* an object a line'),
+    'columns of lists': ('{"text": ["a", "b"]}', 'one object per line .df.to_json.*; none of the documents of this file'),
+    'documents on one line': ('{"text": "a"}{"text": "a"}', 'line 1 is not JSON .Extra data: .* one object per line'),
+    'line ends of old Macs': ('{"text": "a"}\r{"text": "b"}\r', 'line 1 is not JSON .Extra data: .* one object per line'),
     'text in another field': ('{"body": "a"}\n{"body": "b"}', "text_column: .* no field 'text'; it has: body; none of"),
 }
 

@@ -72,7 +72,7 @@ def test_a_folder_that_is_named_val(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder = write_named(tmp_path / 'val', 'a.jsonl', 'b.jsonl')
     convert(tmp_path / 'out', folder, 'val')
     assert texts(tmp_path / 'out', 'val') == [['a.jsonl', 'b.jsonl']]
-    assert 'val: no path names a split, and the folder is named val: a.jsonl, b.jsonl\n' in capsys.readouterr().out
+    assert 'val: all files, as no path names a split and the folder is val: a.jsonl, b.jsonl\n' in capsys.readouterr().out
     convert(tmp_path / 'out2', write_named(folder, 'val.jsonl'))
     assert texts(tmp_path / 'out2', 'train', 'val') == [['a.jsonl', 'b.jsonl'], ['val.jsonl']]
 

@@ -535,9 +535,9 @@ def test_evaluation_is_not_packed(config):
 
 
 @pytest.mark.parametrize(('change', 'batch', 'says'), [
-    ({}, 91, 'train_loader: an epoch holds not one full batch: .*/val holds 90 samples, fewer than global_train_batch_size 91; '
+    ({}, 91, 'train_loader: an epoch holds less than one full batch: .*/val holds 90 samples, fewer than global_train_batch_size 91; '
              'use more data or a smaller global_train_batch_size'),
-    ({'epoch_size': '0.01k'}, 11, 'an epoch holds not one full batch: .*holds 10 samples, fewer than global_train_batch_size 11'),
+    ({'epoch_size': '0.01k'}, 11, 'an epoch holds less than one full batch: .*holds 10 samples, fewer than global_train_batch_size 11'),
     ({'shuffle': True, 'num_canonical_nodes': 91}, 1, 'num_canonical_nodes: 91 is more than the 90 samples of an epoch'),
 ])
 def test_too_few_samples(config, change: dict, batch: int, says: str):

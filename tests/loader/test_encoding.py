@@ -104,7 +104,7 @@ def test_a_document_without_a_safe_place_is_bounded_and_a_warning_says_so(kinds,
         warnings.simplefilter('error')
         [ids] = encode_documents(kinds['byte-level'], ['a' * 1900])  # one word, up to MAX_PIECE_CHARS
     assert small_pieces == [['a' * 1900]] and ids[:-1].tolist() == encoding._encode(kinds['byte-level'], ['a' * 1900])[0]
-    with pytest.warns(UserWarning, match='no place in 2,000 characters .* the document was cut all the same, to bound the memory'):
+    with pytest.warns(UserWarning, match='no place in 2,000 characters .* the document was cut anyway, to limit the memory'):
         [ids] = encode_documents(kinds['byte-level'], ['a' * 9000])
     assert max(map(len, small_pieces[1])) == 2000 and kinds['byte-level'].decode(ids[:-1]) == 'a' * 9000
 

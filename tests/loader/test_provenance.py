@@ -41,7 +41,7 @@ def read(root: Path, tokenizer: Path, **places: Any) -> StreamingC4:
     return StreamingC4(str(tokenizer), 32, split='val', batch_size=1, **{'remote': str(root), **places})
 
 
-OTHER = (r"tokenizer_name: '.*/other' \(hash [0-9a-f]{12}\) is another tokenizer than that of the tokens in .*val: "
+OTHER = (r"tokenizer_name: '.*/other' \(hash [0-9a-f]{12}\) differs from the tokenizer of the tokens in .*val: "
          r'.*/tokenizer \(hash [0-9a-f]{12}\); set the one that was used')
 
 
@@ -74,7 +74,7 @@ def test_a_manifest_that_is_not_whole_is_refused(packed: Path, tmp_path: Path):
         with pytest.raises(UserError, match='^dataset: manifest.json of .*val is not complete JSON; copy it again'):
             check_tokenizer(stream, other)
     manifest.write_text('{"options": {"tokenizer_hash": 3}}')
-    with pytest.raises(UserError, match='is another tokenizer than that of'):
+    with pytest.raises(UserError, match='differs from the tokenizer of'):
         check_tokenizer(stream, other)
 
 

@@ -195,7 +195,7 @@ def test_the_hash_of_packed_data_stays(tmp_path: Path):
     old = hashlib.sha256(f'{unigram.tokenizer.backend_tokenizer.to_str()} {unigram.eos_token_id}'.encode()).hexdigest()
     assert old != unigram.hash
     unigram.check_made_with('the tokens in x', None, old)
-    with pytest.raises(UserError, match=r'another tokenizer than that of the tokens in x: gpt2 \(hash 000\)'):
+    with pytest.raises(UserError, match=r'differs from the tokenizer of the tokens in x: gpt2 \(hash 000\)'):
         unigram.check_made_with('the tokens in x', 'gpt2', '000')
 
 

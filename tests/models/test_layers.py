@@ -87,7 +87,7 @@ def test_what_a_constructor_set_stays_on_the_cpu_and_is_an_error_on_meta(monkeyp
     monkeypatch.setattr(mosaic_gpt, 'GPTBlock', Block)
     values = built('cpu').blocks[1].values
     assert (values.scale == 0.125).all() and (values.norm.weight == 0.5).all()
-    message = (r'on meta nothing gives values to scale of OwnValues \(transformer.blocks.0.values\); write a method '
+    message = (r'with meta, nothing gives values to scale of OwnValues \(transformer.blocks.0.values\); write a method '
                r'reset_parameters\(self\) in class OwnValues that .*, or set model.device=cpu')
     with pytest.raises(UserError, match=message):
         built('meta')
@@ -108,7 +108,7 @@ def test_what_the_code_around_a_matrix_writes_into_it_stays_or_is_an_error_on_me
 
     monkeypatch.setattr(mosaic_gpt, 'GPTBlock', Gated)
     if device == 'meta':
-        with pytest.raises(UserError, match='model.device: on meta transformer.blocks.0.gate.weight loses the values'):
+        with pytest.raises(UserError, match='model.device: meta loses the values of transformer.blocks.0.gate.weight'):
             built('meta')
         return
     model = built('cpu')

@@ -137,7 +137,7 @@ DIFFERENCES = (f'config: the nodes disagree; start every node with the same YAML
 EXPECTED = {
     'one /dev/shm': [[f'node 0 ({HOSTNAME}), node 1 ({HOSTNAME}) share one /dev/shm, and each node needs its own',
                       '(composer -n)', '--ipc=private']] * 2,
-    'unreachable': [[f'{HOSTNAME} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: [Errno 111] '
+    'unreachable': [[f'{HOSTNAME} (NODE_RANK 1): cannot connect to all ranks (dist_timeout: 4 s): node 0 does not answer: [Errno 111] '
                      'Connection refused, after 4 s, with MASTER_ADDR:MASTER_PORT 127.0.0.1:', 'WORLD_SIZE 2', agreement.NETWORK_ADVICE]],
     'missing': [['2 of 3 ranks (WORLD_SIZE) joined at 127.0.0.1:', 'within dist_timeout, 4 s: node 0',
                  'missing are ranks of node 2', agreement.NETWORK_ADVICE]] * 2,
@@ -145,7 +145,7 @@ EXPECTED = {
     'world size': [[f'WORLD_SIZE is 2 on node 0 ({HOSTNAME}) and 4 on node 1 ({HOSTNAME})', SAME_WORLD]] * 2,
     'processes': [[f'LOCAL_WORLD_SIZE is 1 on node 0 ({HOSTNAME}) and 2 on node 1 ({HOSTNAME})', SAME_WORLD]] * 2,
     'port taken': [['MASTER_PORT: ', f'is in use on {HOSTNAME} (NODE_RANK 0)', 'set another port, on every node']],
-    'another program': [[f'{HOSTNAME} (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): no answer in time', agreement.NETWORK_ADVICE]],
+    'another program': [[f'{HOSTNAME} (NODE_RANK 1): cannot connect to all ranks (dist_timeout: 4 s): no answer in time', agreement.NETWORK_ADVICE]],
     'agree': [[DIFFERENCES]] * 2,
     'agree in a node': [[f'a is 1 on rank 0 of node 0 ({HOSTNAME}) and 2 on rank 1 of node 0 ({HOSTNAME})']] * 2,
     'wrong part': [[f'all-reduce over 2 ranks is wrong: the part of node 1 ({HOSTNAME}) did not arrive as sent, as seen on '
@@ -201,8 +201,8 @@ def test_hosts_meet_though_their_names_have_no_address(host_reports):
 
 EXPECTED_ON_HOSTS = {
     'two nodes 0': ['2 processes have RANK 0, on NODE_RANK 0 (host-', SAME_WORLD],
-    'no network': ['the ranks have met, but cannot connect to each other (dist_timeout: 15 s): ', 'GLOO_SOCKET_IFNAME'],
-    'no route': ['host-b (NODE_RANK 1): the ranks do not meet (dist_timeout: 4 s): node 0 does not answer: ', '10.231.7.9:7504'],
+    'no network': ['all ranks have registered, but cannot connect to each other (dist_timeout: 15 s): ', 'GLOO_SOCKET_IFNAME'],
+    'no route': ['host-b (NODE_RANK 1): cannot connect to all ranks (dist_timeout: 4 s): node 0 does not answer: ', '10.231.7.9:7504'],
     'loopback': ['Connection refused', '127.0.0.1:7501', '127.0.0.1 and 0.0.0.0 are not'],
 }
 

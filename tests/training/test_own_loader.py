@@ -158,7 +158,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     'objects': (lambda: [{'input_ids': np.array([[1, 2], [3]], object)}], [], 'but is object of shape (2,)'),
     'no rows': (batch(0, 8), [], 'but is torch.int64 of shape (0, 8)'),
     'not checked': (batch(12, 64, n_targets=torch.ones(12)), [], 'input_ids have 64 tokens in a row'),
-    'nothing': (list, [], 'train_loader: an epoch holds not one full batch'),
+    'nothing': (list, [], 'train_loader: an epoch holds less than one full batch'),
 }
 
 
@@ -171,7 +171,7 @@ def test_what_a_loader_lacks_is_one_message(case, run):
     assert message in str(e.value)
 
 
-@pytest.mark.parametrize(('given', 'message'), [([], 'it gave no batch'), ([(1, 2)], 'a batch must be a dict')])
+@pytest.mark.parametrize(('given', 'message'), [([], 'the loader gave no batch'), ([(1, 2)], 'a batch must be a dict')])
 def test_an_evaluation_that_cannot_be_is_found_before_the_training(run, given, message):
     class Unread(Anew):
         def __iter__(self):
