@@ -113,7 +113,7 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 # ---------------------------------------------------------------- checks before any work
 def check_out_root(out_root: str, splits: Iterable[str]) -> None:
-    """Makes the output folder. Raises UserError where it cannot be written, or the bucket does not exist."""
+    """Makes the output folder. Raises UserError if it cannot be written, or the bucket does not exist."""
     output = open_output(out_root)
     if isinstance(output, RemoteOutput):
         output.check()
@@ -172,7 +172,7 @@ def check_source_options(args: argparse.Namespace, split_files: dict[str, list[S
 
 
 def check_disk(args: argparse.Namespace, todo: list[Job]) -> None:
-    """Raises UserError where the disk has less free space than a low estimate of what the parts need."""
+    """Raises UserError if the disk has less free space than a low estimate of what the parts need."""
     disk = args.out_root
     if is_url(args.out_root):  # only unfinished parts lie on this machine, one for each worker
         todo, disk = sorted(todo, key=lambda job: -job.file.size)[:args.num_workers], tempfile.gettempdir()
@@ -264,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
     """Converts the splits one after another, or checks a copy.
 
     `args` come from `parse_args`, or are a namespace with some of its attributes; the others take their defaults.
-    Raises UserError where a source, an option or an output folder cannot be used, a disk is full, or files are damaged.
+    Raises UserError if a source, an option or an output folder cannot be used, a disk is full, or files are damaged.
     Finished parts stay, and the same command continues from them.
     """
     args = fill_defaults(args)

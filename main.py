@@ -28,11 +28,11 @@ from src.checkpoints import loading
 from src.config.load import load
 from src.ranks import program
 from src.training import build, fit, plugins, sharding
-from src.training.failures import explain_outside_failures, explain_run_failures
+from src.training.failures import explain_external_failures, explain_run_failures
 from src.training.setup import prepare_run
 
 
-@explain_outside_failures()
+@explain_external_failures()
 def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callbacks: Iterable[Callback] = (),
          dry_run: bool = False) -> Trainer:
     """Trains one model and returns its Trainer.
@@ -80,7 +80,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             log_to_console=c.log_to_console and dist.get_global_rank() == 0,
             console_log_interval=c.console_log_interval,
             log_traces=c.log_traces,
-            load_path=start.read_by_composer,
+            load_path=start.composer_load_path,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=loading.check_same_weights(start, model.state_dict()),  # a check: it ignores no key
             load_exclude_algorithms=dir(algorithms),  # else Composer passes a checkpoint's text to Python's eval

@@ -124,7 +124,7 @@ class Documents:
 
 AttentionFn = Callable[..., Tensor]  # takes the arguments of `torch_attention`
 
-HALF = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 SDPA = 'sdpa (PyTorch)', sdpa_attention, ()
 # Packages of FlashAttention by the value of `flash_kernel`: module, and major compute capabilities of its GPUs
 PACKAGES = {'flash-attn-2': ('flash_attn', range(8, 100)), 'flash-attn-3': ('flash_attn_interface', range(9, 10)),
@@ -151,19 +151,19 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False,
         log.info('%s', e)
         return SDPA
     if impl == 'flash':
-        return name, flash, HALF
+        return name, flash, HALF_DTYPES
 
     def attention(q: Tensor, *args: Any) -> Tensor:
-        return flash(q, *args) if q.dtype in HALF else sdpa_attention(q, *args)
+        return flash(q, *args) if q.dtype in HALF_DTYPES else sdpa_attention(q, *args)
 
-    return f'{name}, sdpa in fp32', attention, HALF
+    return f'{name}, sdpa in fp32', attention, HALF_DTYPES
 
 
 def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'auto') -> tuple[str, AttentionFn]:
     """Returns the name and the function of a FlashAttention kernel for this GPU.
 
     `auto` takes the first of: cuDNN's on Hopper and newer GPUs, where it is the fastest, if it can compute this
-    attention; the package `flash-attn` 2, if it is installed; PyTorch's own. Raises UserError where there is no GPU, or
+    attention; the package `flash-attn` 2, if it is installed; PyTorch's own. Raises UserError if there is no GPU, or
     the chosen kernel does not run on it.
     """
     if not torch.cuda.is_available():
@@ -203,10 +203,11 @@ def _pytorch_flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, docu
     # length of every document; the true maximum would make the CPU wait for the GPU.
     flash: Any = torch.ops.aten._flash_attention_forward
     bounds, seq_len = documents.cu_seqlens, q.shape[1]
-    return end_to_end(lambda *qkv: flash(*qkv, bounds, bounds, seq_len, seq_len, dropout_p, True, False)[0], q, k, v)
+    args = bounds, bounds, seq_len, seq_len, dropout_p, True, False
+    return call_varlen_kernel(lambda *qkv: flash(*qkv, *args)[0], q, k, v)
 
 
-def end_to_end(kernel: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def call_varlen_kernel(kernel: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Calls a variable-length kernel on the concatenated rows, of shape (batch * seq, heads, head_dim)."""
     return kernel(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (-1, q.shape[1]))
 
@@ -226,7 +227,7 @@ def _package_kernel(choice: str) -> Optional[AttentionFn]:
             return dense(q, k, v, **options)
         bounds, seq_len = documents.cu_seqlens, q.shape[1]
         options |= {'cu_seqlens_q': bounds, 'cu_seqlens_k': bounds, 'max_seqlen_q': seq_len, 'max_seqlen_k': seq_len}
-        return end_to_end(partial(varlen, **options), q, k, v)
+        return call_varlen_kernel(partial(varlen, **options), q, k, v)
 
     return attention
 

@@ -123,7 +123,7 @@ def padding_right_order(key_padding_mask: Tensor) -> Tensor:
     return key_padding_mask.bool().int().argsort(dim=1, descending=True, stable=True)
 
 
-def without_mask(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def move_padding_right(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Moves padding to the right end, where causal attention hides it, and removes `attention_mask`."""
     if 'attention_mask' not in batch:
         return batch
@@ -138,7 +138,7 @@ def next_token_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     predict. With labels of shape (batch, seq), the last position has no target; with (batch, seq + 1), it has one.
     An `attention_mask`, (batch, seq), is allowed only with labels of shape (batch, seq).
     """
-    batch = without_mask(batch)
+    batch = move_padding_right(batch)
     input_ids, labels = batch['input_ids'], batch['labels']
     if labels.shape[1] == input_ids.shape[1] + 1:
         return input_ids, labels[:, 1:]
@@ -178,14 +178,14 @@ class ComposerCausalLM(ComposerModel):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns `loss`, the mean over the batch's targets in nats, and `n_targets`, their number.
 
-        Raises UserError where the batch has `sequence_id` and the model does not use it, or the other way round.
+        Raises UserError if the batch has `sequence_id` and the model does not use it, or the other way round.
         """
         if ('sequence_id' in batch) != self.attn_within_document:
             does, has = ('within', 'no') if self.attn_within_document else ('across', 'a')
             raise UserError(f'dataset.sequence_ids: the model attends {does} documents, and the batch has {has} '
                             'sequence_id; set it to the value of model.attn_within_document (only mosaic_gpt has this '
                             'setting)')
-        batch = without_mask(batch)
+        batch = move_padding_right(batch)
         input_ids, targets = next_token_targets(batch)
         documents = {'sequence_id': batch['sequence_id']} if self.attn_within_document else {}
         loss = self.model(input_ids, targets=targets, **documents)

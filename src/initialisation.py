@@ -50,7 +50,7 @@ def skip_initialisation(skip: bool) -> Iterator[None]:
 class Initialiser:
     """Sets the initial values of a model's modules, by the table above.
 
-    Raises UserError where other code has written into a Linear or an Embedding on meta, because these values are lost.
+    Raises UserError if other code has written into a Linear or an Embedding on meta, because these values are lost.
 
     Attributes:
         has_values: Whether modules hold the values that their constructors set. False: they come from meta.
@@ -72,14 +72,14 @@ class Initialiser:
     def set_values(self, module: nn.Module) -> None:
         """Sets one module's own parameters and buffers, not those of its children.
 
-        Raises UserError where the module comes from meta and one of these tensors has no initialisation.
+        Raises UserError if the module comes from meta and one of these tensors has no initialisation.
         """
         path = next((path for path, other in named_modules(self.model) if other is module), '')
         tensors = own_tensors(module)
         # Tied to a parameter of an earlier module, under whose name it is drawn
         tied = {name for name in tensors.keys() & module._parameters.keys()
                 if first_owner(self.model, tensors[name]) is not module}
-        if not is_matrix(module):
+        if not is_linear_or_embedding(module):
             self._reset(module, path, tensors, tied)
             return
         if not self.has_values:
@@ -145,11 +145,11 @@ def _is_unset(result: Tensor, start: Tensor) -> bool:
 
 
 def _refuse_unset(module: nn.Module, path: str, unset: Iterable[str]) -> None:
-    """Raises UserError where `unset`, the names of tensors without values, is not empty."""
+    """Raises UserError if `unset`, the names of tensors without values, is not empty."""
     if unset := sorted(unset):
         kind = type(module).__name__
-        raise UserError(f'model.device: with meta, nothing gives values to {", ".join(unset)} of {kind} ({path}); write a '
-                        f'method reset_parameters(self) in class {kind} that sets each of its own parameters and '
+        raise UserError(f'model.device: with meta, nothing gives values to {", ".join(unset)} of {kind} ({path}); '
+                        f'write a method reset_parameters(self) in class {kind} that sets each of its own parameters and '
                         'buffers, or set model.device=cpu')
 
 
@@ -194,7 +194,7 @@ def copy_shard(param: Tensor, whole: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- modules
-def is_matrix(module: nn.Module) -> bool:
+def is_linear_or_embedding(module: nn.Module) -> bool:
     """Whether the model draws the module's weight: a Linear or Embedding with PyTorch's own `reset_parameters`."""
     own = getattr(type(module), 'reset_parameters', None)
     return own in (nn.Linear.reset_parameters, nn.Embedding.reset_parameters)
@@ -211,7 +211,7 @@ def find_user_set_params(model: nn.Module) -> list[str]:
         writes = 1 if getattr(module, 'padding_idx', None) is None else 2
         # nn.MultiheadAttention writes 0 into the bias of its own kind of Linear
         own_kind = type(module).__name__ == 'NonDynamicallyQuantizableLinear'
-        if is_matrix(module) and not own_kind and param._version > writes:
+        if is_linear_or_embedding(module) and not own_kind and param._version > writes:
             found.append(name)
     return found
 

@@ -66,7 +66,7 @@ def compute_in_fp8(blocks: nn.Module) -> str:
 
     Parameters keep their names, types and values. On a CPU, torchao emulates the rounding, which is slow. Subclasses of
     `nn.Linear` stay as they are, because they may compute something else. Returns the implementation's name for the
-    log. Raises UserError where torchao is not installed, the GPU cannot multiply in 8 bits, or no `nn.Linear` is there.
+    log. Raises UserError if torchao is not installed, the GPU cannot multiply in 8 bits, or no `nn.Linear` is there.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -190,7 +190,7 @@ class MosaicGPT(nn.Module):
     def param_init_fn(self, module: nn.Module) -> None:
         """Sets the initial values of one module's own parameters and buffers, not of its children's.
 
-        Raises UserError where the module comes from meta and one of these tensors has no initialisation.
+        Raises UserError if the module comes from meta and one of these tensors has no initialisation.
         """
         self.initialiser.set_values(module)
 
@@ -210,7 +210,7 @@ class MosaicGPT(nn.Module):
     def materialize(self, device: Union[str, torch.device]) -> 'MosaicGPT':
         """Moves the model from meta to a device and draws its weights. Tied weights stay tied.
 
-        Tensors that are not on meta keep their values. Raises UserError where a tensor on meta has no initialisation.
+        Tensors that are not on meta keep their values. Raises UserError if a tensor on meta has no initialisation.
         """
         self.init_weights(materialize_parameters(self, device))
         return self

@@ -79,7 +79,7 @@ class HFTokenizer:
 
     def check_made_with(self, what: str, made_by: Optional[str], made_by_hash: str,
                         setting: str = 'tokenizer_name') -> None:
-        """Raises UserError where `what`, such as `the tokens in ./data/train`, was made with another tokenizer.
+        """Raises UserError if `what`, such as `the tokens in ./data/train`, was made with another tokenizer.
 
         `made_by` and `made_by_hash` are the name (None: unknown) and hash of the tokenizer that made `what`. `setting`
         is the key of the config that names this tokenizer.
@@ -196,7 +196,7 @@ def _special_tokens(tokenizer: Any) -> list[str]:
 
 
 def _check_eos(folder: Path, tokenizer: Any) -> None:
-    """Raises UserError where a folder's config misspells the EOS token: transformers would add it as a new token.
+    """Raises UserError if a folder's config misspells the EOS token: transformers would add it as a new token.
 
     If the tokenizer has no other special tokens, the one in its config may really be new.
     """
@@ -281,7 +281,7 @@ def _structure_hash(tokenizer: Any) -> str:
 
 
 def check_vocab(tokenizer: Any, model_vocab_size: int) -> None:
-    """Raises UserError where the model's embedding, of `model_vocab_size` rows, is too small for a tokenizer's ids.
+    """Raises UserError if the model's embedding, of `model_vocab_size` rows, is too small for a tokenizer's ids.
 
     `tokenizer` is an HFTokenizer, or a dataset with the same attributes `tokenizer` and `tokenizer_name`.
     """
@@ -295,16 +295,16 @@ def check_vocab(tokenizer: Any, model_vocab_size: int) -> None:
 TOKENIZER_REGISTRY = {'hftokenizer': HFTokenizer}
 
 
-def load_tokenizer(c: Config, of_loaders: bool = True) -> HFTokenizer:
+def load_tokenizer(c: Config, check_loaders: bool = True) -> HFTokenizer:
     """Loads the tokenizer of section `tokenizer`, after checking that the loaders' tokenizers load as well.
 
-    `of_loaders` is false where the loaders are not the kit's own, and read no tokenizer. Raises UserError where a
+    `check_loaders` is false where the loaders are not the kit's own, and read no tokenizer. Raises UserError if a
     tokenizer cannot be loaded; the message begins with the keys that name it.
     """
     assert c.tokenizer
     keys: dict[str, list[str]] = {c.tokenizer.tokenizer_name: ['tokenizer.tokenizer_name']}
     for section, loader in (('train_loader', c.train_loader), ('eval_loader', c.eval_loader)):
-        if loader and of_loaders:
+        if loader and check_loaders:
             keys.setdefault(loader.dataset.tokenizer_name, []).append(f'{section}.dataset.tokenizer_name')
     built = {}
     for name, sections in keys.items():

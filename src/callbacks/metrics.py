@@ -32,7 +32,7 @@ class StepCounters(Callback):
     Logs `trainer/grad_accum` (microbatches per step), `trainer/global_step` (in the run) and `trainer/batch_idx` (in
     the epoch) with every batch, and `trainer/devices` at the start. Shows a progress bar while a resumed run reads the
     batches before its checkpoint. Warns of a training batch that has not `device_batch` samples, which is the number
-    that the config sets for this device (None: any number). Raises UserError where an epoch has no batch: Composer
+    that the config sets for this device (None: any number). Raises UserError if an epoch has no batch: Composer
     would start one epoch after the other, without end.
     """
 

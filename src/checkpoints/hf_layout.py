@@ -26,7 +26,7 @@ TRAINING_ONLY_KEYS = {'device', 'init_seed', 'attn_impl', 'flash_kernel', 'attn_
 def gpt2_config(cfg: MosaicGPTConfig, **more: Any) -> GPT2Config:
     """Builds the config of the GPT-2 that computes the same as a MosaicGPT; `more` holds settings that only GPT-2 has.
 
-    Raises UserError where GPT-2 has no such setting.
+    Raises UserError if GPT-2 has no such setting.
     """
     for name, field in type(cfg).model_fields.items():
         if name not in GPT2_KEYS | TRAINING_ONLY_KEYS and getattr(cfg, name) != field.default:
@@ -50,7 +50,7 @@ def gpt2_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hf_config(cfg: HFCausalLMConfig) -> PretrainedConfig:
-    """Builds the config of an `hf_causal_lm` model. Raises UserError where the model needs code from the hub."""
+    """Builds the config of an `hf_causal_lm` model. Raises UserError if the model needs code from the hub."""
     # Keys that begin with an underscore are not part of the model's shape; one of them names code on the hub.
     shape = {key: value for key, value in cfg.config_overrides.items() if not key.startswith('_')}
     config = build_hf_config(cfg.model_copy(update={'trust_remote_code': False, 'config_overrides': shape}),
@@ -64,7 +64,7 @@ def hf_model(model: dict[str, Any], weights: dict[str, Tensor], setting: str) ->
     """Builds the Hugging Face model that holds the weights of a checkpoint, in evaluation mode.
 
     `model` is section `model` of the config, and `weights` is the state dict of the ComposerModel. Messages begin with
-    `setting`. Raises UserError where the model cannot be exported, or the weights do not fit it.
+    `setting`. Raises UserError if the model cannot be exported, or the weights do not fit it.
     """
     config: PretrainedConfig
     weights = {name.removeprefix('model.').removeprefix('hf.'): weight for name, weight in weights.items()}

@@ -51,7 +51,7 @@ def check_loadable(start: Start, sharded: bool, trusted: bool = False) -> None:
 
 
 def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting: str) -> None:
-    """Raises UserError where the checkpoint's model has the same shapes but, for example, another n_heads."""
+    """Raises UserError if the checkpoint's model has the same shapes but, for example, another n_heads."""
     saved, name = manifest.model if manifest else {}, model.get('name', 'mosaic_gpt')
     if name not in KEYS_WITHOUT_SHAPE or saved.get('name') != name:
         return
@@ -71,13 +71,13 @@ def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting:
 
 def check_same_tokenizer(manifest: Optional[Manifest], tokenizer: Any, path: str,
                          setting: str = 'tokenizer_name') -> None:
-    """Raises UserError where the manifest of the checkpoint at `path` has the hash of another tokenizer."""
+    """Raises UserError if the manifest of the checkpoint at `path` has the hash of another tokenizer."""
     if manifest and manifest.tokenizer_hash:
         tokenizer.check_made_with(f'the checkpoint {path}', manifest.tokenizer_name, manifest.tokenizer_hash, setting)
 
 
 def check_sample_in_epoch(start: Start, samples: int) -> None:
-    """Raises UserError where the checkpoint lies after the end of an epoch of this run, which has `samples`."""
+    """Raises UserError if the checkpoint lies after the end of an epoch of this run, which has `samples`."""
     position = start.manifest.sample_in_epoch if start.kind == 'resume' and start.manifest else 0
     if position > samples:
         raise UserError(f'{start.setting}: {start.path} lies at sample {position:,} of its epoch, and an epoch of this '

@@ -49,11 +49,11 @@ class SettingChanges(NamedTuple):
     schedule: bool  # whether the schedule of the learning rate differs
 
 
-def compare_settings(start: Start, now: Mapping[str, Any], counts_samples: bool) -> SettingChanges:
+def compare_settings(start: Start, now: Mapping[str, Any], resumes_by_samples: bool) -> SettingChanges:
     """Compares a run's settings, from `run_settings`, with those of the checkpoint that it goes on from.
 
-    `counts_samples` says whether the training set goes on at a number of samples. Otherwise Composer reads the epoch
-    again and drops as many batches as the checkpoint has seen. Raises UserError where the checkpoint lies within an
+    `resumes_by_samples` says whether the training set continues at a number of samples. Otherwise Composer reads the
+    epoch again and drops as many batches as the checkpoint has seen. Raises UserError if the checkpoint lies within an
     epoch, and those batches would hold other samples in this run.
     """
     if start.kind != 'resume':
@@ -70,11 +70,11 @@ def compare_settings(start: Start, now: Mapping[str, Any], counts_samples: bool)
     def join_changes(keys: Iterable[str]) -> str:
         return ', '.join(changed[key] for key in keys)
 
-    moved = [key for key in changed if key in then and key in now and _moves_samples(key, now, counts_samples)]
-    if moved and position and not counts_samples:
+    moved = [key for key in changed if key in then and key in now and _moves_samples(key, now, resumes_by_samples)]
+    if moved and position and not resumes_by_samples:
         raise UserError(MOVED.format(f'{start.setting}: {start.path}', join_changes(moved)))
     no_effect = [key for key in changed
-                 if key in ONLY_AT_START or counts_samples and key in FROM_CHECKPOINT_IF_COUNTED]
+                 if key in ONLY_AT_START or resumes_by_samples and key in FROM_CHECKPOINT_IF_COUNTED]
     in_effect = [key for key in changed if key not in no_effect]
     lines = [f'changed since the checkpoint: {join_changes(in_effect)}'] if in_effect else []
     if no_effect:
@@ -88,11 +88,11 @@ def compare_settings(start: Start, now: Mapping[str, Any], counts_samples: bool)
                                      for key in changed))
 
 
-def _moves_samples(key: str, now: Mapping[str, Any], counts_samples: bool) -> bool:
+def _moves_samples(key: str, now: Mapping[str, Any], resumes_by_samples: bool) -> bool:
     """Returns whether another value of this setting changes which samples come next in an epoch."""
     last = key.rpartition('.')[2]
     if key in ('global_train_batch_size', 'devices', 'nodes'):
         by_stream = now.get('train_loader.dataset.batching_method', 'random') != 'random'
-        return not counts_samples or by_stream and key == 'global_train_batch_size'
+        return not resumes_by_samples or by_stream and key == 'global_train_batch_size'
     return (key.startswith('train_loader.') and last not in KEEP_ORDER
-            and not (counts_samples and last in KEEP_ORDER_IF_COUNTED))
+            and not (resumes_by_samples and last in KEEP_ORDER_IF_COUNTED))

@@ -103,7 +103,7 @@ def explain_read_errors(start: Start, purpose: str, trust: str = '') -> Iterator
 
 
 def extract_weights(checkpoint: Any, start: Start) -> dict[str, Any]:
-    """Returns the model's state dict from a loaded checkpoint. Raises UserError where it is not one of Composer's."""
+    """Returns the model's state dict from a loaded checkpoint. Raises UserError if it is not one of Composer's."""
     state = checkpoint.get('state') if isinstance(checkpoint, dict) else None
     weights = state.get('model') if isinstance(state, dict) else None
     if not isinstance(weights, dict):

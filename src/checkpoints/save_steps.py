@@ -97,7 +97,7 @@ def upload(files: list[str], folder: RemoteFolder, local: str) -> None:
 
 
 def check_shared(folder: LocalFolder) -> None:
-    """Raises UserError where the nodes do not share the folder: no run could load what they save. On all ranks."""
+    """Raises UserError if the nodes do not share the folder: no run could load what they save. On all ranks."""
     probe = [f'.probe-{os.getpid()}-{time.time_ns()}']
     dist.broadcast_object_list(probe)
     if dist.get_global_rank() == 0:

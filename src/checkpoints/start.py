@@ -34,7 +34,7 @@ class Start:
         return self.kind == 'weights' and not self.sharded
 
     @property
-    def read_by_composer(self) -> Optional[str]:
+    def composer_load_path(self) -> Optional[str]:
         """The `load_path` of Composer's Trainer."""
         return None if self.is_weights_file else self.path
 
@@ -66,7 +66,7 @@ def find_start(save_folder: Optional[str], name: Optional[str], autoresume: bool
                weights_only: bool) -> Start:
     """Decides, on rank 0 for all ranks, where a run starts.
 
-    Raises UserError where `load_path` is missing or not whole, or `save_folder` holds checkpoints of another run, or
+    Raises UserError if `load_path` is missing or not whole, or `save_folder` holds checkpoints of another run, or
     only damaged ones.
     """
     result: list[Any] = [None]

@@ -97,7 +97,7 @@ def read_weights(path: str, setting: str = 'CHECKPOINT') -> tuple[dict[str, Tens
 
     `path` is the file of a full checkpoint, the folder of a sharded one, or the folder of a run; local or a URI.
     Messages begin with `setting`. Returns the state dict of the ComposerModel, on the CPU; the manifest, if there is
-    one; and the path of the checkpoint. Raises UserError where there is no whole checkpoint, where it holds objects
+    one; and the path of the checkpoint. Raises UserError if there is no whole checkpoint, if it holds objects
     other than tensors and plain values, or where the object store does not answer.
     """
     with explain_unreachable(setting, path):

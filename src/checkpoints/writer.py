@@ -59,7 +59,7 @@ class CheckpointWriter(Callback):
         dist.barrier()
 
     def check(self, state: State) -> None:
-        """Raises UserError where this run would overwrite checkpoints, or nodes share no folder. Call on every rank."""
+        """Raises UserError if this run would overwrite checkpoints, or nodes share no folder. Call on every rank."""
         self.last_batch = int(state.timestamp.batch)
         later: list[Any] = [None]
         if dist.get_global_rank() == 0:

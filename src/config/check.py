@@ -35,11 +35,11 @@ def parse(schema: type[SectionT], cfg: Any) -> SectionT:
 
 
 def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int, has_gpu: bool,
-          num_nodes: int = 1, kits_loader: bool = True) -> Config:
+          num_nodes: int = 1, uses_kit_loader: bool = True) -> Config:
     """Checks a whole config, from `load` or any mapping, against the schema and the machine, and returns it typed.
 
     `registries` has a dictionary of names and classes for each of `callbacks`, `loggers` and `algorithms`; the keys in
-    the YAML must be arguments of the class. `world_size` counts the devices over all nodes. `kits_loader` is False
+    the YAML must be arguments of the class. `world_size` counts the devices over all nodes. `uses_kit_loader` is False
     where a loader of the user's own reads the data. Raises UserError, which lists every mistake.
     """
     raw, errors = to_plain(fill_shared_values(cfg)), []
@@ -54,8 +54,8 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
         errors += _explain(e, Config, raw)
         config = _config_without_mistakes(raw, e)
     if config is not None:
-        packed = kits_loader and packs_on_the_fly(config.train_loader.dataset)
-        errors += [*model_errors(config, has_gpu), *data_errors(config, num_nodes, kits_loader),
+        packed = uses_kit_loader and packs_on_the_fly(config.train_loader.dataset)
+        errors += [*model_errors(config, has_gpu), *data_errors(config, num_nodes, uses_kit_loader),
                    *schedule_errors(config, packed), *machine_errors(config, world_size, has_gpu)]
     if errors:
         raise _report(errors)

@@ -12,23 +12,23 @@ CONCAT_EVALUATION_ERROR = ("eval_loader.dataset.group_method: 'concat' has no fi
                            'set truncate, or evaluate on packed tokens')
 
 
-def data_errors(c: Config, num_nodes: int, kits_loader: bool) -> Iterator[str]:
+def data_errors(c: Config, num_nodes: int, uses_kit_loader: bool) -> Iterator[str]:
     """One line for each mistake in `train_loader` and `eval_loader`.
 
-    Without `kits_loader` the `dataset` sections are not checked: a loader of the user's own may use them differently.
+    If not `uses_kit_loader`, the `dataset` sections are not checked: the user's own loader may use them differently.
     """
     train = c.train_loader.dataset
     for name, loader in loader_sections(c).items():
         yield from _loader_errors(c, name, loader)
-        if kits_loader:
+        if uses_kit_loader:
             yield from (f'{name}.{error}' for error in stream_errors(loader.dataset))
             yield from _document_errors(c, name, loader.dataset)
     nodes = train.num_canonical_nodes
-    if kits_loader and nodes % num_nodes and num_nodes % nodes and packs_on_the_fly(train):
+    if uses_kit_loader and nodes % num_nodes and num_nodes % nodes and packs_on_the_fly(train):
         yield (f'train_loader.dataset.num_canonical_nodes: {nodes} must be a multiple or a divisor of the number of '
                f'nodes, which is {num_nodes}; set a multiple of every number of nodes that you will use, such as '
                f'{nodes * num_nodes}')
-    if kits_loader and c.eval_loader:
+    if uses_kit_loader and c.eval_loader:
         yield from _split_errors(c, train, c.eval_loader.dataset)
     if 'eval_samples' in c.train_loader.model_fields_set:
         yield (f'train_loader.eval_samples: {c.train_loader.eval_samples} has no effect on training; set eval_samples '

@@ -98,7 +98,7 @@ def check_places(remote: Optional[str], local: Optional[str], split: str, cache_
                  setting: str = 'dataset') -> tuple[Optional[str], str]:
     """Checks where shards come from and where they are read. Returns `remote` and `local`.
 
-    The `remote` that it returns is None where nothing is copied. Raises UserError where a folder, split or index is
+    The `remote` that it returns is None where nothing is copied. Raises UserError if a folder, split or index is
     missing, or where the combination would lose or mix up data.
     """
     if local is None:

@@ -19,7 +19,7 @@ from src.config.schema import TIME, Config, FSDPConfig
 def device_batch_size(global_batch_size: int, world_size: int) -> int:
     """Samples per device and optimizer step: the global batch divided by the number of devices.
 
-    Raises UserError where the division leaves a rest; the message lists the nearest batch sizes that are possible.
+    Raises UserError if the division leaves a rest; the message lists the nearest batch sizes that are possible.
     """
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size

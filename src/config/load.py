@@ -27,7 +27,7 @@ BASE_8_OR_60 = re.compile(r'[-+]?(0[0-7_]*[0-7]|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0
 def load(argv: list[str]) -> DictConfig:
     """Reads the YAML that `argv` begins with and merges the `key=value` arguments after it; the last one wins.
 
-    Raises UserError where no YAML is named, the file is missing or is not YAML, or an argument is not `key=value`.
+    Raises UserError if no YAML is named, the file is missing or is not YAML, or an argument is not `key=value`.
     """
     if not argv or argv[0].startswith('-') or '=' in argv[0]:
         raise UserError(f'the first argument must be a YAML file, not {argv[0] if argv else "nothing"!r}.\n'
@@ -57,7 +57,7 @@ def _read(path: Path) -> DictConfig:
 def to_plain(cfg: Any) -> dict[str, Any]:
     """Turns any config (OmegaConf, pydantic or mapping) into plain dictionaries; resolves `${...}` and `~/`.
 
-    Raises UserError where `${...}` names a key that does not exist.
+    Raises UserError if `${...}` names a key that does not exist.
     """
     if isinstance(cfg, BaseModel):
         return cfg.model_dump()
@@ -109,7 +109,7 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
     """Merges one `key=value` into a config.
 
     The value is read as YAML, with two exceptions: `key={}` empties a section (a merge would change nothing), and a
-    setting that takes only text gets the value unchanged (`run_name=12345`). Raises UserError where the argument is not
+    setting that takes only text gets the value unchanged (`run_name=12345`). Raises UserError if the argument is not
     `key=value`, or the value is missing or not YAML. Messages show only the key, because a value may be a secret.
     """
     key, equals, text = arg.partition('=')

@@ -88,7 +88,7 @@ def translate(merged: DictConfig, loaded: DictConfig, command_line: DictConfig) 
 
     `merged` is the YAML with the command line, `loaded` the YAML alone, `command_line` the command line alone. The
     command line wins over the YAML, also where one has the old key and the other the new one. Rank 0 prints one line to
-    stderr for each change. Raises UserError where no section uses the value of a key in `MUST_BE_USED`.
+    stderr for each change. Raises UserError if no section uses the value of a key in `MUST_BE_USED`.
     """
     trees: Any = [OmegaConf.to_container(cfg) for cfg in (merged, loaded, command_line)]
     tree, yaml, typed = trees

@@ -21,10 +21,10 @@ def _limit(description: str, is_valid: Callable[[Any], bool]) -> AfterValidator:
     return AfterValidator(check)
 
 
-# Values that Composer refuses only during the run, or never. COMPOSERS_LIMITS apply to Composer's own classes alone
+# Values that Composer refuses only during the run, or never. COMPOSER_LIMITS apply to Composer's own classes alone
 _ABOVE_0 = _limit('greater than 0', lambda value: isinstance(value, str) or value > 0)
 LIMITS = dict.fromkeys(('window_size', 'flush_interval', 'buffer_size', 'clipping_threshold'), _ABOVE_0)
-COMPOSERS_LIMITS = {
+COMPOSER_LIMITS = {
     'batch_log_interval': _ABOVE_0, 'dist_aggregate_batch_interval': _ABOVE_0,
     'skip_batches': _limit('greater than or equal to 0', lambda value: isinstance(value, str) or value >= 0),
     'clipping_type': _limit("'norm', 'value' or 'adaptive'", lambda value: value in ('norm', 'value', 'adaptive'))}
@@ -50,7 +50,7 @@ def keywords_of(cls: Any) -> type[Section]:
     parameters = inspect.signature(cls).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     hints = _hints(cls)
-    limits = LIMITS | (COMPOSERS_LIMITS if cls.__init__.__module__.startswith('composer.') else {})
+    limits = LIMITS | (COMPOSER_LIMITS if cls.__init__.__module__.startswith('composer.') else {})
     hints |= {key: Annotated[hints.get(key, Any), limit] for key, limit in limits.items()}
     fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
                               for p in named}

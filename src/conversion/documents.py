@@ -36,7 +36,7 @@ def good_documents(documents: Iterable[Document | BadDocument], skip_bad_docs: b
     """Yields the documents of one file that can be used.
 
     With `skip_bad_docs` the others are left out and counted in `counts`, and the first of them are named. Raises
-    UserError where a document is bad; or, with `skip_bad_docs`, where all of several documents are bad.
+    UserError if a document is bad; or, with `skip_bad_docs`, where all of several documents are bad.
     """
     good, bad, first = 0, 0, None
     for document in documents:
@@ -62,7 +62,7 @@ def read_documents(path: Path, columns: Iterable[str], text_column: str = 'text'
 
     The ending of the file's name, in small or capital letters, tells the format. The file's field `text_column` becomes
     the column `text`. With `txt_lines` each line of a text file is a document, else the whole file is one. Messages
-    name the file as `where`. Raises UserError where the file is cut short or damaged, or can hold no text.
+    name the file as `where`. Raises UserError if the file is cut short or damaged, or can hold no text.
     """
     fields = {column: text_column if column == 'text' else column for column in columns}
     where, name, number = where or str(path), path.name.lower(), 0
@@ -223,7 +223,7 @@ def _lines(path: Path, where: str) -> Iterator[bytes]:
 
 
 def _check_first_line(first: bytes, where: str) -> bytes:
-    """Returns a file's first line without a byte order mark. Raises UserError where the file is not UTF-8 text."""
+    """Returns a file's first line without a byte order mark. Raises UserError if the file is not UTF-8 text."""
     if first.startswith(BINARY_STARTS):
         raise UserError(f'--source: {where} is not text: it is damaged, or its name lacks the ending of its format, '
                         'such as .gz, .zst or .parquet; rename, unpack or delete it')

@@ -19,7 +19,7 @@ INDEX, MANIFEST, TRAINED = 'index.json', 'manifest.json', 'trained.json'  # TRAI
 def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
     """Writes the index over all parts, then the manifest, and returns the manifest.
 
-    Raises UserError where parts are missing, or no part holds a document.
+    Raises UserError if parts are missing, or no part holds a document.
     """
     output, finished = open_output(jobs[0].root), finished_parts(jobs)
     missing = [job.name for job, part in zip(jobs, finished, strict=True) if part is None]
@@ -67,7 +67,7 @@ def _read_shards(output: Output, part: str) -> list[dict[str, Any]]:
 
 
 def check_no_foreign_files(root: str, n_parts: int) -> None:
-    """Raises UserError where the folder of a split holds files that are not of this conversion, and names one."""
+    """Raises UserError if the folder of a split holds files that are not of this conversion, and names one."""
     output, folder = open_output(root), Path(root)
     if output.remote:
         names = sorted({name.partition('/')[0] for name in output.list_names() or ()})
@@ -103,7 +103,7 @@ def verify(root: str) -> list[str]:
     """Checks each split in a folder, or one split, against its manifest; also a tokenizer that was trained with them.
 
     Returns a line for each file that is missing, cut short or changed, and for each split that is not finished. Raises
-    UserError where there is no manifest, or the manifest is damaged.
+    UserError if there is no manifest, or the manifest is damaged.
     """
     manifests = sorted(Path(root).glob(f'*/{MANIFEST}')) or sorted(Path(root).glob(MANIFEST))
     if not manifests:

@@ -47,7 +47,7 @@ class RemoteOutput(AnyFolder):
         self.root = root
 
     def check(self) -> None:
-        """Raises UserError where streaming does not write to such a URL, or the bucket does not exist."""
+        """Raises UserError if streaming does not write to such a URL, or the bucket does not exist."""
         from streaming.base.storage.upload import UPLOADERS
 
         scheme, _, bucket = self.root.partition(':/')
@@ -154,7 +154,7 @@ def make_unfinished_folder(folder: Path, name: str) -> Path:
 def unfinished_folder(output: Output, name: str) -> Iterator[Path]:
     """Gives an empty folder for an unfinished part, and removes the folder in the end.
 
-    Raises UserError where the disk is full or cannot be written. An OSError here is always one of this disk, because
+    Raises UserError if the disk is full or cannot be written. An OSError here is always one of this disk, because
     sources raise UserError instead.
     """
     path, disk = None, staging_root(output)

@@ -49,7 +49,7 @@ class Job(NamedTuple):
 def finished_part(job: Job, stored_names: Optional[set[str]] = None) -> Optional[Part]:
     """Returns `part.json` of a part that is complete; None where the part has still to be made.
 
-    `stored_names` are the names of all files in the object store, if they are known already. Raises UserError where the
+    `stored_names` are the names of all files in the object store, if they are known already. Raises UserError if the
     part was made from another file or with other options, or its folder holds something else.
     """
     output, folder = open_output(job.root), Path(job.root, job.name)
@@ -76,7 +76,7 @@ def finished_part(job: Job, stored_names: Optional[set[str]] = None) -> Optional
 
 
 def _check_same_options(job: Job, old: dict[str, Any], has_skipped: bool) -> None:
-    """Raises UserError where a part was made from another file or with other options."""
+    """Raises UserError if a part was made from another file or with other options."""
     new = job.identity
     if not has_skipped:  # without bad documents, this option changes nothing
         old['skip_bad_docs'] = new['skip_bad_docs']
@@ -96,7 +96,7 @@ def finished_parts(jobs: list[Job]) -> list[Optional[Part]]:
 def convert(job: Job) -> Part:
     """Makes a part, unless it is complete already, and returns its `part.json`.
 
-    Raises UserError where the file cannot be read or the disk cannot be written. Then nothing of the part is left;
+    Raises UserError if the file cannot be read or the disk cannot be written. Then nothing of the part is left;
     finished parts stay.
     """
     if part := finished_part(job):

@@ -52,7 +52,7 @@ class FolderSource:
     """The files in a folder and its subfolders: C4's own, such as `c4-train.00000-of-01024.json.gz`, or others.
 
     A word in its path assigns a file to a split. Links to folders are followed. `out_root`, where the shards go, is not
-    read. Raises UserError where there is no such folder, or a file could belong to two splits.
+    read. Raises UserError if there is no such folder, or a file could belong to two splits.
 
     Attributes:
         paths: split → the paths of its files, relative to `folder`.
@@ -126,7 +126,7 @@ class FolderSource:
                 self.unread[path] = f'another name of {known}'
 
     def files(self, split: str) -> list[SourceFile]:
-        """Returns the files of `train` or `val`, sorted. Raises UserError where there are none."""
+        """Returns the files of `train` or `val`, sorted. Raises UserError if there are none."""
         paths, words = self.paths[split], SPLIT_WORDS[split]
         if not paths:
             raise UserError('\n'.join([

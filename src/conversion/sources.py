@@ -4,7 +4,7 @@ A split is a list of files. One process reads a file, from its beginning to its 
     name, revision: For the manifest. The revision is the commit on the hub, None for files on a disk.
     columns: The columns of each document; the first holds the text.
     is_c4: Whether it is C4's config `en`, whose numbers of files and documents are known.
-    files(split): The files of `train` or `val`, sorted. Raises UserError where there are none.
+    files(split): The files of `train` or `val`, sorted. Raises UserError if there are none.
 """
 
 import errno
@@ -122,7 +122,7 @@ def call_with_retries(call: Callable[[], Any], what: str, attempts: int = MAX_AT
 
     `what` is the thing that `call` asks for, and `setting` the option that names it, for messages. If no connection can
     be made, there are `attempts` attempts; if the hub answers 5xx or 429, or breaks the connection, MAX_ATTEMPTS.
-    Raises UserError where the hub does not answer, has no such thing, or refuses this user; and OSError where this
+    Raises UserError if the hub does not answer, has no such thing, or refuses this user; and OSError where this
     machine's disk is full or cannot be written.
     """
     from httpx import HTTPError
@@ -158,7 +158,7 @@ def call_with_retries(call: Callable[[], Any], what: str, attempts: int = MAX_AT
 def local_file(path: str, folder: Path, quiet: bool = True) -> Path:
     """Returns the path of the file on this disk. A file on the hub is downloaded to `folder` first.
 
-    A new attempt continues an interrupted download. Raises UserError where the hub does not send the file, and OSError
+    A new attempt continues an interrupted download. Raises UserError if the hub does not send the file, and OSError
     where the disk is full.
     """
     if not is_url(path):

@@ -31,7 +31,7 @@ TRAINING_BYTES = 200_000_000  # of text that --train_tokenizer reads
 def texts_to_train_on(files: Iterable[SourceFile], args: argparse.Namespace) -> Iterator[str]:
     """Yields the texts of the files, up to TRAINING_BYTES.
 
-    Raises UserError where a file or, without --skip_bad_docs, a document cannot be read; or where there is no text.
+    Raises UserError if a file or, without --skip_bad_docs, a document cannot be read; or if there is no text.
     """
     total, counts = 0, {'bad_documents': 0}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def load_packing_tokenizer(args: argparse.Namespace, folder: Path,
     """Finds the tokenizer for --concat_tokens; one in an object store is copied to `folder`.
 
     Returns the name or local folder to load it from, the name for the manifest, and its `tokenizer_hash`. Raises
-    UserError where there is no such tokenizer, or it has no EOS token.
+    UserError if there is no such tokenizer, or it has no EOS token.
     """
     if args.concat_tokens is None:
         return None, None, None

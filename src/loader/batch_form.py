@@ -16,12 +16,12 @@ MODEL_KEYS = ('input_ids', 'labels', 'attention_mask', 'sequence_id')  # models 
 log = logging.getLogger('src')
 
 
-class BatchForm:
+class BatchChecker:
     """Checks a batch and fills in what it lacks. Composer calls it as `batch_transforms` of a DataSpec.
 
     Token ids become int64. A batch without `labels` gets its `input_ids` as labels. Labels at padding become -100.
     Other keys stay as they are. `setting` names the loader in messages. `vocab_size` and `max_seq_len` are the limits
-    of the model (None: no limit). Raises UserError where the model could not train on the batch.
+    of the model (None: no limit). Raises UserError if the model could not train on the batch.
     """
 
     def __init__(self, setting: str, vocab_size: int, max_seq_len: Optional[int]) -> None:
@@ -49,8 +49,8 @@ class BatchForm:
         tensor, is_mask = value, key == 'attention_mask'
         if isinstance(value, np.ndarray) and value.dtype.kind in ('iubf' if is_mask else 'iu'):
             tensor = torch.from_numpy(value.astype(np.int64))  # from_numpy takes the machine's byte order alone
-        is_matrix = isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.numel() > 0
-        if is_matrix and (is_mask or not (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+        is_linear_or_embedding = isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.numel() > 0
+        if is_linear_or_embedding and (is_mask or not (tensor.is_floating_point() or tensor.dtype == torch.bool)):
             return tensor.long()
         found = f'a {type(value).__name__}'
         if isinstance(value, (Tensor, np.ndarray)):

@@ -19,7 +19,7 @@ from src.loader.streams import CheckedStream
 def find_column(dataset: CheckedDataset, max_seq_len: int) -> str:
     """The name of the column that all streams of a dataset have: `tokens` or `text`.
 
-    Raises UserError where a stream has neither, where the streams differ, or where sequences do not fit `max_seq_len`.
+    Raises UserError if a stream has neither, the streams differ, or sequences do not fit `max_seq_len`.
     """
     contents = {stream.setting: _describe_contents(stream, dataset.shards[int(first)], max_seq_len)
                 for stream, first in zip(dataset.streams, dataset.shard_offset_per_stream)}
@@ -53,7 +53,7 @@ def _describe_contents(stream: CheckedStream, shard: Any, max_seq_len: int) -> s
 
 
 def check_tokens(tokens: NDArray, max_seq_len: int, place: str) -> None:
-    """Raises UserError where a row of the column `tokens` is not `max_seq_len` or `max_seq_len + 1` integers."""
+    """Raises UserError if a row of the column `tokens` is not `max_seq_len` or `max_seq_len + 1` integers."""
     if tokens.dtype.kind not in 'iu':
         raise UserError(f"dataset: column 'tokens' of {place} holds {tokens.dtype}; it must hold integers")
     _check_shape(tokens.shape, max_seq_len, place)
@@ -74,7 +74,7 @@ def check_tokenizer(stream: CheckedStream, tokenizer: Any) -> None:
     """Checks that `tokenizer` made the tokens of a stream, by the manifest that convert_c4.py wrote beside the index.
 
     Data without such a manifest is not checked. In an object store, only one process of each node looks. Raises
-    UserError where another tokenizer made the tokens, or where the manifest cannot be read.
+    UserError if another tokenizer made the tokens, or where the manifest cannot be read.
     """
     if is_url(stream.remote) and get_local_rank() != 0:
         return

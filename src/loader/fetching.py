@@ -63,7 +63,7 @@ def fetch(stream: Any, name: str, path: str, info: Optional[FileInfo], algorithm
     """Fetches a file of a stream under a temporary name, checks it and renames it, in `1 + download_retry` attempts.
 
     `stream` is a CheckedStream, `name` the file's name in its remote, and `path` the place of the copy. `info` and
-    `algorithm` are those of `check_file`. Raises UserError where no attempt gives a file that passes the check.
+    `algorithm` are those of `check_file`. Raises UserError if no attempt gives a file that passes the check.
     """
     part, error = path + PART, Exception()
     for attempt in range(1 + stream.download_retry):

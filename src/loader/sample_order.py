@@ -55,7 +55,7 @@ def deal_stratified_batches(dataset: Any, world: World, epoch: int, sample_in_ep
 def batches_in_epoch(dataset: Any, global_batch_size: int) -> int:
     """Number of whole global batches in an epoch of a `CheckedDataset`; the same on any number of devices.
 
-    `global_batch_size` is in samples over all devices. Raises UserError where a stream is too small for its share of a
+    `global_batch_size` is in samples over all devices. Raises UserError if a stream is too small for its share of a
     batch.
     """
     if dataset.batching_method == 'random' or len(dataset.streams) == 1:

@@ -34,7 +34,7 @@ class SampleMaker:
     def of_tokens(self, rows: list[Row]) -> list[Sample]:
         """One sample for each row of tokens.
 
-        Raises UserError where a row has another length, or an id that the tokenizer does not have.
+        Raises UserError if a row has another length, or an id that the tokenizer does not have.
         """
         return [self._sample(self._checked(row['tokens'])) for row in rows]
 

@@ -133,7 +133,7 @@ def opening_a_dataset() -> Iterator[None]:
 
 
 def check_loader(setting: str, loader: DataLoader, batch_bytes: int, order_bytes: int = 0) -> None:
-    """Raises UserError where a loader and the other loaders of this process do not fit into shared memory.
+    """Raises UserError if a loader and the other loaders of this process do not fit into shared memory.
 
     The loader workers of all ranks of a machine pass their batches, of `batch_bytes` each, through shared memory. The
     order of the samples of an epoch lies there too, and takes `order_bytes`. `setting` is `train_loader` or

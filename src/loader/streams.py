@@ -31,7 +31,7 @@ class CheckedStream(Stream):
     error. Streaming 0.13.0 itself only looks whether a file exists.
 
     `setting` names the stream in messages, as in `dataset` or `dataset.streams.books`. `cache_limit` is that of the
-    dataset. Stream defines the others. Raises UserError where the data is not there, or a shard cannot be fetched.
+    dataset. Stream defines the others. Raises UserError if the data is not there, or a shard cannot be fetched.
     """
 
     def __init__(self, setting: str, cache_limit: Any, remote: Optional[str], local: Optional[str],
@@ -143,7 +143,7 @@ class CheckedStream(Stream):
 
 
 def _check_unpacking(stream: CheckedStream, shards: list[Reader]) -> None:
-    """Raises UserError where compressed shards are read in place and their folder cannot be written."""
+    """Raises UserError if compressed shards are read in place and their folder cannot be written."""
     unpacked = (os.path.join(stream.local, stream.split, raw.basename)
                 for shard in shards for raw, zipped in shard.file_pairs if zipped and stream.remote is None)
     missing = next((path for path in unpacked if not os.path.exists(path)), None)

@@ -72,7 +72,7 @@ def check_numbers() -> None:
 def check_environment(env: Mapping[str, str]) -> None:
     """Checks that the launcher's variables fit together, before Composer reads them.
 
-    `env` is `os.environ`. A single process needs none of the variables. Raises UserError where a variable is missing
+    `env` is `os.environ`. A single process needs none of the variables. Raises UserError if a variable is missing
     or contradicts another, where MASTER_ADDR has no address, where MASTER_PORT cannot be a port, or where Slurm or MPI
     started several processes that would each train alone.
     """

@@ -45,7 +45,7 @@ def own_stderr() -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-class Board:
+class FailureBoard:
     """Writes and reads failures of ranks, as keys in the TCP store of the default process group."""
 
     def __init__(self, me: Process) -> None:

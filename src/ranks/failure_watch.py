@@ -12,7 +12,7 @@ import torch.distributed
 
 from src.common.errors import UserError, first_line
 from src.ranks.environment import this_process
-from src.ranks.failure_board import STORE_TIMEOUT_S, Board, Failure, own_stderr
+from src.ranks.failure_board import STORE_TIMEOUT_S, Failure, FailureBoard, own_stderr
 from src.ranks.stop import Stopped, StopRequest
 
 POLL_S = 1.0
@@ -34,7 +34,7 @@ class FailureWatch:
 
     def __init__(self, stop: Optional[StopRequest] = None) -> None:
         self.stop, self.me = stop or StopRequest(), this_process()
-        self._board: Optional[Board] = None
+        self._board: Optional[FailureBoard] = None
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._shown = self._failed = False
@@ -46,7 +46,7 @@ class FailureWatch:
     def start(self) -> None:
         """Begins to watch, if the default process group is up and has several ranks."""
         if self._board is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            self._board = Board(self.me)
+            self._board = FailureBoard(self.me)
             self._thread = threading.Thread(target=self._poll, args=[self._board], name='failure-watch', daemon=True)
             self._thread.start()
 
@@ -102,7 +102,7 @@ class FailureWatch:
         forced_exit.start()
 
     def _other_failure(self) -> Optional[Failure]:
-        return self._board.other_failure(self.stop.dead_siblings()) if self._board else None
+        return self._board.other_failure(self.stop.dead_local_ranks()) if self._board else None
 
     def _follow(self, failure: Failure) -> None:
         """Publishes the failure of another rank, and prints once that this rank stops because of it."""
@@ -122,7 +122,7 @@ class FailureWatch:
     def _sibling_died(self, local_rank: int) -> None:
         self._follow(self._other_failure() or Failure.by_death(self.me, local_rank))
 
-    def _poll(self, board: Board) -> None:
+    def _poll(self, board: FailureBoard) -> None:
         knows_siblings = False
         while not self._ended.wait(POLL_S if knows_siblings else 0.1):
             failure = self._other_failure()
@@ -130,5 +130,5 @@ class FailureWatch:
                 self._follow(failure)
                 os._exit(1)
             if not knows_siblings and (pids := board.pids()):
-                self.stop.watch_siblings(pids, self._sibling_died)
+                self.stop.watch_local_ranks(pids, self._sibling_died)
                 knows_siblings = True

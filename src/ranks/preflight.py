@@ -18,7 +18,7 @@ def preflight() -> str:
 
     The lines list the devices of each node and, with several ranks, the speed of the all-reduce. The bus bandwidth is
     bytes / seconds * 2 (n - 1) / n for n ranks, as nccl-tests define it (https://github.com/NVIDIA/nccl-tests,
-    doc/PERFORMANCE.md), so that it can be compared with the bandwidth of the hardware. Raises UserError where a sum is
+    doc/PERFORMANCE.md), so that it can be compared with the bandwidth of the hardware. Raises UserError if a sum is
     wrong (the message names the rank), where ranks cannot reach each other, or where two nodes share one /dev/shm.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
@@ -60,7 +60,7 @@ def check_shared_memory_apart(memories: dict[Process, str]) -> None:
 def check_sum(ranks: list[Process], part: float) -> None:
     """Sums a matrix over all ranks. Rank i fills column i with its `part`, i + 1; all other numbers are 0.
 
-    Raises UserError where the sum is wrong: the message names the ranks whose part is wrong, and those that see it.
+    Raises UserError if the sum is wrong: the message names the ranks whose part is wrong, and those that see it.
     """
     n = len(ranks)
     columns = torch.zeros(1024, n, device=_device())  # (rows, ranks)

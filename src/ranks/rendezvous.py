@@ -30,7 +30,7 @@ def initialize(timeout: float) -> None:
     twice as long for a node 0 that does not answer, five times for gloo's connections, and for ever where another
     program uses the port.
 
-    `timeout` is `dist_timeout` in seconds, also that of every later collective. Raises UserError where ranks are
+    `timeout` is `dist_timeout` in seconds, also that of every later collective. Raises UserError if ranks are
     missing or do not fit together, where they cannot connect (up to 5 seconds after `timeout`), or where
     LOCAL_WORLD_SIZE is larger than the node's number of GPUs.
     """

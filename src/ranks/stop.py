@@ -63,12 +63,12 @@ class StopRequest:
         self._writer.close()
         self._reader.close()
 
-    def watch_siblings(self, pids: Sequence[int], on_death: Optional[Callable[[int], None]] = None) -> None:
+    def watch_local_ranks(self, pids: Sequence[int], on_death: Optional[Callable[[int], None]] = None) -> None:
         """Sets the processes of this node's ranks; a signal that finds one dead calls `on_death(local_rank)`."""
         self._on_death = on_death
         self._siblings = [(pid, _start_time(pid)) for pid in pids]
 
-    def dead_siblings(self) -> list[int]:
+    def dead_local_ranks(self) -> list[int]:
         """The local ranks whose process has ended, for whatever reason."""
         return [i for i, (pid, start) in enumerate(self._siblings) if start is None or _start_time(pid) != start]
 
@@ -80,7 +80,7 @@ class StopRequest:
                     continue
                 if first is None:
                     first = time.monotonic()
-                    if dead := self.dead_siblings():
+                    if dead := self.dead_local_ranks():
                         if self._on_death:
                             self._on_death(dead[0])
                         os._exit(1)

@@ -138,7 +138,7 @@ def estimate(c: Config, card: Card, devices: Optional[int] = None, mfu: float = 
     """Estimates the devices, memory, FLOPs, hours and bytes of a run.
 
     `devices` as None means the fewest that fit, or, if the run fits on none, the largest possible number. `mfu` is the
-    fraction of the peak FLOP/s that the model reaches. Raises UserError where the memory of the model cannot be
+    fraction of the peak FLOP/s that the model reaches. Raises UserError if the memory of the model cannot be
     predicted, or the devices do not divide the global batch or the copies of the model.
     """
     possible, setting = device_counts(c), c.device_train_microbatch_size

@@ -85,7 +85,7 @@ def trace_config(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> 
         checkpointing=f.activation_checkpointing, offload=f.activation_cpu_offload and has_gpu))
 
 
-def state_bytes(cfg: OptimizerConfig) -> float:
+def optimizer_state_bytes(cfg: OptimizerConfig) -> float:
     """Bytes of optimizer state per parameter, measured with one step on a small matrix: 8 for Adam."""
     p = nn.Parameter(torch.zeros(64, 64))
     p.grad = torch.zeros_like(p)
@@ -124,13 +124,14 @@ def moments(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> list[
 
     The prediction leaves out metrics, `algorithms` that copy the model (ema, swa), the effect of `compile_config` and
     `linear_impl: fp8`, and FSDP1's `keep_low_precision_grads` and `limit_all_gathers: false`. `microbatch` counts
-    samples per forward pass on one device. Raises UserError where the model cannot run without data, or the devices do
+    samples per forward pass on one device. Raises UserError if the model cannot run without data, or the devices do
     not divide the global batch.
     """
     t, s, f = trace_config(c, world_size, has_gpu, microbatch), sharding_of(c, world_size, has_gpu), c.fsdp_config
     n_trained = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
     shard, trained = 4 * t.model.n_params // s.shards, 4 * n_trained // s.shards
-    optimizer, workspace = int(state_bytes(c.optimizer) * n_trained) // s.shards, GPU_WORKSPACE if has_gpu else 0
+    optimizer = int(optimizer_state_bytes(c.optimizer) * n_trained) // s.shards
+    workspace = GPU_WORKSPACE if has_gpu else 0
     buckets = 4 * n_trained if world_size > 1 and not fsdp_version(f, has_gpu) else 0
     keeps_units = f is not None and f.sharding_strategy == 'SHARD_GRAD_OP'
     earlier = trained if has_several_microbatches(c, world_size, microbatch) else 0  # gradients of earlier microbatches

@@ -7,7 +7,7 @@ from src.common.flops import USABLE_FRACTION
 from src.config.derived import fsdp_version
 from src.config.schema import TIME, FSDPConfig
 from src.sizing.estimate import C4_TOKENS, CHECKPOINT_BYTES, RULE_BYTES, Estimate, apply_remedies
-from src.sizing.memory import moments, state_bytes
+from src.sizing.memory import moments, optimizer_state_bytes
 
 
 class Row(NamedTuple):
@@ -113,7 +113,7 @@ def memory_rows(e: Estimate) -> list[Row]:
     formulas = {
         'weights': f'4 {share} = {gib(after_step.weights)} in fp32, plus {gib(copies)} of copies for the computation',
         'gradients': f'4 {share}{buckets} = {gib(after_step.gradients)} in fp32, {change}',
-        'optimizer': f'{state_bytes(c.optimizer):g} {share}: the state of {c.optimizer.name}',
+        'optimizer': f'{optimizer_state_bytes(c.optimizer):g} {share}: the state of {c.optimizer.name}',
         'activations': f'of {e.microbatch} x {e.seq_len} tokens in {e.trace.model.n_layers} blocks, '
                        f'{"offloaded to the CPU" if f.activation_cpu_offload else storage}',
         'logits': 'and their gradients, in the loss',

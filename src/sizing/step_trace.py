@@ -76,7 +76,7 @@ _traces: dict[str, Trace] = {}
 def trace(step: Step) -> Trace:
     """Traces the memory of a step. A step that was traced before is not run again.
 
-    Raises UserError where the model cannot run on tensors without data.
+    Raises UserError if the model cannot run on tensors without data.
     """
     key = f'{COMPOSER_MODEL_REGISTRY[step.model.name]} {step}'
     if key not in _traces:

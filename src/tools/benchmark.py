@@ -55,7 +55,7 @@ from src.hf_causal_lm import build_hf_config
 from src.ranks import program, rendezvous
 from src.ranks.failure_watch import FailureWatch
 from src.sizing.memory import GPU_WORKSPACE, predict
-from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_rivals
+from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_baselines
 from src.training.data import uses_kit_loader
 from src.training.report import environment
 from src.training.setup import check_config
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
     """Times one run and returns its record: the settings, the machine and the figures.
 
     `overrides` are those of the command line and of this run of a sweep. `number` is the number of the record.
-    `failures` ends this rank when another one fails. Raises UserError where the YAML or an override has a mistake.
+    `failures` ends this rank when another one fails. Raises UserError if the YAML or an override has a mistake.
     """
     cfg = config.load([args.yaml, *overrides])
     c = check_config(cfg, nodes=1)
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
     made = nullcontext({}) if reads_real_data(args) else synthetic(
         getattr(shape, 'vocab_size', VOCAB_SIZE), c.train_loader.dataset.max_seq_len, steps * c.global_train_batch_size)
     with made as data:
-        watch = Stopwatch(args.warmup, args.steps, build_rivals(args.against, c), trace)
+        watch = Stopwatch(args.warmup, args.steps, build_baselines(args.against, c), trace)
         gc.collect()
         torch.cuda.empty_cache()  # else memory of the previous run makes this one run out of memory
         torch._dynamo.reset()  # else this run reuses what the previous one compiled, or does not compile
@@ -210,7 +210,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
         'tokens_per_second': rate, 'mfu': mfu, 'mfu_causal': mfu_causal,
         'peak_memory': peak_memory(args),
         'predicted_memory': predict_memory(c, devices, state.device_train_microbatch_size) if gpu else None,
-        'against': {name: statistics.median(times) for name, times in watch.rival_ms.items()}, 'profile': watch.table}
+        'against': {name: statistics.median(times) for name, times in watch.baseline_ms.items()}, 'profile': watch.table}
 
 
 def peak_memory(args: argparse.Namespace) -> Optional[int]:

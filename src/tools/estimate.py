@@ -45,12 +45,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def estimate_of(yaml: str, args: argparse.Namespace) -> Estimate:
     c = check(config.load([yaml, *args.overrides]), plugins.REGISTRIES, args.gpus or 1, True,
-              kits_loader=uses_kit_loader())
+              uses_kit_loader=uses_kit_loader())
     return estimate(c, CARDS[args.gpu], args.gpus, args.mfu)
 
 
 def main(args: argparse.Namespace) -> list[Estimate]:
-    """Prints a report of one YAML, or a table of all. Raises UserError where an option or a config has a mistake."""
+    """Prints a report of one YAML, or a table of all. Raises UserError if an option or a config has a mistake."""
     if not 0 < args.mfu <= 1:
         raise UserError(f'--mfu: {args.mfu:g} must be above 0 and at most 1, such as {ASSUMED_MFU}')
     if args.price is not None and not 0 <= args.price < math.inf:

@@ -54,7 +54,7 @@ from src.tokenizer import HFTokenizer
 from src.tools.bits_per_byte import Totals, bytes_per_token
 from src.training import build, sharding
 from src.training.data import fingerprints, reads_kit_dataset
-from src.training.failures import explain_outside_failures, explain_run_failures
+from src.training.failures import explain_external_failures, explain_run_failures
 from src.training.setup import check_config, join_ranks
 
 log = logging.getLogger('src')
@@ -73,7 +73,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def load(args: argparse.Namespace) -> DictConfig:
     """Loads the YAML for an evaluation: the whole split unless `eval_samples` is an override, without training.
 
-    Raises UserError where the YAML cannot be read, or has no `eval_loader`.
+    Raises UserError if the YAML cannot be read, or has no `eval_loader`.
     """
     cfg = config.load([args.yaml, 'eval_samples=-1', *args.overrides])
     _override(cfg, allow_same_split=True, global_train_batch_size=dist.get_world_size(), max_duration='1ba',
@@ -97,11 +97,11 @@ def _override(cfg: DictConfig, **changed: Any) -> None:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
-@explain_outside_failures('eval_loader')
+@explain_external_failures('eval_loader')
 def evaluate(c: Config, watch: Optional[FailureWatch] = None) -> dict[str, Any]:
     """Evaluates one split and returns the figures by name. The config is checked and has an `eval_loader`.
 
-    Raises UserError where the checkpoint or the data is missing, or belongs to another model, or where the data hold no
+    Raises UserError if the checkpoint or the data is missing, or belongs to another model, or if the data hold no
     token to predict.
     """
     join_ranks(c, watch)
@@ -148,7 +148,7 @@ def sum_over_samples(c: Config, start: Start, model: ComposerCausalLM, evaluator
             dist_timeout=c.dist_timeout,
             seed=c.seed,
             progress_bar=sys.stderr.isatty() and dist.get_global_rank() == 0,
-            load_path=start.read_by_composer,
+            load_path=start.composer_load_path,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=check_same_weights(start, model.state_dict()),
         )

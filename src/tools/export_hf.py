@@ -41,7 +41,7 @@ def load_checkpoint(path: str, tokenizer_name: Optional[str] = None, yaml: Optio
     tokenizer. `yaml` is the `YAML [key=value ...]` of the run; None: read the manifest beside the checkpoint.
 
     Returns the model on the CPU, in fp32, with embeddings for the ids of the tokenizer only; the tokenizer; and the
-    path of the checkpoint. Raises UserError where one of them is missing, or they do not belong together.
+    path of the checkpoint. Raises UserError if one of them is missing, or they do not belong together.
     """
     cfg = _load_sections(yaml)
     if sys.stderr.isatty():
@@ -105,7 +105,7 @@ def _connect(model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def check_out(out: str) -> None:
-    """Raises UserError where OUT is not a new or empty folder on a disk."""
+    """Raises UserError if OUT is not a new or empty folder on a disk."""
     path = Path(out)
     if '://' in out:
         raise UserError(f'OUT: {out} is not on a disk; export to a folder on a disk, then copy it to the object store')
@@ -114,7 +114,7 @@ def check_out(out: str) -> None:
 
 
 def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
-    """Writes the folder completely or not at all. Raises UserError where the disk is full or not writable."""
+    """Writes the folder completely or not at all. Raises UserError if the disk is full or not writable."""
     path = Path(os.path.realpath(out))
     part = path.with_name(f'.{path.name}.part')
     shutil.rmtree(part, ignore_errors=True)  # the rest of a killed export

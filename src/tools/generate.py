@@ -32,7 +32,7 @@ IN_RANGE = {  # argument: (test of its value, the allowed values in words)
 
 
 def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
-    """Loads a folder with transformers. Raises UserError where it is incomplete, or needs code of its own."""
+    """Loads a folder with transformers. Raises UserError if it is incomplete, or needs code of its own."""
     hf_logging.set_verbosity_error()
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
@@ -54,7 +54,7 @@ def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
 def check_room(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: Optional[int]) -> int:
     """The number of new tokens for each prompt: `max_new_tokens`, or DEFAULT_TOKENS, or fewer if the context is full.
 
-    Raises UserError where a prompt has no tokens, or the context has no room for `max_new_tokens` more.
+    Raises UserError if a prompt has no tokens, or the context has no room for `max_new_tokens` more.
     """
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)['input_ids']]  # pyright: ignore
     if 0 in lengths:

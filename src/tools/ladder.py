@@ -164,7 +164,7 @@ def start(rung: Rung, data: Path, out: Path, threads: int) -> subprocess.Popen[b
 def train_all(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
     """Trains all sizes that are not finished, the largest first, `jobs` at a time. The runs share the CPU cores.
 
-    Raises UserError where a run fails. The other runs then stop and save a checkpoint.
+    Raises UserError if a run fails. The other runs then stop and save a checkpoint.
     """
     waiting = sorted((rung for rung in rungs if rung.loss(out) is None), key=lambda rung: rung.flops)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -219,7 +219,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains the sizes, prints the table, and draws the losses. Raises UserError where a run has failed."""
+    """Trains the sizes, prints the table, and draws the losses. Raises UserError if a run has failed."""
     out = args.out.expanduser().resolve()  # the shell does not expand the ~ in --out=~/x
     try:
         out.mkdir(parents=True, exist_ok=True)

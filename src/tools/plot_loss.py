@@ -56,7 +56,7 @@ def smoothed(values: Array, n: int) -> Array:
 def curve(run: Run, x: str = 'tokens', n: int = 1) -> Curve:
     """The curve of a run, smoothed over n batches. `x` is as in `Run.positions`.
 
-    Raises UserError where no loss is finite, or the logs do not contain x.
+    Raises UserError if no loss is finite, or the logs do not contain x.
     """
     at, losses, evals = run.positions(x), run.scalars[TRAIN], run.scalars.get(EVAL, {})
     batches = sorted(losses.keys() & at.keys())
@@ -88,7 +88,7 @@ def draw(runs: list[Run], x: str = 'tokens', y: str = 'both', log: bool = False,
 
     `x` is `tokens`, `flops` or `device-days`; `y` is `train`, `eval` or `both`; `log` makes both axes logarithmic.
     `smooth` is a number of batches; above 1, the raw curve lies behind the smoothed one. `with_envelope` adds the
-    compute-optimal envelope, against FLOPs. Raises UserError where there is nothing to draw.
+    compute-optimal envelope, against FLOPs. Raises UserError if there is nothing to draw.
     """
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     curves = [curve(run, x, smooth) for run in runs]
@@ -152,7 +152,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def read_runs(paths: list[str]) -> list[Run]:
     """Reads the runs and gives each a unique name. Leaves out a run that cannot be drawn, with a message.
 
-    Raises UserError where a path does not exist, or no run can be drawn.
+    Raises UserError if a path does not exist, or no run can be drawn.
     """
     runs, errors = {}, []
     for path in paths:

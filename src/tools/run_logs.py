@@ -29,7 +29,7 @@ class Run(NamedTuple):
     hparams: dict[str, Any]
 
     def positions(self, x: str) -> dict[int, float]:
-        """The progress of the run at the start of each batch. Raises UserError where the logs do not contain it.
+        """The progress of the run at the start of each batch. Raises UserError if the logs do not contain it.
 
         `x` is `tokens` (targets trained on), `flops` (of all tokens, also padding, as in src/common/flops.py), or
         `device-days` (of training, without evaluation).

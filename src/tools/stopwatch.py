@@ -76,7 +76,7 @@ class Stopwatch(Callback):
     def __init__(self, warmup: int, steps: int, rivals: dict[str, 'BareLoop'], trace: Optional[Path] = None):
         self.warmup, self.steps, self.rivals, self.trace = warmup, steps, rivals, trace
         self.timed: list[dict[str, list[tuple[Any, Any]]]] = []  # for each step: part → its begins and ends
-        self.rival_ms: dict[str, list[float]] = {name: [] for name in rivals}
+        self.baseline_ms: dict[str, list[float]] = {name: [] for name in rivals}
         self.table = ''
         self._begun: dict[str, Any] = {}
         self._step: dict[str, list[tuple[Any, Any]]] = {}
@@ -104,12 +104,12 @@ class Stopwatch(Callback):
         self._bar.update()  # between two steps, where the rivals run too
         done, last = int(state.timestamp.batch), self.warmup + self.steps
         if done <= last:
-            rival_ms = {name: milliseconds_of(lambda rival=rival: rival.step(state.batch))
-                        for name, rival in self.rivals.items()}
+            baseline_ms = {name: milliseconds_of(lambda rival=rival: rival.step(state.batch))
+                           for name, rival in self.rivals.items()}
             if done > self.warmup:
                 self.timed.append(self._step)
-                for name, ms in rival_ms.items():
-                    self.rival_ms[name].append(ms)
+                for name, ms in baseline_ms.items():
+                    self.baseline_ms[name].append(ms)
         if done == self.warmup:
             reset_peak_memory()
         if done == last and self.trace:
@@ -170,10 +170,10 @@ def hf_loss(model: Any, part: Any) -> torch.Tensor:
     return model(input_ids=ids, labels=part['labels'][:, :ids.shape[1]], attention_mask=part.get('attention_mask')).loss
 
 
-def build_rivals(names: list[str], c: Config) -> dict[str, BareLoop]:
+def build_baselines(names: list[str], c: Config) -> dict[str, BareLoop]:
     """Builds the loops to compare with. `bare` trains the run's model, `hf` Hugging Face's GPT-2 of the same shape.
 
-    Raises UserError where the run uses a feature that the loop or GPT-2 does not have.
+    Raises UserError if the run uses a feature that the loop or GPT-2 does not have.
     """
     rivals, m = {}, c.model
     if names and (dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.compile_config

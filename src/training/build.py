@@ -32,10 +32,10 @@ from src.training.setup import Setup
 def build_tokenizer(c: Config) -> Optional[HFTokenizer]:
     """Loads the tokenizer; returns None if the config has none and the user's own loader needs none.
 
-    Raises UserError where the kit's loader has no tokenizer, or where the tokenizer cannot be loaded.
+    Raises UserError if the kit's loader has no tokenizer, or the tokenizer cannot be loaded.
     """
     if c.tokenizer:
-        return load_tokenizer(c, of_loaders=data.uses_kit_loader())
+        return load_tokenizer(c, check_loaders=data.uses_kit_loader())
     if data.uses_kit_loader():
         raise UserError('tokenizer: null is for a loader of your own. build_c4_dataloader in src/training/data.py is '
                         "the kit's loader, which needs a tokenizer; set tokenizer.name and tokenizer_name")
@@ -51,7 +51,7 @@ def check_plugins_of_dry_run(run: Setup, tokenizer: Optional[HFTokenizer]) -> No
 def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> ComposerCausalLM:
     """Builds the model; with `model.device: meta` and FSDP on GPUs it stays on meta until it is sharded.
 
-    Raises UserError where the model cannot be built, or does not fit the tokenizer, the samples or the checkpoint.
+    Raises UserError if the model cannot be built, or does not fit the tokenizer, the samples or the checkpoint.
     """
     has_gpu = torch.cuda.is_available()
     check_model(start.manifest, c.model.model_dump(), f'{start.setting}: {start.path}')
@@ -73,7 +73,7 @@ def build_model(c: Config, tokenizer: Optional[HFTokenizer], start: Start) -> Co
 
 
 def build_train_data(c: Config, model: ComposerCausalLM, device_batch: int) -> DataSpec:
-    """Builds the loader of training. Raises UserError where that fails, or the loader lacks what a setting needs."""
+    """Builds the loader of training. Raises UserError if that fails, or the loader lacks what a setting needs."""
     spec = data.build_data_spec(data.build_c4_dataloader(c.train_loader, device_batch), 'train_loader', model, c.seed)
     data.check_train_loader(c, spec.dataloader)
     check_warmup(c, data.count_batches(spec.dataloader))
@@ -83,7 +83,7 @@ def build_train_data(c: Config, model: ComposerCausalLM, device_batch: int) -> D
 def build_evaluators(c: Config, model: ComposerCausalLM) -> list[Evaluator]:
     """Builds one evaluator, labelled `eval`, that reads `eval_loader`; none if `eval_loader` is null.
 
-    Raises UserError where the loader cannot be built, or the model cannot evaluate its first batch.
+    Raises UserError if the loader cannot be built, or the model cannot evaluate its first batch.
     """
     if c.eval_loader is None:
         return []

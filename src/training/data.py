@@ -14,7 +14,7 @@ from src.common.errors import UserError
 from src.common.targets import get_num_tokens_in_batch
 from src.config.schema import Config
 from src.data_c4 import build_c4_dataloader
-from src.loader.batch_form import BatchForm, split_batch
+from src.loader.batch_form import BatchChecker, split_batch
 from src.loader.sample_order import EvalView
 from src.loader.wrapped_loader import (
     OrderedBatches,
@@ -48,7 +48,7 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
 
     `loader` is a DataLoader, or another iterable of batches that can be iterated many times. `setting` is
     `train_loader` or `eval_loader`. Batches are checked against the model's vocabulary and number of positions. `seed`
-    seeds the sampling of a DataLoader that has no random generator of its own. Raises UserError where `loader` is not a
+    seeds the sampling of a DataLoader that has no random generator of its own. Raises UserError if `loader` is not a
     loader, all ranks would read the same samples, or an evaluation loader can be read only once.
     """
     form = None
@@ -56,7 +56,7 @@ def build_data_spec(loader: Any, setting: str, model: ComposerCausalLM, seed: in
         check_vocab(_kits_dataset(loader), model.vocab_size)
     else:
         loader = _prepare_own_loader(loader, setting, seed)
-        form = BatchForm(setting, model.vocab_size, model.max_seq_len)
+        form = BatchChecker(setting, model.vocab_size, model.max_seq_len)
     count: Any = get_num_tokens_in_batch  # Composer's type says int, its code takes any number
     return DataSpec(loader, batch_transforms=form, split_batch=split_batch,
                     get_num_samples_in_batch=lambda batch: len(batch['input_ids']), get_num_tokens_in_batch=count)
@@ -104,7 +104,7 @@ def fingerprints(train: Optional[DataSpec], evals: Optional[DataSpec]) -> dict[s
 
 
 def check_train_loader(c: Config, loader: Any) -> None:
-    """Raises UserError where a setting needs the length of an epoch or the size of a batch, and the loader has none."""
+    """Raises UserError if a setting needs the length of an epoch or the size of a batch, and the loader has none."""
     for setting, time in (('max_duration', c.max_duration), ('scheduler.t_warmup', c.scheduler.t_warmup),
                           ('scheduler.t_max', c.scheduler.t_max)):
         if time.endswith('ep') and count_batches(loader) is None:
@@ -118,7 +118,7 @@ def check_train_loader(c: Config, loader: Any) -> None:
 def check_first_batch(spec: DataSpec) -> None:
     """Reads the first batch of the user's own evaluation loader now, because the first evaluation may be hours away.
 
-    Raises UserError where there is no batch, or the model cannot read it.
+    Raises UserError if there is no batch, or the model cannot read it.
     """
     if reads_kit_dataset(spec.dataloader):
         return

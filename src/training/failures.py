@@ -48,7 +48,7 @@ def out_of_memory_error(c: Config, e: BaseException) -> UserError:
 
 
 @contextmanager
-def explain_outside_failures(loader: str = 'train_loader') -> Iterator[None]:
+def explain_external_failures(loader: str = 'train_loader') -> Iterator[None]:
     """Explains failures of a logger's folder or service, and of a loader worker that the system has killed.
 
     `loader` is the config section that the worker probably belongs to: torch reports a lost worker at any moment, so

@@ -81,7 +81,7 @@ def describe_dry_run(c: Config, train: DataSpec, tokenizer: Any) -> str:
     """The estimate for the devices of this run, and the first batch. All ranks must call this.
 
     `c` is the user's config. `tokenizer` is a Hugging Face tokenizer, or None to show token ids without text. Raises
-    UserError where there is no batch, or the model cannot train on it.
+    UserError if there is no batch, or the model cannot train on it.
     """
     batch = next(iter(train.dataloader), None)
     if batch is None:

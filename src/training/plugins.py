@@ -54,7 +54,7 @@ PACKAGES = {'cometml': 'comet_ml', **{name: name for name in ('wandb', 'tensorbo
 def build_plugins(section: str, entries: Plugins) -> list[Any]:
     """Builds the entries of `algorithms`, `callbacks` or `loggers` in order, without those that are `false`.
 
-    Raises UserError where a package is missing or broken, or where a class refuses a value (one of Composer's classes
+    Raises UserError if a package is missing or broken, or a class refuses a value (one of Composer's classes
     by any ValueError or TypeError, another by a UserError).
     """
     built = []
@@ -105,7 +105,7 @@ def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
 def check_plugins(c: Config, tokenizer: Any) -> None:
     """Builds the callbacks and loggers to test them, without those that would write already when built.
 
-    Raises UserError where one of them cannot be built.
+    Raises UserError if one of them cannot be built.
     """
     build_callbacks(c, tokenizer)
     for name, kwargs in c.loggers.items():

@@ -59,7 +59,7 @@ def check_config(cfg: Any, nodes: int) -> Config:
 def join_ranks(c: Config, watch: Optional[FailureWatch]) -> None:
     """Connects all ranks, compares their configs, tests their network, and sets the random seeds.
 
-    Raises UserError where a rank is missing, configs differ, or ranks cannot reach each other.
+    Raises UserError if a rank is missing, configs differ, or ranks cannot reach each other.
     """
     rendezvous.initialize(c.dist_timeout)
     if watch:

@@ -29,7 +29,7 @@ def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Option
 
 
 def check_microbatch_search(c: schema.Config, has_gpu: bool) -> None:
-    """Raises UserError where Composer cannot search the microbatch: FSDP1 needs a torch that Composer has patched."""
+    """Raises UserError if Composer cannot search the microbatch: FSDP1 needs a torch that Composer has patched."""
     if (c.device_train_microbatch_size == 'auto' and fsdp_version(c.fsdp_config, has_gpu) == 1
             and not hasattr(_patch_pytorch, 'unshard_with_sync')):
         raise UserError("device_train_microbatch_size: Composer cannot search for 'auto' under fsdp_config.version 1 "
@@ -43,7 +43,7 @@ def _find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_blocks(cfg: Optional[schema.FSDPConfig], model: nn.Module, has_gpu: bool) -> None:
-    """Raises UserError where several blocks are one module: no run can load the checkpoints that FSDP2 would save."""
+    """Raises UserError if several blocks are one module: no run can load the checkpoints that FSDP2 would save."""
     blocks = _find_blocks(model)
     if fsdp_version(cfg, has_gpu) == 2 and len(blocks) > len(set(blocks.values())):
         raise UserError(f'fsdp_config: some of the blocks {", ".join(blocks)} are one and the same module, and FSDP '

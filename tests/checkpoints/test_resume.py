@@ -168,24 +168,24 @@ def start(sample_in_epoch: int = 48, **changed: Any) -> Start:
     ('train_loader.dataset.tokenizer_name', 'other')])
 def test_what_the_order_of_samples_depends_on(key, value):
     with pytest.raises(UserError, match=rf'autoresume|load_path: .*{key} .* → {value}'):
-        compare_settings(start(), settings(**{key: value}), counts_samples=False)
-    assert compare_settings(start(sample_in_epoch=0), settings(**{key: value}), counts_samples=False).lines == [
+        compare_settings(start(), settings(**{key: value}), resumes_by_samples=False)
+    assert compare_settings(start(sample_in_epoch=0), settings(**{key: value}), resumes_by_samples=False).lines == [
         f'changed since the checkpoint: {key} {settings()[key]} → {value}'], 'between two epochs'
-    lines = compare_settings(start(), settings(**{key: value}), counts_samples=True).lines
+    lines = compare_settings(start(), settings(**{key: value}), resumes_by_samples=True).lines
     matters = key in ('train_loader.dataset', 'train_loader.dataset.split', 'train_loader.dataset.shuffle')
     assert any('may come twice' in line for line in lines) == matters
 
 
 def test_what_it_does_not_depend_on_is_said():
     for key, value in {'train_loader.pin_memory': True, 'model.n_heads': 4, 'eval_loader.dataset': 'y'}.items():
-        assert compare_settings(start(), settings(**{key: value}), counts_samples=False).lines == [
+        assert compare_settings(start(), settings(**{key: value}), resumes_by_samples=False).lines == [
             f'changed since the checkpoint: {key} {settings()[key]} → {value}']
     assert compare_settings(start(), settings(**{'algorithms.ema.half_life': '1ba'}), False).lines == [
         'changed since the checkpoint: algorithms.ema.half_life unset → 1ba']
     assert compare_settings(start(**{'algorithms.ema.half_life': '1ba'}), settings(), False).lines == [
         'changed since the checkpoint: algorithms.ema.half_life 1ba → unset']
     by_stream = {'train_loader.dataset.batching_method': 'stratified'}
-    lines = compare_settings(start(**by_stream), settings(**by_stream, global_train_batch_size=8), counts_samples=True).lines
+    lines = compare_settings(start(**by_stream), settings(**by_stream, global_train_batch_size=8), resumes_by_samples=True).lines
     assert any('global_train_batch_size 12 → 8: this epoch continues at its sample 48 in another order' in line for line in lines)
 
 

@@ -99,7 +99,7 @@ def test_a_rank_dies_with_its_launcher(start, tmp_path: Path, env: dict[str, str
 WAITING = """
 pids = [int(pid) for pid in sys.argv[1:]]
 with StopRequest() as stop:
-    stop.watch_siblings([os.getpid(), *pids])
+    stop.watch_local_ranks([os.getpid(), *pids])
     print('ready')
     while not stop.requested:
         time.sleep(0.01)

@@ -42,7 +42,7 @@ from src.optimizers import build_optimizer
 from src.sizing import step_trace
 from src.sizing.estimate import estimate
 from src.sizing.gpu_rules import act_like_gpu
-from src.sizing.memory import GPU_WORKSPACE, Memory, moments, predict, state_bytes
+from src.sizing.memory import GPU_WORKSPACE, Memory, moments, optimizer_state_bytes, predict
 from src.training.sharding import build_parallelism
 
 
@@ -179,9 +179,9 @@ def test_what_stays_is_exact():
 
 def test_the_optimizer_that_is_built_is_counted(monkeypatch):
     c = small(64, 2, 512, 64, 1, 1)
-    assert state_bytes(c.optimizer) == 8
+    assert optimizer_state_bytes(c.optimizer) == 8
     monkeypatch.setattr(optimizers, 'build_optimizer', lambda cfg, params: torch.optim.SGD(params, cfg.lr, momentum=0.9))
-    assert state_bytes(c.optimizer) == 4
+    assert optimizer_state_bytes(c.optimizer) == 4
     assert moments(c, 1, False, 1)[-1].optimizer == moments(c, 1, False, 1)[-1].weights
 
 

@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from src import attention
-from src.attention import Documents, end_to_end
+from src.attention import Documents, call_varlen_kernel
 from src.common.errors import UserError
 from src.common.flops import peak_flops, train_flops_per_token
 from src.config import load as config
 from src.config.check import check
 from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
 from src.tools import benchmark
-from src.tools.stopwatch import PARTS, Stopwatch, build_rivals
+from src.tools.stopwatch import PARTS, Stopwatch, build_baselines
 from src.training.plugins import REGISTRIES
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
@@ -149,7 +149,7 @@ def test_rivals_are_the_same_model(tmp_path: Path) -> None:
     assert set(record['against']) == {'hf', 'bare'} and all(ms > 0 for ms in record['against'].values())
     assert f'hf {record["against"]["hf"]:.0f} ms, ratio' in (tmp_path / 'out.md').read_text()
     c = check(config.load([QUICKSTART, *SMALL, 'model.mlp_act=gelu_tanh']), REGISTRIES, 1, False)
-    rivals = build_rivals(['hf', 'bare'], c)
+    rivals = build_baselines(['hf', 'bare'], c)
     hf, bare = rivals['hf'].model, rivals['bare'].model
     assert sum(p.numel() for p in hf.parameters()) == sum(p.numel() for p in bare.parameters()) == record['parameters']
     assert hf.config._attn_implementation == 'sdpa' and hf.config.activation_function == 'gelu_pytorch_tanh'
@@ -367,7 +367,7 @@ def by_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: flo
         seen = (number[:, None] == number) & (index[:, None] >= index)
         return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), seen).transpose(0, 1)  # pyright: ignore
 
-    return end_to_end(kernel, q, k, v)
+    return call_varlen_kernel(kernel, q, k, v)
 
 
 def in_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, documents: Documents) -> torch.Tensor:

@@ -130,16 +130,16 @@ class Mlflow(Store):
 def test_what_a_logger_s_service_raises_is_named_and_its_bugs_stay(monkeypatch):
     monkeypatch.setattr(plugins, '_check_package', lambda section, name: None)
     monkeypatch.setitem(plugins.LOGGERS, 'mlflow', Mlflow)
-    with pytest.raises(UserError) as e, failures.explain_outside_failures():
+    with pytest.raises(UserError) as e, failures.explain_external_failures():
         plugins.build_plugins('loggers', {'mlflow': {'error': 'mlflow'}})
     assert str(e.value).startswith('loggers.mlflow: MlflowException: mlflow. Change the keys of loggers.mlflow or the')
-    with pytest.raises(KeyError, match='own'), failures.explain_outside_failures():
+    with pytest.raises(KeyError, match='own'), failures.explain_external_failures():
         plugins.build_plugins('loggers', {'mlflow': {'error': 'own'}})
     monkeypatch.setitem(plugins.LOGGERS, 'mine', Store)
     for error, kind in (('mlflow', MlflowException), ('file', FileNotFoundError)):  # of a logger that is no stock one
-        with pytest.raises(kind), failures.explain_outside_failures():
+        with pytest.raises(kind), failures.explain_external_failures():
             plugins.build_plugins('loggers', {'mine': {'error': error}})
-    with pytest.raises(OSError, match='of something else'), failures.explain_outside_failures():
+    with pytest.raises(OSError, match='of something else'), failures.explain_external_failures():
         raise OSError('of something else')
 
 
@@ -154,7 +154,7 @@ def test_a_logger_whose_store_refuses_is_named(mds_root, tmp_path):
 def test_a_lost_worker_is_explained_at_any_moment():
     for loader in ('train_loader', 'eval_loader'):
         found_no_room = pytest.raises(UserError, match=f'^{loader}: its workers found no room')
-        with found_no_room, failures.explain_outside_failures(loader):
+        with found_no_room, failures.explain_external_failures(loader):
             raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.')
 
 

@@ -19,7 +19,7 @@ import main
 from src.callbacks.metrics import UnigramBaseline
 from src.common.errors import UserError
 from src.config import load as config
-from src.loader.batch_form import BatchForm, split_batch
+from src.loader.batch_form import BatchChecker, split_batch
 from src.tools import benchmark, estimate
 from src.training import data
 
@@ -247,7 +247,7 @@ def test_ranks_that_would_read_the_same_samples_are_told(monkeypatch):
 
 
 def test_padding_is_never_predicted_and_labels_may_be_one_longer():
-    form = BatchForm('train_loader', 512, 8)
+    form = BatchChecker('train_loader', 512, 8)
     ids, mask = torch.arange(16).reshape(2, 8), torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
     batch = form({'input_ids': ids, 'labels': ids, 'attention_mask': mask})
     assert batch['labels'].tolist() == [[*range(8)], [-100] * 3 + [*range(11, 16)]] and batch['n_targets'] == [7, 4]
