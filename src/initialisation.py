@@ -149,8 +149,8 @@ def _refuse_unset(module: nn.Module, path: str, unset: Iterable[str]) -> None:
     if unset := sorted(unset):
         kind = type(module).__name__
         raise UserError(f'model.device: with meta, nothing gives values to {", ".join(unset)} of {kind} ({path}); '
-                        f'write a method reset_parameters(self) in class {kind} that sets each of its own parameters and '
-                        'buffers, or set model.device=cpu')
+                        f'write a method reset_parameters(self) in class {kind} that sets each of its own parameters '
+                        'and buffers, or set model.device=cpu')
 
 
 # ---------------------------------------------------------------- drawing

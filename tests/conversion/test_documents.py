@@ -49,7 +49,7 @@ WHOLE = {
     'documents in an object': ('{"v": 1, "data": [{"text": "a"}]}', "b.json is one JSON object with a list 'data';"),
     'an object over several lines': ('{\n "text": "a"\n}', 'b.json is JSON over several lines; write one object per line'),
     'no document can be used': ('{"text": 1}\n{"text": null}\n{}', 'line 1 has no string text; .*; none of the doc'),
-    'columns of pandas': ('{"text": {"0": "a", "1": "b"}}', 'line 1 has no string text; .* a line .df.to_json'),
+    'columns of pandas': ('{"text": {"0": "a", "1": "b"}}', 'line 1 has no string text; .* one object per line .df.to_json'),
     'columns of lists': ('{"text": ["a", "b"]}', 'one object per line .df.to_json.*; none of the documents of this file'),
     'documents on one line': ('{"text": "a"}{"text": "a"}', 'line 1 is not JSON .Extra data: .* one object per line'),
     'line ends of old Macs': ('{"text": "a"}\r{"text": "b"}\r', 'line 1 is not JSON .Extra data: .* one object per line'),
