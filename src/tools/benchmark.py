@@ -210,7 +210,8 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
         'tokens_per_second': rate, 'mfu': mfu, 'mfu_causal': mfu_causal,
         'peak_memory': peak_memory(args),
         'predicted_memory': predict_memory(c, devices, state.device_train_microbatch_size) if gpu else None,
-        'against': {name: statistics.median(times) for name, times in watch.baseline_ms.items()}, 'profile': watch.table}
+        'against': {name: statistics.median(times) for name, times in watch.baseline_ms.items()},
+        'profile': watch.table}
 
 
 def peak_memory(args: argparse.Namespace) -> Optional[int]:

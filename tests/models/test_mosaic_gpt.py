@@ -277,7 +277,7 @@ def test_microbatches_of_packed_rows_add_up():
 def test_a_batch_and_the_setting_have_to_agree():
     packed = packed_batch()
     plain = {key: packed[key] for key in ('input_ids', 'labels')}
-    with pytest.raises(UserError, match='the model attends within documents, and the batch has no sequence_id; make'):
+    with pytest.raises(UserError, match='the model attends within documents, and the batch has no sequence_id; set it'):
         ComposerMosaicGPT(TINY | dict(attn_within_document=True))(plain)
     with pytest.raises(UserError, match='the model attends across documents, and the batch has a sequence_id; make it'):
         ComposerMosaicGPT(TINY)(packed)
