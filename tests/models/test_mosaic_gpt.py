@@ -279,7 +279,7 @@ def test_a_batch_and_the_setting_have_to_agree():
     plain = {key: packed[key] for key in ('input_ids', 'labels')}
     with pytest.raises(UserError, match='the model attends within documents, and the batch has no sequence_id; set it'):
         ComposerMosaicGPT(TINY | dict(attn_within_document=True))(plain)
-    with pytest.raises(UserError, match='the model attends across documents, and the batch has a sequence_id; make it'):
+    with pytest.raises(UserError, match='the model attends across documents, and the batch has a sequence_id; set it'):
         ComposerMosaicGPT(TINY)(packed)
 
 
