@@ -142,7 +142,7 @@ def check_combinations(args: argparse.Namespace) -> None:
             args.concat_tokens is None and args.tokenizer is not None,
         '--merge: --max_docs and train_small are converted without --partition; leave --merge out':
             args.merge and is_limited,
-        '--merge: does not go with --partition; run it alone, when every --partition is done':
+        '--merge: does not go with --partition; when every --partition is done, run the command with --merge instead':
             args.merge and args.partition,
         '--partition: --max_docs and train_small are converted on one machine; leave --partition out':
             args.partition and is_limited,

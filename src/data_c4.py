@@ -211,7 +211,7 @@ def _eval_loader(cfg: LoaderConfig, device_batch_size: int, settings: dict[str, 
     _drop_with_warning(data, ('shuffle', 'epoch_size'), 'dataset', 'reads its samples in order')
     for name, stream in (data['streams'] or {}).items():
         _drop_with_warning(stream, ('proportion', 'repeat', 'choose'), f'dataset.streams.{name}',
-                           'reads all streams by size')
+                           'reads from each stream in proportion to its size')
     if not _copy_folders(cfg).isdisjoint(_copied_for_training):  # streaming refuses two datasets with one local folder
         for place in (data['streams'] or {'': data}).values():
             if is_copied(place['remote'], place['local'], place['split'] or data['split']):

@@ -23,7 +23,7 @@ log = logging.getLogger('src')
 
 NO_FULL_BATCH = ('train_loader: an epoch holds less than one full batch for each device and worker; use more data, a '
                  'smaller global_train_batch_size, fewer train_loader.num_workers, or train_loader.drop_last=false. A '
-                 'loader of your own must start again at each iteration; a generator cannot')
+                 'loader of your own must start again each time it is iterated over; a generator cannot')
 
 
 class StepCounters(Callback):

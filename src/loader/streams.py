@@ -87,8 +87,8 @@ class CheckedStream(Stream):
         try:
             check_file(os.path.join(folder, damaged[0].basename), damaged[0], self._hash_at_start)
         except DamagedFileError as e:
-            raise UserError(f'{self.setting}: shard {damaged[0].basename} of {folder} is damaged: {e}. {len(damaged)} '
-                            f'of {len(shards)} shards are damaged or missing: copy them again. '
+            raise UserError(f'{self.setting}: shard {damaged[0].basename} of {folder} is damaged: {e}. Damaged '
+                            f'or missing: {len(damaged)} of {len(shards)} shards; copy them again. '
                             f'{conversion_command(self.local, self.split)}') from None
 
     def _count_good_bytes(self, shard: Reader) -> int:

@@ -81,8 +81,8 @@ def load(args: argparse.Namespace) -> DictConfig:
               autoresume=False, compile_config=None)
     settings = config.to_plain(cfg)
     if not settings.get('eval_loader'):
-        raise UserError('eval_loader: not set, so there is no data to evaluate on; copy the section from '
-                        f'yamls/quickstart.yaml to {args.yaml}')
+        raise UserError(f'eval_loader: not set, so there is no data to evaluate on; give {args.yaml} a '
+                        'section eval_loader, as in yamls/quickstart.yaml')
     _override(cfg, load_weights_only=settings.get('load_path') is not None,
               **{'eval_loader.drop_last': False, 'eval_loader.eval_samples': settings['eval_samples']})
     if settings.get('device_eval_batch_size') is not None:  # else the default is the YAML's microbatch

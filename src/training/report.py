@@ -43,7 +43,7 @@ def _microbatches(run: Setup) -> str:
         return f'{each} microbatches of the largest size that fits (auto)'
     n = grad_accum(run.device_batch, run.microbatch)
     size = f'{"up to " * (run.device_batch % run.microbatch > 0)}{run.microbatch}'
-    return f'{each} {n} microbatch{"es" * (n > 1)} of {size} samples'
+    return f'{each} {n} microbatch{"es" * (n > 1)} of {size} sample{"s" * (run.microbatch > 1)}'
 
 
 def environment(c: Config, model: ComposerCausalLM) -> dict[str, Any]:

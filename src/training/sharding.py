@@ -115,7 +115,8 @@ class ReduceOncePerStep(Callback):
         for module in state.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(self._microbatches_left == 0, recurse=False)
-            elif self._microbatches_left and isinstance(module, FullyShardedDataParallel) and module.check_is_root():
+            elif (self._microbatches_left > 0 and isinstance(module, FullyShardedDataParallel)
+                  and module.check_is_root()):
                 self._unsynchronized.enter_context(module.no_sync())
 
     def after_backward(self, state: State, logger: Logger) -> None:

@@ -152,7 +152,7 @@ def test_what_cannot_work_is_refused(mds_root, tokenizer):
     cfg = config.load([QUICKSTART, *tiny(mds_root, 'callbacks.text_samples.prompts=one', 'callbacks.text_samples.seeds=1')])
     with pytest.raises(UserError, match=r"prompts: 'one' must be a list(.|\n)*text_samples.seeds: no such key"):
         check(cfg, plugins.REGISTRIES, 1, False)
-    with pytest.raises(UserError, match="text_samples.prompts: 'The river' has . tokens; give a prompt of 1 to 1 tokens"):
+    with pytest.raises(UserError, match="callbacks.text_samples.prompts: 'The river' has . tokens; give a prompt of 1 to 1 "):
         TextSamples(['The river']).prepare(tokenizer, 2)
     with pytest.raises(UserError, match="callbacks.text_samples.prompts: '' has 0 tokens; give a prompt of 1 to 31 tokens"):
         TextSamples(['The river', '']).prepare(tokenizer, 32)

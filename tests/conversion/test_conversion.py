@@ -899,7 +899,7 @@ def test_arguments_that_cannot_be_read(argv: list[str], message: str, capsys: py
     ({'size_limit': 'big'}, "--size_limit: 'big' is not a size below 4gb"),
     ({'tokenizer': 'gpt2'}, '--tokenizer: gpt2 is not used for text; add --concat_tokens N'),
     ({'concat_tokens': 1}, '--concat_tokens: 1 leaves nothing to predict'),
-    ({'partition': '0/2', 'merge': True}, '--merge: does not go with --partition; run it alone, when every'),
+    ({'partition': '0/2', 'merge': True}, '--merge: does not go with --partition; when every --partition is done, run'),
     ({'merge': True, 'max_docs': 5}, '--merge: --max_docs and train_small are converted without --partition; leave'),
     ({'partition': '0/2', 'max_docs': 5}, '--partition: --max_docs and train_small are converted on one machine; leave'),
     ({'partition': '0/2', 'train_tokenizer': 300}, '--partition: with --train_tokenizer each machine would train a tokenizer'),

@@ -310,7 +310,7 @@ def test_sample_tokenizer(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def corpus_and_tokenizer(folder: Path) -> str:
-    corpus = sample_corpus.gather(max_bytes=1_000_000)
+    corpus = sample_corpus.gather_sample(max_bytes=1_000_000)
     folder.mkdir()
     sample_corpus.train_tokenizer((document['text'] for document in corpus['train']), folder)
     files = b''.join(path.read_bytes() for path in sorted(folder.iterdir()))

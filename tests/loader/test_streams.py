@@ -152,8 +152,8 @@ def test_data_that_is_read_in_place_is_checked_at_the_start(build, data: Path, h
     with_hashes(data, ['xxh64'])
     damage(data / 'train' / SHARD, how)
     before = {path: path.stat().st_size for path in data.rglob('*')}
-    with pytest.raises(UserError, match=f'dataset: shard {SHARD} of {data}/train is damaged: {SAYS[how]}. 1 of 10 shards are '
-                                        'damaged or missing: copy them again. Make it with\n  python convert_c4.py'):
+    with pytest.raises(UserError, match=f'dataset: shard {SHARD} of {data}/train is damaged: {SAYS[how]}. Damaged or '
+                                        'missing: 1 of 10 shards; copy them again. Make it with\n  python convert_c4.py'):
         build(remote=None, local=str(data), validate_hash='xxh64')
     assert {path: path.stat().st_size for path in data.rglob('*')} == before
 
@@ -263,7 +263,8 @@ def test_a_full_disk(build, data: Path, tmp_path: Path, monkeypatch, num_workers
 def test_an_index_that_is_cut_off(build, data: Path, tmp_path: Path):
     index = data / 'train' / 'index.json'
     index.write_bytes(index.read_bytes()[:-9])
-    with pytest.raises(UserError, match='index.json of .* could not be fetched in 3 attempts: it is not complete JSON'):
+    with pytest.raises(UserError, match='dataset.remote: index.json of .* could not be fetched in 3 attempts: it is '
+                                        'not complete JSON'):
         build()
 
 

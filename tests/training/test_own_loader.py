@@ -154,7 +154,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
                "max_duration: '1ep', but the train loader, DataLoader of Stream, does not say how many batches an epoch"),
     'read once': (lambda: iter([*DataLoader(Rows(), 12)]), [], 'eval_loader: a list_iterator can be read only once'),
     'read once, in training': (lambda: iter([*DataLoader(Rows(), 12)]), [],
-                               'must start again at each iteration'),
+                               'must start again each time it is iterated over'),
     'objects': (lambda: [{'input_ids': np.array([[1, 2], [3]], object)}], [], 'but is object of shape (2,)'),
     'no rows': (batch(0, 8), [], 'but is torch.int64 of shape (0, 8)'),
     'not checked': (batch(12, 64, n_targets=torch.ones(12)), [], 'input_ids have 64 tokens in a row'),
