@@ -376,7 +376,7 @@ def in_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float,
 
 
 def test_lengths_are_counted_for_those_who_take_them_alone(mds_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('in fp32', in_fp32, attention.HALF))
+    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('in fp32', in_fp32, attention.HALF_DTYPES))
     monkeypatch.setattr(Documents, 'prepare_cu_seqlens', lambda self: pytest.fail('counted for nothing'))
     watched(mds_root, 'model.attn_within_document=true', 'max_duration=2ba', 'scheduler.t_warmup=1ba')
 
