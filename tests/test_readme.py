@@ -564,16 +564,25 @@ def test_links_lead_to_files_and_headings(doc: str):
             assert not heading or heading in headings(target.read_text()), link
 
 
+def without_blocks(text: str) -> str:
+    """A document without its fenced code blocks."""
+    return re.sub(r'^```.*?^```', '', text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchor(title: str) -> str:
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
+
+
 def headings(text: str) -> list[str]:
-    """The anchors that GitHub gives to the headings of a document."""
-    titles = re.findall(r'^#+ (.+)$', re.sub(r'^```.*?^```', '', text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
-    return [re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles]
+    """The anchors of a document's headings."""
+    return [anchor(title) for title in re.findall(r'^#+ (.+)$', without_blocks(text), re.MULTILINE)]
 
 
 @pytest.mark.parametrize('doc', [doc for doc in DOCS if not doc.startswith('assets/')])  # a program writes assets
 def test_a_guide_is_short(doc: str):
     assert len(DOCS[doc].splitlines()) <= 250
-    prose = [line for line in re.sub(r'^```.*?^```', '', DOCS[doc], flags=re.MULTILINE | re.DOTALL).splitlines()
+    prose = [line for line in without_blocks(DOCS[doc]).splitlines()
              if not re.match(r' *\||.*\]\(\S{40,}|<img|- \d', line.strip())]
     assert max(map(len, prose)) <= 125, max(prose, key=len)
 
@@ -588,7 +597,7 @@ def test_sections_that_messages_name_are_there():
     said = [found for text in messages() for found in re.findall(r'(\S*README\.md)(?:, "([^"]+)")?', text)]
     assert len(said) >= 3
     for file, title in said:
-        assert re.sub(r'\W', '-', title.lower()) in ['', *headings(DOCS[file.lstrip('(')])], (file, title)
+        assert anchor(title) in ['', *headings(DOCS[file.lstrip('(')])], (file, title)
 
 
 def table(doc: str, head: str, i: int = 0) -> list[list[str]]:
