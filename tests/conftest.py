@@ -5,6 +5,7 @@ import os
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['TQDM_DISABLE'] = '1'
+os.environ['TORCH_WARM_POOL'] = '0'  # no compile workers of inductor in processes that compile nothing
 if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes of two threads each would wait for each other on two cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 

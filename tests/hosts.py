@@ -1,5 +1,6 @@
 """Nodes for tests: processes with a /dev/shm each, or hosts in network namespaces, all on one machine."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,14 +9,16 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, Optional
 
 import pytest
-from launch import ROOT, SCRIPTS, clean_env
+from launch import ROOT, SCRIPTS, Popen, clean_env
+from warm import HOST
 
 # Two real nodes do not share /dev/shm, so each gets its own in a mount namespace.
 NODE = ['unshare', '--mount', '--map-root-user', 'sh', '-c', 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', 'sh']
 
-MARK = f'test-{uuid.uuid4()}'  # in the environment of every process that we start, to find the orphans of a launcher
+sessions: set[int] = set()  # of the processes that we start, to find the orphans of a launcher
 
 
 def need_nodes() -> None:
@@ -24,10 +27,16 @@ def need_nodes() -> None:
         pytest.skip('needs the right to make a mount namespace: two nodes have a /dev/shm each')
 
 
-def start(command: Sequence[str], **env: str) -> subprocess.Popen:
-    """Starts `command` in the repository's root as the leader of a process group, with stdout and stderr in one pipe."""
-    return subprocess.Popen(command, cwd=ROOT, env=clean_env(TEST_NODE=MARK, **env), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True)
+def start(command: Sequence[str], host: Optional[dict[str, Any]] = None, **env: str) -> subprocess.Popen:
+    """Starts `command` in the repository's root as the leader of a process group, with stdout and stderr in one pipe.
+
+    `host` has arguments of `warm.enter_host`; {} is a node with a /dev/shm of its own.
+    """
+    on_host = {} if host is None else {HOST: json.dumps(host)}
+    process = Popen(command, cwd=ROOT, env=clean_env(**on_host, **env), text=True, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, start_new_session=True)
+    sessions.add(process.pid)
+    return process
 
 
 class Host:
@@ -38,9 +47,7 @@ class Host:
 
     def start(self, command: Sequence[str], **env: str) -> subprocess.Popen:
         """Starts `command` on this host, like the function `start`."""
-        own = ['ip', 'netns', 'exec', self.namespace, 'unshare', '--mount', '--uts', 'sh', '-c',
-               'hostname "$0" && mount -t tmpfs tmpfs /dev/shm && exec "$@"', self.name]
-        return start([*own, *command], **env)
+        return start(command, {'name': self.name, 'network': self.namespace}, **env)
 
     def composer(self, *arguments: str, **env: str) -> subprocess.Popen:
         return self.start([str(SCRIPTS / 'composer'), *arguments], **env)
@@ -75,10 +82,10 @@ def hosts() -> Iterator[list[Host]]:
 
 def kill_all() -> None:
     """Kills all processes that `start` started here and that still run."""
-    for environ in Path('/proc').glob('[0-9]*/environ'):
+    for folder in Path('/proc').glob('[0-9]*'):
         with suppress(OSError):  # the process has just ended
-            if f'TEST_NODE={MARK}'.encode() in environ.read_bytes().split(b'\0'):
-                os.kill(int(environ.parent.name), signal.SIGKILL)
+            if os.getsid(int(folder.name)) in sessions:
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def _remove(namespace: str) -> None:

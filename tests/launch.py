@@ -1,27 +1,14 @@
 """Runs `main.py` through the Composer launcher, as a user does, and reads the console."""
 
 import json
-import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = Path(sys.executable).parent
-
-
-def clean_env(**extra: str) -> dict[str, str]:
-    """The environment without a launcher's variables, with one thread for each rank, no GPU and no hub."""
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'NODE_RANK',
-                                                           'MASTER_ADDR', 'MASTER_PORT', 'COMPOSER_RUN_NAME', 'RUN_NAME')}
-    return env | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline',
-                  'TORCH_WARM_POOL': '0',  # else torchao starts inductor's compile workers in each process
-                  'PATH': f'{SCRIPTS}{os.pathsep}{env["PATH"]}'} | extra
+from warm import ROOT, SCRIPTS, Popen, clean_env, run  # noqa: F401
 
 
 def free_port() -> int:
@@ -33,7 +20,7 @@ def free_port() -> int:
 def composer(yaml: str, *overrides: str, ranks: int = 1, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
     """`composer -n RANKS main.py YAML overrides...` in the repository's root."""
     command = [str(SCRIPTS / 'composer'), '-n', str(ranks), '--master_port', str(free_port()), 'main.py', yaml, *overrides]
-    return subprocess.run(command, cwd=ROOT, env=clean_env(**env), capture_output=True, text=True, timeout=timeout)
+    return run(command, cwd=ROOT, env=clean_env(**env), timeout=timeout)
 
 
 def ranks(n: int, runs: dict[str, list[str]], folder: Path, **env: str) -> dict[str, dict[str, Any]]:
@@ -41,7 +28,7 @@ def ranks(n: int, runs: dict[str, list[str]], folder: Path, **env: str) -> dict[
     file = folder / f'runs-{n}.json'
     file.write_text(json.dumps(list(runs.items())))
     command = [str(SCRIPTS / 'composer'), '-n', str(n), '--master_port', str(free_port()), 'tests/runs.py', str(file)]
-    result = subprocess.run(command, cwd=ROOT, env=clean_env(**env), capture_output=True, text=True, timeout=500)
+    result = run(command, cwd=ROOT, env=clean_env(**env), timeout=500)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     return {name: torch.load(folder / f'{name}.pt', weights_only=True) for name in runs}
 

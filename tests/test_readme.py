@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 import yaml
 from composer.utils import FSDP2Config
 from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
@@ -316,13 +317,13 @@ def test_the_dockerfile_is_that_of_the_kit():
 def test_a_rank_that_stands_still_ends_the_run_in_time(mds_root):
     argv = tiny(mds_root, 'max_duration=100000ba', 'eval_loader=null', 'dist_timeout=60', 'scheduler.t_warmup=1ba')
     command = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port()), 'main.py', QUICKSTART, *argv]
-    run = subprocess.Popen(command, cwd=ROOT, env=clean_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = warm.Popen(command, cwd=ROOT, env=clean_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = []
     for line in run.stdout:
         lines.append(line)
         if line.startswith('[batch=20/'):
             break
-    children = subprocess.run(['pgrep', '-P', str(run.pid), '-f', ' main.py '], capture_output=True, text=True)
+    children = subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True)
     ranks = [int(pid) for pid in children.stdout.split()]
     assert len(ranks) == 2, ''.join(lines)
     os.kill(max(ranks), signal.SIGSTOP)
@@ -351,7 +352,7 @@ def test_how_much_of_mfu_is_causal():
 
 
 def smoke_test(*argv: str, **env: str) -> str:
-    done = subprocess.run([sys.executable, 'src/data_c4.py', *argv], cwd=ROOT, env=clean_env(**env), capture_output=True,
+    done = warm.run([sys.executable, 'src/data_c4.py', *argv], cwd=ROOT, env=clean_env(**env), capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert '90 documents in 3 shards' in done.stdout and done.stdout.count('input_ids (8, 2048)') == 5
@@ -434,7 +435,7 @@ def test_worked_example(mds_root, tmp_path):
     (tmp_path / 'src/config/schema.py').write_text(re.sub('^ModelConfig = .*\n', lambda _: schema, old, flags=re.MULTILINE))
     (tmp_path / 'src/parallel_gpt.py').write_text(model)
     (tmp_path / 'src/model_registry.py').write_text(registry)
-    done = subprocess.run([str(SCRIPTS / 'composer'), 'main.py', QUICKSTART, 'model.name=parallel_gpt', *tiny(mds_root)],
+    done = warm.run([str(SCRIPTS / 'composer'), 'main.py', QUICKSTART, 'model.name=parallel_gpt', *tiny(mds_root)],
                           cwd=tmp_path, env=clean_env(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     text = done.stdout + done.stderr
@@ -463,7 +464,7 @@ def test_the_guides_optimizer(mds_root, tmp_path):
     def train(duration: str, *argv: str) -> dict[int, float]:
         command = [str(SCRIPTS / 'composer'), '-n', '2', 'main.py', QUICKSTART, *tiny(mds_root), 'optimizer.name=lion',
                    'optimizer.lr=3e-3', 'scheduler.name=constant_with_warmup', 'run_name=lion', f'max_duration={duration}', *argv]
-        done = subprocess.run(command, cwd=tmp_path, env=clean_env(), capture_output=True, text=True, timeout=480)
+        done = warm.run(command, cwd=tmp_path, env=clean_env(), capture_output=True, text=True, timeout=480)
         assert done.returncode == 0, done.stdout + done.stderr
         return {batch: float(loss) for batch, loss in console(done.stdout + done.stderr)['loss/train/total'].items()}
 

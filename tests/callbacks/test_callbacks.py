@@ -21,7 +21,7 @@ from composer.models import ComposerModel
 from composer.optim import LinearScheduler
 from composer.utils import dist
 from conftest import EOS, documents
-from launch import ROOT, clean_env, free_port, ranks, tiny
+from launch import ROOT, Popen, clean_env, free_port, ranks, tiny
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -454,7 +454,7 @@ def test_two_ranks_skip_the_same_batches_and_stop_after_the_same_one(tmp_path: P
     script = tmp_path / 'two_ranks.py'
     script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / 'tests/callbacks')))
     port = str(free_port())
-    processes = [subprocess.Popen([sys.executable, str(script), str(tmp_path / 'out')], text=True, stderr=subprocess.PIPE,
+    processes = [Popen([sys.executable, str(script), str(tmp_path / 'out')], text=True, stderr=subprocess.PIPE,
                               env=clean_env(RANK=str(i), WORLD_SIZE='2', LOCAL_RANK=str(i), LOCAL_WORLD_SIZE='2', NODE_RANK='0',
                                             MASTER_ADDR='127.0.0.1', MASTER_PORT=port)) for i in range(2)]
     try:

@@ -21,8 +21,9 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import documents, leaves_no_orphans, orphans, write_mds
-from launch import free_port
+from launch import clean_env, free_port
 from streaming import JSONWriter, StreamingDataLoader
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, DistributedSampler
@@ -63,7 +64,7 @@ def rows(loader: DataLoader, key: str = 'input_ids') -> list[list[int]]:
 
 
 def environment(temp: Path) -> dict[str, str]:
-    return {**os.environ, 'TMPDIR': str(temp), 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'}
+    return clean_env(TMPDIR=str(temp), PYTHONPATH=str(ROOT))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -74,7 +75,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def run(args: list[str], temp: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=environment(temp), capture_output=True, text=True, timeout=300)
+    command = args if args[0].endswith('composer') else [sys.executable, *args]
+    return warm.run(command, cwd=ROOT, env=environment(temp))
 
 
 def stray_locks(folder: Path) -> list[str]:
@@ -456,7 +458,7 @@ def test_two_real_ranks(config, val_ids, tmp_path: Path, temp: Path):
     texts = []
 
     def two() -> None:
-        done = run(['-m', 'composer.cli.launcher', '-n', '2', '--master_port', str(free_port()), str(tmp_path / 'two.py'),
+        done = run([str(warm.SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port()), str(tmp_path / 'two.py'),
                     json.dumps(config(eval_samples=89))], temp)
         assert 'FOUND' in done.stdout, done.stdout + done.stderr
         texts.append(done.stdout)
@@ -660,7 +662,7 @@ def hold(temp: Path):
     started = []
 
     def start(remote: Path, local: Path) -> subprocess.Popen:
-        started.append(subprocess.Popen([sys.executable, '-c', HOLD, str(remote), str(local)], cwd=ROOT, text=True,
+        started.append(warm.Popen([sys.executable, '-c', HOLD, str(remote), str(local)], cwd=ROOT, text=True,
                                         env=environment(temp), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         start_new_session=True))
         return started[-1]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 from conftest import write_mds
-from launch import ROOT, clean_env, free_port, tiny
+from launch import ROOT, Popen, clean_env, free_port, tiny
 from streaming import MDSWriter
 from streaming.base.batching import generate_work
 from streaming.base.storage.download import LocalDownloader
@@ -456,7 +455,7 @@ def test_two_ranks_share_a_small_cache(data: Path, whole, sizes, tmp_path: Path)
     env = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'TMPDIR': str(tmp_path)}
     command = [sys.executable, '-c', RANK, json.dumps({'dataset': dataset, 'num_workers': 2})]
     out = [tmp_path / f'rank{i}' for i in range(2)]
-    ranks = [subprocess.Popen([*command, str(out[i])], cwd=ROOT, env=clean_env(RANK=str(i), LOCAL_RANK=str(i), **env))
+    ranks = [Popen([*command, str(out[i])], cwd=ROOT, env=clean_env(RANK=str(i), LOCAL_RANK=str(i), **env))
              for i in range(2)]
     try:
         assert [rank.wait(120) for rank in ranks] == [0, 0]

@@ -2,12 +2,12 @@
 
 import copy
 import math
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from composer.models import ComposerClassifier
 from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
 from own_layers import OwnBlock, OwnValues, run
@@ -456,7 +456,7 @@ def test_own_layers_are_the_same_on_two_ranks(own_block, mds_root, tmp_path):
     argv = [QUICKSTART, *tiny(mds_root, 'max_duration=3ba', 'scheduler.t_warmup=1ba',
                               'eval_first=false', 'callbacks.text_samples=false')]
     launcher = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port())]
-    done = subprocess.run([*launcher, 'tests/own_layers.py', str(tmp_path), *argv], cwd=ROOT, env=clean_env(),
+    done = warm.run([*launcher, 'tests/own_layers.py', str(tmp_path), *argv], cwd=ROOT, env=clean_env(),
                           capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     results = torch.load(tmp_path / 'weights.pt', weights_only=True)

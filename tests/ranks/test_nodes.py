@@ -3,13 +3,12 @@
 import json
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hosts import NODE, Host, hosts, need_nodes, outputs, start
-from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
+from launch import ROOT, SCRIPTS, clean_env, console, free_port, run, tiny
 
 from src.ranks import agreement
 
@@ -108,8 +107,7 @@ def reports():
          rank_env(1, 0, task='agree {"a":2}', LOCAL_RANK='1', **one_node))
     case('wrong part', rank_env(0, 0, task='part 1'), rank_env(1, 0, task='part 7'))
     try:
-        done = subprocess.run([sys.executable, '-c', RANKS, json.dumps(cases)], cwd=ROOT, env=clean_env(), capture_output=True,
-                              text=True, timeout=300)
+        done = run([sys.executable, '-c', RANKS, json.dumps(cases)], cwd=ROOT, env=clean_env())
     finally:
         taken.close()
         silent.close()
@@ -254,10 +252,10 @@ def test_checkpoints_go_to_a_folder_that_all_nodes_share(mds_root, tmp_path, sha
     need_nodes()
     folder, port = tmp_path / 'saves', str(free_port())
     folder.mkdir()
-    own = [] if shared else ['sh', '-c', 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folder)]
+    host = {'disks': ['/dev/shm', *([] if shared else [str(folder)])]}
     argv = ['main.py', QUICKSTART, *tiny(mds_root, *SHORT, f'save_folder={folder}', 'save_interval=4ba', 'dist_timeout=60')]
     address = ['--master_addr', '127.0.0.1', '--master_port', port, '--world_size', '2', '-n', '1']
-    running = [start([*NODE, *own, str(SCRIPTS / 'composer'), *address, '--node_rank', n, *argv]) for n in '01']
+    running = [start([str(SCRIPTS / 'composer'), *address, '--node_rank', n, *argv], host) for n in '01']
     texts = outputs(running)
     print(*texts)
     said = [text.count(f'save_folder: {folder} on node 1 is not the folder of node 0; name one that all nodes share')

@@ -10,7 +10,7 @@ import pytest
 import torch
 import wandb
 from composer.core import Callback
-from launch import ROOT, SCRIPTS, clean_env, console, free_port, tiny
+from launch import ROOT, SCRIPTS, Popen, clean_env, console, free_port, tiny
 from runs import train
 
 import main
@@ -109,7 +109,7 @@ def test_signals_to_the_launcher_of_two_ranks(tokens_root, tmp_path):
 
     def start(*overrides: str) -> subprocess.Popen:
         command = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port()), 'main.py', QUICKSTART, *argv]
-        return subprocess.Popen([*command, *overrides], cwd=ROOT, env=clean_env(), text=True, stdout=subprocess.PIPE,
+        return Popen([*command, *overrides], cwd=ROOT, env=clean_env(), text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, start_new_session=True)
 
     reached = []

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import re
-import subprocess
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +13,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from composer.core import Callback, Event, Precision, State
 from composer.loggers import Logger
-from hosts import NODE, need_nodes
+from hosts import need_nodes, start
 from launch import ROOT, SCRIPTS, clean_env, free_port, tiny
 from torch._dynamo import register_backend
 from torch._dynamo.utils import counters
@@ -241,7 +241,7 @@ def test_mistakes_are_those_of_a_run(argv: list[str], message: str, tmp_path: Pa
 def test_two_devices(tmp_path: Path) -> None:
     command = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port()), 'src/tools/benchmark.py', QUICKSTART, *SMALL,
                '--steps', '2', '--warmup', '1', '--out', str(tmp_path / 'out'), 'fsdp_config.sharding_strategy=FULL_SHARD']
-    done = subprocess.run(command, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=300)
+    done = warm.run(command, cwd=ROOT, env=clean_env(), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     [record] = json.loads((tmp_path / 'out.json').read_text())
     assert record['devices'] == 2 and record['global_batch'] == 6 and record['parameters'] == 11_648
@@ -252,11 +252,9 @@ def test_two_devices(tmp_path: Path) -> None:
 def test_two_nodes(tmp_path: Path) -> None:
     need_nodes()
     port = str(free_port())
-    nodes = [subprocess.Popen([*NODE, str(SCRIPTS / 'composer'), '-n', '1', '--world_size', '2', '--node_rank', str(rank),
-                               '--master_addr', '127.0.0.1', '--master_port', port, 'src/tools/benchmark.py', QUICKSTART, *SMALL,
-                               '--steps', '2', '--warmup', '1', '--out', str(tmp_path / f'out-{rank}')],
-                              cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-             for rank in range(2)]
+    nodes = [start([str(SCRIPTS / 'composer'), '-n', '1', '--world_size', '2', '--node_rank', str(rank),
+                    '--master_addr', '127.0.0.1', '--master_port', port, 'src/tools/benchmark.py', QUICKSTART, *SMALL,
+                    '--steps', '2', '--warmup', '1', '--out', str(tmp_path / f'out-{rank}')], {}) for rank in range(2)]
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     [record] = json.loads((tmp_path / 'out-0.json').read_text())

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from launch import ROOT, clean_env, tiny
+from launch import ROOT, Popen, clean_env, tiny
 from runs import train
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -207,7 +207,7 @@ def test_weights_that_are_missing_are_not_drawn(folder, tmp_path):
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
-    started = [subprocess.Popen([sys.executable, f'src/tools/{name}.py', str(tmp_path / 'none'), 'out'], cwd=ROOT, env=clean_env(),
+    started = [Popen([sys.executable, f'src/tools/{name}.py', str(tmp_path / 'none'), 'out'], cwd=ROOT, env=clean_env(),
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name in ('generate', 'export_hf')]
     for process in started:
         out, err = process.communicate(timeout=120)

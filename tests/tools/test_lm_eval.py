@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import documents
-from launch import ROOT, SCRIPTS, clean_env, tiny
+from launch import ROOT, SCRIPTS, clean_env, run, tiny
 from transformers import AutoTokenizer
 
 import main
@@ -30,7 +29,7 @@ metric_list:
 
 
 def done(*command: str, **env: str) -> str:
-    result = subprocess.run(command, cwd=ROOT, env=clean_env(**env), capture_output=True, text=True, timeout=500)
+    result = run(command, cwd=ROOT, env=clean_env(**env), timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
