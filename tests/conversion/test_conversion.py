@@ -393,7 +393,7 @@ def workers_of(pid: int) -> list[int]:
 def test_stopped_in_parallel_then_run_again(how: str, status: int, says: str, big: Path, big_whole: dict[str, bytes],
                                             tmp_path: Path) -> None:
     out = tmp_path / 'out'
-    with start(out, big, 'train', argv=['--num_workers', '2'], TMPDIR=str(tmp_path)) as process:
+    with start(out, big, 'train', argv=['--num_workers', '2'], imports=False, TMPDIR=str(tmp_path)) as process:
         wait_for(out / 'train', '[0-9]*', process)
         wait_for(out / 'train', '.*.partial-*', process)
         if how == 'SIGINT to all':
@@ -420,11 +420,13 @@ def test_20_kills_at_random_moments(big: Path, big_whole: dict[str, bytes], tmp_
     out = tmp_path / 'out0'
     for kill in range(20):
         left = {*out.glob('train/.*.partial-*/shards')}
-        with start(out, big, 'train', argv=['--num_workers', '2'], TMPDIR=str(tmp_path)) as process:
+        with start(out, big, 'train', argv=['--num_workers', '2'], imports=kill % 3 == 0, TMPDIR=str(tmp_path)) as process:
             if kill % 3:
-                while process.poll() is None and {*out.glob('train/.*.partial-*/shards')} <= left:
+                more = len(list(out.glob('train/[0-9]*'))) + rng.randrange(4)  # finished parts
+                while process.poll() is None and ({*out.glob('train/.*.partial-*/shards')} <= left
+                                                  or len(list(out.glob('train/[0-9]*'))) < more):
                     time.sleep(0.01)
-                time.sleep(rng.uniform(0, 0.8))
+                time.sleep(rng.uniform(0, 0.4))
             else:
                 time.sleep(rng.uniform(0, 8))
             with suppress(ProcessLookupError):  # it may have come to its end before
@@ -433,13 +435,13 @@ def test_20_kills_at_random_moments(big: Path, big_whole: dict[str, bytes], tmp_
         assert group_is_gone(process.pid), 'no worker outlives its parent'
         reached.append(len(list(out.glob('train/[0-9]*'))))
         if (out / 'train/manifest.json').exists():
-            finish(start(out, big, 'train', argv=['--num_workers', '2'], TMPDIR=str(tmp_path)))
+            finish(start(out, big, 'train', argv=['--num_workers', '2'], imports=False, TMPDIR=str(tmp_path)))
             assert tree(out) == big_whole
             ends += 1
             out = tmp_path / f'out{ends}'
     print('parts after each kill:', reached)
     assert len(set(reached)) > 5
-    finish(start(out, big, 'train', argv=['--num_workers', '2'], TMPDIR=str(tmp_path)))
+    finish(start(out, big, 'train', argv=['--num_workers', '2'], imports=False, TMPDIR=str(tmp_path)))
     assert tree(out) == big_whole and not list((out / 'train').glob('.*')), 'what the killed runs left is gone'
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tqdm
+from launch import Popen, clean_env
 
 import convert_c4
 from src.common.errors import UserError
@@ -56,9 +57,13 @@ def convert(out_root: object, source: object, *splits: str, **options: object) -
     convert_c4.main(convert_c4.parse_args(argv))
 
 
-def start(out_root: object, source: object, *splits: str, argv: Sequence[str] = (), **env: str) -> subprocess.Popen:
-    """Starts the program in a process group of its own."""
+def start(out_root: object, source: object, *splits: str, argv: Sequence[str] = (), imports: bool = True,
+          **env: str) -> subprocess.Popen:
+    """Starts the program in a process group of its own; without `imports` all libraries are imported, and no bar is shown."""
     command = [sys.executable, 'convert_c4.py', '--out_root', str(out_root), '--source', str(source), '--splits', *splits, *argv]
+    if not imports:
+        return Popen(command, cwd=REPO, env=clean_env(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                     start_new_session=True)
     inherited = {name: value for name, value in os.environ.items() if name != 'TQDM_DISABLE'}
     return subprocess.Popen(command, cwd=REPO, env={**inherited, **env}, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True,
