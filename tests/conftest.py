@@ -9,6 +9,7 @@ os.environ['TORCH_WARM_POOL'] = '0'  # no compile workers of inductor in process
 if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes of two threads each would wait for each other on two cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import functools
 import gc
 import inspect
 import logging
@@ -25,10 +26,6 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-import torch
-from torch._dynamo.utils import counters
-
-from src.config.data_places import _fetched_index
 
 EOS = '<|endoftext|>'
 N_DOCUMENTS = {'train': 400, 'val': 90}
@@ -73,10 +70,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         is_run = item.get_closest_marker('slow') or RUNS.search(inspect.getsource(item.function))  # pyright: ignore
         if item.path.stem in UNIT and not is_run:
             item.add_marker('unit')
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker('gpu'):
-                item.add_marker(pytest.mark.skip(reason='no GPU'))
+    gpu_tests = [item for item in items if item.get_closest_marker('gpu')]
+    if gpu_tests and not torch_with_gpu():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason='no GPU'))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> Optional[bool]:
@@ -103,10 +100,18 @@ def logger_as_it_was() -> Iterator[None]:
 def cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hides the GPU from tests without the mark `gpu`, because their numbers are those of the CPU."""
     if not request.node.get_closest_marker('gpu'):
-        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    elif torch.cuda.is_available():
+        if torch_with_gpu():
+            monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    elif torch_with_gpu():
+        import torch._dynamo
         torch._dynamo.reset()  # torch stops compiling after 8 models in one process
-        counters.clear()
+        torch._dynamo.utils.counters.clear()
+
+
+@functools.cache
+def torch_with_gpu() -> bool:
+    import torch  # here, because tests of the config do without its import
+    return torch.cuda.is_available()
 
 
 def documents(split: str) -> list[str]:
@@ -173,6 +178,8 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A client of an S3 server on loopback with an empty `bucket`. Programs that tests start use the same server."""
     import boto3
     from moto.server import ThreadedMotoServer
+
+    from src.config.data_places import _fetched_index
     for key, value in (('AWS_ACCESS_KEY_ID', 'none'), ('AWS_SECRET_ACCESS_KEY', 'none'), ('AWS_DEFAULT_REGION', 'us-east-1')):
         monkeypatch.setenv(key, value)
     server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)

@@ -315,7 +315,7 @@ def test_the_dockerfile_is_that_of_the_kit():
 
 @pytest.mark.slow
 def test_a_rank_that_stands_still_ends_the_run_in_time(mds_root):
-    argv = tiny(mds_root, 'max_duration=100000ba', 'eval_loader=null', 'dist_timeout=60', 'scheduler.t_warmup=1ba')
+    argv = tiny(mds_root, 'max_duration=100000ba', 'eval_loader=null', 'dist_timeout=30', 'scheduler.t_warmup=1ba')
     command = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port()), 'main.py', QUICKSTART, *argv]
     run = warm.Popen(command, cwd=ROOT, env=clean_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = []
@@ -328,7 +328,7 @@ def test_a_rank_that_stands_still_ends_the_run_in_time(mds_root):
     assert len(ranks) == 2, ''.join(lines)
     os.kill(max(ranks), signal.SIGSTOP)
     output = run.communicate(timeout=300)[0]
-    assert run.returncode == 1 and 'Timed out waiting 60000ms' in output, output[-3000:]
+    assert run.returncode == 1 and 'Timed out waiting 30000ms' in output, output[-3000:]
 
 
 def test_the_guides_test_of_a_run(mds_root, capfd):
