@@ -88,9 +88,9 @@ def remove_stale() -> list[str]:
         return []
     locks, blocks = _streaming_files(Path(gettempdir())), _streaming_files(BLOCKS)
     stale = {prefix for prefix, paths in blocks.items() if all(map(_is_unused, paths))}
+    with_blocks = {name.partition('_')[0] for name in os.listdir(BLOCKS)} - stale  # also those of other users
     removed = [path for prefix in stale for path in blocks[prefix]]
-    removed += [path for prefix, paths in locks.items() if prefix in stale or not any(BLOCKS.glob(f'{prefix}_*'))
-                for path in paths]
+    removed += [path for prefix, paths in locks.items() if prefix not in with_blocks for path in paths]
     for path in removed:
         path.unlink(missing_ok=True)
     return [path.name for path in removed]
