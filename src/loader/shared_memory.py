@@ -121,7 +121,8 @@ def opening_a_dataset() -> Iterator[None]:
     Streaming looks for a free prefix in one step and takes it in another. Without the lock, one of two jobs that start
     at the same time could fail with `FileExistsError`.
     """
-    gc.collect()  # a dataset that nothing refers to any more must release its `local`
+    if _opened_prefixes:
+        gc.collect()  # a dataset that nothing refers to any more must release its `local`
     has_process_group = dist.is_available() and dist.is_initialized()
     with ExitStack() as stack:
         if get_local_rank() == 0 and (has_process_group or get_world_size() == 1):
