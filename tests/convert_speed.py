@@ -35,14 +35,14 @@ print(f'{time.perf_counter() - start:.1f} seconds')
 '''
 
 
-def make_input(folder: Path, n_documents: int) -> int:
-    """Writes the files; returns the bytes of text in them."""
+def make_input(folder: Path, n_documents: int, n_files: int = FILES) -> int:
+    """Writes files in C4's form; returns the bytes of text in them."""
     from src.conversion.sample_corpus import gather_sample
 
     corpus, rng, size = gather_sample()['train'], random.Random(0), 0
-    for i in range(FILES):
+    for i in range(n_files):
         with gzip.open(folder / f'c4-train.{i:05}-of-01024.json.gz', 'wt') as file:
-            for document in rng.choices(corpus, k=n_documents // FILES):
+            for document in rng.choices(corpus, k=n_documents // n_files):
                 file.write(json.dumps(document) + '\n')
                 size += len(document['text'].encode())
     return size

@@ -32,13 +32,18 @@ KINDS = ('streaming', 'tokens', 'tokens + 1', 'sequence_ids', 'concat', 'truncat
 copies = itertools.count()
 
 
-def make_data(root: Path) -> None:
+def make_tokenizer(folder: Path) -> None:
+    """Trains a byte-level BPE of 512 tokens, and writes it to `folder`."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(documents('train'), vocab_size=512, special_tokens=[EOS], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS).save_pretrained(root / 'tokenizer')
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS).save_pretrained(folder)
+
+
+def make_data(root: Path) -> None:
+    make_tokenizer(root / 'tokenizer')
     rng = np.random.default_rng(0)
     for split, n in (('tokens', SEQ_LEN), ('tokens + 1', SEQ_LEN + 1)):
         rows = rng.integers(0, 512, (SEQUENCES, n), np.uint16)  # an EOS in 512 tokens, about as in C4

@@ -79,9 +79,10 @@ def read_manifest(folder: Folder, name: str) -> Optional[Manifest]:
         return None
 
 
-def list_manifests(folder: Folder) -> Iterator[Manifest]:
-    """Reads the manifests in a folder, also those of damaged checkpoints, newest first."""
-    names = [name[:-5] for name in folder.names() if re.fullmatch(rf'{STEP.pattern}\.json', name)]
+def list_manifests(folder: Folder, after: int = -1) -> Iterator[Manifest]:
+    """Reads the manifests of batches above `after` in a folder, also those of damaged checkpoints, newest first."""
+    names = [name[:-5] for name in folder.names()
+             if (step := re.fullmatch(rf'{STEP.pattern}\.json', name)) and int(step[1]) > after]
     for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r'\d+', name)][::-1], reverse=True):
         if manifest := read_manifest(folder, name):
             yield manifest

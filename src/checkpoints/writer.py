@@ -63,8 +63,7 @@ class CheckpointWriter(Callback):
         self.last_batch = int(state.timestamp.batch)
         later: list[Any] = [None]
         if dist.get_global_rank() == 0:
-            later = [[m.name for m in list_manifests(self.folder)
-                      if m.batch > self.last_batch and m.is_whole(self.folder)]]
+            later = [[m.name for m in list_manifests(self.folder, self.last_batch) if m.is_whole(self.folder)]]
         dist.broadcast_object_list(later)
         if later[0]:
             raise UserError(f'save_folder: {self.folder} already holds {", ".join(later[0])}, which this run would '

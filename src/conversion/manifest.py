@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from src.common.errors import UserError
 from src.common.progress import progress
+from src.common.workers import map_in_threads
 from src.conversion.output import Output, open_output, read_if_exists, remove_leftovers, unfinished_folder
 from src.conversion.parts import HASH, PART, Job, Part, file_info, finished_parts
 from src.conversion.sources import Source
@@ -31,8 +32,7 @@ def merge(split: str, jobs: list[Job], source: Source) -> dict[str, Any]:
     full = {name: part for name, part in parts.items() if part['documents']}
     if not full:
         raise UserError(f'--source: there are no documents for {split}')
-    with ThreadPoolExecutor(16) as threads:
-        shards = list(chain.from_iterable(threads.map(lambda name: _read_shards(output, name), full)))
+    shards = list(chain.from_iterable(map_in_threads(lambda name: _read_shards(output, name), list(full))))
     with unfinished_folder(output, INDEX) as folder:
         (folder / INDEX).write_text(json.dumps({'version': 2, 'shards': shards}), 'utf-8')
         files = {INDEX: file_info(folder / INDEX)}
@@ -74,7 +74,7 @@ def check_no_foreign_files(root: str, n_parts: int) -> None:
     else:
         names = sorted(path.name for path in folder.iterdir() if path.name[0] != '.') if folder.is_dir() else []
     parts = _part_names(names)
-    foreign = [name for name in names if name not in (INDEX, MANIFEST, *parts)]
+    foreign = sorted({*names} - {INDEX, MANIFEST, *parts})
     lone_index = INDEX in names and not parts and MANIFEST not in names
     if foreign or lone_index or output.remote and _is_foreign_index(read_if_exists(output, INDEX)):
         raise UserError(f'--out_root: {root} holds {(foreign or names or [INDEX])[0]}, which this program did not '

@@ -8,7 +8,6 @@ options.
 import json
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, Optional
 from xxhash import xxh3_128_intdigest, xxh128_hexdigest
 
 from src.common.errors import UserError
+from src.common.workers import map_in_threads
 from src.conversion.documents import Document, good_documents
 from src.conversion.output import RemoteOutput, open_output, read_if_exists, unfinished_folder
 from src.conversion.shards import Options, write_shards
@@ -89,8 +89,7 @@ def _check_same_options(job: Job, old: dict[str, Any], has_skipped: bool) -> Non
 def finished_parts(jobs: list[Job]) -> list[Optional[Part]]:
     """Calls `finished_part` for each job, in threads, since an object store is slow to answer."""
     stored_names = open_output(jobs[0].root).list_names()
-    with ThreadPoolExecutor(16) as threads:
-        return list(threads.map(lambda job: finished_part(job, stored_names), jobs))
+    return map_in_threads(lambda job: finished_part(job, stored_names), jobs)
 
 
 def convert(job: Job) -> Part:

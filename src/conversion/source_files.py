@@ -88,7 +88,7 @@ class FolderSource:
         """Assigns each file to one split."""
         texts = [path for path in paths if path.lower().endswith(TXT_ENDINGS)]
         if len(texts) < len(paths):
-            paths = [path for path in paths if path not in {*texts}]
+            paths = [path for path in paths if not path.lower().endswith(TXT_ENDINGS)]
             self.unread |= dict.fromkeys(texts, 'text files are read only if the folder has no JSON or Parquet files')
         splits: dict[str, list[str]] = {'train': [], 'val': [], 'test': [], '': []}
         for path in paths:
@@ -110,6 +110,7 @@ class FolderSource:
     def _drop_duplicate_names(self, splits: dict[str, list[str]]) -> None:
         """Keeps one name of each file that has several, through symbolic or hard links."""
         first: dict[object, tuple[str, str]] = {}
+        dropped: dict[str, str] = {}
         inside = self.folder.resolve()
         names = [(path, split) for split, split_paths in splits.items() for path in split_paths]
         # Sort links last, so that the file's own name is kept
@@ -122,8 +123,10 @@ class FolderSource:
                 raise UserError(f'--source: {self.folder / known} ({known_split}) and {self.folder / path} ({split}) '
                                 'are one file; delete one of the names, or copy the file to use it in both splits')
             if known != path:
-                splits[split].remove(path)
-                self.unread[path] = f'another name of {known}'
+                dropped[path] = f'another name of {known}'
+        for split, split_paths in splits.items():
+            splits[split] = [path for path in split_paths if path not in dropped]
+        self.unread |= dropped
 
     def files(self, split: str) -> list[SourceFile]:
         """Returns the files of `train` or `val`, sorted. Raises UserError if there are none."""
@@ -255,12 +258,20 @@ def _describe_file(path: str) -> SourceFile:
 
 def _group_text_files(files: list[SourceFile]) -> list[SourceFile]:
     """Joins neighbouring text files up to MAX_GROUP_BYTES: a part for each document would be too small."""
-    out: list[SourceFile] = []
+    groups: list[list[SourceFile]] = []
+    size = 0
     for file in files:
-        last = out[-1] if out else None
-        if last is None or not file.path.lower().endswith(TXT_ENDINGS) or last.size + file.size > MAX_GROUP_BYTES:
-            out.append(file)
-        else:
-            digest = hashlib.blake2b(f'{last.digest} {file.digest}'.encode(), digest_size=8).hexdigest()
-            out[-1] = SourceFile(last.path, last.size + file.size, digest, (*last.more_paths, file.path))
-    return out
+        if not groups or not file.path.lower().endswith(TXT_ENDINGS) or size + file.size > MAX_GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(file)
+        size += file.size
+    return [_join(group) for group in groups]
+
+
+def _join(group: list[SourceFile]) -> SourceFile:
+    digest = group[0].digest
+    for file in group[1:]:
+        digest = hashlib.blake2b(f'{digest} {file.digest}'.encode(), digest_size=8).hexdigest()
+    paths = [file.path for file in group]
+    return SourceFile(paths[0], sum(file.size for file in group), digest, tuple(paths[1:]))

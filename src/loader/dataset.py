@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, Optional
 
 from streaming import StreamingDataLoader, StreamingDataset
@@ -57,7 +56,7 @@ class CheckedDataset(StreamingDataset):
     def fingerprint(self) -> str:
         """A hash of the indices and of each stream's weight. Ranks that read the same data have the same hash."""
         shards: Any = self.shards
-        identity = [[[s.column_names, s.column_encodings, s.samples, asdict(s.raw_data)] for s in shards],
+        identity = [[[s.column_names, s.column_encodings, s.samples, vars(s.raw_data)] for s in shards],
                     [[int(n), int(stream.choose)] for n, stream in zip(self.shards_per_stream, self.streams)]]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -88,9 +88,9 @@ def remove_stale() -> list[str]:
         return []
     locks, blocks = _streaming_files(Path(gettempdir())), _streaming_files(BLOCKS)
     stale = {prefix for prefix, paths in blocks.items() if all(map(_is_unused, paths))}
+    with_blocks = {name.partition('_')[0] for name in os.listdir(BLOCKS)} - stale  # also those of other users
     removed = [path for prefix in stale for path in blocks[prefix]]
-    removed += [path for prefix, paths in locks.items() if prefix in stale or not any(BLOCKS.glob(f'{prefix}_*'))
-                for path in paths]
+    removed += [path for prefix, paths in locks.items() if prefix not in with_blocks for path in paths]
     for path in removed:
         path.unlink(missing_ok=True)
     return [path.name for path in removed]
@@ -121,7 +121,8 @@ def opening_a_dataset() -> Iterator[None]:
     Streaming looks for a free prefix in one step and takes it in another. Without the lock, one of two jobs that start
     at the same time could fail with `FileExistsError`.
     """
-    gc.collect()  # a dataset that nothing refers to any more must release its `local`
+    if _opened_prefixes:
+        gc.collect()  # a dataset that nothing refers to any more must release its `local`
     has_process_group = dist.is_available() and dist.is_initialized()
     with ExitStack() as stack:
         if get_local_rank() == 0 and (has_process_group or get_world_size() == 1):

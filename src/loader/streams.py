@@ -2,7 +2,6 @@
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,6 +15,7 @@ from streaming.base.world import World
 from src.common.errors import UserError
 from src.common.machine import find_unwritable_folder
 from src.common.storage import owner_tag
+from src.common.workers import map_in_threads
 from src.config.data_places import check_places, conversion_command, explain_streaming_error
 from src.loader.fetching import PART, DamagedFileError, check_file, describe_error, fetch, is_full_disk, remove_parts
 
@@ -78,8 +78,7 @@ class CheckedStream(Stream):
         folder = Path(self.local, self.split)
         if self.remote is not None or any(shard.compression for shard in shards):  # else nothing is written there
             remove_parts(folder, self._infos, any_owner=self.remote is not None)
-        with ThreadPoolExecutor() as pool:
-            usage = list(pool.map(self._count_good_bytes, shards))
+        usage = map_in_threads(self._count_good_bytes, shards)
         cache_usage_per_shard[:] = usage
         if self.remote is not None or all(usage):
             return
