@@ -13,7 +13,6 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from composer import Trainer
 from composer.algorithms import GradientClipping
 from composer.core import Callback, Evaluator, Precision, State, Timestamp
 from composer.loggers import InMemoryLogger, Logger
@@ -31,6 +30,7 @@ from src.callbacks.metrics import StepCounters
 from src.common.errors import UserError
 from src.common.workers import init_loader_worker
 from src.ranks.stop import Stopped, StopRequest
+from src.training.trainer import Trainer
 
 BATCH = 4
 
