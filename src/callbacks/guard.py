@@ -1,6 +1,7 @@
 """Skips the update of a batch whose loss or gradient is not finite."""
 
 import logging
+import math
 from typing import Any, Optional
 
 import torch
@@ -70,13 +71,13 @@ class NonFiniteGuard(Algorithm):
                             'loss = torch.enable_grad()(closure)() if closure else None')
 
     def _check_batch(self, state: State, logger: Logger) -> None:
-        norm, requests = step_sums.sum_step(state, self._copies, bool(self._stop and self._stop.requested))
+        squares, requests = step_sums.sum_step(state, self._copies, bool(self._stop and self._stop.requested))
         loss: Any = state.total_loss_dict['loss/train/total']
-        logger.log_metrics({'trainer/grad_norm': norm})  # pyright: ignore[reportArgumentType]
-        is_fp16 = state.precision == Precision.AMP_FP16
-        is_good = loss.isfinite() & (norm.isfinite() | is_fp16)
-        self._results.put(int(state.timestamp.batch) + 1, torch.stack([loss, norm, is_good, requests]))
-        is_late = step_sums.reads_wait(state)
+        is_late, is_fp16 = step_sums.reads_wait(state), state.precision == Precision.AMP_FP16
+        norm: Any = squares.sqrt() if is_late else math.sqrt(squares)  # torch's sqrt is not exact on a CPU
+        logger.log_metrics({'trainer/grad_norm': norm})
+        is_good = loss.isfinite() & (squares.isfinite() | is_fp16)
+        self._results.put(int(state.timestamp.batch) + 1, torch.stack([loss, squares, is_good, requests]))
         if is_late and not is_fp16 and all(map(skips_on_device, state.optimizers)):
             for optimizer in state.optimizers:
                 optimizer.found_inf = (~is_good).float()  # pyright: ignore[reportAttributeAccessIssue]
@@ -87,7 +88,7 @@ class NonFiniteGuard(Algorithm):
 
     def _count_batches(self, n_left: int, logger: Logger) -> None:
         """Counts the skipped batches, all but the last `n_left`; raises UserError where they are too many."""
-        for batch, (loss, norm, is_good, requests) in self._results.take(n_left):
+        for batch, (loss, squares, is_good, requests) in self._results.take(n_left):
             if self._stop and requests:
                 self._stop.agreed = True
             if is_good:
@@ -96,7 +97,7 @@ class NonFiniteGuard(Algorithm):
             self.in_a_row += 1
             self.total += 1
             logger.log_metrics({'trainer/skipped_batches': self.total})
-            text = f'batch {batch}: loss {loss:.4g}, gradient norm {norm:.4g}'
+            text = f'batch {batch}: loss {loss:.4g}, gradient norm {math.sqrt(squares):.4g}'
             log.warning('%s: update skipped (%d in a row, at most %d)', text, self.in_a_row, self.max_in_a_row)
             if self.in_a_row >= self.max_in_a_row:
                 raise UserError(f'{text}; {self.in_a_row} batches in a row had a loss or gradient that is not finite: '

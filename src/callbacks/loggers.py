@@ -13,7 +13,7 @@ from composer.core import Callback, Event, State, Time, Timestamp, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
-from src.callbacks.step_sums import reads_wait
+from src.callbacks import step_sums
 from src.common.errors import UserError, first_line
 from src.config.schema import Plugins
 
@@ -42,7 +42,7 @@ class LateLogs(Callback):
         self._is_first = True
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if reads_wait(state):
+        if step_sums.reads_wait(state):
             self._state, self._logger, self._log = state, logger, logger.log_metrics
             logger.log_metrics = self._hold
 

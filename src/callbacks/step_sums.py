@@ -50,8 +50,8 @@ def sum_step(state: State, copies: int, stop_requested: bool) -> tuple[Tensor, T
     `copies` is the number of ranks that hold the same gradient. `state.total_loss_dict` becomes the means over the
     ranks. The states of `state.train_metrics` become their sums. Nothing is read on the host.
 
-    Returns the norm of all gradients, and the number of ranks that are asked to stop: scalars in float64. A value that
-    is not finite on one rank is not finite in the result.
+    Returns the square of the norm of all gradients, and the number of ranks that are asked to stop: scalars in float64.
+    A value that is not finite on one rank is not finite in the result.
     """
     losses: dict[str, Any] = state.total_loss_dict
     metrics = _states_to_sum(state.train_metrics or {})
@@ -70,7 +70,7 @@ def sum_step(state: State, copies: int, stop_requested: bool) -> tuple[Tensor, T
     state.total_loss_dict = means
     for metric, name in metrics:
         setattr(metric, name, next(rest).to(getattr(metric, name).dtype))
-    return parts[0].sqrt(), parts[1]
+    return parts[0], parts[1]
 
 
 class LateReader:
