@@ -23,12 +23,12 @@ def _fuse(optimizer: Any) -> None:
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the next step does nothing where its tensor `found_inf` is 1: fused optimizers of torch and of this file.
+    """Whether the next step does nothing where its tensor `found_inf` is 1: torch's fused optimizers and the kit's two.
 
     False for a class of your own, also one that is derived from these, because its `step` may do more.
     """
-    return (type(optimizer).__module__.startswith(('torch.optim.', __name__))
-            and all(group.get('fused') for group in optimizer.param_groups))
+    is_known = type(optimizer) in (AdamW, DecoupledAdamW) or type(optimizer).__module__.startswith('torch.optim.')
+    return is_known and all(group.get('fused') for group in optimizer.param_groups)
 
 
 class AdamW(torch.optim.AdamW):
