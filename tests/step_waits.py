@@ -4,9 +4,9 @@ DATA is a folder that convert_c4.py made. For 1 and 2 ranks on CPUs, with packed
 prints for each kind the mean number of a step. `--root DIR` measures another checkout. `--as_gpu` takes the code for GPUs, which
 reads one step late; a console that prints every 1,000 batches reads nothing in the measured steps.
 
-Collectives are all calls of torch.distributed from Python, by the kit, by Composer and by torchmetrics. The reductions of
-gradients by DDP are not among them. Reads are calls of `item`, `tolist`, `cpu`, `numpy` and conversions to Python numbers, by the
-file and function that called, outside of the loader. `HOST` lists the two functions that read numbers which lie on the host.
+Collectives are all calls of torch.distributed from Python, by the kit, by Composer and by torchmetrics, without the reductions
+of gradients by DDP and FSDP's own collectives. Reads are calls of `item`, `tolist`, `cpu`, `numpy` and conversions to Python
+numbers, by the file and function that called, outside of the loader. `HOST` lists the two that read numbers on the host.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 FIRST, LAST = 4, 12  # the measured batches
-COLLECTIVES = ('all_reduce', 'broadcast', 'barrier', 'all_gather', 'all_gather_object', 'all_gather_into_tensor', 'reduce',
+COLLECTIVES = ('all_reduce', 'broadcast', 'barrier', 'all_gather', 'all_gather_object', 'reduce',
                'gather', 'scatter', 'broadcast_object_list')
 READS = ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__int__', '__float__', '__index__', '__complex__', '__array__')
 HOST = ('step_sums.py peek', 'trainer.py _count_over_ranks')
