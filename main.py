@@ -18,7 +18,7 @@ if __name__ == '__main__':
 from collections.abc import Iterable
 from typing import Optional
 
-from composer import Trainer, algorithms
+from composer import algorithms
 from composer.core import Callback
 from composer.utils import dist
 from omegaconf import DictConfig
@@ -30,6 +30,7 @@ from src.ranks import program
 from src.training import build, fit, plugins, sharding
 from src.training.failures import explain_external_failures, explain_run_failures
 from src.training.setup import prepare_run
+from src.training.trainer import Trainer
 
 
 @explain_external_failures()
@@ -64,7 +65,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             eval_dataloader=evaluators,
             optimizers=optimizers.build_optimizer(c.optimizer, model.parameters()),
             schedulers=optimizers.build_scheduler(c.scheduler),
-            algorithms=plugins.build_algorithms(c),
+            algorithms=plugins.build_algorithms(c, run.stop),
             callbacks=all_callbacks,
             loggers=plugins.build_plugins('loggers', c.loggers),
             max_duration=c.max_duration,

@@ -22,6 +22,15 @@ def _fuse(optimizer: Any) -> None:
                                                  for p in group['params'])
 
 
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the next step does nothing where its tensor `found_inf` is 1: torch's fused optimizers and the kit's two.
+
+    False for a class of your own, also one that is derived from these, because its `step` may do more.
+    """
+    is_known = type(optimizer) in (AdamW, DecoupledAdamW) or type(optimizer).__module__.startswith('torch.optim.')
+    return is_known and all(group.get('fused') for group in optimizer.param_groups)
+
+
 class AdamW(torch.optim.AdamW):
     """PyTorch's AdamW (Loshchilov & Hutter 2019), fused unless `fuses` is false."""
 

@@ -1,10 +1,12 @@
 """Tests that need a GPU; skipped without one."""
 
+import math
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from composer.core import Callback
 from launch import ranks, tiny
 from runs import train
 
@@ -16,6 +18,7 @@ from src.config import load as config
 from src.mosaic_gpt import MosaicGPT
 from src.tools import benchmark
 from src.tools.stopwatch import PARTS
+from src.training import plugins
 
 pytestmark = pytest.mark.gpu
 KERNELS = ['flash cudnn', 'flash pytorch', 'flash flash-attn-2', 'flash flash-attn-3', 'flash flash-attn-4']
@@ -95,6 +98,46 @@ def test_documents_are_counted_once_a_forward_pass(attn_impl):
                 torch.cuda.set_sync_debug_mode('default')
         waits.append(sum('synchronizing CUDA operation' in str(w.message) for w in caught))
     assert waits[0] == waits[1]
+
+
+class NoWaits(Callback):
+    """Makes each operation raise that waits for the GPU, from the loader of batch 4 to the end of batch 9.
+
+    The loss of batch 6 is not finite. `weights` are the sums of a weight matrix before each batch, on the GPU.
+    """
+
+    def __init__(self):
+        self.weights: list[torch.Tensor] = []
+
+    def before_dataloader(self, state, logger):
+        batch = int(state.timestamp.batch)
+        torch.cuda.set_sync_debug_mode('error' if 3 <= batch < 9 else 'default')
+        self.weights.append(state.model.model.transformer.wte.weight.detach().double().sum())
+
+    def after_loss(self, state, logger):
+        if int(state.timestamp.batch) == 5:
+            state.loss = state.loss * math.nan
+
+
+@pytest.mark.parametrize('overrides', [[], ['optimizer.name=adamw', 'device_train_microbatch_size=5']], ids=['one', 'several'])
+def test_a_step_waits_for_nothing(mds_root, monkeypatch, tmp_path, overrides):
+    """Neither the kit nor Composer reads from the GPU, also where a batch is skipped. Loggers read at the console's interval."""
+    monkeypatch.setitem(plugins.CALLBACKS, 'no_waits', NoWaits)
+    argv = tiny(mds_root, 'callbacks.no_waits={}', 'max_duration=12ba', 'scheduler.t_warmup=0ba', 'eval_loader=null',
+                'console_log_interval=100ba', f'loggers.file.filename={tmp_path}/log.txt',
+                'train_loader.dataset.group_method=concat', *overrides)
+    try:
+        trainer = main.main(config.load(['yamls/quickstart.yaml', *argv]))
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    [found] = [callback.weights for callback in trainer.state.callbacks if isinstance(callback, NoWaits)]
+    sums = torch.stack(found).tolist()  # before batches 1 to 12
+    assert [a != b for a, b in zip(sums, sums[1:])] == [True] * 5 + [False] + [True] * 5
+    assert trainer.state.algorithms[-1].total == 1
+    trainer.close()
+    text = (tmp_path / 'log.txt').read_text()
+    assert [f'[metric][batch={n}]: loss/train/total: ' in text for n in range(13)] == [True] * 12 + [False]
+    assert '[metric][batch=5]: loss/train/total: NaN' in text
 
 
 FSDP = 'fsdp_config.sharding_strategy=FULL_SHARD'

@@ -14,25 +14,20 @@ from src.ranks.stop import Stopped, StopRequest
 class GracefulStop(Callback):
     """Stops a run on request: saves after the current batch and raises `Stopped` on all ranks.
 
-    A stop interrupts a running evaluation and skips the next one. This callback must be the last one, so that all
-    others have seen the batch.
+    On several GPUs that is the batch after the current one, because the host learns of other ranks' requests one step
+    late. A stop interrupts a running evaluation and skips the next one. This callback must be the last one of a run, so
+    that all others have seen the batch.
 
     Args:
-        stop: The request. A signal sets it, at a different moment on each rank.
+        stop: The request. A signal sets it, at a different moment on each rank. In a step NonFiniteGuard tells all
+            ranks of it, in an evaluation this callback does.
         save: Saves a checkpoint. It is called on all ranks, if this process has trained on a batch. The batch may be
             saved already, and the model may be in evaluation mode.
     """
 
     def __init__(self, stop: StopRequest, save: Optional[Callable[[State, Logger], None]] = None):
         self._stop, self._save = stop, save
-        self._any_rank_requested = False
         self._first_batch: Optional[int] = None  # the batch at which this process began to train
-
-    def _ask_all_ranks(self, state: State) -> bool:
-        requested = state.device.tensor_to_device(torch.tensor([int(self._stop.requested)]))
-        dist.all_reduce(requested, 'MAX')
-        self._any_rank_requested = bool(requested.item())
-        return self._any_rank_requested
 
     def _save_and_stop(self, state: State, logger: Logger) -> None:
         batch = int(state.timestamp.batch)
@@ -45,14 +40,17 @@ class GracefulStop(Callback):
         self.eval_batch_end(state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self._ask_all_ranks(state):
+        self._stop.agreed |= self._stop.requested and dist.get_world_size() == 1
+        if self._stop.agreed:
             for evaluator in state.evaluators:
                 evaluator.eval_interval = lambda state, event: False
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self._any_rank_requested:
+        if self._stop.agreed:
             self._save_and_stop(state, logger)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        if self._ask_all_ranks(state):
+        requested = state.device.tensor_to_device(torch.tensor([int(self._stop.requested)]))
+        dist.all_reduce(requested, 'MAX')
+        if requested.item():
             self._save_and_stop(state, logger)

@@ -1,4 +1,4 @@
-"""Fixes Composer's loggers: they log exact values, and a run that is started again keeps its earlier logs."""
+"""Fixes Composer's loggers: they log exact values without a wait for the GPU, and a later start keeps earlier logs."""
 
 import json
 import os
@@ -9,10 +9,11 @@ from io import TextIOWrapper
 from typing import Any, Optional
 
 from composer import loggers
-from composer.core import State
+from composer.core import Callback, Event, State, Time, Timestamp, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
+from src.callbacks import step_sums
 from src.common.errors import UserError, first_line
 from src.config.schema import Plugins
 
@@ -21,6 +22,55 @@ def _json(value: Any, indent: Optional[int] = None) -> str:
     """A value as JSON without rounding: a tensor as a number, an object that JSON does not know as text."""
     return json.dumps(value, indent=indent, ensure_ascii=False,
                       default=lambda v: v.item() if hasattr(v, 'item') else str(v))
+
+
+class LateLogs(Callback):
+    """Holds metrics on a GPU back, and gives them to the loggers when the console prints: a logger that reads a metric
+    waits for the GPU.
+
+    The loggers get all metrics in order, each with its own batch, at the latest when training ends or fails. On a CPU,
+    which does not wait, they get each metric at once. Must come after all other callbacks.
+
+    `interval` is the interval of the console, such as `50ba`. With a unit that is not `ba` it is 100 batches.
+    """
+
+    def __init__(self, interval: str) -> None:
+        time = Time.from_timestring(interval)
+        self._interval = time.value if time.unit == TimeUnit.BATCH else 100
+        self._held: list[tuple[Timestamp, dict[str, Any], Optional[int]]] = []
+        self._logger: Optional[Logger] = None
+        self._is_first = True
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if step_sums.reads_wait(state):
+            self._state, self._logger, self._log = state, logger, logger.log_metrics
+            logger.log_metrics = self._hold
+
+    def _hold(self, metrics: dict[str, Any], step: Optional[int] = None) -> None:
+        self._held.append((self._state.timestamp, dict(metrics), step))
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        super().run_event(event, state, logger)
+        prints = event == Event.BATCH_END and (self._is_first or int(state.timestamp.batch) % self._interval == 0)
+        if prints or event in (Event.EVAL_START, Event.EVAL_END, Event.EPOCH_END):
+            self._is_first = False  # the console prints the first batch of a start, too
+            self._give()
+        elif event == Event.FIT_END:
+            self.release()
+
+    def _give(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            now = self._state.timestamp
+            for self._state.timestamp, metrics, step in held:
+                self._log(metrics, step)
+            self._state.timestamp = now
+
+    def release(self) -> None:
+        """Gives all metrics to the loggers, which from now on get each metric at once."""
+        self._give()
+        if self._logger is not None:
+            self._logger.log_metrics, self._logger = self._log, None
 
 
 class FileLogger(loggers.FileLogger):

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -115,9 +116,22 @@ class UnigramBaseline(Callback):
 
 
 class SpeedMonitor(callbacks.SpeedMonitor):
-    """Composer's SpeedMonitor with the peaks in src/common/flops.py: no MFU for a GPU that is not listed there."""
+    """Composer's SpeedMonitor with the peaks in src/common/flops.py: no MFU for a GPU that is not listed there.
+
+    The FLOPs of a batch are those of this rank, times the samples of all ranks: Composer would add them up over the
+    ranks, and read the sum from the GPU.
+    """
 
     def init(self, state: State, logger: Logger) -> None:
         if self.gpu_flops_available is None and torch.cuda.is_available():
             self.gpu_flops_available = peak_flops(torch.cuda.get_device_name(), str(state.precision.value)) or 0
         super().init(state, logger)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        model: Any = getattr(state.model, 'module', state.model)  # DDP has the model as its `module`
+        if hasattr(model, 'flops_per_batch'):
+            assert state.previous_timestamp is not None
+            samples = int(state.timestamp.sample - state.previous_timestamp.sample)
+            self.history_flops.append(model.flops_per_batch(state.batch) * samples / len(state.batch['input_ids']))
+        hidden: Any = SimpleNamespace(timestamp=state.timestamp, model=SimpleNamespace(module=None))  # has no FLOPs
+        super().batch_end(hidden, logger)

@@ -16,19 +16,26 @@ MODEL_KEYS = ('input_ids', 'labels', 'attention_mask', 'sequence_id')  # models 
 log = logging.getLogger('src')
 
 
+class CheckedBatch(dict[str, Any]):
+    """A batch that a BatchChecker has checked."""
+
+
 class BatchChecker:
     """Checks a batch and fills in what it lacks. Composer calls it as `batch_transforms` of a DataSpec.
 
     Token ids become int64. A batch without `labels` gets its `input_ids` as labels. Labels at padding become -100.
     Other keys stay as they are. `setting` names the loader in messages. `vocab_size` and `max_seq_len` are the limits
-    of the model (None: no limit). Raises UserError if the model could not train on the batch.
+    of the model (None: no limit). A batch that is checked already stays as it is: training counts its targets before
+    Composer asks for the check. Raises UserError if the model could not train on the batch.
     """
 
     def __init__(self, setting: str, vocab_size: int, max_seq_len: Optional[int]) -> None:
         self.setting, self.vocab_size, self.max_seq_len = setting, vocab_size, max_seq_len
         self._has_logged_missing_labels = False
 
-    def __call__(self, batch: Any) -> dict[str, Any]:
+    def __call__(self, batch: Any) -> CheckedBatch:
+        if isinstance(batch, CheckedBatch):
+            return batch
         values = dict(batch) if isinstance(batch, Mapping) else {}
         if 'input_ids' not in values:
             found = f'has the keys {", ".join(map(str, values))}' if values else f'is a {type(batch).__name__}'
@@ -43,7 +50,7 @@ class BatchChecker:
         self._check_values(ids)
         if (mask := ids.get('attention_mask')) is not None:
             ids['labels'] = ids['labels'].masked_fill(mask == 0, IGNORE_INDEX)
-        return {**values, **ids, 'n_targets': targets_per_sample(ids)}
+        return CheckedBatch({**values, **ids, 'n_targets': targets_per_sample(ids)})
 
     def _as_int64(self, key: str, value: Any) -> Tensor:
         tensor, is_mask = value, key == 'attention_mask'

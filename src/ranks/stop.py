@@ -32,6 +32,8 @@ def _start_time(pid: int) -> Optional[str]:
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into `requested`, which training reads between two batches.
 
+    Training sets `agreed`, at the same batch on all ranks, when the request of any rank has reached all.
+
     A thread reads the signals, so that a signal has an effect while the main thread waits in a collective. A second
     signal, 2 s or more after the first, ends the process at once. So does the first, with exit code 1, when another
     rank of this node is dead: then the launcher sends the signal to end all ranks, and training would wait for ever.
@@ -40,7 +42,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.agreed = False
         self._siblings: list[tuple[int, Optional[str]]] = []
         self._on_death: Optional[Callable[[int], None]] = None
 

@@ -38,6 +38,12 @@ def reads_kit_dataset(loader: Any) -> bool:
     return isinstance(getattr(loader, 'dataset', None), (data_c4.StreamingC4, EvalView))
 
 
+def gives_equal_batches(loader: Any) -> bool:
+    """Whether every rank gets the same numbers of batches, samples and targets: true for the kit's packed tokens."""
+    dataset = getattr(loader, 'dataset', None)
+    return isinstance(dataset, data_c4.StreamingC4) and dataset.column == 'tokens' and not dataset.sequence_ids
+
+
 def _kits_dataset(loader: Any) -> data_c4.StreamingC4:
     """The dataset of one of the kit's loaders, without the view that an evaluation puts around it."""
     return loader.dataset.dataset if isinstance(loader.dataset, EvalView) else loader.dataset

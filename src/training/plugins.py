@@ -14,6 +14,7 @@ from src.callbacks.metrics import SpeedMonitor, UnigramBaseline
 from src.callbacks.text_samples import TextSamples
 from src.common.errors import UserError, first_line
 from src.config.schema import Config, Plugins
+from src.ranks.stop import StopRequest
 
 log = logging.getLogger('src')
 WRITE_WHEN_BUILT = ('cometml', 'mlflow')  # these loggers create an experiment when they are built
@@ -85,9 +86,9 @@ def _check_package(section: str, name: str) -> None:
                         f'{section}')
 
 
-def build_algorithms(c: Config) -> list[Algorithm]:
-    """Builds the algorithms; the guard is last (see NonFiniteGuard)."""
-    return [*build_plugins('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row)]
+def build_algorithms(c: Config, stop: StopRequest) -> list[Algorithm]:
+    """Builds the algorithms; the guard is last, and tells all ranks of a request to stop (see NonFiniteGuard)."""
+    return [*build_plugins('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row, stop)]
 
 
 def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:

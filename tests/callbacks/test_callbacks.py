@@ -13,7 +13,6 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from composer import Trainer
 from composer.algorithms import GradientClipping
 from composer.core import Callback, Evaluator, Precision, State, Timestamp
 from composer.loggers import InMemoryLogger, Logger
@@ -31,6 +30,7 @@ from src.callbacks.metrics import StepCounters
 from src.common.errors import UserError
 from src.common.workers import init_loader_worker
 from src.ranks.stop import Stopped, StopRequest
+from src.training.trainer import Trainer
 
 BATCH = 4
 
@@ -202,8 +202,9 @@ def test_under_fp16_the_scaler_has_the_gradients_and_the_guard_the_loss(loss: fl
     model, guard = Line(), NonFiniteGuard(10)
     for p in model.parameters():
         p.grad = torch.full_like(p, float('inf'))
-    guard._losses, guard._copies = [torch.tensor(loss)], 1
-    state: Any = SimpleNamespace(model=model, precision=Precision.AMP_FP16, timestamp=Timestamp())
+    guard._copies = 1
+    state: Any = SimpleNamespace(model=model, precision=Precision.AMP_FP16, timestamp=Timestamp(), train_metrics=None,
+                                 device=SimpleNamespace(name='cpu'), total_loss_dict={'loss/train/total': torch.tensor([loss])})
     guard._check_batch(state, Logger(state))
     assert all((p.grad is not None) == keeps for p in model.parameters())
     assert guard.total == (not keeps)
@@ -401,7 +402,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from src.callbacks.graceful_stop import *
+from src.callbacks import step_sums
 from src.callbacks.guard import *
+from src.callbacks.step_sums import *
 from src.ranks.failure_watch import *
 from src.ranks.stop import *
 from test_callbacks import *
@@ -410,13 +413,17 @@ rank = int(os.environ['RANK'])
 dist.initialize_dist('cpu', 60)
 out = {{}}
 with StopRequest() as stop, FailureWatch(stop):
+    step_sums.reads_wait = lambda state: {late}
+
     class Signal(Callback):
         def batch_start(self, state, logger):
             if rank == 1 and int(state.timestamp.batch) == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.5)
-    guard, snapshots, saved = NonFiniteGuard(10), Snapshots(), []
-    trainer = train(8, {{2: float('nan'), 3: 1e30}}, guard, callbacks=[Signal(), snapshots, GracefulStop(
+    guard, snapshots, saved = NonFiniteGuard(10, stop), Snapshots(), []
+    model = Line()
+    trainer = train(8, {{2: float('nan'), 3: 1e30}}, guard, model=model, optimizers=torch.optim.AdamW(
+        model.parameters(), lr=0.1, fused=True), callbacks=[Signal(), snapshots, GracefulStop(
         stop, lambda state, logger: saved.append(int(state.timestamp.batch)))], loggers=[metrics := InMemoryLogger()])
     try:
         trainer.fit()
@@ -426,7 +433,7 @@ with StopRequest() as stop, FailureWatch(stop):
     out['changed'] = [not equal(a, b) for a, b in zip(snapshots.seen, snapshots.seen[1:])]
     out['weights'] = [p.tolist() for p in trainer.state.model.parameters()]
     out['counts'] = guard.in_a_row, guard.total
-    out['norms'] = [v for _, v in metrics.data['trainer/grad_norm']]
+    out['norms'] = [float(v) for _, v in metrics.data['trainer/grad_norm']]
     trainer.close()
 
     # The norm of sharded gradients is that of the full gradients, also where each shard has a replica.
@@ -437,12 +444,14 @@ with StopRequest() as stop, FailureWatch(stop):
         fully_shard(net, mesh=init_device_mesh('cpu', mesh, mesh_dim_names=('replicate', 'shard')[-len(mesh):]))
         for p in net.parameters():  # set by hand: a backward pass with replicas does not work over gloo
             p.grad = distribute_tensor(torch.arange(p.numel()).float().view(p.shape), p.device_mesh, p.placements)
-        guard._losses, guard._copies = [torch.tensor(float(rank))], gradient_copies(net)
-        out['sharded'].append([guard._copies, *guard._loss_and_norm(SimpleNamespace(model=net))])
+        state = SimpleNamespace(model=net, train_metrics=None, total_loss_dict={{'loss/train/total': torch.tensor(float(rank))}})
+        squares, _ = sum_step(state, gradient_copies(net), False)
+        out['sharded'].append([gradient_copies(net), state.total_loss_dict['loss/train/total'].item(), squares.sqrt().item()])
         out['whole'] = torch.nn.utils.get_total_norm([p.grad.full_tensor() for p in net.parameters()]).item()
     # If the loss of one rank is not finite, the result is not finite on both.
-    guard._losses = [torch.tensor(float('inf') if rank else 1.0)]
-    out['one'] = guard._loss_and_norm(SimpleNamespace(model=net))[0]
+    state.total_loss_dict = {{'loss/train/total': torch.tensor(float('inf') if rank else 1.0)}}
+    sum_step(state, 1, False)
+    out['one'] = state.total_loss_dict['loss/train/total'].item()
 with open(sys.argv[1] + str(rank), 'w') as f:
     json.dump(out, f)
 torch.distributed.destroy_process_group()
@@ -450,9 +459,11 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_ranks_skip_the_same_batches_and_stop_after_the_same_one(tmp_path: Path) -> None:
-    script = tmp_path / 'two_ranks.py'
-    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / 'tests/callbacks')))
+@pytest.mark.parametrize('late', [False, True], ids=['as on CPUs', 'as on GPUs'])
+def test_two_ranks_skip_the_same_batches_and_stop_after_the_same_one(late: bool, tmp_path: Path) -> None:
+    """A signal in batch 5 on one rank stops both after it, or one batch later where a rank reads one step late."""
+    script, last = tmp_path / 'two_ranks.py', 6 if late else 5
+    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / 'tests/callbacks'), late=late))
     port = str(free_port())
     processes = [Popen([sys.executable, str(script), str(tmp_path / 'out')], text=True, stderr=subprocess.PIPE,
                               env=clean_env(RANK=str(i), WORLD_SIZE='2', LOCAL_RANK=str(i), LOCAL_WORLD_SIZE='2', NODE_RANK='0',
@@ -465,9 +476,9 @@ def test_two_ranks_skip_the_same_batches_and_stop_after_the_same_one(tmp_path: P
     assert [rank.returncode for rank in processes] == [0, 0], errors
     a, b = [json.loads((tmp_path / f'out{i}').read_text()) for i in range(2)]
     assert a == b
-    assert a['changed'] == [True, False, False, True, True]
+    assert a['changed'] == [True, False, False, True, True, True][:last]
     assert a['counts'] == [0, 2]
-    assert a['stopped'] == 'stopped on request after batch 5' and a['saved'] == [5]
+    assert a['stopped'] == f'stopped on request after batch {last}' and a['saved'] == [last]
     assert a['sharded'] == [[copies, 0.5, pytest.approx(a['whole'], rel=1e-6)] for copies in (1, 2)]
     assert a['one'] == float('inf')
     # Both ranks hold the same gradient. The norm is that of one copy: the norm in one process with the batches of both.

@@ -43,7 +43,7 @@ class Seen(Callback):
         self.rows.append(state.batch['input_ids'][:, 0].tolist())
 
     def batch_end(self, state, logger) -> None:
-        self.losses.append(state.total_loss_dict['loss/train/total'])
+        self.losses.append(float(state.total_loss_dict['loss/train/total']))
 
     def eval_before_forward(self, state, logger) -> None:
         self.evaluated += state.batch['input_ids'][:, 0].tolist()
