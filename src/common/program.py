@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ def check_early(check: Callable[[], Any], leave: Callable[[UserError], NoReturn]
     Their import takes seconds. `leave` ends the process after a UserError. The program reads its command line once more
     when it runs, so what `check` prints is shown only before a mistake.
     """
+    set_up_output()
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -28,8 +29,18 @@ def check_early(check: Callable[[], Any], leave: Callable[[UserError], NoReturn]
     except UserError as e:
         print(printed.getvalue(), end='', file=sys.stderr)
         leave(e)
+    except SystemExit:  # argparse has printed what is wrong
+        print(printed.getvalue(), end='', file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    """Adds --tokenizer and --yaml, for a checkpoint whose manifest is missing or lacks them."""
+    parser.add_argument('--tokenizer', metavar='NAME', help="a hub name or a folder; default: the run's tokenizer")
+    parser.add_argument('--yaml', nargs='+', metavar=('YAML', 'key=value'),
+                        help='config of the run, for a checkpoint without a manifest')
 
 
 def run(main: Callable[[Namespace], Any], parse_args: Callable[[list[str]], Namespace]) -> None:

@@ -1,7 +1,6 @@
 """Checks a config before torch and Composer are imported, because their import takes seconds."""
 
 import os
-from collections.abc import Collection
 from typing import Any, Optional
 
 from src.config.check import check_without_torch
