@@ -55,7 +55,7 @@ def combinations(sweeps: list[str]) -> list[tuple[str, ...]]:
 
 
 def check_arguments() -> None:
-    """Finds mistakes on the command line and in its YAML; a mistake in one run of a sweep shows later, in its record."""
+    """Finds mistakes on the command line and in its YAML; those in one run of a sweep show later, in its record."""
     args = parse_args(sys.argv[1:])
     if not combinations(args.sweep)[0]:
         early.check_config(config.load([args.yaml, *args.overrides]), num_nodes=1)
@@ -251,7 +251,6 @@ def predict_memory(c: Config, devices: int, microbatch: int) -> Optional[int]:
 
 
 # ---------------------------------------------------------------- results
-
 COLUMNS = ('run', 'parameters', 'batch × seq', 'precision', 'attention', 'tokens/s', 'MFU', 'causal MFU', 'ms/step',
            *PARTS, 'peak GiB', 'predicted', 'against')
 
