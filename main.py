@@ -11,14 +11,14 @@ from pathlib import Path
 
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # `src` is this folder's, no other package's
-    from src.ranks import environment  # first, because importing torch and Composer takes seconds
+    from src.ranks import environment
+    from src.training import early
 
-    environment.set_up_rank()
+    environment.set_up_rank(lambda: early.check_command_line(sys.argv[1:]))  # first: importing Composer takes seconds
 
 from collections.abc import Iterable
 from typing import Optional
 
-from composer import algorithms
 from composer.core import Callback
 from composer.utils import dist
 from omegaconf import DictConfig
@@ -84,7 +84,7 @@ def main(cfg: DictConfig, watch: Optional[program.FailureWatch] = None, callback
             load_path=start.composer_load_path,
             load_weights_only=start.kind == 'weights',
             load_ignore_keys=loading.check_same_weights(start, model.state_dict()),  # a check: it ignores no key
-            load_exclude_algorithms=dir(algorithms),  # else Composer passes a checkpoint's text to Python's eval
+            load_exclude_algorithms=loading.names_of_algorithms(),
         )
     loading.finish_loading(start, trainer)
     fit.log_start(run, trainer, model, train_data, changed.lines)

@@ -5,10 +5,12 @@ makes `src` a regular package, which Python prefers to a namespace package of th
 """
 
 import os
+import sys
 
 from src.common import machine, workers
 from src.ranks import environment
 
 machine.prepare_environment()
 environment.fill_node_rank()
+sys.meta_path.insert(0, machine.SkipTorchao())
 os.register_at_fork(before=workers.let_threads_settle)

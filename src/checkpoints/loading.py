@@ -149,6 +149,13 @@ def check_same_weights(start: Start, state_dict: Mapping[str, Any]) -> Callable[
     return check
 
 
+def names_of_algorithms() -> list[str]:
+    """The algorithms that a checkpoint must not add to a run: Composer would pass its text to Python's eval."""
+    from composer import algorithms  # not at the top: imports the models of transformers
+
+    return dir(algorithms)
+
+
 def finish_loading(start: Start, trainer: Trainer) -> None:
     """Loads what the Trainer does not load: weights of a full checkpoint, and the random state. Call on every rank."""
     if start.is_weights_file:

@@ -36,6 +36,7 @@ class Card(NamedTuple):
         return USABLE_FRACTION * self.memory
 
 
+ASSUMED_MFU = 0.4  # of an estimate
 # Dense peaks (no sparsity) with fp32 accumulation. MFU of fp8 layers uses them too, so that runs can be compared.
 CARDS = {card.name: card for card in (
     # NVIDIA A100 Tensor Core GPU datasheet, 2021

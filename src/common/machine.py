@@ -12,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Optional
 
@@ -45,6 +46,17 @@ def prepare_environment() -> None:
         home = Path(tempfile.gettempdir(), f'home-of-user-{os.getuid()}')
         home.mkdir(mode=0o700, exist_ok=True)
         os.environ['HOME'] = str(home)
+
+
+class SkipTorchao(MetaPathFinder):
+    """Keeps transformers from importing torchao, where that is installed: Composer's algorithms import transformers.
+
+    torchao imports half of torch's compiler, which takes seconds. The kit imports torchao itself where FP8 needs it.
+    """
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == 'transformers.quantizers.quantizer_torchao':
+            vars(sys.modules['transformers.utils.import_utils'])['_torchao_available'] = False
 
 
 def set_up_output() -> None:

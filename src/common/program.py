@@ -1,12 +1,46 @@
 """Runs a program in one process: a mistake of the user is shown as one message, Ctrl-C shows nothing."""
 
+import contextlib
+import io
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from src.common.errors import UserError
 from src.common.machine import set_up_output
+
+
+def leave(error: UserError) -> NoReturn:
+    sys.exit(f'error: {error}')
+
+
+def check_early(check: Callable[[], Any], leave: Callable[[UserError], NoReturn] = leave) -> None:
+    """Calls `check`, which looks for mistakes on the command line, before a program imports torch and Composer.
+
+    Their import takes seconds. `leave` ends the process after a UserError. The program reads its command line once more
+    when it runs, so what `check` prints is shown only before a mistake.
+    """
+    set_up_output()
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            check()
+    except UserError as e:
+        print(printed.getvalue(), end='', file=sys.stderr)
+        leave(e)
+    except SystemExit:  # argparse has printed what is wrong
+        print(printed.getvalue(), end='', file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    """Adds --tokenizer and --yaml, for a checkpoint whose manifest is missing or lacks them."""
+    parser.add_argument('--tokenizer', metavar='NAME', help="a hub name or a folder; default: the run's tokenizer")
+    parser.add_argument('--yaml', nargs='+', metavar=('YAML', 'key=value'),
+                        help='config of the run, for a checkpoint without a manifest')
 
 
 def run(main: Callable[[Namespace], Any], parse_args: Callable[[list[str]], Namespace]) -> None:
@@ -15,6 +49,6 @@ def run(main: Callable[[Namespace], Any], parse_args: Callable[[list[str]], Name
     try:
         main(parse_args(sys.argv[1:]))
     except UserError as e:
-        sys.exit(f'error: {e}')
+        leave(e)
     except KeyboardInterrupt:
         sys.exit(130)

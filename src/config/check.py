@@ -3,7 +3,7 @@
 import copy
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Optional, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,7 +13,7 @@ from src.config.data_checks import data_errors, packs_on_the_fly
 from src.config.load import to_plain
 from src.config.model_checks import model_errors
 from src.config.old_keys import advice_for_old_key, fill_shared_values
-from src.config.plugin_entries import keywords_of
+from src.config.plugin_entries import find_class, keywords_of
 from src.config.run_checks import machine_errors, schedule_errors
 from src.config.schema import MODEL_CONFIGS, Config, Section, types_below
 
@@ -42,41 +42,73 @@ def check(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int
     the YAML must be arguments of the class. `world_size` counts the devices over all nodes. `uses_kit_loader` is False
     where a loader of the user's own reads the data. Raises UserError, which lists every mistake.
     """
-    raw, errors = to_plain(fill_shared_values(cfg)), []
-    for section, classes in registries.items():
-        if isinstance(raw.get(section), dict):
-            raw[section], mistakes = _check_plugins(section, raw[section], classes)
-            errors += mistakes
-    config: Optional[Config] = None
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as e:
-        errors += _explain(e, Config, raw)
-        config = _config_without_mistakes(raw, e)
+    config, errors = _validate(cfg, registries)
     if config is not None:
         packed = uses_kit_loader and packs_on_the_fly(config.train_loader.dataset)
-        errors += [*model_errors(config, has_gpu), *data_errors(config, num_nodes, uses_kit_loader),
-                   *schedule_errors(config, packed), *machine_errors(config, world_size, has_gpu)]
+        errors += _contradictions(config, world_size, has_gpu, num_nodes, uses_kit_loader, packed)
     if errors:
         raise _report(errors)
     assert config is not None
     return config
 
 
+def check_without_torch(cfg: Any, registries: Mapping[str, Mapping[str, Any]], world_size: int, num_nodes: int = 1,
+                        gpu: Collection[bool] = (False, True)) -> None:
+    """Finds, in a fraction of a second, the mistakes of a config that need neither torch nor Composer.
+
+    `check` finds them too, and those in the keywords of plugins, in `compile_config` and in the folders of the kit's
+    loader. `gpu` has the answers that are possible to the question whether the run has GPUs: a mistake counts if it is
+    one for all of them. Raises UserError, which lists the mistakes as `check` does.
+    """
+    config, errors = _validate(cfg, {section: dict.fromkeys(names) for section, names in registries.items()})
+    if config is not None:
+        config = config.model_copy(update={'compile_config': None})
+        first, *others = ([*_contradictions(config, world_size, has_gpu, num_nodes, False, packed)]
+                          for has_gpu in gpu for packed in (False, True))
+        errors += [error for error in first if all(error in other for other in others)]
+    if errors:
+        raise _report(errors)
+
+
+def _validate(cfg: Any, registries: Mapping[str, Mapping[str, Any]]) -> tuple[Optional[Config], list[str]]:
+    """The config without the keys that are wrong (None where a wrong key is required), and a line for each of them."""
+    raw, errors = to_plain(fill_shared_values(cfg)), []
+    for section, classes in registries.items():
+        if isinstance(raw.get(section), dict):
+            raw[section], mistakes = _check_plugins(section, raw[section], classes)
+            errors += mistakes
+    try:
+        return Config.model_validate(raw), errors
+    except ValidationError as e:
+        return _config_without_mistakes(raw, e), errors + _explain(e, Config, raw)
+
+
+def _contradictions(c: Config, world_size: int, has_gpu: bool, num_nodes: int, uses_kit_loader: bool,
+                    packed: bool) -> Iterator[str]:
+    """A line for each setting that does not go with another one or with the machine."""
+    yield from model_errors(c, has_gpu)
+    yield from data_errors(c, num_nodes, uses_kit_loader)
+    yield from schedule_errors(c, packed)
+    yield from machine_errors(c, world_size, has_gpu)
+
+
 def _check_plugins(section: str, chosen: Mapping[str, Any],
                    classes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The valid entries of `callbacks`, `loggers` or `algorithms`, and a line for each mistake in the others."""
+    """The valid entries of `callbacks`, `loggers` or `algorithms`, and a line for each mistake in the others.
+
+    Where the class of a name is None, its keywords are not checked.
+    """
     valid, errors = {}, []
     for name, kwargs in chosen.items():
         key = f'{section}.{name}'
         if name not in classes:
             errors.append(f'{key}: no such name; {_nearest(str(name), list(classes))}')
-        elif kwargs is False:
-            valid[name] = kwargs
-        elif kwargs is not None and not isinstance(kwargs, dict):
+        elif kwargs is not None and kwargs is not False and not isinstance(kwargs, dict):
             errors.append(f'{key}: must be a section with keys, {{}} for its defaults, or false to switch it off')
+        elif kwargs is False or classes[name] is None:
+            valid[name] = kwargs
         else:
-            schema = keywords_of(classes[name])
+            schema = keywords_of(find_class(classes[name]))
             try:
                 keys_set = schema.model_validate(kwargs or {}).model_fields_set
                 valid[name] = kwargs and {key: value for key, value in kwargs.items() if key in keys_set}

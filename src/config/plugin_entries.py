@@ -1,6 +1,7 @@
 """Makes a section of the schema from the arguments of a callback, logger or algorithm."""
 
 import inspect
+import pkgutil
 from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, get_type_hints
@@ -42,6 +43,11 @@ class SomeKeywords(Keywords):
     """Base for a class that takes `**kwargs`: other keys are allowed too."""
 
     model_config = ConfigDict(extra='allow')
+
+
+def find_class(entry: Any) -> Any:
+    """The class of a registry's entry: a class, or where it is, as `module:Class`; the module is imported only now."""
+    return pkgutil.resolve_name(entry) if isinstance(entry, str) else entry
 
 
 @cache

@@ -3,9 +3,11 @@
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
+from src.common import program
 from src.common.errors import UserError
 from src.common.machine import set_up_output
 from src.common.workers import die_with_launcher
@@ -20,6 +22,7 @@ TASK_COUNTS = {
     'srun': ('SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS'),
     'mpirun': ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'),
 }
+WAIT_FOR_RANK_0_S = 10.0  # how long a rank with a UserError waits for rank 0 to report the same error
 
 
 class Process(NamedTuple):
@@ -56,11 +59,27 @@ def fill_node_rank() -> None:
         os.environ.setdefault('NODE_RANK', os.environ['GROUP_RANK'])
 
 
-def set_up_rank() -> None:
-    """Prepares a rank before torch is imported: the rank ends with its launcher, and can print any text."""
+def set_up_rank(check: Callable[[], Any]) -> None:
+    """Prepares a rank before torch is imported: the rank ends with its launcher, and can print any text.
+
+    `check` looks for mistakes on the command line. If it raises a UserError, the rank prints the message and exits.
+    """
     die_with_launcher()
     set_up_output()
     check_numbers()
+    program.check_early(check, leave_together)
+
+
+def leave_together(error: UserError) -> NoReturn:
+    """Ends this rank because of a mistake of the user that it found before it met the others.
+
+    Usually all ranks find it: rank 0 prints the message, and the launcher then ends the others.
+    """
+    me, text = this_process(), f'error: {error}'
+    if me.rank:
+        time.sleep(WAIT_FOR_RANK_0_S)
+        text = f'rank {me.rank} on node {me.node} ({me.host}):\n{text}'
+    sys.exit(text)
 
 
 def check_numbers() -> None:

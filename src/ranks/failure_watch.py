@@ -11,14 +11,13 @@ from typing import Optional
 import torch.distributed
 
 from src.common.errors import UserError, first_line
-from src.ranks.environment import this_process
+from src.ranks.environment import WAIT_FOR_RANK_0_S, this_process
 from src.ranks.failure_board import STORE_TIMEOUT_S, Failure, FailureBoard, own_stderr
 from src.ranks.stop import Stopped, StopRequest
 
 POLL_S = 1.0
 READ_FAILURE_S = 2 * POLL_S  # time in which all ranks read why one ends
 EXIT_TIMEOUT_S = 30.0  # how long a rank that has failed may take to end
-WAIT_FOR_RANK_0_S = 10.0  # how long a rank with a UserError waits for rank 0 to report the same error
 
 
 class FailureWatch:

@@ -5,7 +5,7 @@ from itertools import takewhile
 from typing import NamedTuple, Optional
 
 from src.common.errors import UserError
-from src.common.flops import Card, train_flops_per_token
+from src.common.flops import ASSUMED_MFU, Card, train_flops_per_token
 from src.config.derived import device_batch_size, resolve_precision
 from src.config.schema import TIME, Config, FSDPConfig
 from src.sizing.memory import Memory, predict, trace_config
@@ -13,7 +13,6 @@ from src.sizing.remedies import Remedy, remedies
 from src.sizing.step_trace import Trace
 
 # Chowdhery et al. 2022 (PaLM), table 3, lists MFUs from 0.21 (GPT-3) to 0.46. src/tools/benchmark.py measures yours.
-ASSUMED_MFU = 0.4
 C4_TOKENS = 170e9  # roughly, in the split train with GPT-2's tokenizer
 RULE_BYTES = 16  # per parameter: fp32 weights 4, gradients 4, Adam's moments 8
 CHECKPOINT_BYTES = 12  # per parameter: as above, without the gradients

@@ -8,62 +8,19 @@ use several devices. Rates are those of the median step after the warm-up.
 """
 # ruff: noqa: E402
 
+import argparse
+import re
 import sys
+from itertools import product
 from pathlib import Path
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
-    from src.ranks import environment  # before torch and Composer, whose import takes seconds
 
-    environment.set_up_rank()
-
-import argparse
-import atexit
-import gc
-import json
-import os
-import re
-import resource
-import shlex
-import shutil
-import statistics
-import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from importlib.metadata import PackageNotFoundError, version
-from itertools import product
-from typing import Any, Optional
-
-import numpy as np
-import torch
-from composer.core import Engine
-from composer.utils import dist
-from composer.utils.collect_env import get_cpu_model
-from omegaconf import DictConfig, OmegaConf
-from streaming import MDSWriter
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
-
-from main import main as train
-from src.attention import CausalAttention
 from src.common.errors import UserError, positive_int
-from src.common.flops import peak_flops, train_flops_per_token
 from src.config import load as config
-from src.config.schema import Config, HFCausalLMConfig
-from src.hf_causal_lm import build_hf_config
-from src.ranks import program, rendezvous
-from src.ranks.failure_watch import FailureWatch
-from src.sizing.memory import GPU_WORKSPACE, predict
-from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_baselines
-from src.training.data import uses_kit_loader
-from src.training.report import environment
-from src.training.setup import check_config
-
-VERSIONS = ('python', 'torch', 'mosaicml', 'mosaicml-streaming', 'transformers')
-VOCAB_SIZE = 50257  # of the random tokens, if the model does not tell its own
-DOCUMENT = 512  # mean length of a document in random tokens
-SYNTHETIC_BYTES = 64_000_000  # maximum of random tokens; longer runs read them again
+from src.ranks.environment import set_up_rank
+from src.training import early
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -79,11 +36,76 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--against', action='append', choices=['hf', 'bare'], default=[], help='also time another loop, step by '
         "step in turn. hf: Hugging Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that "
         'loop, which shows the cost of the Trainer. May be given twice')
-    add('--profile', action='store_true', help=f'profile {PROFILED} more steps: writes a Chrome trace and a table')
+    add('--profile', action='store_true', help='profile a few more steps: writes a Chrome trace and a table')
     add('--out', type=Path, default=Path('benchmark'), metavar='PATH',
         help='writes PATH.json and PATH.md; default: %(default)s')
     add('--append', action='store_true', help='keep the rows that the two files already hold')
     return parser.parse_intermixed_args(argv)
+
+
+def combinations(sweeps: list[str]) -> list[tuple[str, ...]]:
+    """The overrides of each run of a sweep."""
+    swept = []
+    for sweep in sweeps:
+        key, _, values = sweep.partition('=')
+        if not key or not values:
+            raise UserError(f'--sweep: {sweep!r} must have the form key=a,b,c')
+        swept.append([f'{key}={value}' for value in re.split(r',(?![^\[{]*[\]}])', values)])  # not in brackets
+    return list(product(*swept))
+
+
+def check_arguments() -> None:
+    """Finds mistakes on the command line and in its YAML; those in one run of a sweep show later, in its record."""
+    args = parse_args(sys.argv[1:])
+    if not combinations(args.sweep)[0]:
+        early.check_config(config.load([args.yaml, *args.overrides]), num_nodes=1)
+
+
+if __name__ == '__main__':
+    set_up_rank(check_arguments)  # before the imports below, which take seconds
+
+import atexit
+import gc
+import json
+import os
+import resource
+import shlex
+import shutil
+import statistics
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from composer.core import Engine
+from composer.utils import dist
+from composer.utils.collect_env import get_cpu_model
+from omegaconf import DictConfig, OmegaConf
+from streaming import MDSWriter
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from main import main as train
+from src.attention import CausalAttention
+from src.common.flops import peak_flops, train_flops_per_token
+from src.config.schema import Config, HFCausalLMConfig
+from src.hf_causal_lm import build_hf_config
+from src.ranks import program, rendezvous
+from src.ranks.failure_watch import FailureWatch
+from src.sizing.memory import GPU_WORKSPACE, predict
+from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_baselines
+from src.training.data import uses_kit_loader
+from src.training.report import environment
+from src.training.setup import check_config
+
+VERSIONS = ('python', 'torch', 'mosaicml', 'mosaicml-streaming', 'transformers')
+VOCAB_SIZE = 50257  # of the random tokens, if the model does not tell its own
+DOCUMENT = 512  # mean length of a document in random tokens
+SYNTHETIC_BYTES = 64_000_000  # maximum of random tokens; longer runs read them again
 
 
 # ---------------------------------------------------------------- one run
@@ -229,7 +251,6 @@ def predict_memory(c: Config, devices: int, microbatch: int) -> Optional[int]:
 
 
 # ---------------------------------------------------------------- results
-
 COLUMNS = ('run', 'parameters', 'batch × seq', 'precision', 'attention', 'tokens/s', 'MFU', 'causal MFU', 'ms/step',
            *PARTS, 'peak GiB', 'predicted', 'against')
 
@@ -273,17 +294,6 @@ def page(records: list[dict[str, Any]]) -> str:
 
 
 # ---------------------------------------------------------------- the program
-def combinations(sweeps: list[str]) -> list[tuple[str, ...]]:
-    """The overrides of each run of a sweep."""
-    swept = []
-    for sweep in sweeps:
-        key, _, values = sweep.partition('=')
-        if not key or not values:
-            raise UserError(f'--sweep: {sweep!r} must have the form key=a,b,c')
-        swept.append([f'{key}={value}' for value in re.split(r',(?![^\[{]*[\]}])', values)])  # not in brackets
-    return list(product(*swept))
-
-
 def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> list[dict[str, Any]]:
     """Times every run of the sweep, and writes all records after each run.
 

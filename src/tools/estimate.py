@@ -5,6 +5,7 @@
 No GPU is needed: the program traces one step of the model on tensors without data. Without a YAML it prints a table of
 all runs in `yamls/mosaic_gpt`.
 """
+# ruff: noqa: E402
 
 import argparse
 import math
@@ -16,18 +17,14 @@ if __name__ == '__main__':
 
 from src.common import program
 from src.common.errors import UserError, positive_int
-from src.common.flops import CARDS
+from src.common.flops import ASSUMED_MFU, CARDS
 from src.config import load as config
-from src.config.check import check
-from src.sizing.estimate import ASSUMED_MFU, Estimate, estimate
-from src.sizing.report import overview, report
+from src.config.check import check, check_without_torch
 from src.training import plugins
-from src.training.data import uses_kit_loader
-
-YAMLS = Path(__file__).resolve().parents[2] / 'yamls' / 'mosaic_gpt'
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Reads the arguments. Raises UserError if a number is out of its range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('yaml', nargs='?', metavar='YAML', help='default: all in yamls/mosaic_gpt, as a table')
@@ -40,7 +37,28 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.yaml and '=' in args.yaml:  # without a YAML the settings apply to all runs
         args.yaml, args.overrides = None, [args.yaml, *args.overrides]
+    if not 0 < args.mfu <= 1:
+        raise UserError(f'--mfu: {args.mfu:g} must be above 0 and at most 1, such as {ASSUMED_MFU}')
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise UserError(f'--price: {args.price:g} must be a number of dollars, 0 or more')
     return args
+
+
+def check_arguments() -> None:
+    """Finds mistakes on the command line and in its YAML. Raises UserError."""
+    args = parse_args(sys.argv[1:])
+    if args.yaml:
+        check_without_torch(config.load([args.yaml, *args.overrides]), plugins.REGISTRIES, args.gpus or 1, gpu=[True])
+
+
+if __name__ == '__main__':
+    program.check_early(check_arguments)  # before the imports below, which take seconds
+
+from src.sizing.estimate import Estimate, estimate
+from src.sizing.report import overview, report
+from src.training.data import uses_kit_loader
+
+YAMLS = Path(__file__).resolve().parents[2] / 'yamls' / 'mosaic_gpt'
 
 
 def estimate_of(yaml: str, args: argparse.Namespace) -> Estimate:
@@ -50,11 +68,7 @@ def estimate_of(yaml: str, args: argparse.Namespace) -> Estimate:
 
 
 def main(args: argparse.Namespace) -> list[Estimate]:
-    """Prints a report of one YAML, or a table of all. Raises UserError if an option or a config has a mistake."""
-    if not 0 < args.mfu <= 1:
-        raise UserError(f'--mfu: {args.mfu:g} must be above 0 and at most 1, such as {ASSUMED_MFU}')
-    if args.price is not None and not 0 <= args.price < math.inf:
-        raise UserError(f'--price: {args.price:g} must be a number of dollars, 0 or more')
+    """Prints a report of one YAML, or a table of all. Raises UserError if a config has a mistake."""
     if args.yaml:
         e = estimate_of(args.yaml, args)
         print(f'{args.yaml} on {args.gpu}\n\n{report(e, args.price)}')

@@ -8,56 +8,20 @@ several devices: each sample counts once. Nothing but PATH.json is saved or logg
 """
 # ruff: noqa: E402
 
+import argparse
 import sys
 from pathlib import Path
+from typing import Any, Optional
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
-    from src.ranks import environment  # before torch and Composer, whose import takes seconds
 
-    environment.set_up_rank()
-
-import argparse
-import json
-import logging
-import math
-import os
-from collections.abc import Mapping
-from typing import Any, Optional
-
-import numpy as np
-import torch
-from composer import Trainer
-from composer.core import Evaluator, Precision
-from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
-from src.causal_lm import ComposerCausalLM
-from src.checkpoints.loading import (
-    check_loadable,
-    check_same_tokenizer,
-    check_same_weights,
-    finish_loading,
-    read_safely,
-)
-from src.checkpoints.start import Start, find_start
 from src.common.errors import UserError, first_line, is_out_of_memory
 from src.config import load as config
-from src.config.derived import resolve_precision
-from src.config.schema import Config, HFCausalLMConfig
-from src.data_c4 import StreamingC4
-from src.ranks import program
-from src.ranks.agreement import check_ranks_agree
-from src.ranks.environment import check_environment
-from src.ranks.failure_watch import FailureWatch
-from src.tokenizer import HFTokenizer
-from src.tools.bits_per_byte import Totals, bytes_per_token
-from src.training import build, sharding
-from src.training.data import fingerprints, reads_kit_dataset
-from src.training.failures import explain_external_failures, explain_run_failures
-from src.training.setup import check_config, join_ranks
-
-log = logging.getLogger('src')
+from src.ranks.environment import check_environment, set_up_rank, this_process
+from src.training import early
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -76,7 +40,7 @@ def load(args: argparse.Namespace) -> DictConfig:
     Raises UserError if the YAML cannot be read, or has no `eval_loader`.
     """
     cfg = config.load([args.yaml, 'eval_samples=-1', *args.overrides])
-    _override(cfg, allow_same_split=True, global_train_batch_size=dist.get_world_size(), max_duration='1ba',
+    _override(cfg, allow_same_split=True, global_train_batch_size=this_process().world_size, max_duration='1ba',
               scheduler={'t_warmup': '0dur'}, algorithms={}, callbacks={}, loggers={}, save_folder=None,
               autoresume=False, compile_config=None)
     settings = config.to_plain(cfg)
@@ -95,6 +59,46 @@ def load(args: argparse.Namespace) -> DictConfig:
 def _override(cfg: DictConfig, **changed: Any) -> None:
     for key, value in changed.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+    set_up_rank(lambda: early.check_config(load(parse_args(sys.argv[1:])), num_nodes=1))
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from composer import Trainer
+from composer.core import Evaluator, Precision
+from composer.utils import dist
+
+from src.causal_lm import ComposerCausalLM
+from src.checkpoints.loading import (
+    check_loadable,
+    check_same_tokenizer,
+    check_same_weights,
+    finish_loading,
+    read_safely,
+)
+from src.checkpoints.start import Start, find_start
+from src.config.derived import resolve_precision
+from src.config.schema import Config, HFCausalLMConfig
+from src.data_c4 import StreamingC4
+from src.ranks import program
+from src.ranks.agreement import check_ranks_agree
+from src.ranks.failure_watch import FailureWatch
+from src.tokenizer import HFTokenizer
+from src.tools.bits_per_byte import Totals, bytes_per_token
+from src.training import build, sharding
+from src.training.data import fingerprints, reads_kit_dataset
+from src.training.failures import explain_external_failures, explain_run_failures
+from src.training.setup import check_config, join_ranks
+
+log = logging.getLogger('src')
 
 
 @explain_external_failures('eval_loader')

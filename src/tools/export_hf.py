@@ -5,6 +5,7 @@
 A MosaicGPT becomes a GPT-2 that computes the same; `hf_causal_lm` models keep their architecture. The manifest beside
 a checkpoint tells the number of heads, the activation and the tokenizer. Give `--yaml` for a checkpoint without one.
 """
+# ruff: noqa: E402
 
 import argparse
 import os
@@ -16,6 +17,24 @@ from typing import Any, Optional
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
+from src.common import program
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Exports a checkpoint to a Hugging Face folder.')
+    add = parser.add_argument
+    add('checkpoint', metavar='CHECKPOINT',
+        help='a file, the folder of a sharded checkpoint, or the folder of a run; also s3://...')
+    add('out', metavar='OUT', help='a new or empty folder')
+    add('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32',
+        help='type of the weights; 16 bits halve the size of the file; default: %(default)s')
+    program.add_checkpoint_arguments(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    program.check_early(lambda: parse_args(sys.argv[1:]))  # before the imports below, which take seconds
+
 import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
@@ -26,7 +45,6 @@ from src.checkpoints import weights as checkpoint
 from src.checkpoints.hf_layout import hf_model
 from src.checkpoints.loading import check_model, check_same_tokenizer
 from src.checkpoints.manifest import Manifest
-from src.common import program
 from src.common.errors import UserError, first_line
 from src.config.load import load, to_plain
 from src.tokenizer import HFTokenizer, check_vocab, count_ids
@@ -129,25 +147,6 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
         raise UserError(f'OUT: {out} cannot be written: {first_line(e)}; name a folder on a disk with space') from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --tokenizer and --yaml, for a manifest that is missing or lacks them; `generate.py` has them too."""
-    parser.add_argument('--tokenizer', metavar='NAME', help="a hub name or a folder; default: the run's tokenizer")
-    parser.add_argument('--yaml', nargs='+', metavar=('YAML', 'key=value'),
-                        help='config of the run, for a checkpoint without a manifest')
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Exports a checkpoint to a Hugging Face folder.')
-    add = parser.add_argument
-    add('checkpoint', metavar='CHECKPOINT',
-        help='a file, the folder of a sharded checkpoint, or the folder of a run; also s3://...')
-    add('out', metavar='OUT', help='a new or empty folder')
-    add('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32',
-        help='type of the weights; 16 bits halve the size of the file; default: %(default)s')
-    add_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
 
 It prints one prompt token by token, and several prompts as one batch at the end.
 """
+# ruff: noqa: E402
 
 import argparse
 import math
@@ -14,21 +15,48 @@ from typing import Any, Optional
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
+from src.common import program
+from src.common.errors import UserError, first_line, positive_int
+
+IN_RANGE = {  # argument: (test of its value, the allowed values in words)
+    'temperature': (lambda x: 0 <= x < math.inf, 'give a number of 0 or more; 0 takes the most likely token'),
+    'top_p': (lambda x: 0 < x <= 1, 'give a number above 0 and up to 1; 1 allows all tokens'),
+    'seed': (lambda x: 0 <= x < 2**63, 'give a whole number of 0 or more')}
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Reads the arguments. Raises UserError if a number is out of its range."""
+    parser = argparse.ArgumentParser(description='Generates text that continues prompts.')
+    add = parser.add_argument
+    add('model', metavar='CHECKPOINT_OR_FOLDER', help='a checkpoint, as for export_hf.py, or a Hugging Face folder')
+    add('prompts', nargs='+', metavar='PROMPT')
+    add('--max_new_tokens', type=positive_int, metavar='N',
+        help='for each prompt; default: 100, or as many as the context allows')
+    add('--temperature', type=float, default=1.0, metavar='T', help='0: the most likely token each time; default: 1')
+    add('--top_k', type=positive_int, metavar='K', help='sample from the K most likely tokens; default: all')
+    add('--top_p', type=float, default=1.0, metavar='P',
+        help='sample from the most likely tokens that together have probability P; default: all')
+    add('--seed', type=int, default=17, metavar='N', help='of the sampling; default: %(default)s')
+    program.add_checkpoint_arguments(parser)
+    args = parser.parse_args(argv)
+    for name, (is_in_range, allowed) in IN_RANGE.items():
+        if not is_in_range(value := getattr(args, name)):
+            raise UserError(f'--{name}: {value}; {allowed}')
+    return args
+
+
+if __name__ == '__main__':
+    program.check_early(lambda: parse_args(sys.argv[1:]))  # before the imports below, which take seconds
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
-from src.common import program
-from src.common.errors import UserError, first_line, positive_int
 from src.common.progress import progress
-from src.tools.export_hf import add_arguments, load_checkpoint
+from src.tools.export_hf import load_checkpoint
 
 DEFAULT_TOKENS = 100
-IN_RANGE = {  # argument: (test of its value, the allowed values in words)
-    'temperature': (lambda x: 0 <= x < math.inf, 'give a number of 0 or more; 0 takes the most likely token'),
-    'top_p': (lambda x: 0 < x <= 1, 'give a number above 0 and up to 1; 1 allows all tokens'),
-    'seed': (lambda x: 0 <= x < 2**63, 'give a whole number of 0 or more')}
 
 
 def load_folder(path: str) -> tuple[PreTrainedModel, Tokenizer]:
@@ -125,27 +153,8 @@ class TokenBar:
         self.bar.close()
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Generates text that continues prompts.')
-    add = parser.add_argument
-    add('model', metavar='CHECKPOINT_OR_FOLDER', help='a checkpoint, as for export_hf.py, or a Hugging Face folder')
-    add('prompts', nargs='+', metavar='PROMPT')
-    add('--max_new_tokens', type=positive_int, metavar='N',
-        help='for each prompt; default: 100, or as many as the context allows')
-    add('--temperature', type=float, default=1.0, metavar='T', help='0: the most likely token each time; default: 1')
-    add('--top_k', type=positive_int, metavar='K', help='sample from the K most likely tokens; default: all')
-    add('--top_p', type=float, default=1.0, metavar='P',
-        help='sample from the most likely tokens that together have probability P; default: all')
-    add('--seed', type=int, default=17, metavar='N', help='of the sampling; default: %(default)s')
-    add_arguments(parser)
-    return parser.parse_args(argv)
-
-
 def main(args: argparse.Namespace) -> None:
     """Continues the prompts and prints them."""
-    for name, (is_in_range, allowed) in IN_RANGE.items():
-        if not is_in_range(value := getattr(args, name)):
-            raise UserError(f'--{name}: {value}; {allowed}')
     if Path(args.model, 'config.json').is_file():
         for option, value in (('--tokenizer', args.tokenizer), ('--yaml', args.yaml)):
             if value:

@@ -6,6 +6,7 @@ Trains each size on about 20 tokens a parameter (Hoffmann et al. 2022, https://a
 Then fits a power law to loss against compute, and compares each loss with the prediction from the smaller sizes. If you
 stop the program, the same command continues.
 """
+# ruff: noqa: E402
 
 import argparse
 import math
@@ -22,22 +23,54 @@ from typing import NamedTuple, Optional
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
+from src.common import program
+from src.common.errors import UserError, positive_int
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = ['64x2', '80x3', '96x3', '112x4', '128x6']
+HEAD_DIM, VOCAB, SEQ_LEN, BATCH = 16, 1024, 128, 16
+WARMUP, EVALUATIONS, SMOOTH = 100, 10, 50
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    width, _, layers = text.partition('x')
+    if not (width.isdigit() and layers.isdigit() and int(layers) and int(width) and int(width) % HEAD_DIM == 0):
+        raise argparse.ArgumentTypeError(f'{text!r} is not WIDTHxLAYERS with a width in multiples of {HEAD_DIM}, such '
+                                         'as 64x2')
+    return int(width), int(layers)
+
+
+def positive_float(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f'{text} is not a number above 0')
+    return float(text)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--out', type=Path, default='./ladder', help='folder for data, logs and checkpoints; default: %(default)s')
+    add('--sizes', nargs='+', type=parse_size, default=[parse_size(size) for size in SIZES], metavar='WIDTHxLAYERS',
+        help=f'default: {" ".join(SIZES)}')
+    add('--tokens_per_parameter', type=positive_float, default=20.0, metavar='N',
+        help='length of each training; default: %(default)g')
+    add('--jobs', type=positive_int, metavar='N', help='number of runs at a time; default: 1 on a GPU, else 2')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    program.check_early(lambda: parse_args(sys.argv[1:]))  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 
-from src.common import program, workers
-from src.common.errors import UserError, positive_int
+from src.common import workers
 from src.common.flops import train_flops_per_token
 from src.common.progress import progress
 from src.mosaic_gpt import ComposerMosaicGPT
 from src.ranks.stop import EXIT_STOPPED
 from src.tools import plot_loss
 from src.tools.run_logs import EVAL, read_run
-
-ROOT = Path(__file__).resolve().parents[2]
-SIZES = ['64x2', '80x3', '96x3', '112x4', '128x6']
-HEAD_DIM, VOCAB, SEQ_LEN, BATCH = 16, 1024, 128, 16
-WARMUP, EVALUATIONS, SMOOTH = 100, 10, 50
 
 
 @cache
@@ -191,33 +224,6 @@ def train_all(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
             process.wait()
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    width, _, layers = text.partition('x')
-    if not (width.isdigit() and layers.isdigit() and int(layers) and int(width) and int(width) % HEAD_DIM == 0):
-        raise argparse.ArgumentTypeError(f'{text!r} is not WIDTHxLAYERS with a width in multiples of {HEAD_DIM}, such '
-                                         'as 64x2')
-    return int(width), int(layers)
-
-
-def positive_float(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f'{text} is not a number above 0')
-    return float(text)
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('--out', type=Path, default='./ladder', help='folder for data, logs and checkpoints; default: %(default)s')
-    add('--sizes', nargs='+', type=parse_size, default=[parse_size(size) for size in SIZES], metavar='WIDTHxLAYERS',
-        help=f'default: {" ".join(SIZES)}')
-    add('--tokens_per_parameter', type=positive_float, default=20.0, metavar='N',
-        help='length of each training; default: %(default)g')
-    add('--jobs', type=positive_int, default=1 if torch.cuda.is_available() else 2, metavar='N',
-        help='number of runs at a time; default: %(default)s')
-    return parser.parse_args(argv)
-
-
 def main(args: argparse.Namespace) -> None:
     """Trains the sizes, prints the table, and draws the losses. Raises UserError if a run has failed."""
     out = args.out.expanduser().resolve()  # the shell does not expand the ~ in --out=~/x
@@ -228,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
     rungs = sorted({Rung(width, layers, args.tokens_per_parameter) for width, layers in args.sizes},
                    key=lambda rung: rung.flops)
     try:
-        train_all(rungs, prepare(out), out, args.jobs)
+        train_all(rungs, prepare(out), out, args.jobs or (1 if torch.cuda.is_available() else 2))
     except KeyboardInterrupt:
         print('stopped; run the same command again to continue', file=sys.stderr)
         sys.exit(EXIT_STOPPED)

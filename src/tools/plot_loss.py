@@ -5,6 +5,7 @@
 RUN is a folder of TensorBoard files, such as ./runs/my-run, or a file of the file logger, or a folder with such a file.
 Lines are training losses, dots are evaluations.
 """
+# ruff: noqa: E402
 
 import argparse
 import sys
@@ -15,12 +16,41 @@ from typing import Any, NamedTuple
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository's root
 
+from src.common import program
+from src.common.errors import UserError, positive_int
+
+FORMATS = ('.png', '.svg', '.pdf')
+LABELS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'device-days': 'device-days'}
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Reads the arguments. Raises UserError if two do not go together, or the file has an unknown ending."""
+    parser = argparse.ArgumentParser(description='Draws the loss curves of runs.')
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='RUN', help='a folder of TensorBoard files, or a file of the file logger')
+    add('--out', type=Path, default='loss.png', metavar='FILE', help='.png, .svg or .pdf; default: %(default)s')
+    add('--theme', choices=['light', 'dark', 'both'], default='light',
+        help='both: FILE-light and FILE-dark; default: %(default)s')
+    add('--x', choices=list(LABELS), default='tokens', help='horizontal axis; default: %(default)s')
+    add('--y', choices=['train', 'eval', 'both'], default='both', help='losses to draw; default: %(default)s')
+    add('--log', action='store_true', help='logarithmic axes')
+    add('--smooth', type=positive_int, default=1, metavar='N', help='smooth over N batches; raw curve behind')
+    add('--envelope', action='store_true', help='the lowest loss of all runs for each compute; needs --x flops')
+    args = parser.parse_args(argv)
+    if args.out.suffix not in FORMATS:
+        raise UserError(f'--out: {args.out}; the ending must be one of {", ".join(FORMATS)}')
+    if args.envelope and args.x != 'flops':
+        raise UserError(f'--envelope: needs --x flops, and --x is {args.x}')
+    return args
+
+
+if __name__ == '__main__':
+    program.check_early(lambda: parse_args(sys.argv[1:]))  # before the imports below, which take seconds
+
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from src.common import program
-from src.common.errors import UserError, positive_int
 from src.tools.run_logs import EVAL, TRAIN, UNIGRAM, Run, read_run
 
 matplotlib.use('Agg')
@@ -28,8 +58,6 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
-FORMATS = ('.png', '.svg', '.pdf')
-LABELS = {'tokens': 'tokens', 'flops': 'training FLOPs', 'device-days': 'device-days'}
 Array = NDArray[np.float64]
 
 
@@ -134,21 +162,6 @@ def _finish(axes: Any, x: str, log: bool) -> None:
 
 
 # ---------------------------------------------------------------- program
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Draws the loss curves of runs.')
-    add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='a folder of TensorBoard files, or a file of the file logger')
-    add('--out', type=Path, default='loss.png', metavar='FILE', help='.png, .svg or .pdf; default: %(default)s')
-    add('--theme', choices=['light', 'dark', 'both'], default='light',
-        help='both: FILE-light and FILE-dark; default: %(default)s')
-    add('--x', choices=list(LABELS), default='tokens', help='horizontal axis; default: %(default)s')
-    add('--y', choices=['train', 'eval', 'both'], default='both', help='losses to draw; default: %(default)s')
-    add('--log', action='store_true', help='logarithmic axes')
-    add('--smooth', type=positive_int, default=1, metavar='N', help='smooth over N batches; raw curve behind')
-    add('--envelope', action='store_true', help='the lowest loss of all runs for each compute; needs --x flops')
-    return parser.parse_args(argv)
-
-
 def read_runs(paths: list[str]) -> list[Run]:
     """Reads the runs and gives each a unique name. Leaves out a run that cannot be drawn, with a message.
 
@@ -173,10 +186,6 @@ def read_runs(paths: list[str]) -> list[Run]:
 
 def main(args: argparse.Namespace) -> None:
     """Draws the picture, writes it, and prints its file and runs."""
-    if args.out.suffix not in FORMATS:
-        raise UserError(f'--out: {args.out}; the ending must be one of {", ".join(FORMATS)}')
-    if args.envelope and args.x != 'flops':
-        raise UserError(f'--envelope: needs --x flops, and --x is {args.x}')
     runs, out = read_runs(args.runs), args.out
     for theme in ('light', 'dark') if args.theme == 'both' else (args.theme,):
         file = out.with_name(f'{out.stem}-{theme}{out.suffix}') if args.theme == 'both' else out

@@ -11,6 +11,7 @@ from composer.utils import dist
 from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError, first_line, is_out_of_memory
 from src.common.machine import explain_lost_worker
+from src.config.plugin_entries import find_class
 from src.config.schema import Config
 from src.sizing.remedies import remedies
 from src.training.plugins import LOGGERS, PACKAGES
@@ -72,4 +73,4 @@ def _find_failed_logger(e: BaseException) -> Optional[str]:
         return None
     callers = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(e.__traceback__)]
     known = (*PACKAGES, 'file')  # a user's own logger keeps its traceback: the error may be a bug
-    return next((name for caller in callers for name in known if type(caller) is LOGGERS.get(name)), None)
+    return next((name for caller in callers for name in known if type(caller) is find_class(LOGGERS.get(name))), None)

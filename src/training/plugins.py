@@ -4,51 +4,45 @@ import importlib.util
 import logging
 from typing import Any
 
-from composer import algorithms, callbacks, loggers
-from composer.core import Algorithm, Callback
-
-from src.callbacks import profiling
-from src.callbacks.guard import NonFiniteGuard
-from src.callbacks.loggers import FileLogger, TensorboardLogger, WandBLogger
-from src.callbacks.metrics import SpeedMonitor, UnigramBaseline
-from src.callbacks.text_samples import TextSamples
 from src.common.errors import UserError, first_line
+from src.config.plugin_entries import find_class
 from src.config.schema import Config, Plugins
 from src.ranks.stop import StopRequest
 
 log = logging.getLogger('src')
 WRITE_WHEN_BUILT = ('cometml', 'mlflow')  # these loggers create an experiment when they are built
 
+# Names, and where their classes are. The names are checked before torch and Composer are imported, which takes seconds
 ALGORITHMS = {
-    'gradient_clipping': algorithms.GradientClipping,
-    'ema': algorithms.EMA,
-    'low_precision_layernorm': algorithms.LowPrecisionLayerNorm,
-    'swa': algorithms.SWA,
+    'gradient_clipping': 'composer.algorithms:GradientClipping',
+    'ema': 'composer.algorithms:EMA',
+    'low_precision_layernorm': 'composer.algorithms:LowPrecisionLayerNorm',
+    'swa': 'composer.algorithms:SWA',
 }
 CALLBACKS = {
-    'speed_monitor': SpeedMonitor,
-    'lr_monitor': callbacks.LRMonitor,
-    'memory_monitor': callbacks.MemoryMonitor,
-    'runtime_estimator': callbacks.RuntimeEstimator,
-    'optimizer_monitor': callbacks.OptimizerMonitor,
-    'system_metrics_monitor': callbacks.SystemMetricsMonitor,
-    'nan_monitor': callbacks.NaNMonitor,
-    'early_stopper': callbacks.EarlyStopper,
-    'memory_snapshot': profiling.MemorySnapshot,
-    'oom_observer': profiling.OOMObserver,
-    'profiler': profiling.Profiler,
-    'unigram_baseline': UnigramBaseline,
-    'text_samples': TextSamples,
+    'speed_monitor': 'src.callbacks.metrics:SpeedMonitor',
+    'lr_monitor': 'composer.callbacks:LRMonitor',
+    'memory_monitor': 'composer.callbacks:MemoryMonitor',
+    'runtime_estimator': 'composer.callbacks:RuntimeEstimator',
+    'optimizer_monitor': 'composer.callbacks:OptimizerMonitor',
+    'system_metrics_monitor': 'composer.callbacks:SystemMetricsMonitor',
+    'nan_monitor': 'composer.callbacks:NaNMonitor',
+    'early_stopper': 'composer.callbacks:EarlyStopper',
+    'memory_snapshot': 'src.callbacks.profiling:MemorySnapshot',
+    'oom_observer': 'src.callbacks.profiling:OOMObserver',
+    'profiler': 'src.callbacks.profiling:Profiler',
+    'unigram_baseline': 'src.callbacks.metrics:UnigramBaseline',
+    'text_samples': 'src.callbacks.text_samples:TextSamples',
 }
 LOGGERS = {
-    'wandb': WandBLogger,
-    'tensorboard': TensorboardLogger,
-    'cometml': loggers.CometMLLogger,
-    'mlflow': loggers.MLFlowLogger,
-    'neptune': loggers.NeptuneLogger,
-    'file': FileLogger,
+    'wandb': 'src.callbacks.loggers:WandBLogger',
+    'tensorboard': 'src.callbacks.loggers:TensorboardLogger',
+    'cometml': 'composer.loggers:CometMLLogger',
+    'mlflow': 'composer.loggers:MLFlowLogger',
+    'neptune': 'composer.loggers:NeptuneLogger',
+    'file': 'src.callbacks.loggers:FileLogger',
 }
-REGISTRIES = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGERS}
+REGISTRIES: dict[str, dict[str, Any]] = {'algorithms': ALGORITHMS, 'callbacks': CALLBACKS, 'loggers': LOGGERS}
 PACKAGES = {'cometml': 'comet_ml', **{name: name for name in ('wandb', 'tensorboard', 'mlflow', 'neptune')}}
 
 
@@ -63,7 +57,7 @@ def build_plugins(section: str, entries: Plugins) -> list[Any]:
         if kwargs is False:
             continue
         _check_package(section, name)
-        cls = REGISTRIES[section][name]
+        cls = find_class(REGISTRIES[section][name])
         try:
             built.append(cls(**(kwargs or {})))
         except ImportError as e:
@@ -86,13 +80,18 @@ def _check_package(section: str, name: str) -> None:
                         f'{section}')
 
 
-def build_algorithms(c: Config, stop: StopRequest) -> list[Algorithm]:
+def build_algorithms(c: Config, stop: StopRequest) -> list[Any]:
     """Builds the algorithms; the guard is last, and tells all ranks of a request to stop (see NonFiniteGuard)."""
+    from src.callbacks.guard import NonFiniteGuard  # not at the top: imports Composer
+
     return [*build_plugins('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row, stop)]
 
 
-def build_callbacks(c: Config, tokenizer: Any) -> list[Callback]:
+
+def build_callbacks(c: Config, tokenizer: Any) -> list[Any]:
     """Builds the callbacks; `tokenizer` is a Hugging Face tokenizer."""
+    from src.callbacks.text_samples import TextSamples  # not at the top: imports Composer
+
     built = build_plugins('callbacks', c.callbacks)
     for callback in built:
         if isinstance(callback, TextSamples):

@@ -12,15 +12,17 @@ import composer.optim
 import pytest
 import torch
 from composer.core import Callback, State, Timestamp
-from composer.loggers import Logger
+from composer.loggers import InMemoryLogger, Logger
 from launch import ROOT, tiny
 
 import main
 from src import optimizers
 from src.callbacks import profiling
+from src.callbacks.loggers import FileLogger
 from src.common.errors import UserError
 from src.config import load as config
 from src.config.derived import resolve_precision
+from src.config.plugin_entries import find_class
 from src.config.schema import Config, FSDPConfig, OptimizerConfig, SchedulerConfig
 from src.optimizers import DecoupledAdamW
 from src.training import failures, plugins, sharding
@@ -94,7 +96,7 @@ def test_builders_by_name():
 def test_every_callback_builds_with_its_defaults(name):
     needed = {'early_stopper': {'monitor': 'loss', 'dataloader_label': 'eval'}, 'text_samples': {'prompts': ['The']}}
     kwargs = needed.get(name, {})
-    assert isinstance(plugins.build_plugins('callbacks', {name: kwargs})[0], plugins.CALLBACKS[name])
+    assert isinstance(plugins.build_plugins('callbacks', {name: kwargs})[0], find_class(plugins.CALLBACKS[name]))
 
 
 @pytest.mark.parametrize('name', ['cometml', 'neptune', 'mlflow'])
@@ -117,7 +119,7 @@ class MlflowException(Exception):
     """Like the error of mlflow, whose newer versions refuse a folder as their store."""
 
 
-class Store(plugins.loggers.InMemoryLogger):
+class Store(InMemoryLogger):
     def __init__(self, error: str) -> None:
         super().__init__()
         raise {'mlflow': MlflowException, 'own': KeyError, 'file': FileNotFoundError}[error](f'{error}\nmore')
@@ -305,7 +307,7 @@ def test_each_rank_has_a_log_of_its_own(rank: int, name: str, file: str, tmp_pat
     """`log.2.txt` belongs to the second start of rank 0, never to another rank."""
     (tmp_path / 'log.txt').touch()
     monkeypatch.setattr('composer.utils.dist.get_global_rank', lambda: rank)
-    logger = plugins.LOGGERS['file'](filename=f'{tmp_path}/{name}', capture_stdout=False, capture_stderr=False)
+    logger = FileLogger(filename=f'{tmp_path}/{name}', capture_stdout=False, capture_stderr=False)
     logger.init(SimpleNamespace(run_name='a'), None)
     assert (tmp_path / file).exists()
     logger.file.close()
