@@ -26,6 +26,7 @@ import torch
 from streaming.base.distributed import get_rank, get_world_size
 from torch.utils.data import DataLoader, DistributedSampler
 
+from src.common.encoding import prepare
 from src.common.errors import UserError, positive_int
 from src.common.machine import shorten_socket_paths
 from src.common.targets import IGNORE_INDEX
@@ -105,6 +106,8 @@ class StreamingC4(CheckedDataset):
         self.column = find_column(self, max_seq_len)
         for stream in self.streams if self.column == 'tokens' else ():
             check_tokenizer(stream, tokenizer)
+        if self.column == 'text':
+            prepare(self.tokenizer)  # before the fork of the loader's workers
         self._maker = SampleMaker(self.tokenizer, tokenizer_name, max_seq_len, sequence_ids, self.place)
 
     @property

@@ -12,7 +12,7 @@ from streaming.base.distributed import get_local_rank
 from torch import distributed as dist
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from src.common.encoding import count_ids, encode_documents
+from src.common.encoding import count_ids, encode_slowly
 from src.common.errors import UserError, first_line
 from src.config.schema import Config
 
@@ -261,7 +261,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def _ids_of(tokenizer: Any, text: str) -> Optional[list[int]]:
     """The ids of a text; None if it has a character that the tokenizer cannot encode."""
     try:
-        return encode_documents(tokenizer, [text])[0].tolist()
+        return [*encode_slowly(tokenizer, [text])[0], tokenizer.eos_token_id]
     except UserError:
         return None
 

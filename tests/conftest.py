@@ -34,7 +34,7 @@ WORDS = """the a of and to in is was that for it with on as by at from river mou
     never perhaps quietly built found carried wrote asked kept opened changed learned grew""".split()  # noqa: SIM905
 # `pytest -m unit` runs the tests of these modules, except those whose code matches RUNS: they start a process or train.
 UNIT = ('test_errors_and_text', 'test_config', 'test_old_keys', 'test_yamls', 'test_documents', 'test_source_files',
-        'test_encoding', 'test_tokenizer', 'test_causal_lm', 'test_layers', 'test_mosaic_gpt',
+        'test_encoding', 'test_fast_encoding', 'test_tokenizer', 'test_causal_lm', 'test_layers', 'test_mosaic_gpt',
         'test_environment', 'test_house')
 RUNS = re.compile(r'subprocess|main\.(main|cli)|\.fit\(|convert_c4\.main|num_workers=[1-9]')
 SEMAPHORES = r'sem\.(mp|loky)-.*'

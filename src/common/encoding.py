@@ -5,6 +5,8 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
+from hashlib import sha256
 from itertools import islice
 from typing import Any, Optional
 from uuid import uuid4
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from src.common.errors import UserError
+from src.common.fast_encoding import FastEncoder
 
 PIECE_CHARS = 1_000_000  # characters in one call of a tokenizer, which takes up to 200 bytes of memory for each
 MAX_PIECE_CHARS = 8 * PIECE_CHARS  # length of a piece in which no exact cut is found
@@ -35,13 +38,34 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
     The tokenizer is a Hugging Face tokenizer with an EOS token. Each array has shape (tokens + 1,). Raises UserError
     where a document has a character outside the vocabulary, and the tokenizer has no unknown token.
     """
-    pieces = [(i, piece) for i, text in enumerate(texts) for piece in _split(tokenizer, text)]
-    ids_of_pieces: list[list[NDArray[np.int64]]] = [[] for _ in texts]
-    for batch in _batches(pieces):
-        for (i, _), ids in zip(batch, _encode(tokenizer, [piece for _, piece in batch]), strict=True):
-            ids_of_pieces[i].append(np.array(ids, np.int64))
-    eos = np.array([tokenizer.eos_token_id], np.int64)
-    return [np.concatenate([*arrays, eos]) for arrays in ids_of_pieces]
+    documents, arrays = [], []
+    for pieces in encode_pieces(tokenizer, texts):
+        for ids, is_end in pieces:
+            arrays.append(ids)
+            if is_end:
+                documents.append(np.concatenate(arrays, dtype=np.int64))
+                arrays = []
+    return documents
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str],
+                  ) -> Iterator[list[tuple[NDArray[np.uint32], bool]]]:
+    """Encodes documents as `encode_documents` does, and holds the ids of about PIECE_CHARS characters at a time.
+
+    Yields lists of arrays, which joined are the ids of all documents. With each array comes whether a document ends.
+    """
+    eos = np.array([tokenizer.eos_token_id], np.uint32)
+    for batch in _batches(piece for text in texts for piece in _split(tokenizer, text)):
+        pieces = []
+        for (_, is_end), ids in zip(batch, _encode(tokenizer, [piece for piece, _ in batch]), strict=True):
+            pieces += [(ids, False), (eos, True)] if is_end else [(ids, False)]
+        yield pieces
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prepares the encoding of documents. Processes that are forked later need not do it again."""
+    if tokenizer.is_fast:
+        _fast_encoder(tokenizer)
 
 
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -49,43 +73,62 @@ def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max(tokenizer.get_vocab().values())
 
 
-def _batches(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
     """Groups pieces for one call of the tokenizer: up to PIECE_CHARS characters, or one longer piece."""
     batch, size = [], 0
     for piece in pieces:
-        if batch and size + len(piece[1]) > PIECE_CHARS:
+        if batch and size + len(piece[0]) > PIECE_CHARS:
             yield batch
             batch, size = [], 0
         batch.append(piece)
-        size += len(piece[1])
+        size += len(piece[0])
     if batch:
         yield batch
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.uint32]]:
     """Encodes each text without special tokens; their spelling is text."""
+    found = _fast_encoder(tokenizer).encode(texts, partial(encode_slowly, tokenizer)) if tokenizer.is_fast else None
+    return [np.array(ids, np.uint32) for ids in encode_slowly(tokenizer, texts)] if found is None else found
+
+
+def _fast_encoder(tokenizer: Any) -> FastEncoder:
+    if tokenizer not in _fast_encoders:
+        special, content = sorted(_special_tokens(tokenizer)), _backend(tokenizer).to_str()
+        key = sha256(repr([content, special]).encode()).digest()
+        if key not in _by_content:
+            _by_content[key] = FastEncoder(tokenizer.name_or_path, content, special, partial(encode_slowly, tokenizer))
+        _fast_encoders[tokenizer] = _by_content[key]
+    return _fast_encoders[tokenizer]
+
+
+def _backend(tokenizer: Any) -> Any:
+    if tokenizer not in _backends:
+        _backends[tokenizer] = _backend_without_special_tokens(tokenizer)
+    # Each call of the Transformers tokenizer sets these three again
+    _backends[tokenizer].no_truncation()
+    _backends[tokenizer].no_padding()
+    _backends[tokenizer].encode_special_tokens = True
+    return _backends[tokenizer]
+
+
+def encode_slowly(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Encodes each text with the library of the tokenizer, without EOS."""
     if not tokenizer.is_fast:
         # Some Python tokenizers always find a special token. A blank inside its spelling turns it into text.
         if special := _special_tokens(tokenizer):
             spelled = re.compile('|'.join(map(re.escape, special)))
             texts = [spelled.sub(lambda found: f'{found[0][0]} {found[0][1:]}', text) for text in texts]
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)['input_ids']  # pyright: ignore
-    if tokenizer not in _backends:
-        _backends[tokenizer] = _backend_without_special_tokens(tokenizer)
-    backend = _backends[tokenizer]
-    # Each call of the Transformers tokenizer sets these three again.
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
     # Without the Transformers wrapper, which would also make lists of masks and offsets.
     try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in _backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as e:  # the class that tokenizers raises
         if 'unk' not in str(e).lower():
             raise
     parts = texts if len(texts) > 1 else texts[0].split()
     for part in parts if len(parts) > 1 else []:
-        _encode(tokenizer, [part])  # raises UserError for the first word that cannot be encoded
+        encode_slowly(tokenizer, [part])  # raises UserError for the first word that cannot be encoded
     raise UserError(f'tokenizer_name: {tokenizer.name_or_path!r} has no unknown token, and a document has a '
                     f'character outside the vocabulary, in {texts[0][:50]!r}; add an unknown token to it, or '
                     'set another tokenizer (convert_c4.py: --tokenizer)')
@@ -94,6 +137,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 # ---------------------------------------------------------------- the text of special tokens
 
 _backends: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
+_fast_encoders: WeakKeyDictionary[PreTrainedTokenizerBase, FastEncoder] = WeakKeyDictionary()
+_by_content: dict[bytes, FastEncoder] = {}  # the encoders of all tokenizers
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -142,8 +187,11 @@ def _backend_without_special_tokens(tokenizer: Any) -> Any:
 
 
 # ---------------------------------------------------------------- long texts
-def _split(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
-    """Splits a text into pieces, most of them of about PIECE_CHARS, all of up to MAX_PIECE_CHARS characters."""
+def _split(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[tuple[str, bool]]:
+    """Splits a text into pieces, most of them of about PIECE_CHARS, all of up to MAX_PIECE_CHARS characters.
+
+    With each piece comes whether the piece is the last.
+    """
     start = 0
     while len(text) - start > PIECE_CHARS:
         stop, next_start = _find_exact_cut(tokenizer, text, start) or (start + MAX_PIECE_CHARS,) * 2
@@ -153,9 +201,9 @@ def _split(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
             warnings.warn(f'the tokenizer {tokenizer.name_or_path!r} finds no place in {MAX_PIECE_CHARS:,} characters '
                           'of a document where a cut keeps the token ids; the document was cut anyway, to limit '
                           'the memory, and some ids at the cut differ from those of the whole document', stacklevel=2)
-        yield text[start:stop]
+        yield text[start:stop], False
         start = next_start
-    yield text[start:]
+    yield text[start:], True
 
 
 def _find_exact_cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> Optional[tuple[int, int]]:
@@ -173,6 +221,6 @@ def _find_exact_cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -
                 for next_start in [cut, cut + 1][:1 + (text[cut] == ' ')]:
                     left, right = text[max(cut - CONTEXT_CHARS, 0):cut], text[next_start:cut + CONTEXT_CHARS]
                     whole, *halves = _encode(tokenizer, [left + text[cut:next_start] + right, left, right])
-                    if whole == sum(halves, []):
+                    if np.array_equal(whole, np.concatenate(halves)):
                         return cut, next_start
     return None

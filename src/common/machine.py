@@ -34,7 +34,9 @@ def prepare_environment() -> None:
     USER and HOME are set if the system has none, as in `docker run --user 12345`: without a name torch.compile raises
     a KeyError, and without a home the import of matplotlib raises a RuntimeError. TORCH_WARM_POOL is set to 0 if
     shared memory is full: torch would start processes for later compilation, and they would print a traceback.
+    fastokens gets no threads of its own: each worker process uses one core, and threads would not survive a fork.
     """
+    os.environ['FASTOKENS_BPE_THREADS'] = '1'
     if low_shared_memory_hint():
         os.environ.setdefault('TORCH_WARM_POOL', '0')
     os.environ.setdefault('AWS_MAX_ATTEMPTS', '10')  # boto3's default of 3 is too few for a run of weeks

@@ -122,7 +122,7 @@ def _as_text(value: Any) -> Any:
     """Turns a time or bytes from a Parquet file into a string, as C4 has it. Raises UnicodeDecodeError."""
     if isinstance(value, datetime):  # C4 has 2019-04-25T12:57:54Z
         return (value.astimezone(timezone.utc) if value.tzinfo else value).strftime('%Y-%m-%dT%H:%M:%SZ')
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode() if isinstance(value, (bytes, bytearray)) else value
 
 
 def _parquet_rows(path: Path, names: list[str]) -> Iterator[tuple[int, Any]]:
@@ -188,14 +188,14 @@ def _texts(path: Path, where: str, text_column: str, txt_lines: bool) -> Iterato
             yield number, {text_column: text.removesuffix(b'\n').removesuffix(b'\r') if txt_lines else text}
 
 
-def _join_lines(lines: Iterator[bytes], where: str) -> Iterator[bytes]:
+def _join_lines(lines: Iterator[bytes], where: str) -> Iterator[bytearray]:
     data = bytearray()
     for line in lines:
         data += line
         if len(data) > MAX_TEXT:
             raise UserError(f'--source: {where} has more than {MAX_TEXT:,} bytes, and would be one document; '
                             'add --txt_lines if each line is a document, or split the file')
-    yield bytes(data)
+    yield data
 
 
 def _lines(path: Path, where: str) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from xxhash import xxh3_128_intdigest, xxh128_hexdigest
+from xxhash import xxh3_128, xxh3_128_intdigest
 
 from src.common.errors import UserError
 from src.common.workers import map_in_threads
@@ -24,6 +24,7 @@ from src.conversion.sources import read_source_file
 
 PART = 'part.json'
 HASH = 'xxh128'  # the hash of files: it finds damage, as fast as memory is read
+LONG_TEXT = 1_000_000  # characters
 Part = dict[str, Any]  # the contents of `part.json`
 
 
@@ -126,10 +127,10 @@ def _write_part(job: Job, folder: Path) -> dict[str, Any]:
         if found is None:
             found = read_source_file(job.file, folder / 'source', o.columns, o.text_column, o.txt_lines)
         for document in islice(good_documents(found, o.skip_bad_docs, counts), job.max_docs):
-            text = document['text'].encode()
+            n_bytes, text_hash = _measure(document['text'])
             counts['documents'] += 1
-            counts['text_bytes'] += len(text)
-            texts_hash += xxh3_128_intdigest(text)
+            counts['text_bytes'] += n_bytes
+            texts_hash += text_hash
             yield document
 
     write_shards(documents(), folder / 'shards', o, counts)
@@ -140,10 +141,26 @@ def _write_part(job: Job, folder: Path) -> dict[str, Any]:
     return counts | {'texts_hash': f'{texts_hash % 2**128:032x}'}
 
 
+def _measure(text: str) -> tuple[int, int]:
+    """Returns the bytes of a text in UTF-8, and their hash. A long text is encoded in pieces, which saves memory."""
+    if len(text) <= LONG_TEXT:
+        data = text.encode()
+        return len(data), xxh3_128_intdigest(data)
+    n_bytes, whole = 0, xxh3_128()
+    for start in range(0, len(text), LONG_TEXT):
+        data = text[start:start + LONG_TEXT].encode()
+        n_bytes += len(data)
+        whole.update(data)
+    return n_bytes, whole.intdigest()
+
+
 def file_info(path: Path) -> dict[str, Any]:
     """Returns the size and the hash of a file."""
-    data = path.read_bytes()
-    return {'bytes': len(data), HASH: xxh128_hexdigest(data)}
+    whole = xxh3_128()
+    with path.open('rb') as file:
+        while data := file.read(1 << 20):
+            whole.update(data)
+    return {'bytes': path.stat().st_size, HASH: whole.hexdigest()}
 
 
 def folder_info(folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from src.common.errors import UserError
 from src.conversion.documents import Document
 
-DOCUMENTS_PER_CALL, TEXT_PER_CALL = 256, 1_000_000  # a call of the tokenizer takes so many documents, or characters
-
 
 @dataclass(frozen=True)
 class Options:
@@ -64,28 +62,39 @@ def write_shards(documents: Iterator[Document], folder: Path, options: Options, 
 
     class ShardWriter(MDSWriter):
         def encode_sample(self, sample: dict[str, Any]) -> bytes:
-            if options.concat_tokens:
-                return super().encode_sample(sample)
             # The same bytes as MDSWriter's, which looks up each column's encoding again: a third of the whole time.
+            if options.concat_tokens:
+                return sample['tokens'].tobytes()
             data = [sample[name].encode() for name in self.column_names]
             return struct.pack(f'<{len(data)}I', *map(len, data)) + b''.join(data)
+
+        def encode_joint_shard(self) -> bytes:
+            # Only what stands before the samples. MDSWriter's makes three copies of the samples.
+            count, sizes = np.uint32(len(self.new_samples)).tobytes(), np.array([0, *map(len, self.new_samples)])
+            offsets = sizes.cumsum() + len(count) + 4 * len(sizes) + len(self.config_data)
+            return count + offsets.astype(np.uint32).tobytes() + self.config_data
 
         def flush_shard(self) -> None:
             if self.new_samples:  # a sample larger than a shard would leave an empty shard before it
                 super().flush_shard()
 
         def _process_file(self, raw_data: bytes, raw_basename: str, zip_basename: Optional[str]) -> tuple[dict, Any]:
-            raw, zipped = super()._process_file(raw_data, raw_basename, zip_basename)
+            data = [raw_data, *self.new_samples]
+            if not zip_basename and not self.hashes:
+                with Path(self.local, raw_basename).open('wb') as file:
+                    file.writelines(data)
+                return {'basename': raw_basename, 'bytes': sum(map(len, data)), 'hashes': {}}, None
+            raw, zipped = super()._process_file(b''.join(data), raw_basename, zip_basename)
             if zip_basename and zip_basename.endswith('.gz'):  # clear the time, bytes 4 to 8
                 path = Path(self.local, zip_basename)
-                data = path.read_bytes()
-                path.write_bytes(data := data[:4] + bytes(4) + data[8:])
-                zipped = self._hash(data, zip_basename)
+                zip_data = path.read_bytes()
+                path.write_bytes(zip_data := zip_data[:4] + bytes(4) + zip_data[8:])
+                zipped = self._hash(zip_data, zip_basename)
             return raw, zipped
 
     columns, rows = dict.fromkeys(options.columns, 'str'), documents
     if options.concat_tokens:
-        tokenizer = _load_tokenizer(options.tokenizer, options.concat_tokens)
+        tokenizer = load_tokenizer(options.tokenizer or '', options.concat_tokens).tokenizer
         columns = {'tokens': f'ndarray:{token_dtype(tokenizer).name}:{options.concat_tokens}'}
         rows = ({'tokens': row} for row in pack_tokens(documents, tokenizer, options.concat_tokens, counts))
     limit: dict[str, Any] = {'size_limit': options.size_limit} if options.size_limit else {}
@@ -97,11 +106,15 @@ def write_shards(documents: Iterator[Document], folder: Path, options: Options, 
 
 
 @cache
-def _load_tokenizer(name: Optional[str], length: int) -> Any:
+def load_tokenizer(name: str, length: int) -> Any:
+    """Returns an HFTokenizer that is ready to encode. Processes that are forked later share it."""
+    from src.common.encoding import prepare
     from src.tokenizer import HFTokenizer
 
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # each worker process uses one core
-    return HFTokenizer(name or '', length).tokenizer
+    tokenizer = HFTokenizer(name, length)
+    prepare(tokenizer.tokenizer)
+    return tokenizer
 
 
 def token_dtype(tokenizer: Any) -> np.dtype:
@@ -115,31 +128,15 @@ def pack_tokens(documents: Iterator[Document], tokenizer: Any, length: int, coun
 
     The last sequence is filled up with EOS, so that no token is dropped. `counts['tokens']` counts all but this fill.
     """
-    from src.tokenizer import encode_documents
+    from src.common.encoding import encode_pieces
 
     counts['tokens'] = 0
-    dtype = token_dtype(tokenizer)
-    rest: NDArray = np.empty(0, dtype)
-    for texts in split_into_calls(documents):
-        tokens = encode_documents(tokenizer, texts)
-        counts['tokens'] += sum(map(len, tokens))
-        stream = np.concatenate([rest, *tokens], dtype=dtype, casting='unsafe')
-        del tokens  # a long document has large arrays
+    rest: NDArray = np.empty(0, token_dtype(tokenizer))
+    for pieces in encode_pieces(tokenizer, (document['text'] for document in documents)):
+        stream = np.concatenate([rest, *(ids for ids, _ in pieces)], dtype=rest.dtype, casting='unsafe')
+        counts['tokens'] += len(stream) - len(rest)
         full = len(stream) // length * length
-        rest = stream[full:].copy()  # a view would keep the whole stream
+        rest = stream[full:]
         yield from stream[:full].reshape(-1, length)
     if len(rest):
         yield np.pad(rest, (0, length - len(rest)), constant_values=tokenizer.eos_token_id)
-
-
-def split_into_calls(documents: Iterator[Document]) -> Iterator[list[str]]:
-    """Yields the texts for each call of the tokenizer, which needs a hundred bytes of memory for a byte of text."""
-    texts, size = [], 0
-    for document in documents:
-        texts.append(document['text'])
-        size += len(texts[-1])
-        if len(texts) == DOCUMENTS_PER_CALL or size >= TEXT_PER_CALL:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from src.conversion.documents import good_documents
 from src.conversion.manifest import TRAINED
 from src.conversion.output import open_output, read_if_exists, unfinished_folder
 from src.conversion.parts import folder_info
+from src.conversion.shards import load_tokenizer
 from src.conversion.source_files import SourceFile
 from src.conversion.sources import call_with_retries, read_source_file
 
@@ -89,8 +89,6 @@ def load_packing_tokenizer(args: argparse.Namespace, folder: Path,
     """
     if args.concat_tokens is None:
         return None, None, None
-    from src.tokenizer import HFTokenizer
-
     name = args.tokenizer or f'{args.out_root}/tokenizer'
     shown_name = args.tokenizer or '../tokenizer'  # relative to the folder of a split
     if args.tokenizer is None and all(read_if_exists(open_output(name), file) is None for file in STORED_TOKENIZER[:2]):
@@ -106,8 +104,7 @@ def load_packing_tokenizer(args: argparse.Namespace, folder: Path,
         # Download once, so that the workers find it on this disk
         download = partial(snapshot_download, args.tokenizer, allow_patterns=TOKENIZER_FILES)
         name = call_with_retries(download, name, 2, '--tokenizer')
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # each worker process uses one core
     try:
-        return name, shown_name, HFTokenizer(name, args.concat_tokens).hash
+        return name, shown_name, load_tokenizer(name, args.concat_tokens).hash
     except UserError as error:
         raise UserError(str(error).replace('tokenizer_name', '--tokenizer')) from None

@@ -219,15 +219,6 @@ def test_every_token_of_every_document_in_order(source: Path, tokenizer_dir: Pat
                                                                   for t in texts)
 
 
-def test_calls_of_the_tokenizer_are_bounded_in_text_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, 'TEXT_PER_CALL', 1000)
-    monkeypatch.setattr(shards, 'DOCUMENTS_PER_CALL', 10)
-    found = ['x' * n for n in (999, 1, 5000, 10, 990, *[1] * 25)]
-    calls = list(shards.split_into_calls({'text': text} for text in found))
-    assert [text for texts in calls for text in texts] == found
-    assert [sum(map(len, texts)) for texts in calls] == [1000, 5000, 1000, 10, 10, 5] and [len(texts) for texts in calls][-1] == 5
-
-
 class Counter:
     """A tokenizer of 9 tokens and EOS, for which a document is the list of its tokens."""
     eos_token_id = 9
@@ -238,8 +229,8 @@ class Counter:
 
 
 def test_packing_never_loses_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('src.tokenizer.encode_documents', lambda _, texts: [np.array([*map(int, text), 9]) for text in texts])
-    monkeypatch.setattr(shards, 'DOCUMENTS_PER_CALL', 3)
+    monkeypatch.setattr('src.common.encoding.encode_pieces', lambda _, texts: (
+        [(np.array([*map(int, text)], np.uint32), False), (np.array([9], np.uint32), True)] for text in texts))
     rng, total = np.random.default_rng(0), {}
     given = [''.join(map(str, rng.integers(0, 9, rng.integers(0, 30)))) for _ in range(100)]
     stream = np.concatenate(list(shards.pack_tokens(({'text': text} for text in given), Counter, 7, total)))

@@ -207,8 +207,8 @@ def test_packing_does_not_multiply_a_long_document(monkeypatch: pytest.MonkeyPat
         eos_token_id = 0
         get_vocab = staticmethod(lambda: {'last': 60_000})
 
-    document: Any = np.arange(4_000_001) % 60_000
-    monkeypatch.setattr('src.tokenizer.encode_documents', lambda *_: [document])
+    document: Any = np.arange(4_000_001, dtype=np.uint32) % 60_000
+    monkeypatch.setattr('src.common.encoding.encode_pieces', lambda *_: iter([[(document, True)]]))
     rows = pack_tokens(iter([{'text': 'long'}]), Tokenizer, 2048, {})
     tracemalloc.start()
     first = next(rows)

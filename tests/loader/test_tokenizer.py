@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from src import tokenizer as tokenizer_module
+from src.common.encoding import encode_documents
 from src.common.errors import UserError
-from src.tokenizer import TOKENIZER_REGISTRY, HFTokenizer, check_vocab, count_ids, encode_documents
+from src.tokenizer import TOKENIZER_REGISTRY, HFTokenizer, check_vocab, count_ids
 
 
 @pytest.fixture(scope='module')

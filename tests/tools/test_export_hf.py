@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.checkpoints import weights
 from src.checkpoints.hf_layout import GPT2_KEYS, TRAINING_ONLY_KEYS, gpt2_config, hf_model
+from src.common.encoding import encode_documents
 from src.common.errors import UserError
 from src.config.schema import MosaicGPTConfig
 from src.hf_causal_lm import ComposerHFCausalLM
 from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
-from src.tokenizer import HFTokenizer, encode_documents
+from src.tokenizer import HFTokenizer
 from src.tools import export_hf
 
 QUICKSTART, GPT2 = 'yamls/quickstart.yaml', 'yamls/hf_causal_lm/gpt2-small.yaml'
