@@ -9,6 +9,7 @@ os.environ['TORCH_WARM_POOL'] = '0'  # no compile workers of inductor in process
 if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes of two threads each would wait for each other on two cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import atexit
 import functools
 import gc
 import inspect
@@ -16,6 +17,7 @@ import logging
 import random
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -106,6 +108,24 @@ def cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         import torch._dynamo
         torch._dynamo.reset()  # torch stops compiling after 8 models in one process
         torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture(autouse=True)
+def shared_memory_is_freed() -> Iterator[None]:
+    """Frees the blocks of datasets that are gone: streaming keeps them to the end of a process, and looks at all of them
+    when a dataset opens."""
+    yield
+    if 'streaming' not in sys.modules or len(os.listdir('/dev/shm')) < 60:
+        return
+    from streaming.base.shared import SharedMemory
+
+    gc.collect()
+    blocks = [block for block in gc.get_objects() if type(block) is SharedMemory and (block.created_shms or block.opened_shms)]
+    gone = {block.shm.name[:6] for block in blocks if block.shm.name.endswith('_locals') and not any(block.buf[:4])}
+    for block in blocks:
+        if block.shm.name[:6] in gone:
+            atexit.unregister(block.cleanup)
+            block.cleanup()
 
 
 @functools.cache
