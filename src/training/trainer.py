@@ -91,6 +91,8 @@ class Trainer(composer.Trainer):
 
     def _accumulate_time_across_ranks(self, num_samples: Union[int, float], num_tokens: int,
                                       batch_time: timedelta) -> tuple[int, int, timedelta]:
+        if self.state.dataloader is not self.state.train_dataloader:  # in an evaluation
+            return super()._accumulate_time_across_ranks(num_samples, num_tokens, batch_time)
         return int(self._counts[0]), int(self._counts[1]), batch_time
 
     def _train_batch(self, use_grad_scaling: bool) -> Any:
