@@ -43,6 +43,7 @@ class MarkBatches:
 
 sys.meta_path.insert(0, MarkBatches())
 '''
+COLUMNS = (('times', 'torch'), ('more than', 'streaming'), ('more than', 'composer'))
 IMPORTS = ('torch', 'streaming', 'composer')
 OURS = {  # name: (arguments of Python, lines of the output whose time counts; '' is the end of the process)
     'a misspelt key': (['main.py', 'yamls/quickstart.yaml', 'optimzer.lr=1'], ['']),
@@ -91,9 +92,12 @@ def main(args: argparse.Namespace, temp: Path) -> None:
             for suffix, cwd in checkouts.items():
                 record(name + suffix, arguments, lines, cwd)
     medians = {name: statistics.median(all_seconds[1:]) for name, all_seconds in seconds.items()}  # the first one warms up
-    print(f'median of {args.repeat}\n\n| | seconds | times `import torch` | more than `import composer` |\n|---|---|---|---|')
+    print(f'median of {args.repeat}\n\n| | seconds |' + ''.join(f' {how} `import {name}` |' for how, name in COLUMNS))
+    print('|---|---|' + '---|' * len(COLUMNS))
     for name, median in medians.items():
-        print(f'| {name} | {median:.2f} | {median / medians["import torch"]:.2f} | {median - medians["import composer"]:+.2f} |')
+        libraries = [medians[f'import {library}'] for _, library in COLUMNS]
+        print(f'| {name} | {median:.2f} | {median / libraries[0]:.2f} |'
+              + ''.join(f' {median - library:+.2f} |' for library in libraries[1:]))
 
 
 if __name__ == '__main__':
