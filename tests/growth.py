@@ -282,12 +282,11 @@ def checkpoints(root: Path) -> Results:
     make_tokenizer(root / 'tokenizer')
     write_tokens(root / 'train', 32, 32)
     saved, plain = root / 'saves/ep0-ba1-rank0.pt', root / 'plain.pt'
-    settings = ('max_duration=1ba', 'eval_loader=null', 'scheduler.t_warmup=0ba', 'algorithms=null', 'log_to_console=false',
-                f'save_folder={saved.parent}', 'run_name=run')
+    settings = ('max_duration=1ba', 'eval_loader=null', 'scheduler.t_warmup=0ba', 'algorithms=null', f'save_folder={saved.parent}')
     yield Table('Checkpoints', 'MB', 'torch')
     for width, layers in ((64, 2), (256, 4), (512, 8), (1024, 8)):
         shape = (f'model.d_model={width}', f'model.n_layers={layers}')
-        trainer = quietly(lambda: kit.main(load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(root, *settings, *shape)])))
+        trainer = quietly(lambda: kit.main(load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(root, 'run_name=run', *settings, *shape)])))
         state, model, optimizer = trainer.state, trainer.state.model, trainer.state.optimizers[0]
         writer = next(callback for callback in state.callbacks if isinstance(callback, CheckpointWriter))
 
