@@ -283,14 +283,14 @@ def table(records: list[dict[str, Any]], first: int = 1) -> str:
                       *(f'- {", ".join(numbers)}: {origin}' for origin, numbers in origins.items())])
 
 
-def page(records: list[dict[str, Any]]) -> str:
-    """The Markdown page of all records."""
+def page(records: list[dict[str, Any]], earlier: str = '') -> str:
+    """The Markdown page of all records. The sections (`## ...`) of the earlier page stay, because people write them."""
     parts = ['# Benchmarks', 'Written by `src/tools/benchmark.py`. MFU counts 6 N + 12 L d S FLOPs per token (N '
              'parameters, L blocks, width d, S tokens per sequence), causal MFU half of the attention. Times are in '
              'milliseconds; a ratio above 1 means that the run is faster. A dash means unknown.', table(records)]
-    parts += [f'Profile of run {i}, {PROFILED} steps:\n\n```text\n{r["profile"].rstrip()}\n```'
-              for i, r in enumerate(records, 1) if r.get('profile')]
-    return '\n\n'.join(parts) + '\n'
+    parts += [f'Profile of run {i}, {PROFILED} steps:\n\n```text\n{r["profile"].rstrip()}\n```' for i, r in
+              enumerate(records, 1) if r.get('profile')]
+    return '\n\n'.join(parts) + '\n' + ''.join(earlier.partition('\n## ')[1:])
 
 
 # ---------------------------------------------------------------- the program
@@ -299,12 +299,12 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
 
     Raises UserError for a mistake that all runs share. A mistake of a single run of a sweep becomes its record.
     """
-    runs, target = combinations(args.sweep), Path(f'{args.out}.json')
+    runs, target, md = combinations(args.sweep), Path(f'{args.out}.json'), Path(f'{args.out}.md')
     try:
         records = json.loads(target.read_text('utf-8')) if args.append and target.exists() else []
         target.parent.mkdir(parents=True, exist_ok=True)
         is_ours = isinstance(records, list) and all(isinstance(r, dict) and 'yaml' in r for r in records)
-        is_folder = not args.out.name or target.is_dir() or Path(f'{args.out}.md').is_dir()
+        is_folder = not args.out.name or target.is_dir() or md.is_dir()
         if not is_ours or is_folder or not os.access(target.parent, os.W_OK):
             raise ValueError('it is a folder, or not writable, or no file of this program')
     except (OSError, ValueError) as error:
@@ -321,7 +321,7 @@ def main(args: argparse.Namespace, failures: Optional[FailureWatch] = None) -> l
         if dist.get_global_rank() == 0:
             print(table([record], len(records)), flush=True)
             target.write_text(json.dumps(records, indent=1) + '\n', 'utf-8')
-            Path(f'{args.out}.md').write_text(page(records), 'utf-8')
+            md.write_text(page(records, md.read_text('utf-8') if md.exists() else ''), 'utf-8')
     return records
 
 

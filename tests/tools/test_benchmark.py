@@ -121,9 +121,13 @@ def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
     assert [record.get('microbatch') for record in records] == [3, None, 3, None]
     assert [record.get('attention') for record in records] == ['torch (plain maths)', None, 'sdpa (PyTorch)', None]
     assert records[1]['error'] == "device_train_microbatch_size: 'none' must be a whole number or 'auto'"
+    section = '\n## Written by hand\n\n| a | table |\n'
+    with (tmp_path / 'out.md').open('a') as file:
+        file.write(section)
     run(tmp_path / 'out', '--append')
     assert len(json.loads((tmp_path / 'out.json').read_text())) == 5
-    page = (tmp_path / 'out.md').read_text()
+    page, found, rest = (tmp_path / 'out.md').read_text().partition(section)
+    assert found and not rest
     assert len({line.count('|') for line in page.splitlines() if line.startswith('|')}) == 1, page
     records = run(tmp_path / 'lists', '--sweep', 'optimizer.betas=[0.9,0.95],[0.9,0.99]', '--steps', '1')
     assert [record['overrides'][-1] for record in records] == ['optimizer.betas=[0.9,0.95]', 'optimizer.betas=[0.9,0.99]']
