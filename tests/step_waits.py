@@ -79,8 +79,7 @@ def measure(argv: list[str], as_gpu: bool) -> dict[str, dict[str, float]]:
     for name in READS:
         count_calls(torch.Tensor, name, counts['reads'])
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            main.main(load.load([*argv, f'loggers.file.filename={folder}/log.txt'])).close()
+        main.main(load.load(argv)).close()
     finally:
         for owner, name, call in restored:
             setattr(owner, name, call)
@@ -104,14 +103,15 @@ def launch(ranks: int, root: Path, flags: list[str]) -> dict[str, dict[str, floa
 
     env = {'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks), 'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1',
            'MASTER_PORT': str(free_port())}
-    command = [sys.executable, __file__, *flags, '--root', str(root), '--rank']
-    processes = [subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  env=clean_env(RANK=str(rank), LOCAL_RANK=str(rank), **env)) for rank in range(ranks)]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, __file__, *flags, '--root', str(root), '--logs', logs]
+        processes = [subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                      env=clean_env(RANK=str(rank), LOCAL_RANK=str(rank), **env)) for rank in range(ranks)]
+        try:
+            outputs = [process.communicate(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     assert not any(process.returncode for process in processes), outputs
     return json.loads(outputs[0][0].splitlines()[-1])
 
@@ -122,11 +122,11 @@ def main_program() -> None:
     parser.add_argument('--root', type=Path, default=Path(__file__).resolve().parents[1])
     parser.add_argument('--as_gpu', action='store_true')
     parser.add_argument('--set', nargs='*', default=[], help='more arguments of main.py')
-    parser.add_argument('--rank', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--logs', help=argparse.SUPPRESS)  # the folder of a rank's logs
     args = parser.parse_args()
-    if args.rank:
+    if args.logs:
         sys.path.insert(0, str(args.root))
-        found = measure([*arguments(args.data), *args.set], args.as_gpu)
+        found = measure([*arguments(args.data), f'loggers.file.filename={args.logs}/log.txt', *args.set], args.as_gpu)
         from src.ranks import rendezvous
         rendezvous.leave()
         print(json.dumps(found))
