@@ -88,13 +88,13 @@ def measure(argv: list[str], as_gpu: bool) -> dict[str, dict[str, float]]:
                    if n > seen[FIRST][kind][who]} for kind in counts}
 
 
-def arguments(data: str, ranks: int) -> list[str]:
+def arguments(data: str) -> list[str]:
     """Arguments of main.py: the quick start, smaller, on the data in this folder."""
     return ['yamls/quickstart.yaml', f'data_remote={data}', 'max_seq_len=32', 'model.d_model=16', 'model.n_heads=2',
             'model.n_layers=2', 'train_loader.dataset.group_method=truncate', 'eval_loader=null', 'save_folder=null',
             f'max_duration={LAST + 1}ba', 'scheduler.t_warmup=2ba', 'global_train_batch_size=8', 'device_train_microbatch_size=2',
             'console_log_interval=1000ba', 'train_loader.num_workers=1', 'train_loader.prefetch_factor=2', 'callbacks.window={}',
-            'loggers.file={filename: "' + tempfile.gettempdir() + '/step-waits-{run_name}-{rank}.txt"}', 'loggers.tensorboard=false']
+            'loggers.tensorboard=false']
 
 
 def launch(ranks: int, root: Path, flags: list[str]) -> dict[str, dict[str, float]]:
@@ -103,14 +103,15 @@ def launch(ranks: int, root: Path, flags: list[str]) -> dict[str, dict[str, floa
 
     env = {'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks), 'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1',
            'MASTER_PORT': str(free_port())}
-    command = [sys.executable, __file__, *flags, '--root', str(root), '--rank']
-    processes = [subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  env=clean_env(RANK=str(rank), LOCAL_RANK=str(rank), **env)) for rank in range(ranks)]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, __file__, *flags, '--root', str(root), '--logs', logs]
+        processes = [subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                      env=clean_env(RANK=str(rank), LOCAL_RANK=str(rank), **env)) for rank in range(ranks)]
+        try:
+            outputs = [process.communicate(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     assert not any(process.returncode for process in processes), outputs
     return json.loads(outputs[0][0].splitlines()[-1])
 
@@ -121,11 +122,11 @@ def main_program() -> None:
     parser.add_argument('--root', type=Path, default=Path(__file__).resolve().parents[1])
     parser.add_argument('--as_gpu', action='store_true')
     parser.add_argument('--set', nargs='*', default=[], help='more arguments of main.py')
-    parser.add_argument('--rank', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--logs', help=argparse.SUPPRESS)  # the folder of a rank's logs
     args = parser.parse_args()
-    if args.rank:
+    if args.logs:
         sys.path.insert(0, str(args.root))
-        found = measure([*arguments(args.data, int(os.environ['WORLD_SIZE'])), *args.set], args.as_gpu)
+        found = measure([*arguments(args.data), f'loggers.file.filename={args.logs}/log.txt', *args.set], args.as_gpu)
         from src.ranks import rendezvous
         rendezvous.leave()
         print(json.dumps(found))
