@@ -115,24 +115,23 @@ def compare_ways(source: Path, tokenizer: Path, out: Path, rounds: int) -> None:
     print(f'\none process, one file of {found["fastokens"][0]["text_bytes"] / 1e6:,.0f} MB of text, packed tokens, all loaded; '
           f'medians of {rounds} rounds')
     print(f'{"":12} {"MB/s":>7} {"tokens/s":>12} {"times":>6} {"MB/s of CPU":>12} {"in the tokenizer":>17} {"MiB":>6}')
-    rate = {way: statistics.median(run['text_bytes'] / run['cpu'] for run in runs) / 1e6 for way, runs in found.items()}
+    medians: dict[str, list[float]] = {}
     for way, runs in found.items():
-        tokens, text = (statistics.median(run[key] / run['seconds'] for run in runs) for key in ('tokens', 'text_bytes'))
-        print(f'{way:12} {text / 1e6:7.1f} {tokens:12,.0f} {rate[way] / rate["tokenizers"]:6.1f} {rate[way]:12.1f} '
-              f'{statistics.median(run["spent"] / run["cpu"] for run in runs):17.0%} {max(run["mib"] for run in runs):6,.0f}')
+        medians[way] = [statistics.median(run[key] / run[per] for run in runs) for key, per in (
+            ('text_bytes', 'seconds'), ('tokens', 'seconds'), ('text_bytes', 'cpu'), ('spent', 'cpu'))]
+        text, tokens, cpu, share = medians[way]
+        print(f'{way:12} {text / 1e6:7.1f} {tokens:12,.0f} {text / medians["tokenizers"][0]:6.1f} {cpu / 1e6:12.1f} {share:17.0%} '
+              f'{max(run["mib"] for run in runs):6,.0f}')
     files = [run['files'] for runs in found.values() for run in runs]
     print(f'all {len(files)} runs wrote the same bytes: {all(one == files[0] for one in files)}')
 
 
 def main(n_documents: int, tokenizer: Optional[Path], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        out, source, few = Path(folder), Path(folder, 'c4'), Path(folder, 'few')
+        out, source = Path(folder), Path(folder, 'c4')
         source.mkdir()
-        few.mkdir()
         size = make_input(source, n_documents)
         n_documents = n_documents // FILES * FILES
-        for path in sorted(source.iterdir())[:2]:
-            (few / path.name).symlink_to(path)
         gzipped = sum(f.stat().st_size for f in source.iterdir())
         print(f'{n_documents:,} documents, {size / 1e6:,.0f} MB of text in {gzipped / 1e6:,.0f} MB of gzip, {FILES} files; '
               f'{os.cpu_count()} cores')
@@ -140,17 +139,17 @@ def main(n_documents: int, tokenizer: Optional[Path], rounds: int) -> None:
                        check=True, capture_output=True)
         tokenizer = tokenizer or out / 'sample/tokenizer'
         convert = [sys.executable, str(ROOT / 'convert_c4.py'), '--splits', 'train', '--source', str(source), '--out_root']
-        tokens = [*convert[:-2], str(few), '--concat_tokens', '2048', '--tokenizer', str(tokenizer), '--out_root']
-        runs = {'straightforward': ([sys.executable, '-c', STRAIGHTFORWARD, str(source), str(out / '0')], 1),
-                'text, 1 process': ([*convert, str(out / '1'), '--num_workers', '1'], 1),
-                'text, 2 processes': ([*convert, str(out / '2'), '--num_workers', '2'], 1),
-                'text zstd, 2 processes': ([*convert, str(out / '3'), '--num_workers', '2', '--compression', 'zstd'], 1),
-                'tokens, 1 process': ([*tokens, str(out / '4'), '--num_workers', '1'], 2 / FILES),
-                'tokens, 2 processes': ([*tokens, str(out / '5'), '--num_workers', '2'], 2 / FILES)}
+        tokens = [*convert[:-1], '--concat_tokens', '2048', '--tokenizer', str(tokenizer), '--out_root']
+        runs = {'straightforward': [sys.executable, '-c', STRAIGHTFORWARD, str(source), str(out / '0')],
+                'text, 1 process': [*convert, str(out / '1'), '--num_workers', '1'],
+                'text, 2 processes': [*convert, str(out / '2'), '--num_workers', '2'],
+                'text zstd, 2 processes': [*convert, str(out / '3'), '--num_workers', '2', '--compression', 'zstd'],
+                'tokens, 1 process': [*tokens, str(out / '4'), '--num_workers', '1'],
+                'tokens, 2 processes': [*tokens, str(out / '5'), '--num_workers', '2']}
         table = []
-        for name, (command, share) in runs.items():
+        for name, command in runs.items():
             whole, seconds, memory = timed(command, out / 'log')
-            table.append((name, whole, seconds, n_documents * share / seconds, size * share / seconds / 1e6, memory))
+            table.append((name, whole, seconds, n_documents / seconds, size / seconds / 1e6, memory))
             shutil.rmtree(out / str(len(table) - 1))
         print(f'\n{"":24} {"command, s":>11} {"conversion, s":>14} {"documents/s":>12} {"MB/s of text":>13} {"times":>6} '
               f'{"MiB":>6}')
