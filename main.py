@@ -11,10 +11,9 @@ from pathlib import Path
 
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # `src` is this folder's, no other package's
-    from src.ranks import environment
     from src.training import early
 
-    environment.set_up_rank(lambda: early.check_command_line(sys.argv[1:]))  # first: importing Composer takes seconds
+    early.set_up_rank(sys.argv[1:])  # first, because importing torch and Composer takes seconds
 
 from collections.abc import Iterable
 from typing import Optional

@@ -1,26 +1,37 @@
-"""Measures conversion: `python tests/convert_speed.py [DOCUMENTS]`, with the input on the local disk.
+"""Measures conversion, with the input on the local disk:
 
-The input is eight files in C4's form, with random documents of the sample. The tokenizer is the sample's, of 4096 tokens. The
+    python tests/convert_speed.py [--documents 1000000] [--tokenizer FOLDER] [--rounds 3]
+
+The input is eight files in C4's form, with random documents of the sample, in which one word of 40 is replaced by random
+letters: web text, too, has many words that occur once. The tokenizer is the sample's, of 4096 tokens, unless one is named. The
 straightforward way, for comparison, is one process that streams the JSON files with `datasets` into one MDSWriter. The rates leave
 out the seconds in which Python imports its libraries.
+
+The second table compares the packing of tokens with fastokens, and with the library `tokenizers` alone. One process converts one
+file; the two ways take turns.
 """
 
+import argparse
 import gzip
+import itertools
 import json
 import os
 import random
 import re
 import shutil
+import statistics
+import string
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-FILES = 8
+FILES, RARE, ONE_FILE_DOCUMENTS = 8, 40, 40_000
 STRAIGHTFORWARD = '''
 import sys, time
 from datasets import load_dataset
@@ -36,15 +47,19 @@ print(f'{time.perf_counter() - start:.1f} seconds')
 
 
 def make_input(folder: Path, n_documents: int, n_files: int = FILES) -> int:
-    """Writes files in C4's form; returns the bytes of text in them."""
+    """Writes the files; returns the bytes of text in them."""
     from src.conversion.sample_corpus import gather_sample
 
     corpus, rng, size = gather_sample()['train'], random.Random(0), 0
     for i in range(n_files):
         with gzip.open(folder / f'c4-train.{i:05}-of-01024.json.gz', 'wt') as file:
             for document in rng.choices(corpus, k=n_documents // n_files):
-                file.write(json.dumps(document) + '\n')
-                size += len(document['text'].encode())
+                words = document['text'].split(' ')
+                for k in range(rng.randrange(RARE), len(words), RARE):
+                    words[k] = ''.join(rng.choices(string.ascii_lowercase, k=rng.randrange(4, 12)))
+                text = ' '.join(words)
+                file.write(json.dumps(document | {'text': text}) + '\n')
+                size += len(text.encode())
     return size
 
 
@@ -59,79 +74,98 @@ def timed(command: list[str], log: Path) -> tuple[float, float, float]:
     return time.perf_counter() - start, float(found[-1]), usage.ru_maxrss / 1024
 
 
-SHARE = """
-import sys, time
+ONE_FILE = """
+import json, resource, sys, time
 sys.path.insert(0, '.')
-from src import tokenizer
+from src.common import encoding, fast_encoding
 from src.conversion import parts, shards, sources
-spent = 0.0
-class Timed:
-    def __init__(self, backend):
-        self.__dict__['backend'] = backend
-    def __getattr__(self, name):
-        return getattr(self.backend, name)
-    def __setattr__(self, name, value):
-        setattr(self.backend, name, value)
-    def encode_batch_fast(self, *args, **kwargs):
-        global spent
-        start = time.perf_counter()
-        try:
-            return self.backend.encode_batch_fast(*args, **kwargs)
-        finally:
-            spent += time.perf_counter() - start
-load = tokenizer._load
-def timed(name):
-    loaded = load(name)
-    loaded._tokenizer = Timed(loaded._tokenizer)
-    return loaded
-tokenizer._load = timed
-file = sources.SourceFile(sys.argv[1], 0)
-options = shards.Options(('text',), concat_tokens=2048, tokenizer=sys.argv[2])
-shards._load_tokenizer(sys.argv[2], 2048)
+way, source, folder, out = sys.argv[1:]
+def refuse(serialized):
+    raise ImportError('this run leaves it out')
+if way == 'tokenizers':
+    fast_encoding.open_tokenizer = refuse
+spent, encode = 0.0, encoding._encode
+def timed(*args):
+    global spent
+    start = time.process_time()
+    found = encode(*args)
+    spent += time.process_time() - start
+    return found
+encoding._encode = timed
 import streaming
-start = time.perf_counter()
-part = parts.convert(parts.Job(sys.argv[3], 0, file, options))
-seconds = time.perf_counter() - start
-print(f'one process, one file, all loaded: {part["tokens"] / seconds:,.0f} tokens/s, {spent / seconds:.1%} in the tokenizer')
+shards.load_tokenizer(folder, 2048)
+start, cpu = time.perf_counter(), time.process_time()
+part = parts.convert(parts.Job(out, 0, sources.SourceFile(source, 0),
+                               shards.Options(('text',), concat_tokens=2048, tokenizer=folder)))
+print(json.dumps({'text_bytes': part['text_bytes'], 'tokens': part['tokens'], 'files': part['files'],
+                  'seconds': time.perf_counter() - start, 'cpu': time.process_time() - cpu, 'spent': spent,
+                  'mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 """
 
 
-def main(n_documents: int) -> None:
+def compare_ways(source: Path, tokenizer: Path, out: Path, rounds: int) -> None:
+    """Converts one file with either library, in turns, and prints the medians."""
+    found: dict[str, list[dict]] = {'tokenizers': [], 'fastokens': []}
+    for _ in range(rounds):
+        for way, runs in found.items():
+            run = subprocess.run([sys.executable, '-c', ONE_FILE, way, str(source), str(tokenizer), str(out)], cwd=ROOT, check=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            runs.append(json.loads(run.stdout))
+            shutil.rmtree(out)
+    print(f'\none process, one file of {found["fastokens"][0]["text_bytes"] / 1e6:,.0f} MB of text, packed tokens, all loaded; '
+          f'medians of {rounds} rounds')
+    print(f'{"":12} {"MB/s":>7} {"tokens/s":>12} {"times":>6} {"MB/s of CPU":>12} {"in the tokenizer":>17} {"MiB":>6}')
+    medians: dict[str, list[float]] = {}
+    for way, runs in found.items():
+        medians[way] = [statistics.median(run[key] / run[per] for run in runs) for key, per in (
+            ('text_bytes', 'seconds'), ('tokens', 'seconds'), ('text_bytes', 'cpu'), ('spent', 'cpu'))]
+        text, tokens, cpu, share = medians[way]
+        print(f'{way:12} {text / 1e6:7.1f} {tokens:12,.0f} {text / medians["tokenizers"][0]:6.1f} {cpu / 1e6:12.1f} {share:17.0%} '
+              f'{max(run["mib"] for run in runs):6,.0f}')
+    files = [run['files'] for runs in found.values() for run in runs]
+    print(f'all {len(files)} runs wrote the same bytes: {all(one == files[0] for one in files)}')
+
+
+def main(n_documents: int, tokenizer: Optional[Path], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        out, source, few = Path(folder), Path(folder, 'c4'), Path(folder, 'few')
+        out, source = Path(folder), Path(folder, 'c4')
         source.mkdir()
-        few.mkdir()
         size = make_input(source, n_documents)
         n_documents = n_documents // FILES * FILES
-        for path in sorted(source.iterdir())[:2]:
-            (few / path.name).symlink_to(path)
         gzipped = sum(f.stat().st_size for f in source.iterdir())
         print(f'{n_documents:,} documents, {size / 1e6:,.0f} MB of text in {gzipped / 1e6:,.0f} MB of gzip, {FILES} files; '
               f'{os.cpu_count()} cores')
         subprocess.run([sys.executable, 'convert_c4.py', '--source', 'sample', '--out_root', str(out / 'sample')], cwd=ROOT,
                        check=True, capture_output=True)
-        tokenizer = out / 'sample/tokenizer'
+        tokenizer = tokenizer or out / 'sample/tokenizer'
         convert = [sys.executable, str(ROOT / 'convert_c4.py'), '--splits', 'train', '--source', str(source), '--out_root']
-        tokens = [*convert[:-2], str(few), '--concat_tokens', '2048', '--tokenizer', str(tokenizer), '--out_root']
-        runs = {'straightforward': ([sys.executable, '-c', STRAIGHTFORWARD, str(source), str(out / '0')], 1),
-                'text, 1 process': ([*convert, str(out / '1'), '--num_workers', '1'], 1),
-                'text, 2 processes': ([*convert, str(out / '2'), '--num_workers', '2'], 1),
-                'text zstd, 2 processes': ([*convert, str(out / '3'), '--num_workers', '2', '--compression', 'zstd'], 1),
-                'tokens, 1 process': ([*tokens, str(out / '4'), '--num_workers', '1'], 2 / FILES),
-                'tokens, 2 processes': ([*tokens, str(out / '5'), '--num_workers', '2'], 2 / FILES)}
+        tokens = [*convert[:-1], '--concat_tokens', '2048', '--tokenizer', str(tokenizer), '--out_root']
+        runs = {'straightforward': [sys.executable, '-c', STRAIGHTFORWARD, str(source), str(out / '0')],
+                'text, 1 process': [*convert, str(out / '1'), '--num_workers', '1'],
+                'text, 2 processes': [*convert, str(out / '2'), '--num_workers', '2'],
+                'text zstd, 2 processes': [*convert, str(out / '3'), '--num_workers', '2', '--compression', 'zstd'],
+                'tokens, 1 process': [*tokens, str(out / '4'), '--num_workers', '1'],
+                'tokens, 2 processes': [*tokens, str(out / '5'), '--num_workers', '2']}
         table = []
-        for name, (command, share) in runs.items():
+        for name, command in runs.items():
             whole, seconds, memory = timed(command, out / 'log')
-            table.append((name, whole, seconds, n_documents * share / seconds, size * share / seconds / 1e6, memory))
+            table.append((name, whole, seconds, n_documents / seconds, size / seconds / 1e6, memory))
             shutil.rmtree(out / str(len(table) - 1))
         print(f'\n{"":24} {"command, s":>11} {"conversion, s":>14} {"documents/s":>12} {"MB/s of text":>13} {"times":>6} '
               f'{"MiB":>6}')
         for name, whole, seconds, documents, text, memory in table:
             print(f'{name:24} {whole:11.1f} {seconds:14.1f} {documents:12,.0f} {text:13.1f} {documents / table[0][3]:6.2f} '
                   f'{memory:6,.0f}')
-        first = sorted(source.iterdir())[0]
-        subprocess.run([sys.executable, '-c', SHARE, str(first), str(tokenizer), str(out / '6/train')], cwd=ROOT, check=True)
+        one = out / 'one.json.gz'
+        with gzip.open(sorted(source.iterdir())[0], 'rb') as file, gzip.open(one, 'wb') as small:
+            small.writelines(itertools.islice(file, ONE_FILE_DOCUMENTS))
+        compare_ways(one, tokenizer, out / '6/train', rounds)
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--documents', type=int, default=1_000_000)
+    parser.add_argument('--tokenizer', type=Path)
+    parser.add_argument('--rounds', type=int, default=3)
+    parsed = parser.parse_args()
+    main(parsed.documents, parsed.tokenizer and parsed.tokenizer.resolve(), parsed.rounds)

@@ -33,10 +33,10 @@ import torch
 import xxhash
 from composer.loggers import Logger
 from composer.utils.checkpoint import load_checkpoint
-from conftest import write_mds
+from conftest import documents, write_mds
 from convert_speed import make_input
 from launch import ROOT, tiny
-from loader_speed import make_tokenizer, measure
+from loader_speed import measure
 from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
 
@@ -47,6 +47,7 @@ from src.checkpoints.manifest import Manifest
 from src.checkpoints.start import FRESH, find_start, start_from_path
 from src.checkpoints.writer import CheckpointWriter, RunInfo
 from src.config.load import load
+from src.conversion.sample_corpus import train_tokenizer
 from src.data_c4 import build_c4_dataloader
 
 REPEATS, BATCH = 3, 8
@@ -67,6 +68,12 @@ class Row(NamedTuple):
 
 
 Results = Iterator[Union[Table, Row]]
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Trains a tokenizer of 512 tokens on the documents of the tests, and writes it to `folder`."""
+    folder.mkdir()
+    train_tokenizer(documents('train'), folder, 512)
 
 
 def show(result: Union[Table, Row]) -> None:

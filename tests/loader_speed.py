@@ -2,7 +2,8 @@
 
     python tests/loader_speed.py [--seconds 5]
 
-The program makes its own data: random packed tokens, and random words as text. The row `streaming` is a plain
+The program makes its own data: random packed tokens, and documents of the sample as text. "concat" and "truncate" encode with
+fastokens; the rows below them encode the same documents with the library `tokenizers` alone. The row `streaming` is a plain
 StreamingDataset in a DataLoader, which only reads and decodes the same packed tokens. The first batch is cold if its shards
 must be fetched first, and warm if they are in the local copy.
 """
@@ -16,52 +17,58 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 if __name__ == '__main__':  # this folder is on the path already
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from conftest import EOS, WORDS, documents, write_mds
+import torch
+from conftest import write_mds
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 
+from src.common import encoding, fast_encoding
+from src.conversion.sample_corpus import gather_sample, train_tokenizer
 from src.data_c4 import build_c4_dataloader
 
+SLOW = '{}, tokenizers'
 SEQ_LEN, BATCH, SEQUENCES, DOCUMENTS = 2048, 8, 16_384, 8_000
-KINDS = ('streaming', 'tokens', 'tokens + 1', 'sequence_ids', 'concat', 'truncate')
+KINDS = ('streaming', 'tokens', 'tokens + 1', 'sequence_ids', 'concat', SLOW.format('concat'), 'truncate',
+         SLOW.format('truncate'))
 copies = itertools.count()
-
-
-def make_tokenizer(folder: Path) -> None:
-    """Trains a byte-level BPE of 512 tokens, and writes it to `folder`."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(documents('train'), vocab_size=512, special_tokens=[EOS], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS).save_pretrained(folder)
+OPEN, REFUSE = fast_encoding.open_tokenizer, Mock(side_effect=ImportError('this row leaves it out'))
 
 
 def make_data(root: Path) -> None:
-    make_tokenizer(root / 'tokenizer')
+    corpus = [document['text'] for document in gather_sample()['train']]
+    (root / 'tokenizer').mkdir(parents=True)
+    train_tokenizer(corpus, root / 'tokenizer')
     rng = np.random.default_rng(0)
     for split, n in (('tokens', SEQ_LEN), ('tokens + 1', SEQ_LEN + 1)):
         rows = rng.integers(0, 512, (SEQUENCES, n), np.uint16)  # an EOS in 512 tokens, about as in C4
         write_mds(root / split, [{'tokens': row} for row in rows], {'tokens': f'ndarray:uint16:{n}'}, size_limit=1 << 23)
-    texts = [' '.join(rng.choice(WORDS, rng.integers(20, 700))) for _ in range(DOCUMENTS)]
-    write_mds(root / 'text', [{'text': text} for text in texts], {'text': 'str'}, size_limit=1 << 23)
+    write_mds(root / 'text', [{'text': text} for text in rng.choice(corpus, DOCUMENTS)], {'text': 'str'}, size_limit=1 << 23)
 
 
 def open_loader(root: Path, kind: str, workers: int, remote: str, local: str) -> Any:
-    split = {'tokens + 1': kind, 'concat': 'text', 'truncate': 'text'}.get(kind, 'tokens')
+    method, _, library = kind.partition(', ')
+    split = 'text' if method in ('concat', 'truncate') else kind if kind == 'tokens + 1' else 'tokens'
     if kind == 'streaming':
         dataset = StreamingDataset(remote=None if remote == local else remote, local=local, split=split, shuffle=True,
                                    batch_size=BATCH)
         return DataLoader(dataset, batch_size=BATCH, num_workers=workers)
     cfg = {'dataset': {'remote': remote, 'local': local, 'split': split, 'tokenizer_name': str(root / 'tokenizer'),
-                       'max_seq_len': SEQ_LEN, 'group_method': 'concat' if kind == 'concat' else 'truncate', 'shuffle': True,
+                       'max_seq_len': SEQ_LEN, 'group_method': 'concat' if method == 'concat' else 'truncate', 'shuffle': True,
                        'num_canonical_nodes': 1, 'sequence_ids': kind == 'sequence_ids'}, 'num_workers': workers}
-    return build_c4_dataloader(cfg, BATCH)
+    with patch.object(encoding, '_by_content', {}), patch.object(fast_encoding, 'open_tokenizer', REFUSE if library else OPEN):
+        return build_c4_dataloader(cfg, BATCH)  # which prepares the encoding
+
+
+def equal_batches(root: Path, method: str) -> bool:
+    """Whether both ways give the same batches."""
+    ways = zip(*(open_loader(root, kind, 0, str(root), str(root)) for kind in (method, SLOW.format(method))), strict=True)
+    return all(torch.equal(fast[key], slow[key]) for fast, slow in ways for key in ('input_ids', 'labels'))
 
 
 def measure(load: Callable[[], Any], seconds: float) -> tuple[float, float, float]:
@@ -124,7 +131,7 @@ def serve(port: int) -> None:
 def main(root: Path, seconds: float) -> None:
     make_data(root / 'data')
     print(f'batches of {BATCH}; packed: {SEQUENCES:,} sequences of {SEQ_LEN} tokens; text: {DOCUMENTS:,} documents')
-    print(f'{"":8} {"workers":>7} {"":13} {"sequences/s":>12} {"tokens/s":>12} {"first, cold (s)":>16} {"first, warm (s)":>16}')
+    print(f'{"":8} {"workers":>7} {"":20} {"sequences/s":>12} {"tokens/s":>12} {"first, cold (s)":>16} {"first, warm (s)":>16}')
     data = root / 'data'
     s3 = s3_of(data)
     for place, remote in (('in place', str(data)), ('copied', str(data)), ('s3', next(s3))):
@@ -133,8 +140,10 @@ def main(root: Path, seconds: float) -> None:
             cold, speed, tokens = measure(lambda: open_loader(data, kind, workers, remote, local), seconds)  # noqa: B023
             warm = measure(lambda: open_loader(data, kind, workers, remote, local), 0)[0]  # noqa: B023
             cells = f'{speed:12,.0f} {tokens:12,.0f} {cold if place != "in place" else float("nan"):16.2f} {warm:16.2f}'
-            print(f'{place:8} {workers:7} {kind:13} {cells}', flush=True)
+            print(f'{place:8} {workers:7} {kind:20} {cells}', flush=True)
     next(s3, None)
+    for method in ('concat', 'truncate'):
+        print(f'{method}: all batches are equal: {equal_batches(data, method)}')
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ LONG = 'the river bank ' * 300  # fastokens 0.3.2 reused the words of an earlier
 HARD_TEXTS = [
     '', ' ', '\n', '\0', 'a\0b\0\0 \0', '  two  spaces   three\t\ttabs \n\n\n lines \r\n\r\n \r x\v\f\x1c\x85 ',
     "I'm you're he'LL we'Ve IT'S 'tis ''s don't'd o'clock 's'", 'CamelCase snake_case kebab-case x=1;y+=2 #!/bin && |',
-    'def f(x):\n    return {"a": [1, 2.5e-3], **x}  # fu\n\n\tif a != b: pass\n', '<b>&amp;</b> http://a.b/c?d=e%20g\\n\\',
+    'def f(x):\n    return {"a": [1, 2.5e-3], **x}  # fu\n\n\tif a != b: pass\n', '<b>&amp;</b> http://a.b/c?d=e%20\\n',
     '0 00 123 1234567890 3.14159 1,000,000 ½ ² ٣٤٥ ५६ Ⅷ １２３ 𝟘𝟙', 'naïve A\u030a\u0323 o\u0308\u0304 ﬁ ﬀ ＡＢ ｱ Å',
     'cafe\u0301 \u1aeb\u0301 \u1df6\u0301 \U0001e4ec\u0301', '中文字符。日本語のテキスト、カ 한국어 \u1112\u1161\u11ab',
     'ไทยไม่มีช่องว่าง ಕ್ಷ ক্ষ', 'שָׁלוֹם עולם \u202bمرحبا\u202c بالعالم فارسی\u200cها', 'Жук ΑΣ ς İıſ ẞß Ǆǅ ŉ',
