@@ -39,6 +39,7 @@ UNIT = ('test_errors_and_text', 'test_config', 'test_old_keys', 'test_yamls', 't
         'test_encoding', 'test_fast_encoding', 'test_tokenizer', 'test_causal_lm', 'test_layers', 'test_mosaic_gpt',
         'test_environment', 'test_house')
 RUNS = re.compile(r'subprocess|main\.(main|cli)|\.fit\(|convert_c4\.main|num_workers=[1-9]')
+n_left = [0]  # datasets that stayed open, each time that the others were freed
 SEMAPHORES = r'sem\.(mp|loky)-.*'
 
 
@@ -111,14 +112,16 @@ def cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(autouse=True)
-def shared_memory_is_freed() -> Iterator[None]:
-    """Frees the blocks of datasets that are gone: streaming keeps them to the end of a process, and looks at all of them
-    when a dataset opens."""
+def ended_runs_are_freed() -> Iterator[None]:
+    """Frees the blocks of datasets that are gone. Composer and streaming keep runs and blocks to the end of a process, and
+    each dataset that opens would look at all of them."""
     yield
-    if 'streaming' not in sys.modules or len(os.listdir('/dev/shm')) < 60:
+    if 'streaming' not in sys.modules or n_open_datasets() < n_left[-1] + 10:
         return
+    from composer.core import Engine
     from streaming.base.shared import SharedMemory
 
+    atexit.unregister(Engine._close)
     gc.collect()
     blocks = [block for block in gc.get_objects() if type(block) is SharedMemory and (block.created_shms or block.opened_shms)]
     gone = {block.shm.name[:6] for block in blocks if block.shm.name.endswith('_locals') and not any(block.buf[:4])}
@@ -126,6 +129,12 @@ def shared_memory_is_freed() -> Iterator[None]:
         if block.shm.name[:6] in gone:
             atexit.unregister(block.cleanup)
             block.cleanup()
+    n_left.append(n_open_datasets())
+
+
+def n_open_datasets() -> int:
+    """Datasets whose blocks this process has mapped."""
+    return Path('/proc/self/maps').read_text().count('_locals\n')
 
 
 @functools.cache
