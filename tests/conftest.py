@@ -111,11 +111,9 @@ def cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         torch._dynamo.utils.counters.clear()
 
 
-@pytest.fixture(autouse=True)
-def ended_runs_are_freed() -> Iterator[None]:
+def pytest_runtest_setup() -> None:
     """Frees the blocks of datasets that are gone. Composer and streaming keep runs and blocks to the end of a process, and
     each dataset that opens would look at all of them."""
-    yield
     if 'streaming' not in sys.modules or n_open_datasets() < n_left[-1] + 10:
         return
     from composer.core import Engine
