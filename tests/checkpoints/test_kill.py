@@ -113,7 +113,7 @@ def test_25_kills_change_nothing(tokens_root, tmp_path):
 
     rng, reached = random.Random(17), []
     for kill in range(25):
-        imports = kill % 5 == 0
+        imports = kill % 8 == 0
         launcher = start(2, *argv, f'save_folder={tmp_path}/killed', imports=imports)
         before = newest(LocalFolder(tmp_path / 'killed'))
         if rng.random() < 0.4:  # while it imports, connects or loads, or soon after

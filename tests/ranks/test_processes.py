@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-from launch import ROOT, SCRIPTS, clean_env, free_port
+from launch import ROOT, SCRIPTS, clean_env, free_port, run
 
 from src.ranks import stop
 from src.ranks.stop import StopRequest
@@ -375,7 +375,7 @@ def test_composers_launcher_returns_soon_and_shows_the_traceback_of_a_rank_above
     script.write_text(PRELUDE + RANK.replace('BODY', CRASH.format(culprit=1)))
     command = [str(SCRIPTS / 'composer'), '-n', '2', '--master_port', str(free_port()), str(script)]
     began = time.monotonic()
-    done = subprocess.run(command, env=clean_env(), capture_output=True, text=True, timeout=100)
+    done = run(command, env=clean_env(), timeout=100)
     assert done.returncode == 1
     assert f'rank 1 on node 0 ({HOST}):\nTraceback (most recent call last):\n' in done.stderr
     assert f'rank 1 on node 0 ({HOST}) failed: ValueError: boom; this rank (0 on node 0) stops\n' in done.stderr
