@@ -23,11 +23,12 @@ def _fuse(optimizer: Any) -> None:
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the next step does nothing where its tensor `found_inf` is 1: torch's fused optimizers and the kit's two.
+    """Whether the next step does nothing where its tensor `found_inf` is 1: fused Adam and AdamW, here and in torch.
 
-    False for a class of your own, also one that is derived from these, because its `step` may do more.
+    False for other classes: torch's fused SGD makes its momentum in a step that it skips, and a class of your own, also
+    one that is derived from these, may do more in its `step`.
     """
-    is_known = type(optimizer) in (AdamW, DecoupledAdamW) or type(optimizer).__module__.startswith('torch.optim.')
+    is_known = type(optimizer) in (AdamW, DecoupledAdamW, torch.optim.Adam, torch.optim.AdamW)
     return is_known and all(group.get('fused') for group in optimizer.param_groups)
 
 

@@ -113,7 +113,9 @@ def cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 def pytest_runtest_setup() -> None:
     """Frees the blocks of datasets that are gone. Composer and streaming keep runs and blocks to the end of a process, and
-    each dataset that opens would look at all of them."""
+    each dataset that opens would look at all of them.
+
+    A dataset that is gone has cleared the first bytes of its block `NNNNNN_locals`; NNNNNN is its prefix."""
     if 'streaming' not in sys.modules or n_open_datasets() < n_left[-1] + 10:
         return
     from composer.core import Engine

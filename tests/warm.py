@@ -73,10 +73,11 @@ class Popen(subprocess.Popen):
         env, argv = dict(os.environ if options['env'] is None else options['env']), fork_argv(options)
         if argv is None or not self._can_fork(env):
             assert HOST not in env, 'only a fork enters a host'
-            assert HOST not in env, 'only a fork can enter a host'
             return super()._execute_child(*args)  # pyright: ignore
         fds = [number if fd == -1 else fd for number, fd in
                enumerate((options['p2cread'], options['c2pwrite'], options['errwrite']))]
+        if '-u' in options['args'][1:2]:
+            env['PYTHONUNBUFFERED'] = '1'
         self.pid = self._fork({'argv': argv, 'env': env, 'cwd': str(options['cwd'] or os.getcwd()),
                                'session': bool(options['start_new_session'])}, fds)
         self._child_created = True

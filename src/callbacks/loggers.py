@@ -14,6 +14,7 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
 from src.callbacks import step_sums
+from src.checkpoints.writer import CheckpointWriter
 from src.common.errors import UserError, first_line
 from src.config.schema import Plugins
 
@@ -28,8 +29,9 @@ class LateLogs(Callback):
     """Holds metrics on a GPU back, and gives them to the loggers when the console prints: a logger that reads a metric
     waits for the GPU.
 
-    The loggers get all metrics in order, each with its own batch, at the latest when training ends or fails. On a CPU,
-    which does not wait, they get each metric at once. Must come after all other callbacks.
+    The loggers get all metrics in order, each with its own batch; also after each save, and when training ends or fails
+    in this process. Where another rank fails, the metrics since the last print are lost. On a CPU, which does not wait,
+    the loggers get each metric at once. Must come after all other callbacks.
 
     `interval` is the interval of the console, such as `50ba`. With a unit that is not `ba` it is 100 batches.
     """
@@ -55,6 +57,10 @@ class LateLogs(Callback):
         if prints or event in (Event.EVAL_START, Event.EVAL_END, Event.EPOCH_END):
             self._is_first = False  # the console prints the first batch of a start, too
             self._give()
+        elif event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT):
+            saved = [cb.last_batch for cb in state.callbacks if isinstance(cb, CheckpointWriter)]
+            if int(state.timestamp.batch) in saved:  # a run that goes on from there never logs these metrics again
+                self._give()
         elif event == Event.FIT_END:
             self.release()
 
@@ -62,9 +68,11 @@ class LateLogs(Callback):
         held, self._held = self._held, []
         if held:
             now = self._state.timestamp
-            for self._state.timestamp, metrics, step in held:
-                self._log(metrics, step)
-            self._state.timestamp = now
+            try:
+                for self._state.timestamp, metrics, step in held:
+                    self._log(metrics, step)
+            finally:
+                self._state.timestamp = now
 
     def release(self) -> None:
         """Gives all metrics to the loggers, which from now on get each metric at once."""

@@ -1,6 +1,7 @@
-"""Encodes with the library fastokens, which is 20 to 50 times as fast as the library `tokenizers`, but knows only BPE.
+"""Encodes with the library fastokens, which is many times as fast as the library `tokenizers`, but knows only BPE.
 
-Both libraries first encode hard texts and the first documents. After one difference `tokenizers` encodes everything.
+Both libraries first encode hard texts and the first documents. After one difference `tokenizers` encodes all that the
+process encodes from then on.
 """
 
 import multiprocessing
@@ -11,6 +12,8 @@ from typing import Any, Optional
 
 import numpy as np
 from numpy.typing import NDArray
+
+from src.common.errors import UserError
 
 FIRST_CHARS = 50_000  # characters of the first documents that both libraries encode
 MAX_SPECIAL = 20  # special tokens of a tokenizer that the hard texts spell
@@ -52,7 +55,10 @@ class FastEncoder:
             reason = f'fastokens cannot read it ({error})'
         else:
             spelled = [f'the {token} river{token}{token}\n{token[:-1]} {token} ' for token in special[:MAX_SPECIAL]]
-            reason = self._try([*HARD_TEXTS, *spelled], None, encode_slowly)[1]
+            try:
+                reason = self._try([*HARD_TEXTS, *spelled], None, encode_slowly)[1]
+            except UserError:
+                reason = 'a hard text has characters outside its vocabulary'
         # Worker processes start in the same way as their parent, which says it
         if reason:
             self._give_up(reason, os.environ.get('RANK', '0') == '0' and multiprocessing.parent_process() is None)

@@ -36,7 +36,9 @@ class Card(NamedTuple):
         return USABLE_FRACTION * self.memory
 
 
-ASSUMED_MFU = 0.4  # of an estimate
+# Of an estimate. Chowdhery et al. 2022 (PaLM), table 3, lists MFUs from 0.21 (GPT-3) to 0.46. src/tools/benchmark.py
+# measures yours.
+ASSUMED_MFU = 0.4
 # Dense peaks (no sparsity) with fp32 accumulation. MFU of fp8 layers uses them too, so that runs can be compared.
 CARDS = {card.name: card for card in (
     # NVIDIA A100 Tensor Core GPU datasheet, 2021

@@ -54,6 +54,7 @@ class SkipTorchao(MetaPathFinder):
     """Keeps transformers from importing torchao, where that is installed: Composer's algorithms import transformers.
 
     torchao imports half of torch's compiler, which takes seconds. The kit imports torchao itself where FP8 needs it.
+    For transformers torchao is then missing: a Hugging Face model whose weights torchao has quantised does not load.
     """
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:

@@ -12,28 +12,28 @@ from src.common.machine import set_up_output
 
 
 def leave(error: UserError) -> NoReturn:
+    """Ends the process with the message of an error."""
     sys.exit(f'error: {error}')
 
 
-def check_early(check: Callable[[], Any], leave: Callable[[UserError], NoReturn] = leave) -> None:
+def check_early(check: Callable[[], Any], on_error: Callable[[UserError], NoReturn] = leave) -> None:
     """Calls `check`, which looks for mistakes on the command line, before a program imports torch and Composer.
 
-    Their import takes seconds. `leave` ends the process after a UserError. The program reads its command line once more
-    when it runs, so what `check` prints is shown only before a mistake.
+    Their import takes seconds. `on_error` ends the process after a UserError. The program reads its command line once
+    more when it runs, so what `check` prints is shown only before a mistake.
     """
     set_up_output()
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             check()
-    except UserError as e:
-        print(printed.getvalue(), end='', file=sys.stderr)
-        leave(e)
-    except SystemExit:  # argparse has printed what is wrong
-        print(printed.getvalue(), end='', file=sys.stderr)
-        raise
     except KeyboardInterrupt:
         sys.exit(130)
+    except BaseException as e:  # also SystemExit: argparse has printed what is wrong
+        print(printed.getvalue(), end='', file=sys.stderr)
+        if isinstance(e, UserError):
+            on_error(e)
+        raise
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1  # of prctl(2): the kernel sends a signal when the parent dies
@@ -118,9 +118,22 @@ def run_in_background(call: Callable[[], Any]) -> Future:
 def map_in_threads(call: Callable[[Any], Any], items: Sequence[Any], threads: int = 16) -> list[Any]:
     """Calls `call` for each item, and returns the results in the order of the items.
 
-    Each thread takes every n-th item: a Future for each item would cost more than a look at a file. An error of `call`
-    is raised when all threads have ended.
+    Each thread takes the next item when it is free; a Future for each item would cost more than a look at a file. After
+    an error of `call`, or Ctrl-C, no thread begins another item.
     """
+    numbers, is_over = iter(range(len(items))), threading.Event()
+    results: list[Any] = [None] * len(items)
+
+    def work() -> None:
+        for i in numbers:  # a step of this iterator is atomic
+            if is_over.is_set():
+                return
+            results[i] = call(items[i])
+
     with ThreadPoolExecutor(threads) as pool:
-        shares = list(pool.map(lambda i: [call(item) for item in items[i::threads]], range(threads)))
-    return [shares[i % threads][i // threads] for i in range(len(items))]
+        try:
+            for future in as_completed([pool.submit(work) for _ in range(threads)]):
+                future.result()
+        finally:
+            is_over.set()
+    return results

@@ -111,7 +111,7 @@ def load_tokenizer(name: str, length: int) -> Any:
     from src.common.encoding import prepare
     from src.tokenizer import HFTokenizer
 
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # each worker process uses one core
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # each worker process uses one core
     tokenizer = HFTokenizer(name, length)
     prepare(tokenizer.tokenizer)
     return tokenizer

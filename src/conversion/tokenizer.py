@@ -87,6 +87,7 @@ def load_packing_tokenizer(args: argparse.Namespace, folder: Path,
     Returns the name or local folder to load it from, the name for the manifest, and its `tokenizer_hash`. Raises
     UserError if there is no such tokenizer, or it has no EOS token.
     """
+    load_tokenizer.cache_clear()  # the folder may hold another tokenizer than at the last call in this process
     if args.concat_tokens is None:
         return None, None, None
     name = args.tokenizer or f'{args.out_root}/tokenizer'

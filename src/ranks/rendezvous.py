@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as NoAnswer
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -51,6 +52,16 @@ def initialize(timeout: float) -> None:
         _call_with_timeout(max(deadline - time.monotonic(), 5), lambda: dist.initialize_dist(get_device(None), timeout))
     get_device(None)
     del store  # kept until here, so that torch uses the same server on rank 0
+
+
+def connect_hosts(timeout: float) -> Any:
+    """Returns a process group of all ranks whose collectives run on the hosts, by gloo. Call on every rank.
+
+    `timeout` is in seconds. Raises UserError where the ranks cannot connect.
+    """
+    with explain_network_errors(f'cannot connect to all ranks by gloo (dist_timeout: {timeout:g} s)'):
+        return _call_with_timeout(timeout, lambda: torch.distributed.new_group(
+            backend='gloo', timeout=timedelta(seconds=timeout)))
 
 
 def leave() -> None:

@@ -12,7 +12,6 @@ from src.sizing.memory import Memory, predict, trace_config
 from src.sizing.remedies import Remedy, remedies
 from src.sizing.step_trace import Trace
 
-# Chowdhery et al. 2022 (PaLM), table 3, lists MFUs from 0.21 (GPT-3) to 0.46. src/tools/benchmark.py measures yours.
 C4_TOKENS = 170e9  # roughly, in the split train with GPT-2's tokenizer
 RULE_BYTES = 16  # per parameter: fp32 weights 4, gradients 4, Adam's moments 8
 CHECKPOINT_BYTES = 12  # per parameter: as above, without the gradients

@@ -39,9 +39,13 @@ def reads_kit_dataset(loader: Any) -> bool:
 
 
 def gives_equal_batches(loader: Any) -> bool:
-    """Whether every rank gets the same numbers of batches, samples and targets: true for the kit's packed tokens."""
+    """Whether every rank gets the same numbers of batches, samples and targets.
+
+    True for packed tokens in the kit's own loader: a class or a `collate_fn` of your own may drop targets.
+    """
     dataset = getattr(loader, 'dataset', None)
-    return isinstance(dataset, data_c4.StreamingC4) and dataset.column == 'tokens' and not dataset.sequence_ids
+    return (type(dataset) is data_c4.StreamingC4 and uses_kit_loader() and dataset.column == 'tokens'
+            and not dataset.sequence_ids)
 
 
 def _kits_dataset(loader: Any) -> data_c4.StreamingC4:

@@ -87,7 +87,6 @@ def build_algorithms(c: Config, stop: StopRequest) -> list[Any]:
     return [*build_plugins('algorithms', c.algorithms), NonFiniteGuard(c.max_nonfinite_in_a_row, stop)]
 
 
-
 def build_callbacks(c: Config, tokenizer: Any) -> list[Any]:
     """Builds the callbacks; `tokenizer` is a Hugging Face tokenizer."""
     from src.callbacks.text_samples import TextSamples  # not at the top: imports Composer

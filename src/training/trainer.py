@@ -12,7 +12,11 @@ from composer.utils import dist
 from torch import Tensor
 
 from src.callbacks.loggers import LateLogs
+from src.common.errors import UserError
+from src.ranks.rendezvous import connect_hosts
 from src.training.data import gives_equal_batches
+
+END: Any = object()  # in place of a batch, when a loader has no more
 
 
 class _UnreadLoss(Tensor):
@@ -32,6 +36,9 @@ class Trainer(composer.Trainer):
 
     A batch is timed on each rank; Composer would send rank 0's time to all.
 
+    The methods below replace those of Composer 0.32.1 with the same names. Read both when you change the version of
+    Composer. While a checkpoint is uploaded to an object store, a step makes one more all-reduce, and waits for it.
+
     Takes the arguments of composer.Trainer, as keywords.
     """
 
@@ -41,8 +48,7 @@ class Trainer(composer.Trainer):
         self._has_equal_ranks = dist.get_world_size() == 1 or gives_equal_batches(self.state.train_dataloader)
         self._host_group: Any = None  # the default group, if that is gloo
         if not self._has_equal_ranks and torch.distributed.get_backend() != 'gloo':
-            limit = timedelta(seconds=kwargs.get('dist_timeout', 300))
-            self._host_group = torch.distributed.new_group(backend='gloo', timeout=limit)
+            self._host_group = connect_hosts(kwargs.get('dist_timeout', 300))
         shown = kwargs.get('log_to_console') and kwargs.get('console_log_interval')
         self._late_logs = LateLogs(shown or '100ba')
         self.state.callbacks.append(self._late_logs)
@@ -63,8 +69,8 @@ class Trainer(composer.Trainer):
         batches = itertools.islice(self.state.dataloader, None if length is None else int(length))
         while True:
             self.engine.run_event(Event.BEFORE_DATALOADER)
-            batch = next(batches, None)
-            if batch is None:
+            batch = next(batches, END)
+            if batch is END:
                 self.engine.run_marker_only_event(Event.AFTER_DATALOADER)
             else:
                 batch = self._train_data_spec.batch_transforms(batch)
@@ -73,14 +79,12 @@ class Trainer(composer.Trainer):
             yield batch
 
     def _count_over_ranks(self, batch: Any) -> bool:
-        """Sets `_counts` for this batch; returns false if it is None, on this rank or on another."""
+        """Sets `_counts` for this batch; returns false if it is END, on this rank or on another."""
         spec: Any = self._train_data_spec
-        own = [float(batch is None), 0.0, 0.0, 0.0]
-        if batch is not None:
-            samples = spec.get_num_samples_in_batch(batch)
-            weight = (spec.get_num_tokens_in_batch(batch, token_type='loss_generating')
-                      if self.accumulate_train_batch_on_tokens else samples)
-            own[1:] = samples, spec.get_num_tokens_in_batch(batch), weight
+        own = [float(batch is END), 0.0, 0.0, 0.0]
+        if batch is not END:
+            self._own_weight = self._weigh(batch)
+            own[1:] = spec.get_num_samples_in_batch(batch), spec.get_num_tokens_in_batch(batch), self._own_weight
         if self._has_equal_ranks:
             n_ended, *self._counts = [number * dist.get_world_size() for number in own]
         else:
@@ -88,6 +92,12 @@ class Trainer(composer.Trainer):
             dist.all_reduce(sums, group=self._host_group)
             n_ended, *self._counts = sums.tolist()
         return n_ended == 0
+
+    def _weigh(self, batch: Any) -> float:
+        """What a batch weighs in the mean over all ranks: its targets, or its samples."""
+        spec: Any = self._train_data_spec
+        return float(spec.get_num_tokens_in_batch(batch, token_type='loss_generating')
+                     if self.accumulate_train_batch_on_tokens else spec.get_num_samples_in_batch(batch))
 
     def _accumulate_time_across_ranks(self, num_samples: Union[int, float], num_tokens: int,
                                       batch_time: timedelta) -> tuple[int, int, timedelta]:
@@ -98,7 +108,7 @@ class Trainer(composer.Trainer):
     def _train_batch(self, use_grad_scaling: bool) -> Any:
         super()._train_batch(use_grad_scaling)
         self.logger.log_metrics(self.state.total_loss_dict)
-        return None  # else Composer would add the losses up once more, and read them
+        return None  # which Composer allows; with the losses, it would add them up once more, and read them
 
     def _train_microbatches(self, microbatches: Sequence[Any], total_loss_dict: dict[str, Tensor],
                             ddp_sync: bool = True) -> Tensor:
@@ -113,6 +123,9 @@ class Trainer(composer.Trainer):
             optimizer.zero_grad()
         use_grad_scaling = self._use_grad_scaling(state.precision, state.scaler)
         whole_batch, weight = state.batch, self._counts[2] / dist.get_world_size()
+        if sum(map(self._weigh, microbatches)) != self._own_weight:
+            raise UserError('train_loader: an algorithm or callback has changed which targets of a batch count, after '
+                            'the ranks had counted them; change the batch in the loader')
         for number, batch in enumerate(microbatches, 1):
             state.batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
             losses = self._train_microbatch(use_grad_scaling, weight, number == len(microbatches))

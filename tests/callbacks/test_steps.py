@@ -20,7 +20,9 @@ from src.callbacks.loggers import LateLogs
 from src.callbacks.metrics import SpeedMonitor
 from src.common.errors import UserError
 from src.config import load as config
+from src.data_c4 import StreamingC4, build_c4_dataloader
 from src.optimizers import DecoupledAdamW, skips_on_device
+from src.training import data, plugins
 
 NAN = float('nan')
 
@@ -133,6 +135,35 @@ def test_a_bad_batch_right_before_a_checkpoint_resumes_to_the_bit(late: None, tm
     assert len(resumed) == 4 and equal(resumed[-1], end['whole'])
 
 
+def test_a_callback_that_changes_which_targets_count_is_refused(late: None) -> None:
+    class Cut(Callback):
+        def batch_start(self, state: State, logger: Logger) -> None:
+            state.batch = [part[:2] for part in state.batch]
+
+    trainer = train(2, guard=NonFiniteGuard(10), callbacks=[Cut()])
+    with pytest.raises(UserError, match='has changed which targets of a batch count'):
+        trainer.fit()
+    trainer.close()
+
+
+def test_only_the_kits_loader_of_packed_tokens_needs_no_sum_over_the_ranks(tokens_root: Path, mds_root: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def loader(root: Path) -> Any:
+        return build_c4_dataloader({'dataset': {'local': str(root), 'split': 'train', 'max_seq_len': 32,
+                                                'tokenizer_name': str(root / 'tokenizer')}, 'num_workers': 0}, 4)
+
+    class Own(StreamingC4):
+        pass
+
+    packed = loader(tokens_root)
+    assert data.gives_equal_batches(packed) and not data.gives_equal_batches(loader(mds_root))
+    monkeypatch.setattr(data, 'uses_kit_loader', lambda: False)
+    assert not data.gives_equal_batches(packed)
+    monkeypatch.undo()
+    packed.dataset.__class__ = Own
+    assert not data.gives_equal_batches(packed)
+
+
 # Logs
 
 def logged(interval: str) -> tuple[dict[str, list[Any]], dict[int, list[int]]]:
@@ -169,6 +200,23 @@ def test_a_run_that_fails_gives_its_last_metrics_to_the_loggers(late: None) -> N
         trainer.fit()
     assert [int(t.batch) for t, _ in memory.data['loss/train/total']] == [0, 1, 2]
     trainer.close()
+
+
+def test_a_save_gives_the_metrics_to_the_loggers(late: None, mds_root: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on from the checkpoint never logs the metrics before it again."""
+    had = {}
+
+    class Had(Callback):
+        def batch_start(self, state: State, logger: Logger) -> None:
+            [memory] = [to for to in logger.destinations if isinstance(to, InMemoryLogger)]
+            had[int(state.timestamp.batch)] = [int(t.batch) for t, _ in memory.data.get('loss/train/total', [])]
+
+    monkeypatch.setitem(plugins.LOGGERS, 'memory', InMemoryLogger)
+    argv = tiny(mds_root, 'max_duration=5ba', 'scheduler.t_warmup=1ba', 'eval_loader=null', 'console_log_interval=100ba',
+                'loggers.memory={}', f'save_folder={tmp_path}', 'save_interval=3ba', 'run_name=one')
+    main.main(config.load([str(ROOT / 'yamls/quickstart.yaml'), *argv]), callbacks=[Had()]).close()
+    assert had == {0: [], 1: [0], 2: [0], 3: [0, 1, 2], 4: [0, 1, 2]}
 
 
 def test_metrics_are_held_for_100_batches_without_a_console_or_with_another_unit() -> None:
