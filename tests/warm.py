@@ -5,8 +5,8 @@ A server imports the libraries once. For each program it forks a process, which 
 The processes are children of the test, so everything in `subprocess.Popen` works. In a Composer launcher that starts so,
 the ranks start the same way.
 
-Differences to a new process: the command line in /proc is that of the server, and hashes of strings do not change between
-processes. Tests that depend on either, or on the import, take `subprocess` itself.
+Differences to a new process: the command line in /proc is that of the server, hashes of strings do not change between
+processes, and all libraries are imported, with Composer's handler of SIGTERM. Tests that depend on these take `subprocess`.
 """
 
 import atexit

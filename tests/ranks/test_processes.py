@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-from launch import ROOT, SCRIPTS, Popen, clean_env, free_port, run
+from launch import ROOT, SCRIPTS, clean_env, free_port, run
 
 from src.ranks import stop
 from src.ranks.stop import StopRequest
@@ -46,7 +46,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
         path = tmp_path / f'{name}.py'
         path.write_text(PRELUDE + script)
         options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'env': clean_env()} | options
-        started.append(Popen([sys.executable, '-u', str(path), *args], text=True, **options))
+        started.append(subprocess.Popen([sys.executable, '-u', str(path), *args], text=True, **options))
         return started[-1]
 
     yield start_script
