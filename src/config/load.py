@@ -33,7 +33,7 @@ def load(argv: list[str]) -> DictConfig:
         raise UserError(f'the first argument must be a YAML file, not {argv[0] if argv else "nothing"!r}.\n'
                         '  usage: composer main.py yamls/quickstart.yaml [key=value ...]')
     loaded = _read(Path(argv[0]))
-    merged, command_line = loaded, OmegaConf.create({})
+    merged, command_line = copy.deepcopy(loaded), OmegaConf.create({})
     for arg in argv[1:]:
         merged, command_line = override(merged, arg), override(command_line, arg)
     return translate(merged, loaded, command_line)
@@ -106,7 +106,7 @@ def flatten_masked(cfg: Any) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- the command line
 def override(cfg: DictConfig, arg: str) -> DictConfig:
-    """Merges one `key=value` into a config.
+    """Merges one `key=value` into a config, which must not be used any more, and returns the merged config.
 
     The value is read as YAML, with two exceptions: `key={}` empties a section (a merge would change nothing), and a
     setting that takes only text gets the value unchanged (`run_name=12345`). Raises UserError if the argument is not
@@ -122,12 +122,11 @@ def override(cfg: DictConfig, arg: str) -> DictConfig:
     one = _one_setting(key, text)
     try:
         if text != '{}':
-            merged = OmegaConf.merge(cfg, one)
+            merged = OmegaConf.unsafe_merge(cfg, one)  # `merge` copies the whole config: 20 ms for each setting
             assert isinstance(merged, DictConfig)
             return merged
-        merged = copy.deepcopy(cfg)
-        OmegaConf.update(merged, key, {}, merge=False, force_add=True)
-        return merged
+        OmegaConf.update(cfg, key, {}, merge=False, force_add=True)
+        return cfg
     except (TypeError, ValueError, IndexError, OmegaConfBaseException):  # the text of some quotes the value
         raise UserError(f'override {key}=...: the config has a section with keys there and the override a list, or the '
                         'other way round. Write a list as a whole, as in optimizer.betas=[0.9,0.95]') from None
