@@ -2,7 +2,7 @@
 
     python tests/growth.py [conversion] [loader] [shards] [steps] [parts] [checkpoints]
 
-Without arguments it measures all parts, in about 12 minutes on two cores. Each figure is the median of three runs, in which the kit's
+Without arguments it measures all parts, in about 5 minutes on two cores. Each figure is the median of three runs, in which the kit's
 way and the plain way take turns. The program makes its own data in a temporary folder.
 """
 # ruff: noqa: B023  (functions that use the variables of a loop are called within the same turn)
