@@ -145,3 +145,17 @@ def test_threads_take_shares_of_the_items(monkeypatch: pytest.MonkeyPatch) -> No
     assert map_in_threads(str, [7], 16) == ['7'] and map_in_threads(str, [], 16) == []
     with pytest.raises(ZeroDivisionError):
         map_in_threads(lambda i: 1 / i, [2, 1, 0])
+
+
+def test_threads_raise_the_error_of_the_first_item() -> None:
+    second_has_failed = threading.Event()
+
+    def fail(i: int) -> None:
+        if i == 0:
+            assert second_has_failed.wait(10)
+        if i == 1:
+            second_has_failed.set()
+        raise ValueError(i)
+
+    with pytest.raises(ValueError, match='^0$'):
+        map_in_threads(fail, range(MANY), 2)

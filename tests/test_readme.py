@@ -11,6 +11,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -32,6 +33,7 @@ from src.common.flops import train_flops_per_token
 from src.config import load as config
 from src.config.check import check
 from src.config.schema import Config, FSDPConfig, MosaicGPTConfig
+from src.conversion import sample_corpus
 from src.data_c4 import parse_args
 from src.mosaic_gpt import GPTMLP, GPTBlock, MosaicGPT
 from src.ranks import stop
@@ -271,6 +273,7 @@ def test_the_sample_makes_room_for_c4(mds_root, tmp_path, monkeypatch):
         convert_c4.main(convert_c4.parse_args(['--source', source, '--out_root', './my-copy-c4', '--splits', 'train']))
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample_corpus, 'gather_sample', partial(sample_corpus.gather_sample, max_bytes=300_000))
     convert('sample')
     with pytest.raises(UserError, match='name another --out_root, or delete ./my-copy-c4/train'):
         convert('c4')

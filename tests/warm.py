@@ -6,11 +6,13 @@ The processes are children of the test, so everything in `subprocess.Popen` work
 the ranks start the same way.
 
 Differences to a new process: the command line in /proc is that of the server, hashes of strings do not change between
-processes, and all libraries are imported, with Composer's handler of SIGTERM. Tests that depend on these take `subprocess`.
+processes, and all libraries are imported, with Composer's handler of SIGTERM unless `NO_COMPOSER` is set. Tests that depend
+on these take `subprocess`.
 """
 
 import atexit
 import ctypes
+import gc
 import inspect
 import json
 import os
@@ -37,6 +39,7 @@ MS_REC, MS_PRIVATE = 0x4000, 0x40000
 MAX_FDS = 256
 REAL_POPEN = subprocess.Popen
 HOST = 'TEST_HOST'  # in the environment of a program: the JSON of a host that the program runs on, see `enter_host`
+NO_COMPOSER = 'TEST_NO_COMPOSER'  # in the environment of a program that imports torch alone
 
 
 def clean_env(**extra: str) -> dict[str, str]:
@@ -193,6 +196,8 @@ def become(request: dict[str, Any], fds: list[int]) -> NoReturn:
         setattr(sys, name, open(fd, mode, closefd=False, buffering=1 if at_once else -1))  # noqa: SIM115
     random.seed()
     tempfile.tempdir = None  # else the folder of the server
+    if os.environ.pop(NO_COMPOSER, None):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit an ignored SIGINT
     sys.argv = request['argv']
     code = sys.argv.pop(1) if sys.argv[0] == '-c' else None
@@ -256,15 +261,19 @@ class LauncherPopen(Popen):
 
 
 if __name__ == '__main__':
-    import composer  # noqa: F401
+    import composer.algorithms  # noqa: F401
     import datasets  # noqa: F401
     import streaming  # noqa: F401
     import transformers  # noqa: F401
+    from composer.utils.collect_env import get_cpu_model
 
+    get_cpu_model()  # Composer keeps it; a process of its own asks the CPU for a second
     sys.path.insert(0, str(ROOT))
     import main  # noqa: F401  # for what else it imports
     for name in [name for name in sys.modules if name.partition('.')[0] in ('main', 'src')]:
         del sys.modules[name]
     sys.path.pop(0)
+    gc.collect()
+    gc.freeze()  # else each collection in a fork looks at all libraries, and copies their memory
     serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)  # at once, with no clean-up of what only its forks have used

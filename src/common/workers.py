@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1  # of prctl(2): the kernel sends a signal when the parent dies
@@ -119,21 +119,27 @@ def map_in_threads(call: Callable[[Any], Any], items: Sequence[Any], threads: in
     """Calls `call` for each item, and returns the results in the order of the items.
 
     Each thread takes the next item when it is free; a Future for each item would cost more than a look at a file. After
-    an error of `call`, or Ctrl-C, no thread begins another item.
+    an error of `call`, or Ctrl-C, no thread begins another item. Raises the error of the first item that has one.
     """
     numbers, is_over = iter(range(len(items))), threading.Event()
     results: list[Any] = [None] * len(items)
+    errors: dict[int, Exception] = {}
 
     def work() -> None:
         for i in numbers:  # a step of this iterator is atomic
             if is_over.is_set():
                 return
-            results[i] = call(items[i])
+            try:
+                results[i] = call(items[i])
+            except Exception as e:
+                errors[i] = e
+                is_over.set()
 
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for future in as_completed([pool.submit(work) for _ in range(threads)]):
-                future.result()
+            wait([pool.submit(work) for _ in range(threads)])
         finally:
             is_over.set()
+    if errors:
+        raise errors[min(errors)]
     return results

@@ -32,12 +32,11 @@ VAL_ONE_IN = 16  # one document in so many goes to val
 DOCSTRING = re.compile(r'^[^\n#\'"]{0,80}"""(.*?)"""', re.DOTALL | re.MULTILINE)
 # A start that opens a new paragraph and is cut off: the `name (type):` of a parameter, a list's bullet or number
 ENTRY = re.compile(r'\s*(?:[\w*`, ]+ : .*$|:?[\w*.]+(?: \w+)?(?: ?\([^()]*\))? ?:(?: |$)|[-*+] |\d+[.)] )')
-RULE = re.compile(r'\s*[-=~^*"_.#]{3,}\s*$')  # a line under a heading
+RULE = '-=~^*"_.#'  # of these is a line under a heading
 NOT_PROSE = re.compile(r'>>>|\.\. |::|\S   +\S|\|')
 MARKUP = re.compile(r':[\w:+-]+:`[~!]?([^`<]*?)(?: ?<[^`>]*>)?`|`([^`<]+?) ?<[^`>]*>`_*|\[([^]]+)\]\([^)]*\)')
 UNUSUAL = re.compile(r'[^A-Za-z \'",.;:!?()-]')
 LETTER = re.compile(r'[A-Za-z]')
-ODD_WORD = re.compile(r'\S*[^a-z\s]\S*')
 
 
 def is_prose(line: str) -> bool:
@@ -50,15 +49,18 @@ def paragraphs(text: str) -> Iterator[str]:
     """Yields the running text of a docstring, one paragraph a line, without code, doctests, tables or markup."""
     blocks: list[list[str]] = [[]]
     for line in text.expandtabs().splitlines():
-        entry = ENTRY.match(line)
-        if entry or not line.strip():
+        if not (words := line.strip()):
             blocks.append([])
-        if RULE.match(line):
+            continue
+        # Most lines can be no entry, and a match takes longer than this
+        entry = ENTRY.match(line) if ':' in words or words[0] in '-*+' or words[0].isdigit() else None
+        if entry:
+            blocks.append([])
+        if len(words) >= 3 and not words.strip(RULE):
             blocks[-1].clear()
-        elif line.strip():
-            blocks[-1].append(line[entry.end():] if entry else line)
+        else:
+            blocks[-1].append(line[entry.end():].strip() if entry else words)
     for block in blocks:
-        block = [line.strip() for line in block]
         if sum(map(len, block)) < MIN_PARAGRAPH - len(block) or NOT_PROSE.search('\n'.join(block)):
             continue
         line = MARKUP.sub(r'\1\2\3', ' '.join(' '.join(block).split())).replace('`', '').replace('**', '')
@@ -72,7 +74,7 @@ def repetition_keys(line: str) -> set[str]:
     Words with a capital, digit or sign do not count, since docstrings of similar classes differ only in such words.
     """
     parts = [line, *(part for part in re.split(r'(?<=[.!?:;]) ', line) if len(part) >= MIN_PARAGRAPH)]
-    return {' '.join(ODD_WORD.sub('', part).split()) for part in parts}
+    return {' '.join(word for word in part.split() if word.isascii() and word.isalpha() and word.islower()) for part in parts}
 
 
 def read_sources() -> Iterator[tuple[str, list[str]]]:

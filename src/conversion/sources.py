@@ -34,7 +34,7 @@ class SampleSource:
 
     def __init__(self) -> None:
         from src.conversion.sample_corpus import gather_sample
-        print('gathering the sample corpus (about 15 seconds)')
+        print('gathering the sample corpus (about 10 seconds)')
         self.corpus = gather_sample()
 
     def files(self, split: str) -> list[SourceFile]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-from launch import ROOT, SCRIPTS, clean_env, free_port, run
+from launch import ROOT, SCRIPTS, Popen, clean_env, free_port, run
+from warm import NO_COMPOSER
 
 from src.ranks import stop
 from src.ranks.stop import StopRequest
@@ -21,7 +22,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from src.common.workers import *
 from src.ranks.failure_watch import *
 from src.ranks.stop import *
-logging.basicConfig(level=logging.INFO, format='%(message)s')
+logging.basicConfig(level=logging.INFO, format='%(message)s', force=True)
 """
 
 
@@ -42,11 +43,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts Python scripts as processes with pipes, and ends them after the test."""
     started: list[subprocess.Popen] = []
 
-    def start_script(script: str, *args: str, name: str = 'script', **options: Any) -> subprocess.Popen:
-        path = tmp_path / f'{name}.py'
+    def start_script(script: str, *args: str, **options: Any) -> subprocess.Popen:
+        path = tmp_path / f'script{len(started)}.py'
         path.write_text(PRELUDE + script)
         options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'env': clean_env()} | options
-        started.append(subprocess.Popen([sys.executable, '-u', str(path), *args], text=True, **options))
+        options['env'] |= {NO_COMPOSER: '1'}
+        started.append(Popen([sys.executable, '-u', str(path), *args], text=True, **options))
         return started[-1]
 
     yield start_script
@@ -138,7 +140,7 @@ def test_a_later_signal_ends_a_blocked_process_at_once(start, after: str, signum
 
 @pytest.mark.parametrize('reaped', [False, True], ids=['zombie', 'reaped'])
 def test_the_first_signal_after_the_death_of_a_sibling_is_no_request(start, reaped: bool) -> None:
-    sibling = start('print("ready"); time.sleep(60)', name='sibling')
+    sibling = start('print("ready"); time.sleep(60)')
     assert_prints(sibling, 'ready')
     process = start(WAITING.format(after=''), str(sibling.pid))
     assert_prints(process, 'ready')
@@ -285,7 +287,7 @@ class Launched:
             env = clean_env(RANK=str(i), WORLD_SIZE=str(world), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(nodes[node]),
                             NODE_RANK=str(node), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
             with self.files[i].open('w') as f:
-                self.ranks.append(start(RANK.replace('BODY', body), name='rank', env=env, stdout=f, stderr=f))
+                self.ranks.append(start(RANK.replace('BODY', body), env=env, stdout=f, stderr=f))
 
     def codes(self, seconds: float = 20) -> list[Optional[int]]:
         """Returns the exit codes; all ranks have to end within some seconds after the first failure."""
