@@ -74,7 +74,8 @@ def repetition_keys(line: str) -> set[str]:
     Words with a capital, digit or sign do not count, since docstrings of similar classes differ only in such words.
     """
     parts = [line, *(part for part in re.split(r'(?<=[.!?:;]) ', line) if len(part) >= MIN_PARAGRAPH)]
-    return {' '.join(word for word in part.split() if word.isascii() and word.isalpha() and word.islower()) for part in parts}
+    return {' '.join(word for word in part.split() if word.isalpha() and word.islower() and word.isascii())
+            for part in parts}
 
 
 def read_sources() -> Iterator[tuple[str, list[str]]]:

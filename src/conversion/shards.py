@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -38,8 +38,10 @@ class Options:
         return {name: value for name, value in options.items() if name not in left_out}
 
 
-def check_streaming_options(compression: Optional[str], hashes: Iterable[str], size_limit: Optional[str]) -> None:
+def check_streaming_options(compression: Optional[str], hashes: Sequence[str], size_limit: Optional[str]) -> None:
     """Raises UserError for values that streaming's writer does not know."""
+    if compression is None and not hashes and size_limit is None:
+        return  # before the import, which takes seconds: a mistake in another argument is told at once
     from streaming.base.compression import get_compressions, is_compression
     from streaming.base.hashing import get_hashes, is_hash
     from streaming.base.util import bytes_to_int

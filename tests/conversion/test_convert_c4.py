@@ -147,7 +147,8 @@ def test_all_of_c4_from_the_hub_on_all_cores_by_default() -> None:
 
 
 def test_misspelt_source_is_one_line_at_once(tmp_path: Path) -> None:
-    with start(tmp_path / 'out', 'sampel', 'val') as process:
+    (tmp_path / 'streaming.py').write_text('raise SystemExit("streaming is imported")')
+    with start(tmp_path / 'out', 'sampel', 'val', PYTHONPATH=str(tmp_path)) as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith('error: --source: sampel is neither hub nor sample nor a FOLDER that exists') and err.count('\n') == 1
