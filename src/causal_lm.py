@@ -4,7 +4,7 @@ A `ComposerCausalLM` wraps an `nn.Module` that returns its loss. The module comp
 of a whole microbatch would be the largest tensor of the run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -34,6 +34,11 @@ def _padded(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return out
 
 
+def chunk_starts(n_rows: int, chunk: int) -> Sequence[int]:
+    """Returns the first row of each chunk."""
+    return range(0, n_rows, chunk)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy of `hidden @ weight.T`, with the logits of one chunk of rows at a time.
 
@@ -50,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_grad else None
         d_weight = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
-        for start in range(0, len(targets), chunk):
+        for start in chunk_starts(len(targets), chunk):
             rows = slice(start, start + chunk)
             h, target = hidden[rows].to(dtype), targets[rows]  # (chunk, d_model), (chunk,)
             trained = target != IGNORE_INDEX

@@ -23,6 +23,7 @@ ARGV = ('run_name=one', 'autoresume=true', f'max_duration={BATCHES}ba', 'save_in
         'save_num_checkpoints_to_keep=3', 'log_to_console=false', 'global_train_batch_size=24', 'model.d_model=64',
         'model.n_layers=4', 'device_train_microbatch_size=12', 'train_loader.num_workers=1', 'model.resid_pdrop=0.1',
         'dist_timeout=60')
+FEW_SAVES = 'save_interval=100ba'
 
 
 def start(ranks: int, *argv: str, imports: bool = False, **env: str) -> subprocess.Popen:
@@ -103,20 +104,14 @@ def newest(folder: Folder) -> int:
 def test_25_kills_change_nothing(tokens_root, tmp_path):
     """Kills the launcher or a rank, at any time from the first import to the last batch, and cleans up nothing by hand."""
     argv = tiny(tokens_root, *ARGV)
-    whole = start(2, *argv, f'save_folder={tmp_path}/whole', imports=True)
-    began = time.monotonic()
-    while newest(LocalFolder(tmp_path / 'whole')) == 0:
-        assert whole.poll() is None, whole.communicate()[0][-5000:]
-        time.sleep(0.05)
-    to_first_save = time.monotonic() - began
-    finish(whole)
+    finish(start(2, *argv, f'save_folder={tmp_path}/whole', FEW_SAVES))
 
-    rng, reached = random.Random(17), []
+    rng, reached, to_first_save = random.Random(17), [], 0.0
     for kill in range(25):
-        imports = kill % 8 == 0
+        imports, began = kill % 8 == 0, time.monotonic()
         launcher = start(2, *argv, f'save_folder={tmp_path}/killed', imports=imports)
         before = newest(LocalFolder(tmp_path / 'killed'))
-        if rng.random() < 0.4:  # while it imports, connects or loads, or soon after
+        if kill and rng.random() < 0.4:  # while it imports, connects or loads, or soon after
             until = time.monotonic() + rng.uniform(0, to_first_save if imports else to_first_save / 4)
             while time.monotonic() < until and newest(LocalFolder(tmp_path / 'killed')) == before:
                 time.sleep(0.05)
@@ -124,13 +119,14 @@ def test_25_kills_change_nothing(tokens_root, tmp_path):
             while newest(LocalFolder(tmp_path / 'killed')) == before:
                 assert launcher.poll() is None, launcher.communicate()[0][-5000:]
                 time.sleep(0.05)
+            to_first_save = to_first_save or time.monotonic() - began
             time.sleep(rng.uniform(0, 0.5))
         kill_one(launcher, rng)
         reached.append(newest(LocalFolder(tmp_path / 'killed')))
     print('newest whole checkpoint after each kill:', reached, f'seconds to the first: {to_first_save:.1f}')
     assert reached == sorted(reached), 'no kill loses what was saved'
     assert 0 < reached[-1] < BATCHES and len(set(reached)) > 3, 'the kills came while it trained'
-    finish(start(2, *argv, f'save_folder={tmp_path}/killed'))
+    finish(start(2, *argv, f'save_folder={tmp_path}/killed', FEW_SAVES))
     assert_same_state(state_of(tmp_path / 'killed'), state_of(tmp_path / 'whole'))
     assert len([*list_manifests(LocalFolder(tmp_path / 'killed'))]) == 3
 
@@ -203,6 +199,6 @@ def test_8_kills_with_data_and_checkpoints_on_a_failing_s3(tokens_root, tmp_path
         last = next(key for key in keys if key.endswith(f'-ba{BATCHES}-rank0.pt'))
         s3.download_file('bucket', last, str(tmp_path / Path(last).name))
         assert counts['failed'] > 0.05 * counts['requests']
-    finish(start(1, *tiny(tokens_root, *ARGV), f'save_folder={tmp_path}/whole'))
+    finish(start(1, *tiny(tokens_root, *ARGV), f'save_folder={tmp_path}/whole', FEW_SAVES))
     assert_same_state(state_of(tmp_path), state_of(tmp_path / 'whole'))
     assert not list(tmp_path.glob('checkpoints-*')), 'no file of an unfinished upload is left'
