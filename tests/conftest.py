@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 from urllib.request import urlopen
 
@@ -228,6 +229,13 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Like `s3_server`, for one test."""
     with s3_server(monkeypatch) as client:
         yield client
+
+
+@pytest.fixture
+def retries_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the clients of object stores retry as often as ever, but without their waits of up to a minute."""
+    monkeypatch.setattr('botocore.endpoint.time', SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr('streaming.base.util.sleep', lambda seconds: None)
 
 
 def orphans(pattern: str = r'\d{6}_[a-z_]+') -> set[str]:

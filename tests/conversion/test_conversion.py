@@ -470,7 +470,7 @@ def test_containers_of_one_name_leave_each_other_alone(tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-def test_an_object_store_is_looked_through(s3: Any, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_store_is_looked_through(s3: Any, source: Path, retries_at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     root = 's3://bucket/404/c4'  # a number that looks like a status
     convert(root, source, 'train')
     whole = objects(s3, '404/c4/')
