@@ -121,7 +121,7 @@ def _trace_step(s: Step) -> Trace:
 
 
 def _some_chunks(n_rows: int, chunk: int) -> list[int]:
-    """The chunks of the loss to trace: from the third on, all need the memory of the third, and the last may be smaller."""
+    """The first rows of the chunks of the loss that are traced: others need the memory of the third or of the last."""
     starts = range(0, n_rows, chunk)
     return sorted({*starts[:3], *starts[-1:]})
 
