@@ -124,7 +124,8 @@ def pytest_runtest_setup() -> None:
 
     atexit.unregister(Engine._close)
     gc.collect()
-    blocks = [block for block in gc.get_objects() if type(block) is SharedMemory and (block.created_shms or block.opened_shms)]
+    blocks = [block for block in gc.get_objects()
+              if type(block) is SharedMemory and (block.created_shms or block.opened_shms) and block.shm.buf is not None]
     gone = {block.shm.name[:6] for block in blocks if block.shm.name.endswith('_locals') and not any(block.buf[:4])}
     for block in blocks:
         if block.shm.name[:6] in gone:
