@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional
@@ -44,7 +45,7 @@ class CheckedDataset(StreamingDataset):
         opened = [CheckedStream(name, kwargs.get('cache_limit'), **stream) for name, stream in streams.items()]
         self.place = ', '.join(stream.place for stream in opened)
         try:
-            with opening_a_dataset():
+            with opening_a_dataset(os.path.join(stream.local, stream.split) for stream in opened if stream.remote):
                 super().__init__(streams=opened, **kwargs)
         except UserError:
             raise

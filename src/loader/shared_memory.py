@@ -13,8 +13,8 @@ import re
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
 from weakref import WeakKeyDictionary
@@ -113,15 +113,27 @@ def _locked(folder: Path, seconds: float = 60) -> Iterator[None]:
         os.close(fd)
 
 
+def _is_held(folder: str) -> bool:
+    """Whether a dataset of this process has not released this `local` and split."""
+    for prefix in _opened_prefixes:
+        with suppress(FileNotFoundError):
+            block = (BLOCKS / f'{prefix}_locals').read_bytes()
+            if any(block[:4]) and folder.encode() in block:  # streaming clears these bytes when the dataset is deleted
+                return True
+    return bool(_opened_prefixes) and not BLOCKS.is_dir()
+
+
 @contextmanager
-def opening_a_dataset() -> Iterator[None]:
+def opening_a_dataset(folders: Iterable[str]) -> Iterator[None]:
     """Context in which a StreamingDataset must be created: removes stale files, and keeps other jobs from its prefix.
+
+    `folders` are those that the dataset fills, each with its split. Streaming gives a folder to one dataset at a time.
 
     The first rank of each node removes the files and holds a lock on `/dev/shm`; the other ranks wait for both.
     Streaming looks for a free prefix in one step and takes it in another. Without the lock, one of two jobs that start
     at the same time could fail with `FileExistsError`.
     """
-    if _opened_prefixes:
+    if any(map(_is_held, folders)):
         gc.collect()  # a dataset that nothing refers to any more must release its `local`
     has_process_group = dist.is_available() and dist.is_initialized()
     with ExitStack() as stack:
