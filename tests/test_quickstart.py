@@ -15,7 +15,7 @@ def learns_the_sample(tmp_path: Path, **env: str) -> None:
                              env=clean_env(), capture_output=True, text=True)
     assert convert.returncode == 0, convert.stderr
     result = composer('yamls/quickstart.yaml', f'data_remote={copy}', f'save_folder={tmp_path}/checkpoints/{{run_name}}',
-                      f'loggers.tensorboard.log_dir={tmp_path}/runs', timeout=1500, OMP_NUM_THREADS='2', **env)
+                      f'loggers.tensorboard.log_dir={tmp_path}/runs', timeout=1500, **env)
     text = result.stdout + result.stderr
     assert result.returncode == 0, text[-3000:]
     evals = [float(v) for v in re.findall(r'Eval metrics/eval/LanguageCrossEntropy: (\S+)', text)]

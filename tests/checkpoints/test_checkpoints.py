@@ -502,6 +502,6 @@ def test_weights_come_from_s3(s3, mds_root, folder, saved):
     assert all(torch.equal(got['weights'][k], saved[1]['weights'][k]) for k in got['weights'])
 
 
-def test_an_object_store_out_of_reach_is_said(mds_root, s3, monkeypatch):
+def test_an_object_store_out_of_reach_is_said(mds_root, s3, retries_at_once, monkeypatch):
     message = refused(mds_root, 'save_folder=s3://other-bucket/x', 'autoresume=true')
     assert message.startswith('save_folder: s3://other-bucket/x cannot be read: ')

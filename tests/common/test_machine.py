@@ -127,6 +127,7 @@ def packed(tokens_root: Path, tmp_path: Path) -> Path:
     return tmp_path / 'packed'
 
 
+@pytest.mark.slow
 def test_full_shared_memory_and_disks_that_cannot_be_written_are_messages(tokens_root, packed, tmp_path):
     need_nodes()
     command = ['unshare', '--mount', '--map-root-user', 'sh', '-c',

@@ -69,6 +69,7 @@ def test_a_bar_is_for_the_terminal_of_rank_0() -> None:
     assert on_a_terminal(*command, RANK='1') == '' == without_terminal(*command)
 
 
+@pytest.mark.slow
 def test_a_conversion_with_a_tokenizer_and_a_check(tmp_path: Path) -> None:
     source = tmp_path / 'source'
     source.mkdir()

@@ -297,6 +297,7 @@ def test_hub_that_fails_one_time_in_ten_gives_the_same_documents(source: Path, t
     assert os.listdir(temporary) == [] and not list((tmp_path / 'hub').rglob('.*'))
 
 
+@pytest.mark.slow
 def test_another_data_set_of_the_hub(texts: list[str], tmp_path: Path) -> None:
     write_jsonl(tmp_path / 'files/train-0.jsonl', texts, column='body')
     write_jsonl(tmp_path / 'files/validation-0.jsonl', ['one', 'two'], column='body')

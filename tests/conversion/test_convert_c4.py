@@ -289,6 +289,7 @@ def test_sample_has_enough_prose_and_no_paragraph_twice(sample: Path) -> None:
         assert words.most_common(1)[0][0] == 'the' and 0.04 < words['the'] / words.total() < 0.12
 
 
+@pytest.mark.slow
 def test_sample_from_a_folder_gives_the_same_documents(sample: Path, tmp_path: Path) -> None:
     for split, name in ('train', 'train.00000-of-01024'), ('val', 'validation.00000-of-00008'):
         write_file(tmp_path / f'c4/c4-{name}.json.gz', read_split(sample / split))
@@ -297,6 +298,7 @@ def test_sample_from_a_folder_gives_the_same_documents(sample: Path, tmp_path: P
         assert fingerprint(read_split(tmp_path / 'out' / split)) == fingerprint(read_split(sample / split))
 
 
+@pytest.mark.slow
 def test_sample_tokenizer(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')

@@ -256,7 +256,7 @@ def test_a_full_disk(build, data: Path, tmp_path: Path, monkeypatch, num_workers
                                         rf'space for {SHARD} of {data}/train \([\d,]+ bytes\); make room, set cache_limit, or '
                                         'choose a data_local on another disk$'):
         rows(build(num_workers))
-    assert not list((tmp_path / 'copy').rglob('*.part*'))
+    assert not list((tmp_path / 'copy').rglob(f'{SHARD}.part*'))
 
 
 def test_an_index_that_is_cut_off(build, data: Path, tmp_path: Path):

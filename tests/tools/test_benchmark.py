@@ -103,6 +103,7 @@ def test_epochs_that_end_within_the_timed_steps(mds_root: Path, tmp_path: Path) 
     assert record['steps'] == 3 and record['ms']['rest'] > -1
 
 
+@pytest.mark.slow
 def test_no_run_of_a_sweep_is_kept_in_memory(tmp_path: Path) -> None:
     def models() -> int:
         gc.collect()

@@ -111,6 +111,7 @@ torch.save((model(torch.load(sys.argv[2])).logits.detach(), tokenizer('The river
 """
 
 
+@pytest.mark.slow
 def test_it_loads_without_the_kit(exported, full, mds_root, tmp_path):
     torch.save(IDS, tmp_path / 'ids.pt')
     done = subprocess.run([sys.executable, '-I', '-c', ALONE, str(exported), str(tmp_path / 'ids.pt'), str(tmp_path / 'out.pt')],
@@ -201,7 +202,7 @@ def test_a_sharded_checkpoint_without_the_padding_of_the_vocabulary(sharded, tmp
 
 
 @pytest.mark.parametrize('kind', ['full', 'sharded'])
-def test_from_s3(s3, kind, full, sharded, tmp_path, monkeypatch):
+def test_from_s3(s3, kind, full, sharded, tmp_path, retries_at_once, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')  # as in the shell of a pod whose launcher sets it for ranks
     monkeypatch.setattr(dist, 'is_initialized', lambda: False)  # earlier tests change it
     folder, state = {'full': full, 'sharded': sharded}[kind]

@@ -93,9 +93,9 @@ def test_a_model_that_ended_without_its_last_evaluation_is_named(tmp_path, monke
 @pytest.mark.timeout(1500)
 def test_a_ladder_is_stopped_and_goes_on(tmp_path):
     command = [sys.executable, 'src/tools/ladder.py', '--out', str(tmp_path), '--sizes', '16x1', '32x1', '48x1',
-               '--tokens_per_parameter', '10']
+               '--tokens_per_parameter', '6']
     env = {**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
-    log = tmp_path / '48x1-409ba.log'
+    log = tmp_path / f'{Rung(48, 1, 6).name}.log'
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 300
         while not (log.exists() and '[batch=50/' in log.read_text()) and time.monotonic() < deadline and process.poll() is None:

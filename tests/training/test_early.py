@@ -170,6 +170,7 @@ print([name for name in ('torchao', 'torch._inductor.lowering', 'tensorboard', '
 OURS = {'src', 'main', 'omegaconf', 'pydantic', 'pydantic_core', 'annotated_types', 'typing_inspection', 'attr', 'xxhash'}
 
 
+@pytest.mark.slow
 def test_a_run_imports_little_that_composer_does_not_import() -> None:
     done = subprocess.run([sys.executable, '-c', IMPORTS], cwd=ROOT, env=clean_env(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
