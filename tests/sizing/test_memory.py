@@ -42,7 +42,7 @@ from src.optimizers import build_optimizer
 from src.sizing import step_trace
 from src.sizing.estimate import estimate
 from src.sizing.gpu_rules import act_like_gpu
-from src.sizing.memory import GPU_WORKSPACE, Memory, moments, optimizer_state_bytes, predict
+from src.sizing.memory import GPU_WORKSPACE, Memory, moments, optimizer_state_bytes, predict, trace_config
 from src.training.sharding import build_parallelism
 
 
@@ -255,6 +255,15 @@ def test_frozen_layers_have_neither_gradients_nor_moments(monkeypatch):
     monkeypatch.setattr(step_trace, '_traces', {})
     c = small(64, 8, 512, 256, 2, 1, 'model.loss_chunk_tokens=64')
     assert predict(c, 1, False, 2).total == pytest.approx(allocated_peak(c, 2), rel=0.01)
+
+
+def test_the_chunks_of_the_loss_that_are_not_traced_need_no_more(monkeypatch):
+    c = parsed('mosaic_gpt/125m', 'model.n_layers=1', 'model.loss_chunk_tokens=3000')  # the last of 6 chunks is smaller
+    monkeypatch.setattr(step_trace, '_traces', {})
+    some = trace_config(c, 1, True, 8).peaks
+    monkeypatch.setattr(step_trace, '_traces', {})
+    monkeypatch.setattr(step_trace, '_some_chunks', lambda n_rows, chunk: range(0, n_rows, chunk))
+    assert trace_config(c, 1, True, 8).peaks == some
 
 
 def test_a_model_that_looks_at_values_is_named(monkeypatch):
