@@ -16,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import numpy as np
@@ -510,6 +511,23 @@ def test_an_epoch_cut_short_lets_go_of_the_dataset(open_c4, mds_root: Path, tmp_
     del dataset
     wait_until(lambda: gc.collect() >= 0 and gone() is None)  # otherwise its download threads are still running
     open_c4(remote=str(mds_root), local=str(tmp_path), split='train', batch_size=2)
+
+
+def test_garbage_is_collected_where_it_holds_the_folder(open_c4, mds_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    collections: list[int] = []
+    monkeypatch.setattr('src.loader.shared_memory.gc', SimpleNamespace(collect=lambda: collections.append(gc.collect())))
+    gc.disable()
+    try:
+        dataset = open_c4(remote=str(mds_root), local=str(tmp_path / 'a'))
+        dataset.cycle = dataset
+        del dataset
+        open_c4(remote=str(mds_root), local=str(tmp_path / 'b'))
+        open_c4()
+        assert not collections
+        open_c4(remote=str(mds_root), local=str(tmp_path / 'a'))  # without a collection: `Reused local directory`
+        assert len(collections) == 1
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- mistakes
