@@ -30,6 +30,6 @@ def learns_the_sample(tmp_path: Path, **env: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1600)
 def test_the_quick_start_learns_the_sample(tmp_path):
     learns_the_sample(tmp_path)
