@@ -9,6 +9,7 @@ must be fetched first, and warm if they are in the local copy.
 """
 
 import argparse
+import gc
 import itertools
 import os
 import sys
@@ -89,6 +90,8 @@ def measure(load: Callable[[], Any], seconds: float) -> tuple[float, float, floa
         n += len(ids)
         tokens += int(batch['attention_mask'].sum()) if 'attention_mask' in batch else ids.numel()
     spent = time.perf_counter() - start
+    del batches, loader
+    gc.collect()  # ends the worker, which would read on beside the next row
     return first, n / spent, tokens / spent
 
 
