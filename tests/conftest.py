@@ -6,7 +6,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['TQDM_DISABLE'] = '1'
 os.environ['TORCH_WARM_POOL'] = '0'  # no compile workers of inductor in processes that compile nothing
-if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes of two threads each would wait for each other on two cores
+if 'PYTEST_XDIST_WORKER' in os.environ:  # processes of two threads each would wait for each other on two cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import atexit
@@ -14,7 +14,6 @@ import functools
 import gc
 import inspect
 import logging
-import math
 import random
 import re
 import shutil
@@ -98,8 +97,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for i, (_, module) in enumerate(groupby(longest, lambda item: item.path)):
         shares[i % n_workers] += module
     others = iter([item for item in session.items if not limit(item)])
-    for share in shares:
-        share += islice(others, max(0, math.ceil(n_items / n_workers) - len(share)))
+    for i, share in enumerate(shares):
+        n_items -= (size := n_items // (n_workers - i))
+        share += islice(others, max(0, size - len(share)))
     session.items[:] = chain(*shares, others)
     gc.collect()
     gc.freeze()

@@ -6,7 +6,7 @@ The processes are children of the test, so everything in `subprocess.Popen` work
 the ranks start the same way.
 
 Differences to a new process: the command line in /proc is that of the server, hashes of strings do not change between
-processes, and all libraries are imported, with Composer's handler of SIGTERM unless `NO_COMPOSER` is set. Tests that depend
+processes, and all libraries are imported, with Composer's handler of SIGTERM unless `DEFAULT_SIGTERM` is set. Tests that depend
 on these take `subprocess`.
 """
 
@@ -39,7 +39,7 @@ MS_REC, MS_PRIVATE = 0x4000, 0x40000
 MAX_FDS = 256
 REAL_POPEN = subprocess.Popen
 HOST = 'TEST_HOST'  # in the environment of a program: the JSON of a host that the program runs on, see `enter_host`
-NO_COMPOSER = 'TEST_NO_COMPOSER'  # in the environment of a program that imports torch alone
+DEFAULT_SIGTERM = 'TEST_DEFAULT_SIGTERM'  # in the environment of a program that does without Composer's handler of SIGTERM
 
 
 def clean_env(**extra: str) -> dict[str, str]:
@@ -196,7 +196,7 @@ def become(request: dict[str, Any], fds: list[int]) -> NoReturn:
         setattr(sys, name, open(fd, mode, closefd=False, buffering=1 if at_once else -1))  # noqa: SIM115
     random.seed()
     tempfile.tempdir = None  # else the folder of the server
-    if os.environ.pop(NO_COMPOSER, None):
+    if os.environ.pop(DEFAULT_SIGTERM, None):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit an ignored SIGINT
     sys.argv = request['argv']

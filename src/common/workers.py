@@ -123,15 +123,13 @@ def map_in_threads(call: Callable[[Any], Any], items: Sequence[Any], threads: in
     """
     numbers, is_over = iter(range(len(items))), threading.Event()
     results: list[Any] = [None] * len(items)
-    errors: dict[int, Exception] = {}
+    errors: dict[int, BaseException] = {}
 
     def work() -> None:
-        for i in numbers:  # a step of this iterator is atomic
-            if is_over.is_set():
-                return
+        while not is_over.is_set() and (i := next(numbers, None)) is not None:  # `next` is atomic
             try:
                 results[i] = call(items[i])
-            except Exception as e:
+            except BaseException as e:
                 errors[i] = e
                 is_over.set()
 
@@ -140,6 +138,9 @@ def map_in_threads(call: Callable[[Any], Any], items: Sequence[Any], threads: in
             wait([pool.submit(work) for _ in range(threads)])
         finally:
             is_over.set()
-    if errors:
-        raise errors[min(errors)]
-    return results
+    try:
+        if errors:
+            raise errors[min(errors)]
+        return results
+    finally:
+        errors.clear()  # the traceback of an error holds this frame, and what `call` holds

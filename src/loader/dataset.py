@@ -45,7 +45,8 @@ class CheckedDataset(StreamingDataset):
         opened = [CheckedStream(name, kwargs.get('cache_limit'), **stream) for name, stream in streams.items()]
         self.place = ', '.join(stream.place for stream in opened)
         try:
-            with opening_a_dataset(os.path.join(stream.local, stream.split) for stream in opened if stream.remote):
+            copied = [stream for stream in opened if stream.remote is not None]
+            with opening_a_dataset([os.path.abspath(os.path.join(stream.local, stream.split)) for stream in copied]):
                 super().__init__(streams=opened, **kwargs)
         except UserError:
             raise

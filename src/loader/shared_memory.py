@@ -13,7 +13,7 @@ import re
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank, get_local_world_size, get_world_size
+from streaming.base.shared.prefix import _unpack_locals
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
@@ -113,27 +114,28 @@ def _locked(folder: Path, seconds: float = 60) -> Iterator[None]:
         os.close(fd)
 
 
-def _is_held(folder: str) -> bool:
-    """Whether a dataset of this process has not released this `local` and split."""
-    for prefix in _opened_prefixes:
-        with suppress(FileNotFoundError):
-            block = (BLOCKS / f'{prefix}_locals').read_bytes()
-            if any(block[:4]) and folder.encode() in block:  # streaming clears these bytes when the dataset is deleted
+def _are_held(folders: Iterable[str]) -> bool:
+    """Whether a dataset, maybe of this process, has not released one of these folders."""
+    if not BLOCKS.is_dir():
+        return bool(_opened_prefixes)
+    for block in BLOCKS.glob('*_locals'):
+        with suppress(OSError, ValueError, IndexError):  # of another user, removed meanwhile, or not filled yet
+            if not {*_unpack_locals(block.read_bytes())[0]}.isdisjoint(folders):
                 return True
-    return bool(_opened_prefixes) and not BLOCKS.is_dir()
+    return False
 
 
 @contextmanager
-def opening_a_dataset(folders: Iterable[str]) -> Iterator[None]:
+def opening_a_dataset(folders: Sequence[str]) -> Iterator[None]:
     """Context in which a StreamingDataset must be created: removes stale files, and keeps other jobs from its prefix.
 
-    `folders` are those that the dataset fills, each with its split. Streaming gives a folder to one dataset at a time.
+    `folders` are those that the dataset fills, as absolute paths. Streaming gives a folder to one dataset at a time.
 
     The first rank of each node removes the files and holds a lock on `/dev/shm`; the other ranks wait for both.
     Streaming looks for a free prefix in one step and takes it in another. Without the lock, one of two jobs that start
     at the same time could fail with `FileExistsError`.
     """
-    if any(map(_is_held, folders)):
+    if _are_held(folders):
         gc.collect()  # a dataset that nothing refers to any more must release its `local`
     has_process_group = dist.is_available() and dist.is_initialized()
     with ExitStack() as stack:

@@ -1,6 +1,7 @@
 """Composer's Trainer, with steps that do not wait for the GPU and that make few collectives."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Union
@@ -123,7 +124,10 @@ class Trainer(composer.Trainer):
             optimizer.zero_grad()
         use_grad_scaling = self._use_grad_scaling(state.precision, state.scaler)
         whole_batch, weight = state.batch, self._counts[2] / dist.get_world_size()
-        if sum(map(self._weigh, microbatches)) != self._own_weight:
+        own_weight = sum(map(self._weigh, microbatches))
+        if dist.get_world_size() == 1:
+            weight = own_weight
+        elif not math.isclose(own_weight, self._own_weight):
             raise UserError('train_loader: an algorithm or callback has changed which targets of a batch count, after '
                             'the ranks had counted them; change the batch in the loader')
         for number, batch in enumerate(microbatches, 1):

@@ -477,7 +477,7 @@ def test_a_full_checkpoint_into_a_sharded_run_is_refused(mds_root, folder, tmp_p
 # ---------------------------------------------------------------- S3
 
 
-@pytest.mark.parametrize('sharded', [False, True], ids=['full', 'sharded'])
+@pytest.mark.parametrize('sharded', [pytest.param(False, id='full'), pytest.param(True, id='sharded', marks=pytest.mark.slow)])
 def test_s3_holds_what_a_disk_would(s3, saved, mds_root, sharded, tmp_path, monkeypatch):
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
     every = [*(SHARDED if sharded else ()), 'save_folder=s3://bucket/runs/{run_name}', 'autoresume=true',

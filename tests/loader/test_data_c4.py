@@ -518,14 +518,17 @@ def test_garbage_is_collected_where_it_holds_the_folder(open_c4, mds_root: Path,
     monkeypatch.setattr('src.loader.shared_memory.gc', SimpleNamespace(collect=lambda: collections.append(gc.collect())))
     gc.disable()
     try:
-        dataset = open_c4(remote=str(mds_root), local=str(tmp_path / 'a'))
-        dataset.cycle = dataset
-        del dataset
-        open_c4(remote=str(mds_root), local=str(tmp_path / 'b'))
-        open_c4()
-        assert not collections
-        open_c4(remote=str(mds_root), local=str(tmp_path / 'a'))  # without a collection: `Reused local directory`
-        assert len(collections) == 1
+        monkeypatch.chdir(tmp_path)
+        for remote, split in ((mds_root, 'val'), (mds_root / 'val', None)):
+            dataset = open_c4(remote=str(remote), local='./a', split=split)
+            dataset.cycle = dataset
+            del dataset
+            open_c4(remote=str(remote), local='b', split=split)
+            open_c4()
+            assert not collections
+            open_c4(remote=str(remote), local=f'{tmp_path}//a', split=split)  # without one: `Reused local directory`
+            assert len(collections) == 1
+            collections.clear()
     finally:
         gc.enable()
 

@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import pytest
 from launch import ROOT, SCRIPTS, Popen, clean_env, free_port, run
-from warm import NO_COMPOSER
+from warm import DEFAULT_SIGTERM
 
 from src.ranks import stop
 from src.ranks.stop import StopRequest
@@ -47,7 +47,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
         path = tmp_path / f'script{len(started)}.py'
         path.write_text(PRELUDE + script)
         options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'env': clean_env()} | options
-        options['env'] |= {NO_COMPOSER: '1'}
+        options['env'] = options['env'] | {DEFAULT_SIGTERM: '1'}
         started.append(Popen([sys.executable, '-u', str(path), *args], text=True, **options))
         return started[-1]
 

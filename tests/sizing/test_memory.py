@@ -225,10 +225,12 @@ def test_a_changed_block_is_followed(changed_block):
     assert predict(c, 1, False, 2).total == pytest.approx(allocated_peak(c, 2), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_changed_block_is_followed_under_fsdp(changed_block, processes, without_data):
     compare_with_fsdp('mosaic_gpt/125m', 8, 1, processes, without_data)
 
 
+@pytest.mark.slow
 def test_units_within_units_are_counted_once(changed_block, processes, without_data, monkeypatch):
     monkeypatch.setattr(MosaicGPT, 'fsdp_wrap_fn', lambda self, module: isinstance(module, (GPTBlock, SwiGLU)))
     e = estimate(small(64, 2, 512, 64, 1, 1), CARDS['l4'], 1)
@@ -258,9 +260,13 @@ def test_frozen_layers_have_neither_gradients_nor_moments(monkeypatch):
 
 
 def test_the_chunks_of_the_loss_that_are_not_traced_need_no_more(monkeypatch):
+    some_chunks = step_trace._some_chunks
     c = parsed('mosaic_gpt/125m', 'model.n_layers=1', 'model.loss_chunk_tokens=3000')  # the last of 6 chunks is smaller
     monkeypatch.setattr(step_trace, '_traces', {})
+    chunks = []
+    monkeypatch.setattr(step_trace, '_some_chunks', lambda *args: chunks.append(some_chunks(*args)) or chunks[-1])
     some = trace_config(c, 1, True, 8).peaks
+    assert chunks == [[0, 3000, 6000, 15000]]
     monkeypatch.setattr(step_trace, '_traces', {})
     monkeypatch.setattr(step_trace, '_some_chunks', lambda n_rows, chunk: range(0, n_rows, chunk))
     assert trace_config(c, 1, True, 8).peaks == some
@@ -375,7 +381,7 @@ GPU = {  # YAML, devices, accumulation, overrides; the microbatch is the YAML's
     'GPT-2 of Hugging Face': ('hf_causal_lm/gpt2-small', 1, 1, 'model.pretrained_model_name_or_path=null',
                               'model.config_overrides.model_type=gpt2', 'model.config_overrides.n_layer=4', 'fsdp_config=null'),
 }
-QUICK = ('125m FSDP1', '350m kept', '3b checkpointed')
+QUICK = ('350m kept', '3b checkpointed')
 
 
 def compare_with_fsdp(yaml: str, world_size: int, accum: int, processes: Callable[[int], None], patch: pytest.MonkeyPatch,

@@ -114,6 +114,7 @@ def test_no_run_of_a_sweep_is_kept_in_memory(tmp_path: Path) -> None:
     assert models() <= before + 1  # the last model lives until the next run begins
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_row_for_each_combination(tmp_path: Path) -> None:
     sweep = ['--sweep', 'model.attn_impl=torch,sdpa', '--sweep', 'device_train_microbatch_size=3,none']
     records = run(tmp_path / 'out', *sweep)
@@ -190,6 +191,7 @@ def test_mfu_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert benchmark.describe(args, [], SimpleNamespace(state=state), c, watch)['mfu'] is None
 
 
+@pytest.mark.slow
 def test_each_run_of_a_sweep_is_compiled_as_if_alone(tmp_path: Path) -> None:
     seen: list[Any] = []
 

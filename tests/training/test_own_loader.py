@@ -265,6 +265,7 @@ def test_a_batch_is_split_by_samples_and_the_rest_goes_to_all():
         assert all(part[key] is batch[key] for part in parts)
 
 
+@pytest.mark.slow
 def test_two_ranks_do_what_one_does(run, mds_root, tmp_path):
     """In training, in an evaluation, in src/tools/evaluate.py, and with a Hugging Face model that FSDP shards."""
     own = [*OWN, 'callbacks.speed_monitor=false', 'max_duration=4ba', 'scheduler.t_warmup=1ba']
