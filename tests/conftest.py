@@ -83,7 +83,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> Optio
 
 @pytest.hookimpl(tryfirst=True)  # before a worker of xdist tells the order of its tests
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Orders the tests, and exempts all that imports made from garbage collection, which would take 0.4 s each time.
+    """Orders the tests, and exempts all that imports made from garbage collection: a collection would take 0.4 s.
 
     The first share of each worker of xdist is contiguous. It begins with some of the modules that take longest.
     """

@@ -121,7 +121,7 @@ def _trace_step(s: Step) -> Trace:
 
 
 def _some_chunks(n_rows: int, chunk: int) -> list[int]:
-    """The first rows of the chunks of the loss to trace. Those from the fourth on need as much."""
+    """The first rows of the chunks of the loss to trace. The others need as much as the third."""
     starts = range(0, n_rows, chunk)
     return sorted({*starts[:3], *starts[-1:]})
 
