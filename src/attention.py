@@ -54,8 +54,8 @@ class CausalAttention(nn.Module):
         self.n_heads = cfg.n_heads
         self.head_dim = cfg.d_model // cfg.n_heads
         self.dropout_p = cfg.attn_pdrop
-        self.kernel, self.attention, self.varlen_dtypes = choose_attention(cfg.attn_impl, self.head_dim,
-                                                                           cfg.attn_within_document, cfg.flash_kernel)
+        self.kernel, self.attention, self.prepare = choose_attention(cfg.attn_impl, self.head_dim,
+                                                                     cfg.attn_within_document, cfg.flash_kernel)
         self.Wqkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, device=cfg.device)
         self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, device=cfg.device)
 
@@ -70,9 +70,9 @@ class CausalAttention(nn.Module):
 class Documents:
     """The document boundaries of a batch, in the formats that attention kernels need.
 
-    Each form is computed once, when the first layer reads it, and kept for the later layers and for recomputed
-    activations. This is a plain class, because FSDP copies tuples and dataclasses for every block: the copies would
-    compute each form again.
+    Each form is computed once and kept, for all layers and for recomputed activations. `MosaicGPT` has them computed
+    before the first block, so that all blocks run the same code. This is a plain class, because FSDP copies tuples and
+    dataclasses for every block: the copies would compute each form again.
 
     Args:
         sequence_id: (batch, seq). A new document begins where the value changes along a row.
@@ -114,33 +114,36 @@ class Documents:
             self._cu_seqlens = F.pad(begins, (0, 1), value=self.positions.numel()).int()
         return self._cu_seqlens
 
-    @torch.compiler.disable  # a shape that depends on data would break the graph
-    def prepare_cu_seqlens(self) -> None:
-        """Makes `cu_seqlens` outside of compiled code, so that one graph serves any number of documents."""
-        torch._dynamo.maybe_mark_dynamic(self.cu_seqlens, 0)
+
+@torch.compiler.disable  # a shape that depends on data would break the graph
+def prepare_cu_seqlens(documents: Documents, dtype: torch.dtype) -> None:
+    """Makes `cu_seqlens` outside of compiled code, so that one graph serves any number of documents."""
+    torch._dynamo.maybe_mark_dynamic(documents.cu_seqlens, 0)
 
 
 # ---------------------------------------------------------------- the choice of a kernel
 
 AttentionFn = Callable[..., Tensor]  # takes the arguments of `torch_attention`
+# Computes the form of `Documents` that a kernel reads, for inputs of a dtype
+PrepareFn = Callable[[Documents, torch.dtype], Any]
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
-SDPA = 'sdpa (PyTorch)', sdpa_attention, ()
+SDPA = 'sdpa (PyTorch)', sdpa_attention, Documents.bias
 # Packages of FlashAttention by the value of `flash_kernel`: module, and major compute capabilities of its GPUs
 PACKAGES = {'flash-attn-2': ('flash_attn', range(8, 100)), 'flash-attn-3': ('flash_attn_interface', range(9, 10)),
             'flash-attn-4': ('flash_attn.cute', range(9, 12))}
 
 
 def choose_attention(impl: str, head_dim: int, within_document: bool = False,
-                     kernel: str = 'auto') -> tuple[str, AttentionFn, tuple[torch.dtype, ...]]:
+                     kernel: str = 'auto') -> tuple[str, AttentionFn, PrepareFn]:
     """Chooses the attention function when the model is built, so that a missing kernel stops the run at its start.
 
     `impl` is `attn_impl`, `kernel` is `flash_kernel`. `flash` gets a FlashAttention kernel or raises UserError. `auto`
     uses one for fp16 and bf16 inputs if the GPU has it, else `sdpa`. `within_document` says that rows hold several
-    documents. Returns the name for the log, the function, and the dtypes for which it reads `Documents.cu_seqlens`.
+    documents. Returns the name for the log, the function, and the function that prepares `Documents` for it.
     """
     if impl == 'torch':
-        return 'torch (plain maths)', torch_attention, ()
+        return 'torch (plain maths)', torch_attention, lambda documents, dtype: documents.mask
     if impl == 'sdpa' or impl == 'auto' and not torch.cuda.is_available():
         return SDPA
     try:
@@ -151,12 +154,15 @@ def choose_attention(impl: str, head_dim: int, within_document: bool = False,
         log.info('%s', e)
         return SDPA
     if impl == 'flash':
-        return name, flash, HALF_DTYPES
+        return name, flash, prepare_cu_seqlens
 
     def attention(q: Tensor, *args: Any) -> Tensor:
         return flash(q, *args) if q.dtype in HALF_DTYPES else sdpa_attention(q, *args)
 
-    return f'{name}, sdpa in fp32', attention, HALF_DTYPES
+    def prepare(documents: Documents, dtype: torch.dtype) -> None:
+        (prepare_cu_seqlens if dtype in HALF_DTYPES else Documents.bias)(documents, dtype)
+
+    return f'{name}, sdpa in fp32', attention, prepare
 
 
 def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'auto') -> tuple[str, AttentionFn]:

@@ -4,6 +4,7 @@ A `ComposerCausalLM` wraps an `nn.Module` that returns its loss. The module comp
 of a whole microbatch would be the largest tensor of the run.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -42,6 +43,36 @@ def chunk_starts(n_rows: int, chunk: int) -> Sequence[int]:
     return range(0, n_rows, chunk)
 
 
+class LossOfLogits(nn.Module):
+    """Loss of a chunk of logits, and its gradient. A module, so that `compile` can fuse its steps to one kernel."""
+
+    def forward(self, logits: Tensor, targets: Tensor, vocab: int, with_grad: bool) -> tuple[Tensor, Optional[Tensor]]:
+        """Takes logits, (rows, width), of which the columns from `vocab` on are padding, and targets, (rows,).
+
+        Returns the sum of the losses in fp32, and its gradient with respect to the logits, in their dtype and shape.
+        """
+        fuses = torch.compiler.is_compiling()  # without tensors in between; else the steps reuse memory
+        trained = targets != IGNORE_INDEX
+        index = targets.where(trained, 0)[:, None]  # (rows, 1)
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        x = logits.float()  # (rows, width)
+        if vocab < len(columns):
+            x = x.masked_fill(columns >= vocab, -math.inf) if fuses else x.masked_fill_(columns >= vocab, -math.inf)
+        top = x.amax(-1, keepdim=True)  # subtracted, so that exp does not overflow
+        shifted = x.gather(1, index) - top
+        exps = (x - top).exp() if fuses else x.sub_(top).exp_()
+        z = exps.sum(-1, keepdim=True)
+        loss = ((z.log() - shifted)[:, 0] * trained).sum()  # -log softmax at the targets
+        if not with_grad:
+            return loss, None
+        mask = trained[:, None].float()  # (rows, 1)
+        if fuses:  # softmax - one_hot, 0 where there is no target
+            gradient = exps * (mask / z) - mask * (columns == index)
+        else:
+            gradient = exps.mul_(mask / z).scatter_add_(1, index, -mask)
+        return loss, gradient.to(logits.dtype)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy of `hidden @ weight.T`, with the logits of one chunk of rows at a time.
 
@@ -51,36 +82,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype,
-                with_grad: bool, multiple: int) -> Tensor:
+                with_grad: bool, multiple: int, loss_of_logits: LossOfLogits) -> Tensor:
         vocab, width = len(weight), len(weight) + -len(weight) % multiple  # width: vocab, rounded up
-        w = _padded(weight, (width, weight.shape[1]), dtype)  # logits of the added rows are cut off below
+        w = _padded(weight, (width, weight.shape[1]), dtype)
         n_targets = (targets != IGNORE_INDEX).sum().clamp(min=1)
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_grad else None
         d_weight = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
         for start in chunk_starts(len(targets), chunk):
             rows = slice(start, start + chunk)
-            h, target = hidden[rows].to(dtype), targets[rows]  # (chunk, d_model), (chunk,)
-            trained = target != IGNORE_INDEX
-            index = target.where(trained, 0)[:, None]  # (chunk, 1)
-            logits = (h @ w.T)[:, :vocab].float()  # (chunk, vocab); the steps below reuse this memory
-            top = logits.amax(-1, keepdim=True)  # subtracted, so that exp does not overflow
-            shifted = logits.gather(1, index) - top
-            exps = logits.sub_(top).exp_()
-            z = exps.sum(-1, keepdim=True)
-            loss += ((z.log() - shifted)[:, 0] * trained).sum()  # -log softmax at the targets
-            if d_hidden is not None and d_weight is not None:
-                # d loss / d logits = (softmax - one_hot) / n_targets. `backward` divides: fp16 would round to 0 here
-                mask = trained[:, None].float()  # (chunk, 1)
-                exps.mul_(mask / z).scatter_add_(1, index, -mask)
-                d_logits = _padded(exps, (len(exps), width), dtype)
-                del logits, exps  # free them before the next chunk allocates its own
+            h = hidden[rows].to(dtype)  # (chunk, d_model)
+            # Not divided by n_targets, which `backward` does: fp16 would round the quotient to 0
+            chunk_loss, d_logits = loss_of_logits(h @ w.T, targets[rows], vocab, with_grad)
+            loss += chunk_loss
+            if d_hidden is not None and d_weight is not None and d_logits is not None:
                 d_hidden[rows] = d_logits @ w
                 if dtype == torch.float32:
                     d_weight.addmm_(d_logits.T, h)
                 else:
                     d_weight += d_logits.T @ h
-                del d_logits
+            del d_logits  # before the next chunk allocates its own
         if d_weight is not None:
             ctx.save_for_backward(d_hidden, d_weight[:vocab], n_targets)
             ctx.weight_dtype = weight.dtype
@@ -90,11 +111,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Optional[Tensor], ...]:
         d_hidden, d_weight, n_targets = ctx.saved_tensors
         scale = grad_outputs[0] / n_targets
-        return d_hidden * scale, (d_weight * scale).to(ctx.weight_dtype), None, None, None, None, None
+        return d_hidden * scale, (d_weight * scale).to(ctx.weight_dtype), None, None, None, None, None, None
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 1024,
-                          vocab_multiple: Optional[int] = None) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 4096,
+                          vocab_multiple: Optional[int] = None,
+                          loss_of_logits: Optional[LossOfLogits] = None) -> Tensor:
     """Mean cross entropy of a linear head, without the full logits: `F.cross_entropy(hidden @ weight.T, targets)`.
 
     Args:
@@ -104,16 +126,29 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
         chunk_tokens: Number of tokens whose logits exist at one time, instead of batch * seq.
         vocab_multiple: Zero rows fill the head up to a multiple of this number, for faster matrix products on GPUs. The
             result does not change. None: 64 on a GPU, 1 on a CPU.
+        loss_of_logits: A compiled `LossOfLogits`. None: not compiled.
 
     Returns:
         The mean over the targets in nats, fp32. Without any target it is 0, and so is its gradient.
     """
     kind, dtype = hidden.device.type, compute_dtype(hidden)
-    multiple = vocab_multiple or (64 if kind == 'cuda' else 1)
+    multiple = padding_multiple(hidden, vocab_multiple)
     with torch.autocast(kind, enabled=False):
         loss: Any = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk_tokens, dtype,
-                                               torch.is_grad_enabled(), multiple)
+                                               torch.is_grad_enabled(), multiple, loss_of_logits or LossOfLogits())
     return loss
+
+
+def padding_multiple(hidden: Tensor, vocab_multiple: Optional[int]) -> int:
+    """The multiple to which the logits of `hidden` are padded: `vocab_multiple`, or if None 64 on a GPU, 1 on a CPU."""
+    return vocab_multiple or (64 if hidden.device.type == 'cuda' else 1)
+
+
+def padded_linear(hidden: Tensor, weight: Tensor, vocab_multiple: Optional[int] = None) -> Tensor:
+    """Logits of a linear head, (batch, seq, vocab). Zero rows fill the head up to a multiple, as for `chunked`."""
+    if n_added := -len(weight) % padding_multiple(hidden, vocab_multiple):
+        return F.linear(hidden, F.pad(weight.to(compute_dtype(hidden)), (0, 0, 0, n_added)))[..., :len(weight)]
+    return F.linear(hidden, weight)
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from src.attention import CausalAttention, Documents
 from src.causal_lm import (
     ComposerCausalLM,
+    LossOfLogits,
     chunked_cross_entropy,
     compute_dtype,
+    padded_linear,
     padding_right_order,
     plain_cross_entropy,
 )
@@ -117,11 +119,12 @@ class MosaicGPT(nn.Module):
         if cfg.linear_impl == 'fp8':
             log.info('linear layers: %s', compute_in_fp8(self.blocks))
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)
+        self.loss_of_logits = LossOfLogits()
         self.tie_weights()
         attentions = [module for module in self.blocks.modules() if isinstance(module, CausalAttention)]
         for kernel in sorted({attention.kernel for attention in attentions}):
             log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
-        self.varlen_dtypes = tuple({dtype for attention in attentions for dtype in attention.varlen_dtypes})
+        self.prepares = {attention.kernel: attention.prepare for attention in attentions}
         self.initialiser = Initialiser(self, cfg)
         if cfg.device != 'meta':
             self.init_weights()
@@ -175,15 +178,19 @@ class MosaicGPT(nn.Module):
                             f'model.max_seq_len {self.cfg.max_seq_len}; give shorter samples, or set a larger one')
         positions = documents.positions if documents else torch.arange(seq_len, device=input_ids.device)
         x = self.transformer['emb_dropout'](self.transformer['wte'](input_ids) + self.transformer['wpe'](positions))
-        if documents and compute_dtype(x) in self.varlen_dtypes:
-            documents.prepare_cu_seqlens()
+        if documents:
+            for prepare in self.prepares.values():
+                prepare(documents, compute_dtype(x))
         return x
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         head, cfg = self.lm_head, self.cfg
-        if cfg.loss_impl == 'chunked' and type(head) is nn.Linear and head.bias is None:
-            return chunked_cross_entropy(x, head.weight, targets, cfg.loss_chunk_tokens, cfg.vocab_multiple)
-        return plain_cross_entropy(head(x), targets)
+        if type(head) is not nn.Linear or head.bias is not None:
+            return plain_cross_entropy(head(x), targets)
+        if cfg.loss_impl == 'plain':
+            return plain_cross_entropy(padded_linear(x, head.weight, cfg.vocab_multiple), targets)
+        return chunked_cross_entropy(x, head.weight, targets, cfg.loss_chunk_tokens, cfg.vocab_multiple,
+                                     self.loss_of_logits)
 
     # ------------------------------------------------------------ weights
 

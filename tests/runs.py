@@ -76,7 +76,8 @@ def generated(model: Any) -> Any:
     """The tokens with which a Hugging Face model continues a prompt; None for other models."""
     if not hasattr(model, 'generate'):
         return None
-    return model.eval().generate(torch.arange(8)[None], max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
+    prompt = torch.arange(8, device=next(model.parameters()).device)[None]
+    return model.eval().generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
 
 
 def train(*argv: str) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Popen(subprocess.Popen):
         return None
 
     def _can_fork(self, env: dict[str, str]) -> bool:
-        return sys.platform == 'linux' and read_at_import(env) == read_at_import(clean_env())
+        uses_gpu = env.get('CUDA_VISIBLE_DEVICES')  # the server may have asked CUDA for GPUs, and then no fork can use one
+        return sys.platform == 'linux' and not uses_gpu and read_at_import(env) == read_at_import(clean_env())
 
     def _fork(self, request: dict[str, Any], fds: list[int]) -> int:
         return server.fork(request, fds)

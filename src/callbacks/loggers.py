@@ -54,8 +54,8 @@ class LateLogs(Callback):
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         super().run_event(event, state, logger)
         prints = event == Event.BATCH_END and (self._is_first or int(state.timestamp.batch) % self._interval == 0)
+        self._is_first &= event != Event.BATCH_END  # the console prints the first batch of a start, too
         if prints or event in (Event.EVAL_START, Event.EVAL_END, Event.EPOCH_END):
-            self._is_first = False  # the console prints the first batch of a start, too
             self._give()
         elif event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT):
             saved = [cb.last_batch for cb in state.callbacks if isinstance(cb, CheckpointWriter)]

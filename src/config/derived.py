@@ -13,7 +13,8 @@ from fractions import Fraction
 from typing import Optional
 
 from src.common.errors import UserError
-from src.config.schema import TIME, Config, FSDPConfig
+from src.common.machine import compiler_errors
+from src.config.schema import TIME, CompileConfig, Config, FSDPConfig
 
 
 def device_batch_size(global_batch_size: int, world_size: int) -> int:
@@ -38,6 +39,13 @@ def grad_accum(device_batch: int, microbatch: int) -> int:
 def resolve_precision(name: str, has_gpu: bool) -> str:
     """Composer's name of the precision: `auto` is amp_bf16 on a GPU and fp32 on a CPU."""
     return ('amp_bf16' if has_gpu else 'fp32') if name == 'auto' else name
+
+
+def compile_scope(cfg: Optional[CompileConfig], has_gpu: bool) -> Optional[str]:
+    """What torch.compile compiles: block, model or None. `auto` is `block` on a GPU with a C compiler, else None."""
+    if cfg is None or cfg.scope != 'auto':
+        return cfg and cfg.scope
+    return 'block' if has_gpu and not compiler_errors(has_gpu) else None
 
 
 def fsdp_version(cfg: Optional[FSDPConfig], has_gpu: bool) -> int:

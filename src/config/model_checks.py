@@ -60,10 +60,10 @@ def _layer_errors(c: Config, model: MosaicGPTConfig) -> Iterator[str]:
     if model.linear_impl == 'fp8' and uneven:
         yield (f"model.linear_impl: 'fp8' needs multiples of 16, but {' and '.join(uneven)}; change the value, or set "
                'model.linear_impl=plain')
-    for key in ('loss_chunk_tokens', 'vocab_multiple') if model.loss_impl == 'plain' else ():
-        if getattr(model, key) != MosaicGPTConfig.model_fields[key].default:
-            yield (f"model.{key}: {getattr(model, key)} works only with model.loss_impl=chunked, but that is 'plain'; "
-                   f'remove {key}, or set model.loss_impl=chunked')
+    chunk = model.loss_chunk_tokens
+    if model.loss_impl == 'plain' and chunk != MosaicGPTConfig.model_fields['loss_chunk_tokens'].default:
+        yield (f"model.loss_chunk_tokens: {chunk} works only with model.loss_impl=chunked, but that is 'plain'; remove "
+               'loss_chunk_tokens, or set model.loss_impl=chunked')
     every, f = model.activation_checkpointing_every, c.fsdp_config
     if every > 1 and not (f and (f.activation_checkpointing or f.activation_cpu_offload)):
         yield (f'model.activation_checkpointing_every: {every} has no effect without activation checkpointing; set '
@@ -134,7 +134,7 @@ def _compile_errors(c: Config, compiled: CompileConfig, has_gpu: bool) -> Iterat
                    'torch._inductor.list_options() returns all options')
     graphs = {'mode': compiled.mode in ('reduce-overhead', 'max-autotune'), 'backend': compiled.backend == 'cudagraphs',
               'options': options.get('triton.cudagraphs')}
-    for key in graphs if compiled.scope == 'block' else ():
+    for key in graphs if compiled.scope != 'model' else ():
         if graphs[key]:
             yield (f'compile_config.{key}: {getattr(compiled, key)!r} uses CUDA graphs; with scope: block each block '
                    "would overwrite the other blocks' memory; set compile_config.scope=model, or "
@@ -142,7 +142,7 @@ def _compile_errors(c: Config, compiled: CompileConfig, has_gpu: bool) -> Iterat
     if compiled.scope == 'model' and c.fsdp_config and c.fsdp_config.activation_checkpointing:
         yield ("compile_config.scope: 'model' does not compile blocks with activation checkpointing; set "
                'compile_config.scope=block, or fsdp_config.activation_checkpointing=false')
-    if compiled.backend == 'inductor':
+    if compiled.backend == 'inductor' and compiled.scope != 'auto':
         import torch.cuda  # not at the top: the import takes a second
 
         if has_gpu == torch.cuda.is_available():  # False: the estimate of a run on another machine

@@ -91,8 +91,8 @@ class MosaicGPTConfig(Section):
     emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
     linear_impl: Literal['plain', 'fp8'] = 'plain'  # for the linear layers in the blocks
     loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits at once, which torch.compile can fuse
-    loss_chunk_tokens: Count = 1024  # tokens per chunk; only one chunk's logits are in memory
-    vocab_multiple: Optional[Count] = None  # chunked loss: pads the logits to this multiple; null: 64 on a GPU, else 1
+    loss_chunk_tokens: Count = 4096  # tokens per chunk; only one chunk's logits are in memory
+    vocab_multiple: Optional[Count] = None  # pads the logits to this multiple in the loss; null: 64 on a GPU, else 1
     activation_checkpointing_every: Count = 1  # n: checkpoints every n-th block, if fsdp_config turns it on
 
 
@@ -216,7 +216,8 @@ class FSDPConfig(Section):
 class CompileConfig(Section):
     """`compile_config:`. The keys from `mode` on are those of torch.compile."""
 
-    scope: Literal['block', 'model'] = 'block'  # block: one graph that all blocks share; model: one for everything
+    # block: one graph that all blocks share; model: one for everything; auto: block on a GPU, if it can; else none
+    scope: Literal['auto', 'block', 'model'] = 'block'
     mode: Optional[Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']] = None
     backend: str = 'inductor'
     fullgraph: bool = False

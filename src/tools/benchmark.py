@@ -98,6 +98,7 @@ from src.ranks import program, rendezvous
 from src.ranks.failure_watch import FailureWatch
 from src.sizing.memory import GPU_WORKSPACE, predict
 from src.tools.stopwatch import PARTS, PROFILED, Stopwatch, build_baselines
+from src.training import sharding
 from src.training.data import uses_kit_loader
 from src.training.report import environment
 from src.training.setup import check_config
@@ -187,13 +188,14 @@ def run(args: argparse.Namespace, overrides: list[str], number: int,
         getattr(shape, 'vocab_size', VOCAB_SIZE), c.train_loader.dataset.max_seq_len, steps * c.global_train_batch_size)
     with made as data:
         watch = Stopwatch(args.warmup, args.steps, build_baselines(args.against, c), trace)
+        torch._dynamo.reset()  # else this run reuses what the previous one compiled, or does not compile
         gc.collect()
         torch.cuda.empty_cache()  # else memory of the previous run makes this one run out of memory
-        torch._dynamo.reset()  # else this run reuses what the previous one compiled, or does not compile
         try:
             trainer = train(prepare(cfg, steps, data), failures, [watch])
             record = describe(args, overrides, trainer, c, watch)
             trainer.close()
+            sharding.free_fsdp1(trainer.state.model)
         finally:
             atexit.unregister(Engine._close)  # through this hook Composer keeps every model until the process ends
     return record
@@ -212,13 +214,11 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
     device = torch.cuda.get_device_name() if gpu else get_cpu_model()
     steps = watch.milliseconds()
     ms = {part: statistics.median(step[part] for step in steps) for part in ('total', *PARTS)}
-    rate = 1000 * c.global_train_batch_size * seq_len / ms['total']
-    peak = peak_flops(device, precision)
+    rate, peak = 1000 * c.global_train_batch_size * seq_len / ms['total'], peak_flops(device, precision)
     mfu, mfu_causal = (peak and rate / devices / peak * train_flops_per_token(
         model.n_params, model.n_layers, model.d_model, seq_len, causal) for causal in (False, True))
     hf = getattr(getattr(model.model, 'hf', None), 'config', None)
     kernels = {m.kernel for m in model.modules() if isinstance(m, CausalAttention)}
-    fp8 = ', linear layers fp8' if getattr(c.model, 'linear_impl', 'plain') == 'fp8' else ''
     launcher = ['python'] if devices == 1 else ['composer', '-n', str(dist.get_local_world_size())]
     return {
         'yaml': args.yaml, 'overrides': overrides,
@@ -226,11 +226,11 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
         'device': device, 'devices': devices, 'threads': torch.get_num_threads(),
         'versions': versions, 'parameters': model.n_params, 'seq_len': seq_len,
         'global_batch': c.global_train_batch_size, 'microbatch': state.device_train_microbatch_size,
-        'precision': precision + fp8, 'attention': ', '.join(kernels) or getattr(hf, '_attn_implementation', 'its own'),
+        'precision': precision + ', linear layers fp8' * (getattr(c.model, 'linear_impl', 'plain') == 'fp8'),
+        'attention': ', '.join(kernels) or getattr(hf, '_attn_implementation', 'its own'),
         'data': 'real' if reads_real_data(args) else 'random tokens', 'warmup': args.warmup, 'steps': len(steps),
         'ms': ms, 'ms_fastest': min(s['total'] for s in steps), 'ms_slowest': max(s['total'] for s in steps),
-        'tokens_per_second': rate, 'mfu': mfu, 'mfu_causal': mfu_causal,
-        'peak_memory': peak_memory(args),
+        'tokens_per_second': rate, 'mfu': mfu, 'mfu_causal': mfu_causal, 'peak_memory': peak_memory(args),
         'predicted_memory': predict_memory(c, devices, state.device_train_microbatch_size) if gpu else None,
         'against': {name: statistics.median(times) for name, times in watch.baseline_ms.items()},
         'profile': watch.table}

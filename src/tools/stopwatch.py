@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 from src.checkpoints.hf_layout import gpt2_config
 from src.common.errors import UserError
 from src.common.progress import progress
-from src.config.derived import resolve_precision
+from src.config.derived import compile_scope, resolve_precision
 from src.config.schema import Config, MosaicGPTConfig
 from src.loader.batch_form import split_batch
 from src.model_registry import COMPOSER_MODEL_REGISTRY
@@ -173,13 +173,13 @@ def hf_loss(model: Any, part: Any) -> torch.Tensor:
 def build_baselines(names: list[str], c: Config) -> dict[str, BareLoop]:
     """Builds the loops to compare with. `bare` trains the run's model, `hf` Hugging Face's GPT-2 of the same shape.
 
-    Raises UserError if the run uses a feature that the loop or GPT-2 does not have.
+    Where the run is compiled, torch.compile compiles the whole model of each loop, with its own settings. Raises
+    UserError if the run uses a feature that the loop or GPT-2 does not have.
     """
     rivals, m = {}, c.model
-    if names and (dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.compile_config
-                  or c.fsdp_config):
-        raise UserError('--against: a bare loop needs one device, compile_config=null, fsdp_config=null, and a number '
-                        'for device_train_microbatch_size')
+    if names and (dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.fsdp_config):
+        raise UserError('--against: a bare loop needs one device, fsdp_config=null, and a number for '
+                        'device_train_microbatch_size')
     if 'hf' in names:
         if type(m) is not MosaicGPTConfig or m.attn_within_document:
             raise UserError('--against hf: only mosaic_gpt without attn_within_document has an equal model in '
@@ -188,4 +188,6 @@ def build_baselines(names: list[str], c: Config) -> dict[str, BareLoop]:
     if 'bare' in names:
         model = COMPOSER_MODEL_REGISTRY[m.name](m.model_copy(update={'device': 'cpu'}) if hasattr(m, 'device') else m)
         rivals['bare'] = BareLoop(model, lambda model, part: model(part)['loss'], c)
+    for rival in rivals.values() if compile_scope(c.compile_config, torch.cuda.is_available()) else ():
+        rival.model.compile()
     return rivals

@@ -1,6 +1,8 @@
 """FSDP (both versions) and torch.compile: the Trainer's arguments, and the work that Composer leaves to the kit."""
 
+import logging
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any, Optional
 
 import torch
@@ -12,9 +14,12 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from src.causal_lm import LossOfLogits
 from src.common.errors import UserError
 from src.config import schema
-from src.config.derived import fsdp_version, grad_accum
+from src.config.derived import compile_scope, fsdp_version, grad_accum
+
+log = logging.getLogger(__name__)
 
 
 def build_parallelism(cfg: Optional[schema.FSDPConfig], has_gpu: bool) -> Optional[dict[str, Any]]:
@@ -75,25 +80,39 @@ def average_gradients(model: nn.Module) -> None:
         block.set_all_reduce_hook(lambda gradient: gradient.div_(factor))  # pyright: ignore[reportArgumentType]
 
 
+def free_fsdp1(model: torch.nn.Module) -> None:
+    """Frees the weights and gradients under FSDP version 1. In torch 2.11 they stay when their model is gone."""
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        flat = getattr(module, '_flat_param', None)
+        for x in (flat, getattr(flat, 'grad', None)):
+            if x is not None:
+                x.untyped_storage().resize_(0)
+
+
 def build_compile_config(cfg: Optional[schema.CompileConfig]) -> Optional[dict[str, Any]]:
     """Builds the Trainer's `compile_config` for `scope: model`; else None, because `compile_blocks` does the work."""
     return cfg.model_dump(exclude={'scope'}) if cfg and cfg.scope == 'model' else None
 
 
 def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
-    """Compiles each block separately, if the config has `scope: block`.
+    """Compiles each block separately, and the loss of a chunk of logits, if that is the scope.
 
     All blocks share one graph, FSDP's wrappers stay outside of it, and parameters keep their names. Raises UserError
     where the model's `fsdp_wrap_fn` finds no block.
     """
-    if cfg is None or cfg.scope != 'block':
+    has_gpu = torch.cuda.is_available()
+    scope, blocks = compile_scope(cfg, has_gpu), set(_find_blocks(model).values())
+    if cfg is None or scope != 'block' or cfg.scope == 'auto' and not blocks:
+        if cfg and cfg.scope == 'auto' and has_gpu:
+            log.info('compile_config.scope: auto compiles nothing: %s', 'the model has no blocks' if scope else
+                     'this machine has no C compiler, or no headers of Python')
         return
-    blocks = set(_find_blocks(model).values())
     if not blocks:
         raise UserError(f"compile_config.scope: 'block' compiles the modules that fsdp_wrap_fn selects, and "
                         f'{type(model).__name__} selects none; set scope: model')
-    for block in blocks:
+    for block in chain(blocks, (module for module in model.modules() if isinstance(module, LossOfLogits))):
         block.compile(**cfg.model_dump(exclude={'scope'}))
+    log.info('torch.compile: each block')
 
 
 class ReduceOncePerStep(Callback):

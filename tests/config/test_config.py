@@ -15,9 +15,9 @@ from src.common.errors import UserError
 from src.config import load as config
 from src.config.check import check as check_config
 from src.config.data_places import check_places
-from src.config.derived import device_batch_size, fsdp_version, grad_accum, to_batches_samples_or_tokens
+from src.config.derived import compile_scope, device_batch_size, fsdp_version, grad_accum, to_batches_samples_or_tokens
 from src.config.run_checks import check_early_stopper, check_save_folder, check_warmup
-from src.config.schema import FSDPConfig
+from src.config.schema import CompileConfig, FSDPConfig
 from src.tools import evaluate
 from src.training import plugins
 from src.training.sharding import build_parallelism
@@ -83,7 +83,7 @@ BAD = [
     (['compile_config.mode=default', 'compile_config.options.max_autotune=true'],
      ['compile_config.mode and options: torch.compile takes only one of the two']),
     (['compile_config.mode=reduce-overhead'], ["compile_config.mode: 'reduce-overhead' uses CUDA graphs", 'set compile_config.scope=model']),
-    (['compile_config.scope=layer'], ["compile_config.scope: 'layer' must be 'block' or 'model'"]),
+    (['compile_config.scope=layer'], ["compile_config.scope: 'layer' must be 'auto', 'block' or 'model'"]),
     (['compile_config.mode=fast'], ["compile_config.mode: 'fast' must be 'default', 'reduce-overhead'"]),
     (['model.flash_kernel=cudnn', 'model.attn_impl=sdpa'],
      ["model.flash_kernel: 'cudnn' works only with model.attn_impl=flash, but that is 'sdpa'; set model.attn_impl=flash"]),
@@ -421,7 +421,6 @@ def test_fp8():
     (['compile_config.backend=cudagraphs'], "compile_config.backend: 'cudagraphs' uses CUDA graphs"),
     (['compile_config.options={nonsense: 1}'], 'compile_config.options: nonsense: inductor has no such option'),
     (['model.activation_checkpointing_every=2'], 'activation_checkpointing_every: 2 has no effect'),
-    (['model.loss_impl=plain', 'model.vocab_multiple=8'], 'model.vocab_multiple: 8 works only with model.loss_impl=chunked'),
     (['model.loss_impl=plain', 'model.loss_chunk_tokens=8'], 'model.loss_chunk_tokens: 8 works only with'),
     (['compile_config.scope=model', 'fsdp_config.activation_checkpointing=true'], "compile_config.scope: 'model' does not compile blocks"),
     (['model.flash_kernel=cudnn'], "model.flash_kernel: 'cudnn' works only with model.attn_impl=flash, but that is 'auto'")])
@@ -627,6 +626,18 @@ def test_compilation_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp
         check('compile_config={}', has_gpu=has_gpu)
     check('compile_config.backend=aot_eager', has_gpu=has_gpu)
     check('compile_config={}', has_gpu=not has_gpu)  # an estimate for another machine
+
+
+def test_auto_compiles_where_a_gpu_and_a_compiler_are(monkeypatch):
+    auto, block, model = (CompileConfig(scope=scope) for scope in ('auto', 'block', 'model'))
+    assert [compile_scope(cfg, False) for cfg in (None, auto, block, model)] == [None, None, 'block', 'model']
+    assert [compile_scope(cfg, True) for cfg in (None, auto, block, model)] == [None, 'block', 'block', 'model']
+    monkeypatch.setattr('shutil.which', lambda name: None)
+    assert [compile_scope(cfg, True) for cfg in (None, auto, block, model)] == [None, None, 'block', 'model']
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    check('compile_config.scope=auto', has_gpu=True)
+    with pytest.raises(UserError, match='uses CUDA graphs'):
+        check('compile_config.scope=auto', 'compile_config.backend=cudagraphs')
 
 
 def test_an_evaluation_has_batches_of_a_microbatch_unless_set():

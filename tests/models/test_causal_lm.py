@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from src.causal_lm import IGNORE_INDEX, chunked_cross_entropy
+from src.causal_lm import IGNORE_INDEX, LossOfLogits, chunked_cross_entropy
 from src.common.errors import UserError
 from src.common.targets import get_num_tokens_in_batch
 from src.hf_causal_lm import ComposerHFCausalLM
@@ -60,6 +60,22 @@ def test_chunked_loss_under_bf16_autocast_is_close_and_keeps_dtypes(multiple):
         assert a.dtype == torch.float32 and (a - b).norm() < 2e-2 * b.norm()
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('width', [301, 320])
+def test_a_compiled_chunk_gives_the_same_loss_and_gradient(width, dtype):
+    plain, compiled = LossOfLogits(), LossOfLogits()
+    compiled.compile(backend='aot_eager')
+    logits, targets = torch.randn(40, width).to(dtype), torch.randint(0, 301, (40,))
+    targets[3:7] = IGNORE_INDEX
+    for with_grad in (True, False):
+        (loss, gradient), (want, want_gradient) = (module(logits.clone(), targets, 301, with_grad) for module in (compiled, plain))
+        assert loss.item() == pytest.approx(want.item(), rel=1e-6) and (gradient is None) == (not with_grad)
+        if with_grad:
+            assert gradient.dtype == dtype and gradient.shape == (40, width)
+            assert torch.allclose(gradient, want_gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+            assert not gradient[3:7].any() and not gradient[:, 301:].any()
+
+
 def test_no_gradient_is_computed_in_evaluation(monkeypatch):
     hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     made = []
@@ -95,7 +111,8 @@ def test_model_gradients_are_those_of_the_loss_on_full_logits():
         assert (grads[name] - p.grad).norm() <= 2e-6 * p.grad.norm(), name
 
 
-@pytest.mark.parametrize('options', [dict(vocab_multiple=64), dict(loss_impl='plain')], ids=['padded vocabulary', 'plain loss'])
+@pytest.mark.parametrize('options', [dict(vocab_multiple=64), dict(loss_impl='plain'), dict(loss_impl='plain', vocab_multiple=64)],
+                         ids=['padded vocabulary', 'plain loss', 'plain loss, padded vocabulary'])
 def test_ways_to_the_loss_are_one_model(options):
     ids = torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()

@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-import wandb
 from composer.core import Callback
 from launch import ROOT, SCRIPTS, Popen, clean_env, console, free_port, tiny
 from runs import train
@@ -82,6 +81,8 @@ def test_out_of_memory_lists_what_to_change_in_order(mds_root, capfd, monkeypatc
 
 
 def test_logs_go_on_across_starts(mds_root, tmp_path, monkeypatch):
+    import wandb  # here, because the tests for GPUs import this module and do without it
+
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     monkeypatch.setenv('WANDB_MODE', 'offline')
     wandb.teardown()  # W&B remembers the mode of an earlier test

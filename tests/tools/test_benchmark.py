@@ -165,9 +165,8 @@ def test_rivals_are_the_same_model(tmp_path: Path) -> None:
     rivals['bare'].step(batch)
     assert any(not torch.equal(a, b) for a, b in zip(before, bare.parameters(), strict=True)), 'it trains'
     assert record['peak_memory'] is None, 'it would be theirs too'
-    for override in 'compile_config={}', 'fsdp_config.sharding_strategy=FULL_SHARD':
-        with pytest.raises(UserError, match='--against: a bare loop needs one device'):
-            run(tmp_path / 'out', '--against', 'bare', override)
+    with pytest.raises(UserError, match='--against: a bare loop needs one device'):
+        run(tmp_path / 'out', '--against', 'bare', 'fsdp_config.sharding_strategy=FULL_SHARD')
     with pytest.raises(UserError, match='--against hf: only mosaic_gpt without attn_within_document'):
         run(tmp_path / 'out', '--against', 'hf', 'model.attn_within_document=true')
 
@@ -202,7 +201,7 @@ def test_each_run_of_a_sweep_is_compiled_as_if_alone(tmp_path: Path) -> None:
 
     run(tmp_path / 'out', 'compile_config.backend=recording', 'compile_config.fullgraph=true', 'device_train_microbatch_size=6',
         '--sweep', 'train_loader.dataset.max_seq_len=16,12,8')
-    assert seen == [[], [], []], 'one graph a run, and none for any length'
+    assert seen == [[]] * 6, 'a graph of blocks and one of the loss in each run, and none for any length'
 
 
 def test_settings_of_the_yamls_own_data_and_weights(tmp_path: Path) -> None:
@@ -346,10 +345,14 @@ class WatchGraphs(Watch):
 @pytest.mark.parametrize('scope', ['block', pytest.param('model', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('overrides', [['train_loader.dataset.group_method=concat'], ['device_train_microbatch_size=5'],
                                        ['model.attn_within_document=true'],
+                                       ['model.attn_within_document=true', 'fsdp_config.sharding_strategy=FULL_SHARD',
+                                        'fsdp_config.activation_checkpointing=true'],
                                        ['model.loss_impl=plain']],
-                         ids=['packed', 'padded, uneven microbatches', 'documents', 'plain loss'])
+                         ids=['packed', 'padded, uneven microbatches', 'documents', 'documents, checkpointed', 'plain loss'])
 def test_nothing_is_compiled_after_the_first_step(scope: str, overrides: list[str], mds_root: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    if scope == 'model' and 'fsdp_config.activation_checkpointing=true' in overrides:
+        pytest.skip('a model that is compiled as a whole has no checkpointing')
     monkeypatch.setitem(globals(), 'Watch', WatchGraphs)
     overrides = ['model.n_layers=5', 'max_duration=4ba', *overrides]
     plain = watched(mds_root, *overrides)
@@ -360,7 +363,9 @@ def test_nothing_is_compiled_after_the_first_step(scope: str, overrides: list[st
     assert compiled.graphs[0] > 0 and len(set(compiled.graphs)) == 1 and not counters['graph_break']
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
     sizes = 2 if 'device_train_microbatch_size=5' in overrides else 1
-    assert scope == 'model' or compiled.graphs[0] <= sizes + ('model.attn_within_document=true' in overrides), 'blocks share one'
+    losses = sizes if 'model.loss_impl=plain' not in overrides else 0
+    blocks = compiled.graphs[0] - losses
+    assert scope == 'model' or blocks <= sizes, 'blocks share one'
 
 
 def by_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, documents: Documents) -> torch.Tensor:
@@ -375,14 +380,13 @@ def by_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: flo
     return call_varlen_kernel(kernel, q, k, v)
 
 
-def in_fp32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, documents: Documents) -> torch.Tensor:
-    """The attention that `auto` chooses on a GPU in fp32."""
-    return attention.sdpa_attention(q, k, v, dropout_p, documents)
-
-
 def test_lengths_are_counted_for_those_who_take_them_alone(mds_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('in fp32', in_fp32, attention.HALF_DTYPES))
-    monkeypatch.setattr(Documents, 'prepare_cu_seqlens', lambda self: pytest.fail('counted for nothing'))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(attention, 'flash_kernel', lambda *_: ('none', lambda *_: pytest.fail('flash in fp32')))
+    chosen = attention.choose_attention('auto', 64, True)
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, 'choose_attention', lambda *_: chosen)
+    monkeypatch.setattr(attention, 'prepare_cu_seqlens', lambda *_: pytest.fail('counted for nothing'))
     watched(mds_root, 'model.attn_within_document=true', 'max_duration=2ba', 'scheduler.t_warmup=1ba')
 
 
@@ -391,11 +395,11 @@ def test_one_graph_serves_any_number_of_documents(scope: str, mds_root: Path, mo
     monkeypatch.setitem(globals(), 'Watch', WatchGraphs)
     overrides = ['model.attn_within_document=true', 'train_loader.dataset.group_method=concat', 'max_duration=6ba']
     plain = watched(mds_root, *overrides)
-    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('by lengths', by_lengths, (torch.float32,)))
+    monkeypatch.setattr(attention, 'choose_attention', lambda *_: ('by lengths', by_lengths, attention.prepare_cu_seqlens))
     torch._dynamo.reset()
     counters.clear()
     compiled = watched(mds_root, *overrides, f'compile_config.scope={scope}', 'compile_config.backend=aot_eager')
-    assert len(set(compiled.graphs)) == 1 and (scope == 'model' or compiled.graphs[0] == 1)
+    assert len(set(compiled.graphs)) == 1 and (scope == 'model' or compiled.graphs[0] == 2), 'of blocks and of the loss'
     breaks = counters['graph_break']
-    assert all('Documents.prepare_cu_seqlens' in why for why in breaks) and (scope == 'model' or not breaks)
+    assert all('prepare_cu_seqlens' in why for why in breaks) and (scope == 'model' or not breaks)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
