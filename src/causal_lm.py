@@ -4,7 +4,6 @@ A `ComposerCausalLM` wraps an `nn.Module` that returns its loss. The module comp
 of a whole microbatch would be the largest tensor of the run.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -50,6 +49,7 @@ class LossOfLogits(nn.Module):
         """Takes logits, (rows, width), of which the columns from `vocab` on are padding, and targets, (rows,).
 
         Returns the sum of the losses in fp32, and its gradient with respect to the logits, in their dtype and shape.
+        Where it is not compiled, the memory of the logits is used for the gradient.
         """
         fuses = torch.compiler.is_compiling()  # without tensors in between; else the steps reuse memory
         trained = targets != IGNORE_INDEX
@@ -57,9 +57,10 @@ class LossOfLogits(nn.Module):
         columns = torch.arange(logits.shape[1], device=logits.device)
         x = logits.float()  # (rows, width)
         if vocab < len(columns):
-            x = x.masked_fill(columns >= vocab, -math.inf) if fuses else x.masked_fill_(columns >= vocab, -math.inf)
+            lowest = torch.finfo(x.dtype).min  # exp of it is 0; compiled code on CPUs may assume that no number is inf
+            x = x.masked_fill(columns >= vocab, lowest) if fuses else x.masked_fill_(columns >= vocab, lowest)
         top = x.amax(-1, keepdim=True)  # subtracted, so that exp does not overflow
-        shifted = x.gather(1, index) - top
+        shifted = x[:, :vocab].gather(1, index) - top  # an error for targets that are no token
         exps = (x - top).exp() if fuses else x.sub_(top).exp_()
         z = exps.sum(-1, keepdim=True)
         loss = ((z.log() - shifted)[:, 0] * trained).sum()  # -log softmax at the targets
@@ -67,10 +68,8 @@ class LossOfLogits(nn.Module):
             return loss, None
         mask = trained[:, None].float()  # (rows, 1)
         if fuses:  # softmax - one_hot, 0 where there is no target
-            gradient = exps * (mask / z) - mask * (columns == index)
-        else:
-            gradient = exps.mul_(mask / z).scatter_add_(1, index, -mask)
-        return loss, gradient.to(logits.dtype)
+            return loss, (exps * (mask / z) - mask * (columns == index)).to(logits.dtype)
+        return loss, logits.copy_(exps.mul_(mask / z).scatter_add_(1, index, -mask))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -114,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden * scale, (d_weight * scale).to(ctx.weight_dtype), None, None, None, None, None, None
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 4096,
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 1024,
                           vocab_multiple: Optional[int] = None,
                           loss_of_logits: Optional[LossOfLogits] = None) -> Tensor:
     """Mean cross entropy of a linear head, without the full logits: `F.cross_entropy(hidden @ weight.T, targets)`.
@@ -145,7 +144,7 @@ def padding_multiple(hidden: Tensor, vocab_multiple: Optional[int]) -> int:
 
 
 def padded_linear(hidden: Tensor, weight: Tensor, vocab_multiple: Optional[int] = None) -> Tensor:
-    """Logits of a linear head, (batch, seq, vocab). Zero rows fill the head up to a multiple, as for `chunked`."""
+    """Logits of a linear head, (batch, seq, vocab). Zero rows fill the head up, as in `chunked_cross_entropy`."""
     if n_added := -len(weight) % padding_multiple(hidden, vocab_multiple):
         return F.linear(hidden, F.pad(weight.to(compute_dtype(hidden)), (0, 0, 0, n_added)))[..., :len(weight)]
     return F.linear(hidden, weight)

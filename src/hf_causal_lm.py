@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from src.causal_lm import ComposerCausalLM, chunked_cross_entropy, plain_cross_entropy
+from src.causal_lm import ComposerCausalLM, LossOfLogits, chunked_cross_entropy, plain_cross_entropy
 from src.common.errors import UserError, first_line
 from src.config.check import parse
 from src.config.schema import HFCausalLMConfig
@@ -54,6 +54,7 @@ class HFCausalLM(nn.Module):
         self.hf = model
         self.config = model.config
         self.block_types = tuple({type(block) for block in find_blocks(model)})
+        self.loss_of_logits = LossOfLogits()
 
     def forward(self, input_ids: Tensor, targets: Optional[Tensor] = None,
                 generate: Optional[dict[str, Any]] = None) -> Any:
@@ -69,7 +70,8 @@ class HFCausalLM(nn.Module):
         head = self.hf.get_output_embeddings()
         if targets is not None and self.hf.config.model_type in PLAIN_HEADS and getattr(head, 'bias', None) is None:
             hidden = self.hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            return chunked_cross_entropy(hidden, head.weight, targets)  # pyright: ignore
+            return chunked_cross_entropy(hidden, head.weight, targets,  # pyright: ignore
+                                         loss_of_logits=self.loss_of_logits)
         logits = self.hf(input_ids=input_ids, use_cache=False).logits  # (batch, seq, vocab)
         if targets is None:
             return logits

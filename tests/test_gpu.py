@@ -213,7 +213,7 @@ def test_the_loss_with_a_padded_vocabulary(multiple):
 
 @pytest.mark.parametrize('microbatch', [2, 8])
 def test_a_benchmark_counts_as_the_gpu_does(tmp_path, microbatch):
-    argv = ['yamls/mosaic_gpt/125m.yaml', 'model.n_layers=4', 'global_train_batch_size=8',
+    argv = ['yamls/mosaic_gpt/125m.yaml', 'model.n_layers=4', 'global_train_batch_size=8', 'compile_config=null',
             f'device_train_microbatch_size={microbatch}', 'train_loader.num_workers=0', 'train_loader.prefetch_factor=null',
             'train_loader.persistent_workers=false']
     [record] = benchmark.main(benchmark.parse_args([*argv, '--steps', '5', '--warmup', '3', '--out', str(tmp_path / 'out')]))
@@ -224,7 +224,7 @@ def test_a_benchmark_counts_as_the_gpu_does(tmp_path, microbatch):
 
 @pytest.mark.parametrize('name, microbatch', [('125m', 16), ('350m', 8), ('760m', 4), ('1b', 8), ('3b', 2)])
 def test_predicted_memory_at_full_size(tmp_path, name, microbatch):
-    argv = [f'yamls/mosaic_gpt/{name}.yaml', f'global_train_batch_size={microbatch}',
+    argv = [f'yamls/mosaic_gpt/{name}.yaml', f'global_train_batch_size={microbatch}', 'compile_config=null',
             f'device_train_microbatch_size={microbatch}', '--steps', '3', '--warmup', '2', '--out', str(tmp_path / 'out')]
     [record] = benchmark.main(benchmark.parse_args(argv))
     assert record['predicted_memory'] == pytest.approx(record['peak_memory'], rel=0.1), record

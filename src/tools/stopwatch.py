@@ -173,8 +173,9 @@ def hf_loss(model: Any, part: Any) -> torch.Tensor:
 def build_baselines(names: list[str], c: Config) -> dict[str, BareLoop]:
     """Builds the loops to compare with. `bare` trains the run's model, `hf` Hugging Face's GPT-2 of the same shape.
 
-    Where the run is compiled, torch.compile compiles the whole model of each loop, with its own settings. Raises
-    UserError if the run uses a feature that the loop or GPT-2 does not have.
+    Where the run is compiled, torch.compile compiles the whole model of each loop with its defaults: `backend`, `mode`
+    and `options` of `compile_config` do not apply. Raises UserError if the run uses a feature that the loop or GPT-2
+    does not have.
     """
     rivals, m = {}, c.model
     if names and (dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.fsdp_config):

@@ -112,7 +112,7 @@ def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
                         f'{type(model).__name__} selects none; set scope: model')
     for block in chain(blocks, (module for module in model.modules() if isinstance(module, LossOfLogits))):
         block.compile(**cfg.model_dump(exclude={'scope'}))
-    log.info('torch.compile: each block')
+    log.info('torch.compile: each block, and the loss')
 
 
 class ReduceOncePerStep(Callback):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Optional
 from unittest.mock import MagicMock
 
+import gpu_speed
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,12 @@ def test_flops_of_a_token_by_hand() -> None:
 ])
 def test_peak_of_known_gpus_alone(name: str, precision: str, tflops: Optional[float]) -> None:
     assert peak_flops(name, precision) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+@pytest.mark.parametrize('name', gpu_speed.ROWS)
+def test_rows_of_the_table_for_gpus_are_configs(name: str) -> None:
+    args = benchmark.parse_args(gpu_speed.ROWS[name])
+    check(config.load([args.yaml, *args.overrides]), REGISTRIES, 1, True)
 
 
 # ---------------------------------------------------------------- records
