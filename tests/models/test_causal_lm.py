@@ -60,8 +60,7 @@ def test_chunked_loss_under_bf16_autocast_is_close_and_keeps_dtypes(multiple):
         assert a.dtype == torch.float32 and (a - b).norm() < 2e-2 * b.norm()
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('width', [301, 320])
+@pytest.mark.parametrize('width, dtype', [(301, torch.float32), (320, torch.bfloat16)])
 def test_a_compiled_chunk_gives_the_same_loss_and_gradient(width, dtype):
     plain, compiled = LossOfLogits(), LossOfLogits()
     compiled.compile(backend='aot_eager')

@@ -589,6 +589,8 @@ def test_8_bits_need_torchao(monkeypatch):
 
 
 def test_8_bits_need_a_gpu_that_has_them(monkeypatch):
+    import torchao.float8  # noqa: F401  (here, because its first import asks the GPU, which this test invents)
+
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'NVIDIA A100-SXM4-80GB')
