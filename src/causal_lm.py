@@ -25,12 +25,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _padded(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Converts the matrix `x` to `dtype`, and adds zeros on the right and at the bottom up to `shape`."""
-    if x.shape == shape:
+def _pad_rows(x: Tensor, multiple: int, dtype: torch.dtype) -> Tensor:
+    """Converts the matrix `x` to `dtype`, and adds rows of zeros up to a multiple of their number."""
+    if not (n_added := -len(x) % multiple):
         return x.to(dtype)
-    out = x.new_zeros(shape, dtype=dtype)
-    out[:x.shape[0], :x.shape[1]] = x
+    out = x.new_zeros(len(x) + n_added, x.shape[1], dtype=dtype)
+    out[:len(x)] = x
     return out
 
 
@@ -82,8 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype,
                 with_grad: bool, multiple: int, loss_of_logits: LossOfLogits) -> Tensor:
-        vocab, width = len(weight), len(weight) + -len(weight) % multiple  # width: vocab, rounded up
-        w = _padded(weight, (width, weight.shape[1]), dtype)
+        vocab, w = len(weight), _pad_rows(weight, multiple, dtype)
         n_targets = (targets != IGNORE_INDEX).sum().clamp(min=1)
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_grad else None
@@ -145,9 +144,8 @@ def padding_multiple(hidden: Tensor, vocab_multiple: Optional[int]) -> int:
 
 def padded_linear(hidden: Tensor, weight: Tensor, vocab_multiple: Optional[int] = None) -> Tensor:
     """Logits of a linear head, (batch, seq, vocab). Zero rows fill the head up, as in `chunked_cross_entropy`."""
-    if n_added := -len(weight) % padding_multiple(hidden, vocab_multiple):
-        return F.linear(hidden, F.pad(weight.to(compute_dtype(hidden)), (0, 0, 0, n_added)))[..., :len(weight)]
-    return F.linear(hidden, weight)
+    w = _pad_rows(weight, padding_multiple(hidden, vocab_multiple), compute_dtype(hidden))
+    return F.linear(hidden, w)[..., :len(weight)]
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

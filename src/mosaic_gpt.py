@@ -121,10 +121,10 @@ class MosaicGPT(nn.Module):
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)
         self.loss_of_logits = LossOfLogits()
         self.tie_weights()
-        attentions = [module for module in self.blocks.modules() if isinstance(module, CausalAttention)]
-        for kernel in sorted({attention.kernel for attention in attentions}):
+        self.prepares = {module.kernel: module.prepare for module in self.blocks.modules()
+                         if isinstance(module, CausalAttention)}
+        for kernel in sorted(self.prepares):
             log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
-        self.prepares = {attention.kernel: attention.prepare for attention in attentions}
         self.initialiser = Initialiser(self, cfg)
         if cfg.device != 'meta':
             self.init_weights()

@@ -43,7 +43,6 @@ ROWS = {
     '1b': run('1b', 8, 8, *BLOCK, WHOLE),
     '1b fp8': run('1b', 8, 8, *BLOCK, WHOLE, 'model.linear_impl=fp8'),
     '3b': run('3b', 4, 8, *BLOCK, WHOLE),
-    '7b': run('7b', 2, 8, *BLOCK, WHOLE),
     '1b checkpointed': run('1b', 16, 4, *BLOCK),
     '125m off': run('125m', 32, 2, *OFF),
     '350m off': run('350m', 32, 2, *OFF),
@@ -64,6 +63,8 @@ ROWS = {
     '125m gelu_tanh': run('125m', 32, 2, *BLOCK, 'model.mlp_act=gelu_tanh'),
     '125m profile': run('125m', 32, 2, *BLOCK, '--profile'),
     '1b profile': run('1b', 8, 2, *BLOCK, WHOLE, '--profile'),
+    # last, because a run that does not fit leaves memory behind
+    '7b': run('7b', 2, 8, *BLOCK, WHOLE),
 }
 
 

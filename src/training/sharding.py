@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any, Optional
 
 import torch
@@ -80,7 +79,7 @@ def average_gradients(model: nn.Module) -> None:
         block.set_all_reduce_hook(lambda gradient: gradient.div_(factor))  # pyright: ignore[reportArgumentType]
 
 
-def free_fsdp1(model: torch.nn.Module) -> None:
+def free_fsdp1(model: nn.Module) -> None:
     """Frees the weights and gradients under FSDP version 1. In torch 2.11 they stay when their model is gone."""
     for module in FullyShardedDataParallel.fsdp_modules(model):
         flat = getattr(module, '_flat_param', None)
@@ -101,18 +100,21 @@ def compile_blocks(cfg: Optional[schema.CompileConfig], model: Any) -> None:
     where the model's `fsdp_wrap_fn` finds no block.
     """
     has_gpu = torch.cuda.is_available()
-    scope, blocks = compile_scope(cfg, has_gpu), set(_find_blocks(model).values())
-    if cfg is None or scope != 'block' or cfg.scope == 'auto' and not blocks:
+    if cfg is None or compile_scope(cfg, has_gpu) != 'block':
         if cfg and cfg.scope == 'auto' and has_gpu:
-            log.info('compile_config.scope: auto compiles nothing: %s', 'the model has no blocks' if scope else
-                     'this machine has no C compiler, or no headers of Python')
+            log.info('compile_config.scope: auto compiles nothing: no C compiler, or no headers of Python')
+        return
+    blocks = set(_find_blocks(model).values())
+    if not blocks and cfg.scope == 'auto':
+        log.info('compile_config.scope: auto compiles nothing: the model has no blocks')
         return
     if not blocks:
         raise UserError(f"compile_config.scope: 'block' compiles the modules that fsdp_wrap_fn selects, and "
                         f'{type(model).__name__} selects none; set scope: model')
-    for block in chain(blocks, (module for module in model.modules() if isinstance(module, LossOfLogits))):
-        block.compile(**cfg.model_dump(exclude={'scope'}))
-    log.info('torch.compile: each block, and the loss')
+    losses = [module for module in model.modules() if isinstance(module, LossOfLogits)]
+    for module in (*blocks, *losses):
+        module.compile(**cfg.model_dump(exclude={'scope'}))
+    log.info('torch.compile: each block%s', ', and the loss' if losses else '')
 
 
 class ReduceOncePerStep(Callback):

@@ -70,7 +70,8 @@ def test_peak_of_known_gpus_alone(name: str, precision: str, tflops: Optional[fl
 @pytest.mark.parametrize('name', gpu_speed.ROWS)
 def test_rows_of_the_table_for_gpus_are_configs(name: str) -> None:
     args = benchmark.parse_args(gpu_speed.ROWS[name])
-    check(config.load([args.yaml, *args.overrides]), REGISTRIES, 1, True)
+    c = check(config.load([args.yaml, *args.overrides]), REGISTRIES, 1, True)
+    assert c.global_train_batch_size % int(c.device_train_microbatch_size) == 0, 'microbatches of one size'
 
 
 # ---------------------------------------------------------------- records
@@ -349,19 +350,18 @@ class WatchGraphs(Watch):
         self.losses.append(float(state.loss))
 
 
-@pytest.mark.parametrize('scope', ['block', pytest.param('model', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('overrides', [['train_loader.dataset.group_method=concat'], ['device_train_microbatch_size=5'],
-                                       ['model.attn_within_document=true'],
-                                       ['model.attn_within_document=true', 'fsdp_config.sharding_strategy=FULL_SHARD',
-                                        'fsdp_config.activation_checkpointing=true'],
-                                       ['model.loss_impl=plain']],
-                         ids=['packed', 'padded, uneven microbatches', 'documents', 'documents, checkpointed', 'plain loss'])
-def test_nothing_is_compiled_after_the_first_step(scope: str, overrides: list[str], mds_root: Path,
+COMPILED = {'packed': ['train_loader.dataset.group_method=concat'], 'padded, uneven': ['device_train_microbatch_size=5'],
+            'documents': ['model.attn_within_document=true'], 'plain loss': ['model.loss_impl=plain']}
+CHECKPOINTED = {'documents, checkpointed': [  # which a model that is compiled as a whole does not have
+    'model.attn_within_document=true', 'fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.activation_checkpointing=true']}
+
+
+@pytest.mark.parametrize('scope, case', [*(('block', case) for case in COMPILED | CHECKPOINTED),
+                                         *(pytest.param('model', case, marks=pytest.mark.slow) for case in COMPILED)])
+def test_nothing_is_compiled_after_the_first_step(scope: str, case: str, mds_root: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    if scope == 'model' and 'fsdp_config.activation_checkpointing=true' in overrides:
-        pytest.skip('a model that is compiled as a whole has no checkpointing')
     monkeypatch.setitem(globals(), 'Watch', WatchGraphs)
-    overrides = ['model.n_layers=5', 'max_duration=4ba', *overrides]
+    overrides = ['model.n_layers=5', 'max_duration=4ba', *(COMPILED | CHECKPOINTED)[case]]
     plain = watched(mds_root, *overrides)
     torch._dynamo.reset()
     counters.clear()
