@@ -1,7 +1,7 @@
 """Causal self-attention: the formula, the layer, then the choice of a kernel.
 
 Every implementation takes queries, keys and values of shape (batch, seq, heads, head_dim) and returns the same shape.
-There is no padding mask: `MosaicGPT` moves padding to the right end of each row, where causal attention hides it.
+There is no padding mask: the model moves padding to the right end of each row, where causal attention hides it.
 Where a row holds several documents, `Documents` keeps attention within each of them.
 """
 
@@ -57,6 +57,7 @@ class CausalAttention(nn.Module):
         self.kernel, self.attention, self.prepare = choose_attention(cfg.attn_impl, self.head_dim,
                                                                      cfg.attn_within_document, cfg.flash_kernel)
         self.Wqkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, device=cfg.device)
+        self.fused_rows = {'Wqkv.weight': [cfg.d_model] * 3}  # which Muon treats as separate matrices
         self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, device=cfg.device)
 
     def forward(self, x: Tensor, documents: Optional['Documents'] = None) -> Tensor:

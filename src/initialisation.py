@@ -1,20 +1,19 @@
-"""Initial weights of GPT-2 (Radford et al. 2019): the same on any number of ranks, sharded or not, on the CPU or meta.
+"""Initial weights of the GPTs: the same on any number of ranks, sharded or not, on the CPU or meta.
 
-| parameter                                  | initial value                           |
-|--------------------------------------------|-----------------------------------------|
-| weights of wte, wpe, Wqkv, mlp_up          | normal, std init_std                    |
-| weights of out_proj, mlp_down              | normal, std init_std / sqrt(2 n_layers) |
-| weight of any other Linear or Embedding    | normal, std init_std                    |
-| bias of every Linear                       | 0                                       |
-| weight and bias of LayerNorm               | 1 and 0                                 |
-| parameters and buffers of any other module | set by the module's `reset_parameters`  |
+| parameter                                  | mosaic_gpt (Radford et al. 2019)        | modern_gpt           |
+|--------------------------------------------|-----------------------------------------|----------------------|
+| weights of wte, wpe, Wqkv, mlp_up, gate_up | normal, std init_std                    | normal, std init_std |
+| weights of out_proj, mlp_down              | normal, std init_std / sqrt(2 n_layers) | 0                    |
+| weight of any other Linear or Embedding    | normal, std init_std                    | normal, std init_std |
+| bias of every Linear                       | 0                                       | no biases            |
+| weight and bias of LayerNorm and RMSNorm   | 1 and 0                                 | 1, no biases         |
+| parameters and buffers of any other module | set by the module's `reset_parameters`  | the same             |
 
 Each parameter has its own seed, made from `init_seed` and the parameter's name. A large parameter is drawn in chunks of
 whole rows, each with its own seed. So each rank draws only the chunks that its shard touches, in several threads.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from src.common.errors import UserError
-from src.config.schema import MosaicGPTConfig
+from src.config.schema import GPTConfig
 
 CHUNK = 2**19  # numbers in a chunk, which has at least one row; the quick start's largest parameter is one chunk
 # Names of the inner module in the wrappers of FSDP1, activation checkpointing and torch.compile
@@ -50,7 +49,8 @@ def skip_initialisation(skip: bool) -> Iterator[None]:
 class Initialiser:
     """Sets the initial values of a model's modules, by the table above.
 
-    Raises UserError if other code has written into a Linear or an Embedding on meta, because these values are lost.
+    `residual_std` is the standard deviation of `out_proj` and `mlp_down`. Raises UserError if other code has written
+    into a Linear or an Embedding on meta, because these values are lost.
 
     Attributes:
         has_values: Whether modules hold the values that their constructors set. False: they come from meta.
@@ -58,8 +58,8 @@ class Initialiser:
         user_set: Names of weights and biases of layers that the user's code has set; they keep these values.
     """
 
-    def __init__(self, model: nn.Module, cfg: MosaicGPTConfig):
-        self.model, self.cfg = model, cfg
+    def __init__(self, model: nn.Module, cfg: GPTConfig, residual_std: float):
+        self.model, self.cfg, self.residual_std = model, cfg, residual_std
         self.has_values = False
         self.draws = not _loads_weights.get()
         self.user_set = find_user_set_params(model)
@@ -96,7 +96,7 @@ class Initialiser:
             param.zero_()
         elif name not in self.user_set:
             residual = name.endswith(('out_proj.weight', 'mlp_down.weight'))
-            std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)
+            std = self.residual_std if residual else self.cfg.init_std
             draw_normal(param, std, f'{self.cfg.init_seed}:{name}', zero_row)
 
     def _reset(self, module: nn.Module, path: str, tensors: dict[str, Tensor], tied: set[str]) -> None:

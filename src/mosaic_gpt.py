@@ -5,6 +5,7 @@ embedding. `initialisation.py` tabulates the initial weights.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any, Optional, Union
@@ -26,7 +27,7 @@ from src.causal_lm import (
 from src.common.errors import UserError
 from src.config.check import parse
 from src.config.model_checks import heads_error
-from src.config.schema import MosaicGPTConfig
+from src.config.schema import GPTConfig, MosaicGPTConfig
 from src.initialisation import Initialiser, materialize_parameters, unwrap
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ def compute_in_fp8(blocks: nn.Module) -> str:
 class MosaicGPT(nn.Module):
     """The model. Composer's FSDP calls `fsdp_wrap_fn`, `activation_checkpointing_fn` and `param_init_fn`.
 
+    A model of other layers derives from this class: see `modern_gpt.py`.
+
     Args:
         cfg: `MosaicGPTConfig`, or a mapping with its keys. With `device: meta` the parameters take no memory until
             `materialize`, or Composer's FSDP, moves them to a device and draws them.
@@ -99,18 +102,15 @@ class MosaicGPT(nn.Module):
         UserError: A key is unknown, or a value is impossible.
     """
 
-    def __init__(self, cfg: Union[MosaicGPTConfig, Mapping[str, Any]]):
+    config_class: type[GPTConfig] = MosaicGPTConfig
+
+    def __init__(self, cfg: Union[GPTConfig, Mapping[str, Any]]):
         super().__init__()
-        self.cfg = cfg = parse(MosaicGPTConfig, cfg)
+        self.cfg: Any = parse(self.config_class, cfg)
+        cfg = self.cfg
         if error := heads_error(cfg):
             raise UserError(error)
-        self.transformer = nn.ModuleDict({
-            'wte': nn.Embedding(cfg.vocab_size, cfg.d_model, device=cfg.device),
-            'wpe': nn.Embedding(cfg.max_seq_len, cfg.d_model, device=cfg.device),
-            'emb_dropout': nn.Dropout(cfg.emb_pdrop),
-            'blocks': nn.ModuleList([GPTBlock(cfg) for _ in range(cfg.n_layers)]),
-            'ln_f': nn.LayerNorm(cfg.d_model, device=cfg.device),
-        })
+        self.transformer = self.build_layers(cfg)
         for block in self.blocks:
             if cfg.attn_within_document and len(signature(block.forward).parameters) < 2:
                 raise UserError(f'model.attn_within_document: true, but forward of {type(block).__name__} takes no '
@@ -118,16 +118,35 @@ class MosaicGPT(nn.Module):
                                 'model.attn_within_document=false')
         if cfg.linear_impl == 'fp8':
             log.info('linear layers: %s', compute_in_fp8(self.blocks))
-        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)
+        self.lm_head = self.build_head(cfg)
         self.loss_of_logits = LossOfLogits()
         self.tie_weights()
-        self.prepares = {module.kernel: module.prepare for module in self.blocks.modules()
-                         if isinstance(module, CausalAttention)}
+        self.prepares: dict[str, Any] = {module.kernel: module.prepare for module in self.blocks.modules()
+                                         if hasattr(module, 'kernel')}
         for kernel in sorted(self.prepares):
             log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
-        self.initialiser = Initialiser(self, cfg)
+        self.initialiser = Initialiser(self, cfg, self.residual_std(cfg))
         if cfg.device != 'meta':
             self.init_weights()
+
+    def build_layers(self, cfg: Any) -> nn.ModuleDict:
+        """Builds the layers: `wte`, `blocks` and `ln_f`, and those that `embed` needs."""
+        return nn.ModuleDict({
+            'wte': nn.Embedding(cfg.vocab_size, cfg.d_model, device=cfg.device),
+            'wpe': nn.Embedding(cfg.max_seq_len, cfg.d_model, device=cfg.device),
+            'emb_dropout': nn.Dropout(cfg.emb_pdrop),
+            'blocks': nn.ModuleList([GPTBlock(cfg) for _ in range(cfg.n_layers)]),
+            'ln_f': nn.LayerNorm(cfg.d_model, device=cfg.device),
+        })
+
+    def build_head(self, cfg: Any) -> nn.Linear:
+        """Builds the layer that turns (batch, seq, d_model) into logits."""
+        return nn.Linear(cfg.d_model, cfg.vocab_size, bias=False, device=cfg.device)
+
+    @staticmethod
+    def residual_std(cfg: Any) -> float:
+        """The standard deviation of the weights `out_proj` and `mlp_down`, which write into the residual stream."""
+        return cfg.init_std / math.sqrt(2 * cfg.n_layers)
 
     @property
     def blocks(self) -> Any:
@@ -153,6 +172,9 @@ class MosaicGPT(nn.Module):
         Returns:
             Logits, (batch, seq, vocab), or the mean cross entropy over the targets in nats.
         """
+        if (seq_len := input_ids.shape[1]) > self.cfg.max_seq_len:
+            raise UserError(f'a batch of sequence length {seq_len} does not fit '
+                            f'model.max_seq_len {self.cfg.max_seq_len}; give shorter samples, or set a larger one')
         order = None
         if key_padding_mask is not None:
             order = padding_right_order(key_padding_mask)
@@ -160,7 +182,9 @@ class MosaicGPT(nn.Module):
             targets = None if targets is None else targets.gather(1, order)
             sequence_id = None if sequence_id is None else sequence_id.gather(1, order)
         documents = None if sequence_id is None else Documents(sequence_id)
-        x = self._embed(input_ids, documents)
+        x = self.embed(input_ids, documents)  # (batch, seq, d_model)
+        for prepare in self.prepares.values() if documents else ():
+            prepare(documents, compute_dtype(x))
         for block in self.blocks:
             x = block(x, documents) if documents else block(x)  # (batch, seq, d_model)
         x = self.transformer['ln_f'](x)
@@ -170,18 +194,10 @@ class MosaicGPT(nn.Module):
             x = x.gather(1, order.argsort(1)[:, :, None].expand_as(x))
         return self.lm_head(x)  # (batch, seq, vocab)
 
-    def _embed(self, input_ids: Tensor, documents: Optional[Documents]) -> Tensor:
+    def embed(self, input_ids: Tensor, documents: Optional[Documents]) -> Tensor:
         """Token plus position embedding, (batch, seq, d_model)."""
-        seq_len = input_ids.shape[1]
-        if seq_len > self.cfg.max_seq_len:
-            raise UserError(f'a batch of sequence length {seq_len} does not fit '
-                            f'model.max_seq_len {self.cfg.max_seq_len}; give shorter samples, or set a larger one')
-        positions = documents.positions if documents else torch.arange(seq_len, device=input_ids.device)
-        x = self.transformer['emb_dropout'](self.transformer['wte'](input_ids) + self.transformer['wpe'](positions))
-        if documents:
-            for prepare in self.prepares.values():
-                prepare(documents, compute_dtype(x))
-        return x
+        positions = documents.positions if documents else torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.transformer['emb_dropout'](self.transformer['wte'](input_ids) + self.transformer['wpe'](positions))
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         head, cfg = self.lm_head, self.cfg

@@ -457,12 +457,12 @@ def test_the_guides_optimizer(mds_root, tmp_path):
                              if 'lion' in found[i])
     copy_of_the_kit(tmp_path)
     schema, builder = tmp_path / 'src/config/schema.py', tmp_path / 'src/optimizers.py'
-    old, line = schema.read_text(), "    name: Literal['decoupled_adamw', 'adamw'] = 'decoupled_adamw'\n"
+    old, line = schema.read_text(), "    name: Literal['decoupled_adamw', 'adamw', 'muon'] = 'decoupled_adamw'\n"
     assert old.count(line) == 1
     schema.write_text(old.replace(line, textwrap.indent(name, '    ')))
     old = builder.read_text()
-    start, end = old.index('def build_optimizer('), old.index('def build_scheduler(')
-    builder.write_text(f'{old[:start]}{lion}\n\n{build}\n\n{old[end:]}')
+    function, line = old.index('def build_optimizer('), old.index('    cls = {')
+    builder.write_text(f'{old[:function]}{lion}\n\n{old[function:line]}{textwrap.indent(build, "    ")}\n{old[line:]}')
 
     def train(duration: str, *argv: str) -> dict[int, float]:
         command = [str(SCRIPTS / 'composer'), '-n', '2', 'main.py', QUICKSTART, *tiny(mds_root), 'optimizer.name=lion',

@@ -6,7 +6,7 @@ from typing import Optional
 
 from src.common.errors import UserError
 from src.config.data_places import is_url, read_columns, stream_errors, streams_of
-from src.config.schema import Config, DatasetConfig, LoaderConfig, MosaicGPTConfig
+from src.config.schema import Config, DatasetConfig, GPTConfig, LoaderConfig
 
 CONCAT_EVALUATION_ERROR = ("eval_loader.dataset.group_method: 'concat' has no fixed set of samples to evaluate; "
                            'set truncate, or evaluate on packed tokens')
@@ -47,7 +47,7 @@ def loader_sections(c: Config) -> dict[str, LoaderConfig]:
 
 def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> Iterator[str]:
     data = loader.dataset
-    if isinstance(c.model, MosaicGPTConfig) and data.max_seq_len > c.model.max_seq_len:
+    if isinstance(c.model, GPTConfig) and data.max_seq_len > c.model.max_seq_len:
         yield (f'{name}.dataset.max_seq_len: {data.max_seq_len} is above model.max_seq_len {c.model.max_seq_len}; '
                f'set model.max_seq_len={data.max_seq_len}, or {name}.dataset.max_seq_len={c.model.max_seq_len}')
     for key in ('prefetch_factor', 'persistent_workers', 'timeout'):

@@ -10,11 +10,11 @@ as arguments.
 import math
 import os
 from fractions import Fraction
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from src.common.errors import UserError
 from src.common.machine import compiler_errors
-from src.config.schema import TIME, CompileConfig, Config, FSDPConfig
+from src.config.schema import TIME, CompileConfig, Config, FSDPConfig, ModernGPTConfig
 
 
 def device_batch_size(global_batch_size: int, world_size: int) -> int:
@@ -34,6 +34,20 @@ def device_batch_size(global_batch_size: int, world_size: int) -> int:
 def grad_accum(device_batch: int, microbatch: int) -> int:
     """Microbatches per optimizer step; the last one may be smaller."""
     return -(-device_batch // microbatch)
+
+
+class ModernShape(NamedTuple):
+    """Sizes of a `modern_gpt` that the config may leave out."""
+
+    head_dim: int
+    n_kv_heads: int
+    d_hidden: int
+
+
+def modern_shape(cfg: ModernGPTConfig) -> ModernShape:
+    """SwiGLU has three matrices where an MLP with GELU has two, so 8/3 d_model costs as much as 4 d_model there."""
+    return ModernShape(cfg.head_dim or cfg.d_model // cfg.n_heads, cfg.n_kv_heads or cfg.n_heads,
+                       cfg.d_hidden or -(-8 * cfg.d_model // (3 * 128)) * 128)
 
 
 def resolve_precision(name: str, has_gpu: bool) -> str:

@@ -5,15 +5,24 @@ from typing import Optional
 
 from src.common.machine import compiler_errors
 from src.config.data_checks import loader_sections
-from src.config.derived import fsdp_version
-from src.config.schema import CompileConfig, Config, FSDPConfig, HFCausalLMConfig, MosaicGPTConfig
+from src.config.derived import fsdp_version, modern_shape
+from src.config.schema import CompileConfig, Config, FSDPConfig, GPTConfig, HFCausalLMConfig, ModernGPTConfig
 
 HF_SIZES = ('n_embd', 'n_layer', 'n_head', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size')
 FLASH_NEEDS_GPU = "model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto (or sdpa)"
 
 
-def heads_error(model: MosaicGPTConfig) -> Optional[str]:
-    """The message for a number of heads that does not divide the width; None where it does."""
+def heads_error(model: GPTConfig) -> Optional[str]:
+    """The message for numbers or sizes of heads that the model cannot have; None if there is no mistake."""
+    if isinstance(model, ModernGPTConfig):
+        head_dim, n_kv_heads, _ = modern_shape(model)
+        if model.n_heads % n_kv_heads:
+            divisors = ', '.join(str(i) for i in range(1, model.n_heads + 1) if model.n_heads % i == 0)
+            return f'model.n_kv_heads: {n_kv_heads} does not divide model.n_heads {model.n_heads}; these do: {divisors}'
+        if model.head_dim is not None or model.d_model % model.n_heads == 0:
+            return None if head_dim % 2 == 0 else (
+                f'model.head_dim: {head_dim} (if not set, d_model / n_heads) is odd, but RoPE turns pairs of features; '
+                'set an even number')
     if model.d_model % model.n_heads == 0:
         return None
     divisors = ', '.join(str(i) for i in range(1, min(model.d_model, 128) + 1) if model.d_model % i == 0)
@@ -28,7 +37,7 @@ def model_errors(c: Config, has_gpu: bool) -> Iterator[str]:
                    'model.config_overrides.model_type, such as gpt2')
         yield from (f'model.config_overrides.{key}: {n} must be greater than 0' for key, n in
                     c.model.config_overrides.items() if key in HF_SIZES and isinstance(n, int) and n <= 0)
-    elif isinstance(c.model, MosaicGPTConfig):
+    elif isinstance(c.model, GPTConfig):
         if error := heads_error(c.model):
             yield error
         yield from _attention_errors(c, c.model, has_gpu)
@@ -39,7 +48,7 @@ def model_errors(c: Config, has_gpu: bool) -> Iterator[str]:
         yield from _compile_errors(c, c.compile_config, has_gpu)
 
 
-def _attention_errors(c: Config, model: MosaicGPTConfig, has_gpu: bool) -> Iterator[str]:
+def _attention_errors(c: Config, model: GPTConfig, has_gpu: bool) -> Iterator[str]:
     if model.attn_impl == 'flash' and not has_gpu:
         yield FLASH_NEEDS_GPU
     elif model.attn_impl == 'flash' and c.precision == 'fp32':
@@ -48,20 +57,22 @@ def _attention_errors(c: Config, model: MosaicGPTConfig, has_gpu: bool) -> Itera
     if model.flash_kernel != 'auto' and model.attn_impl != 'flash':
         yield (f'model.flash_kernel: {model.flash_kernel!r} works only with model.attn_impl=flash, but that is '
                f'{model.attn_impl!r}; set model.attn_impl=flash, or model.flash_kernel=auto')
-    if model.flash_kernel in ('flash-attn-3', 'flash-attn-4') and model.attn_pdrop:
+    if model.flash_kernel in ('flash-attn-3', 'flash-attn-4') and (dropout := getattr(model, 'attn_pdrop', 0)):
         yield (f'model.flash_kernel: {model.flash_kernel!r} has no dropout, but model.attn_pdrop is '
-               f'{model.attn_pdrop}; set model.attn_pdrop=0, or model.flash_kernel=auto')
+               f'{dropout}; set model.attn_pdrop=0, or model.flash_kernel=auto')
 
 
-def _layer_errors(c: Config, model: MosaicGPTConfig) -> Iterator[str]:
+def _layer_errors(c: Config, model: GPTConfig) -> Iterator[str]:
     """Shapes that fp8 cannot compute, and settings that would have no effect."""
     lengths = {f'{name}.dataset.max_seq_len': loader.dataset.max_seq_len for name, loader in loader_sections(c).items()}
+    if isinstance(model, ModernGPTConfig):
+        lengths['model.d_hidden'] = modern_shape(model).d_hidden
     uneven = [f'{key} is {n}' for key, n in {'model.d_model': model.d_model, **lengths}.items() if n % 16]
     if model.linear_impl == 'fp8' and uneven:
         yield (f"model.linear_impl: 'fp8' needs multiples of 16, but {' and '.join(uneven)}; change the value, or set "
                'model.linear_impl=plain')
     chunk = model.loss_chunk_tokens
-    if model.loss_impl == 'plain' and chunk != MosaicGPTConfig.model_fields['loss_chunk_tokens'].default:
+    if model.loss_impl == 'plain' and chunk != GPTConfig.model_fields['loss_chunk_tokens'].default:
         yield (f"model.loss_chunk_tokens: {chunk} works only with model.loss_impl=chunked, but that is 'plain'; remove "
                'loss_chunk_tokens, or set model.loss_impl=chunked')
     every, f = model.activation_checkpointing_every, c.fsdp_config
@@ -71,7 +82,10 @@ def _layer_errors(c: Config, model: MosaicGPTConfig) -> Iterator[str]:
 
 
 def _fsdp_errors(c: Config, f: FSDPConfig, has_gpu: bool) -> Iterator[str]:
-    if f.version == 1 and not has_gpu:
+    if f.version == 1 and c.optimizer.name == 'muon':
+        yield ("optimizer.name: 'muon' needs whole matrices, which fsdp_config.version 1 flattens; set "
+               'fsdp_config.version=2 (also what null means with muon)')
+    elif f.version == 1 and not has_gpu:
         yield 'fsdp_config.version: 1 needs a GPU; set fsdp_config.version=null, which is version 2 on CPUs'
     elif (f.version or (1 if has_gpu else 2)) == 1:
         yield from _version_1_errors(c, f)

@@ -68,32 +68,51 @@ class TokenizerConfig(Section):
     max_seq_len: Length
 
 
-class MosaicGPTConfig(Section):
-    """`model:` with `name: mosaic_gpt`."""
+class GPTConfig(Section):
+    """The settings that all GPTs of the kit share."""
 
-    name: Literal['mosaic_gpt'] = 'mosaic_gpt'
+    name: str
     device: Literal['cpu', 'meta'] = 'cpu'  # meta: the weights take no memory until FSDP draws each shard
     d_model: Count
     n_heads: Count
     n_layers: Count
-    mlp_ratio: Count = 4
     max_seq_len: Length
     vocab_size: Count
     init_std: float = Field(default=0.02, gt=0)
     init_seed: InitSeed = 17  # a YAML that leaves it out gets the value of `seed`
-    mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
     attn_impl: Literal['torch', 'sdpa', 'flash', 'auto'] = 'auto'
     # Only for attn_impl flash
     flash_kernel: Literal['auto', 'cudnn', 'pytorch', 'flash-attn-2', 'flash-attn-3', 'flash-attn-4'] = 'auto'
     attn_within_document: bool = False  # true: no attention across documents; positions start at 0 in each
-    attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
     linear_impl: Literal['plain', 'fp8'] = 'plain'  # for the linear layers in the blocks
     loss_impl: Literal['chunked', 'plain'] = 'chunked'  # plain: all logits at once, which torch.compile can fuse
     loss_chunk_tokens: Count = 4096  # tokens per chunk; only one chunk's logits are in memory
     vocab_multiple: Optional[Count] = None  # pads the logits to this multiple in the loss; null: 64 on a GPU, else 1
     activation_checkpointing_every: Count = 1  # n: checkpoints every n-th block, if fsdp_config turns it on
+
+
+class MosaicGPTConfig(GPTConfig):
+    """`model:` with `name: mosaic_gpt`."""
+
+    name: Literal['mosaic_gpt'] = 'mosaic_gpt'
+    mlp_ratio: Count = 4
+    mlp_act: Literal['gelu', 'gelu_tanh'] = 'gelu'
+    attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ModernGPTConfig(GPTConfig):
+    """`model:` with `name: modern_gpt`."""
+
+    name: Literal['modern_gpt']
+    n_kv_heads: Optional[Count] = None  # heads of keys and values, each for n_heads / n_kv_heads queries; null: n_heads
+    head_dim: Optional[Count] = None  # null: d_model / n_heads
+    d_hidden: Optional[Count] = None  # width of the MLP; null: 8/3 d_model, rounded up to a multiple of 128
+    rope_theta: float = Field(default=1e4, gt=1)  # base of the wavelengths of RoPE; larger for longer sequences
+    norm_eps: float = Field(default=1e-6, gt=0)
+    tie_embeddings: bool = True  # the head uses the weight of the token embedding
+    logit_softcap: Optional[float] = Field(default=None, gt=0)  # logits become softcap * tanh(logits / softcap)
 
 
 class HFCausalLMConfig(Section):
@@ -107,7 +126,7 @@ class HFCausalLMConfig(Section):
     trust_remote_code: bool = False
 
 
-ModelConfig = Union[MosaicGPTConfig, HFCausalLMConfig]
+ModelConfig = Union[MosaicGPTConfig, ModernGPTConfig, HFCausalLMConfig]
 MODEL_CONFIGS: dict[str, type[Section]] = {
     get_args(cls.model_fields['name'].annotation)[0]: cls for cls in get_args(ModelConfig)}
 
@@ -171,19 +190,24 @@ class LoaderConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal['decoupled_adamw', 'adamw'] = 'decoupled_adamw'
+    name: Literal['decoupled_adamw', 'adamw', 'muon'] = 'decoupled_adamw'
     lr: float = Field(gt=0)
-    betas: list[float] = [0.9, 0.95]
+    betas: list[float] = [0.9, 0.95]  # of Adam; Muon has Adam for embeddings, head, norms and biases
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    fused: bool = True  # update all parameters in one kernel
+    fused: bool = True  # update all parameters in one kernel; of Muon, those that have Adam
+    momentum: float = Field(default=0.95, ge=0, lt=1)  # only muon
+    cautious: bool = False  # only muon: decay only weights that the update of this step makes smaller
 
 
 class SchedulerConfig(Section):
-    name: Literal['cosine_with_warmup', 'constant_with_warmup', 'linear_decay_with_warmup'] = 'cosine_with_warmup'
+    name: Literal['cosine_with_warmup', 'constant_with_warmup', 'linear_decay_with_warmup',
+                  'warmup_stable_decay'] = 'cosine_with_warmup'
     t_warmup: TimeString
     alpha_f: float = Field(default=0.1, ge=0, le=1)
     t_max: TimeString = '1dur'
+    cooldown: float = Field(default=0.4, gt=0, le=1)  # only warmup_stable_decay: the last part of the run, which decays
+    cooldown_shape: Literal['linear', '1-sqrt'] = 'linear'  # only warmup_stable_decay
 
 
 class FSDPConfig(Section):
@@ -276,11 +300,17 @@ class Config(Section):
 
     @model_validator(mode='before')
     @classmethod
-    def _default_eval_batch_size(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or raw.get('device_eval_batch_size') is not None:
+    def _defaults_that_follow(cls, raw: Any) -> Any:
+        """The evaluation's batch size is the microbatch. Muon takes FSDP version 2, which keeps matrices whole."""
+        if not isinstance(raw, dict):
             return raw
-        microbatch = raw.get('device_train_microbatch_size')
-        return {**raw, 'device_eval_batch_size': microbatch} if isinstance(microbatch, int) and microbatch > 0 else raw
+        microbatch, optimizer, fsdp = map(raw.get, ('device_train_microbatch_size', 'optimizer', 'fsdp_config'))
+        if raw.get('device_eval_batch_size') is None and isinstance(microbatch, int) and microbatch > 0:
+            raw = {**raw, 'device_eval_batch_size': microbatch}
+        is_muon = isinstance(optimizer, dict) and optimizer.get('name') == 'muon'
+        if is_muon and isinstance(fsdp, dict) and fsdp.get('version') is None:
+            raw = {**raw, 'fsdp_config': {**fsdp, 'version': 2}}
+        return raw
 
 
 # ---------------------------------------------------------------- types of settings

@@ -8,13 +8,12 @@ from src.common.errors import UserError
 from src.common.flops import ASSUMED_MFU, Card, train_flops_per_token
 from src.config.derived import device_batch_size, resolve_precision
 from src.config.schema import TIME, Config, FSDPConfig
-from src.sizing.memory import Memory, predict, trace_config
+from src.sizing.memory import Memory, optimizer_state_bytes, predict, trace_config
 from src.sizing.remedies import Remedy, remedies
 from src.sizing.step_trace import Trace
 
 C4_TOKENS = 170e9  # roughly, in the split train with GPT-2's tokenizer
 RULE_BYTES = 16  # per parameter: fp32 weights 4, gradients 4, Adam's moments 8
-CHECKPOINT_BYTES = 12  # per parameter: as above, without the gradients
 
 
 class Estimate(NamedTuple):
@@ -78,12 +77,17 @@ class Estimate(NamedTuple):
         return self.flops / (self.devices * self.peak * self.mfu) / 3600 if self.flops and self.peak else None
 
     @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state, over all devices."""
+        return optimizer_state_bytes(self.c.optimizer, self.trace.model.model)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint. A full one holds a tied weight once, a sharded one once for each of its names."""
         f, model = self.c.fsdp_config, self.trace.model
         sharded = f is not None and f.state_dict_type == 'sharded'
         named = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))
-        return CHECKPOINT_BYTES * self.n_params + (4 * (named - self.n_params) if sharded else 0)
+        return 4 * self.n_params + self.optimizer_bytes + (4 * (named - self.n_params) if sharded else 0)
 
     @property
     def token_bytes(self) -> int:

@@ -28,7 +28,8 @@ class Memory(NamedTuple):
     # the unit at work and the unit that is fetched ahead; with SHARD_GRAD_OP all units. Without FSDP, autocast copies.
     weights: int
     gradients: int  # in fp32, 4 N / n, plus DDP's buckets, 4 N, or the gradients of a unit that FSDP reduces
-    optimizer: int  # optimizer state, which exists from the second step on: 8 N / n for Adam
+    # Optimizer state, which exists from the second step on: for Adam 8 N / n, for the matrices of Muon 4 N / n
+    optimizer: int
     activations: int  # tensors that autograd keeps of the forward pass, and temporary tensors of the backward pass
     logits: int  # the loss: logits, and the gradients of its input and of the head's weight
     workspace: int  # `GPU_WORKSPACE`; 0 on a CPU
@@ -85,15 +86,22 @@ def trace_config(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> 
         checkpointing=f.activation_checkpointing, offload=f.activation_cpu_offload and has_gpu))
 
 
-def optimizer_state_bytes(cfg: OptimizerConfig) -> float:
-    """Bytes of optimizer state per parameter, measured with one step on a small matrix: 8 for Adam."""
-    p = nn.Parameter(torch.zeros(64, 64))
-    p.grad = torch.zeros_like(p)
-    optimizer = optimizers.build_optimizer(cfg, [p])
-    optimizer.param_groups[0]['initial_lr'] = cfg.lr  # Composer's schedulers set this key
-    optimizer.step()
-    kept = [x for x in tree_leaves(dict(optimizer.state[p])) if isinstance(x, torch.Tensor) and x.dim()]
-    return sum(x.nbytes for x in kept) / p.numel()
+def optimizer_state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
+    """Bytes of optimizer state of all trained parameters, for Adam 8 times their number.
+
+    Measured with a step, for each parameter group, on a column as high as its first parameter. The parameters of
+    `model` need no data.
+    """
+    optimizer, total = optimizers.build_optimizer(cfg, model), 0.0
+    for group in list(optimizer.param_groups):
+        p = nn.Parameter(torch.zeros(group['params'][0].shape[0], 1))
+        p.grad = torch.zeros_like(p)
+        optimizer.param_groups = [{**group, 'params': [p], 'initial_lr': cfg.lr}]  # Composer's schedulers set this key
+        optimizer.step()
+        kept = [x for x in tree_leaves(dict(optimizer.state[p])) if isinstance(x, torch.Tensor) and x.dim()]
+        n_trained = sum(q.numel() for q in group['params'] if q.requires_grad)
+        total += sum(x.nbytes for x in kept) / p.numel() * n_trained
+    return int(total)
 
 
 def gathered_bytes(s: Sharding, t: Trace, phase: Phase, keeps_units: bool) -> int:
@@ -130,7 +138,7 @@ def moments(c: Config, world_size: int, has_gpu: bool, microbatch: int) -> list[
     t, s, f = trace_config(c, world_size, has_gpu, microbatch), sharding_of(c, world_size, has_gpu), c.fsdp_config
     n_trained = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
     shard, trained = 4 * t.model.n_params // s.shards, 4 * n_trained // s.shards
-    optimizer = int(optimizer_state_bytes(c.optimizer) * n_trained) // s.shards
+    optimizer = optimizer_state_bytes(c.optimizer, t.model.model) // s.shards
     workspace = GPU_WORKSPACE if has_gpu else 0
     buckets = 4 * n_trained if world_size > 1 and not fsdp_version(f, has_gpu) else 0
     keeps_units = f is not None and f.sharding_strategy == 'SHARD_GRAD_OP'

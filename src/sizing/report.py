@@ -6,8 +6,8 @@ from typing import NamedTuple, Optional
 from src.common.flops import USABLE_FRACTION
 from src.config.derived import fsdp_version
 from src.config.schema import TIME, FSDPConfig
-from src.sizing.estimate import C4_TOKENS, CHECKPOINT_BYTES, RULE_BYTES, Estimate, apply_remedies
-from src.sizing.memory import moments, optimizer_state_bytes
+from src.sizing.estimate import C4_TOKENS, RULE_BYTES, Estimate, apply_remedies
+from src.sizing.memory import moments
 
 
 class Row(NamedTuple):
@@ -69,8 +69,9 @@ def rows(e: Estimate, price: Optional[float]) -> list[Row]:
         Row('hours', hours, f'FLOPs / (devices x a peak of {big(e.peak)} FLOP/s x an MFU of {e.mfu:g}) / 3600; the MFU '
             'is assumed (--mfu)', '' if e.peak else f'; src/common/flops.py has no peak of {e.card.name} for precision '
             f'{c.precision}', 'hours'),
-        Row('checkpoint', gigabytes(e.checkpoint_bytes), f'{CHECKPOINT_BYTES} bytes x N: weights in fp32 and '
-            "Adam's two moments; a sharded checkpoint holds the tied embedding twice", checkpoints(e), 'checkpoint'),
+        Row('checkpoint', gigabytes(e.checkpoint_bytes), f'{4 + e.optimizer_bytes / e.n_params:.3g} bytes x N: weights '
+            'in fp32 and the state of the optimizer; a sharded checkpoint holds the tied embedding twice',
+            checkpoints(e), 'checkpoint'),
         Row('data', gigabytes(e.data_bytes), f'tokens x {e.token_bytes} bytes, as packed tokens; C4 has '
             f'{big(C4_TOKENS)} tokens ({gigabytes(C4_TOKENS * e.token_bytes)}), and longer runs read them again',
             column='data')]
@@ -113,7 +114,7 @@ def memory_rows(e: Estimate) -> list[Row]:
     formulas = {
         'weights': f'4 {share} = {gib(after_step.weights)} in fp32, plus {gib(copies)} of copies for the computation',
         'gradients': f'4 {share}{buckets} = {gib(after_step.gradients)} in fp32, {change}',
-        'optimizer': f'{optimizer_state_bytes(c.optimizer):g} {share}: the state of {c.optimizer.name}',
+        'optimizer': f'{e.optimizer_bytes / e.n_params:.3g} {share}: the state of {c.optimizer.name}',
         'activations': f'of {e.microbatch} x {e.seq_len} tokens in {e.trace.model.n_layers} blocks, '
                        f'{"offloaded to the CPU" if f.activation_cpu_offload else storage}',
         'logits': 'and their gradients, in the loss',

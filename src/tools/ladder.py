@@ -1,10 +1,12 @@
-"""Trains a ladder of models: small sizes whose losses predict the loss of a larger one.
+"""Trains a ladder of models: small sizes whose losses predict the loss of a larger one, by one recipe or by two.
 
-    python src/tools/ladder.py [--out ./ladder] [--sizes 64x2 80x3 ...] [--jobs 2]
+    python src/tools/ladder.py [--out ./ladder] [--sizes 64x2 96x2 ...] [--recipes plain modern] [--jobs 2]
 
-Trains each size on about 20 tokens a parameter (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) of the sample.
-Then fits a power law to loss against compute, and compares each loss with the prediction from the smaller sizes. If you
-stop the program, the same command continues.
+Trains each size on about 20 tokens a parameter (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556). Then fits a
+power law to loss against compute, and compares each loss with the prediction from the smaller sizes. With two recipes,
+says how many FLOPs the second one needs for the losses of the first. With several `--rates` (peak learning rates of a
+width of 128), the smallest size tries them all, and the others take the best. If you stop the program, the same command
+continues.
 """
 # ruff: noqa: E402
 
@@ -27,9 +29,10 @@ from src.common import program
 from src.common.errors import UserError, positive_int
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = ['64x2', '80x3', '96x3', '112x4', '128x6']
-HEAD_DIM, VOCAB, SEQ_LEN, BATCH = 16, 1024, 128, 16
-WARMUP, EVALUATIONS, SMOOTH = 100, 10, 50
+SIZES = ['64x1', '64x2', '96x2', '128x3', '160x4']
+RECIPES = {'plain': 'yamls/quickstart.yaml', 'modern': 'yamls/modern_gpt/quickstart.yaml'}
+HEAD_DIM, VOCAB, SEQ_LEN, BATCH = 32, 1024, 128, 16
+WARMUP, SAVES, SMOOTH, RATE, SEED = 100, 10, 50, 4e-3, 17
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -52,6 +55,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--out', type=Path, default='./ladder', help='folder for data, logs and checkpoints; default: %(default)s')
     add('--sizes', nargs='+', type=parse_size, default=[parse_size(size) for size in SIZES], metavar='WIDTHxLAYERS',
         help=f'default: {" ".join(SIZES)}')
+    add('--recipes', nargs='+', choices=list(RECIPES), default=['plain'], help='default: plain')
+    add('--rates', nargs='+', type=positive_float, default=[RATE], metavar='RATE', help=f'default: {RATE:g}')
+    add('--seeds', type=positive_int, default=1, metavar='N', help='of the smallest size; default: %(default)s')
+    add('--source', default='sample', metavar='sample|FOLDER', help='text, as for convert_c4.py; default: %(default)s')
     add('--tokens_per_parameter', type=positive_float, default=20.0, metavar='N',
         help='length of each training; default: %(default)g')
     add('--jobs', type=positive_int, metavar='N', help='number of runs at a time; default: 1 on a GPU, else 2')
@@ -64,32 +71,37 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 
+from src.causal_lm import ComposerCausalLM
 from src.common import workers
 from src.common.flops import train_flops_per_token
 from src.common.progress import progress
-from src.mosaic_gpt import ComposerMosaicGPT
+from src.config.load import load, to_plain
+from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.ranks.stop import EXIT_STOPPED
 from src.tools import plot_loss
 from src.tools.run_logs import EVAL, read_run
 
 
-@cache
-def n_params(d_model: int, n_layers: int) -> int:
-    """The number of parameters of a size. Its model is built without memory, on the meta device."""
-    return ComposerMosaicGPT({'d_model': d_model, 'n_heads': d_model // HEAD_DIM, 'n_layers': n_layers,
-                              'max_seq_len': SEQ_LEN, 'vocab_size': VOCAB, 'device': 'meta'}).n_params
-
-
 class Rung(NamedTuple):
-    """One size of the ladder and the length of its training."""
+    """One training: a recipe, the size of its model, the length of its training, and the learning rate."""
 
+    recipe: str
     d_model: int
     n_layers: int
     tokens_per_parameter: float
+    rate: float = RATE  # the peak learning rate of a width of 128
+    seed: int = SEED
+
+    @property
+    def shape(self) -> list[str]:
+        return [RECIPES[self.recipe], f'max_seq_len={SEQ_LEN}', f'model.vocab_size={VOCAB}',
+                f'model.d_model={self.d_model}', f'model.n_layers={self.n_layers}',
+                f'model.n_heads={self.d_model // HEAD_DIM}',
+                *[f'model.n_kv_heads={self.d_model // HEAD_DIM}'] * (self.recipe == 'modern')]
 
     @property
     def n_params(self) -> int:
-        return n_params(self.d_model, self.n_layers)
+        return meta_model(self.recipe, self.d_model, self.n_layers).n_params
 
     @property
     def batches(self) -> int:
@@ -105,17 +117,17 @@ class Rung(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f'{self.d_model}x{self.n_layers}-{self.batches}ba'
+        changed = [f'lr{self.rate:g}'] * (self.rate != RATE) + [f'seed{self.seed}'] * (self.seed != SEED)
+        return '-'.join([self.recipe, f'{self.d_model}x{self.n_layers}', f'{self.batches}ba', *changed])
 
     def arguments(self, data: Path, out: Path) -> list[str]:
         """The arguments for main.py. The peak learning rate falls with the square root of the width."""
-        every = f'{math.ceil(self.batches / EVALUATIONS)}ba'
-        return ['yamls/quickstart.yaml', f'run_name={self.name}', f'data_remote={data}', f'max_seq_len={SEQ_LEN}',
-                f'model.vocab_size={VOCAB}', f'model.d_model={self.d_model}', f'model.n_layers={self.n_layers}',
-                f'model.n_heads={self.d_model // HEAD_DIM}', f'global_train_batch_size={BATCH}',
-                f'device_train_microbatch_size={BATCH}', f'optimizer.lr={4e-3 * math.sqrt(128 / self.d_model):.2e}',
-                f'max_duration={self.batches}ba', f'scheduler.t_warmup={min(WARMUP, self.batches // 5)}ba',
-                f'eval_interval={every}', 'eval_samples=-1', f'save_folder={out}/checkpoints/{{run_name}}',
+        every = f'{math.ceil(self.batches / SAVES)}ba'
+        return [*self.shape, f'run_name={self.name}', f'data_remote={data}', f'seed={self.seed}',
+                f'global_train_batch_size={BATCH}', f'device_train_microbatch_size={BATCH}',
+                f'optimizer.lr={self.rate * math.sqrt(128 / self.d_model):.2e}', f'max_duration={self.batches}ba',
+                f'scheduler.t_warmup={min(WARMUP, self.batches // 5)}ba', f'eval_interval={self.batches}ba',
+                'eval_samples=-1', 'callbacks.text_samples=false', f'save_folder={out}/checkpoints/{{run_name}}',
                 f'save_interval={every}', 'save_num_checkpoints_to_keep=1', 'autoresume=true',
                 f'loggers.tensorboard.log_dir={out}/runs']
 
@@ -125,6 +137,13 @@ class Rung(NamedTuple):
             return read_run(str(out / 'runs' / self.name)).scalars.get(EVAL, {}).get(self.batches)
         except UserError:  # the run has not started, or has not logged a batch
             return None
+
+
+@cache
+def meta_model(recipe: str, d_model: int, n_layers: int) -> ComposerCausalLM:
+    """A size's model without memory, on the meta device."""
+    cfg = to_plain(load(Rung(recipe, d_model, n_layers, 1).shape))['model']
+    return COMPOSER_MODEL_REGISTRY[cfg['name']]({**cfg, 'max_seq_len': SEQ_LEN, 'device': 'meta'})
 
 
 # ---------------------------------------------------------------- the power law
@@ -174,12 +193,29 @@ def table(rungs: Sequence[Rung], losses: Sequence[float]) -> str:
     return '\n'.join(lines)
 
 
+def flops_for(loss: float, flops: Sequence[float], losses: Sequence[float]) -> float:
+    """The FLOPs that reach a loss, on the line through the two nearest of these runs, in logarithms."""
+    x, y = np.log(losses)[::-1], np.log(flops)[::-1]  # losses rise
+    i = int(np.clip(np.searchsorted(x, math.log(loss)), 1, len(x) - 1))
+    return float(np.exp(y[i - 1] + (math.log(loss) - x[i - 1]) * (y[i] - y[i - 1]) / (x[i] - x[i - 1])))
+
+
+def comparison(names: Sequence[str], flops: Sequence[Sequence[float]], losses: Sequence[Sequence[float]]) -> str:
+    """A row for each run of the first recipe with the FLOPs that the second one needs for the same loss."""
+    lines = [f'{"loss of " + names[0]:>16} {"FLOPs":>9} {"of " + names[1]:>10}']
+    for own, loss in zip(flops[0], losses[0]):
+        needed = flops_for(loss, flops[1], losses[1])
+        outside = '' if min(losses[1]) <= loss <= max(losses[1]) else ', extrapolated'
+        lines.append(f'{loss:>16.4f} {own:>9.2e} {needed:>10.2e}   {own / needed:.2f} times fewer{outside}')
+    return '\n'.join(lines)
+
+
 # ---------------------------------------------------------------- the runs
-def prepare(out: Path) -> Path:
-    """Makes the data unless they exist: the sample as packed tokens, with a vocabulary of 1024. Returns the folder."""
+def prepare(out: Path, source: str) -> Path:
+    """Makes the data unless they exist: packed tokens with a vocabulary of 1024. Returns the folder."""
     data = out / 'data'
     if not all((data / split / 'manifest.json').exists() for split in ('train', 'val')):
-        code = subprocess.run([sys.executable, 'convert_c4.py', '--source', 'sample', '--train_tokenizer', str(VOCAB),
+        code = subprocess.run([sys.executable, 'convert_c4.py', '--source', source, '--train_tokenizer', str(VOCAB),
                                '--concat_tokens', str(SEQ_LEN + 1), '--out_root', str(data)], cwd=ROOT).returncode
         if code:
             raise UserError(f'{data}: convert_c4.py ended with exit code {code}; see its message above')
@@ -199,7 +235,7 @@ def train_all(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
 
     Raises UserError if a run fails. The other runs then stop and save a checkpoint.
     """
-    waiting = sorted((rung for rung in rungs if rung.loss(out) is None), key=lambda rung: rung.flops)
+    waiting = sorted((rung for rung in set(rungs) if rung.loss(out) is None), key=lambda rung: rung.flops)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     running: dict[Rung, subprocess.Popen[bytes]] = {}
     bar = progress('models', len(waiting), '')
@@ -224,30 +260,61 @@ def train_all(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
             process.wait()
 
 
+def losses_of(rungs: Sequence[Rung], out: Path) -> list[float]:
+    """The final losses. Raises UserError where a run has none."""
+    losses = [rung.loss(out) for rung in rungs]
+    for rung, loss in zip(rungs, losses):
+        if loss is None:  # the run was killed after its last save
+            raise UserError(f'{rung.name}: the run ended without its last evaluation; delete '
+                            f'{out}/checkpoints/{rung.name} and {out}/runs/{rung.name}, then run this command again')
+    return [loss for loss in losses if loss is not None]
+
+
+def train_ladders(args: argparse.Namespace, out: Path) -> dict[str, list[Rung]]:
+    """Trains each recipe at its best learning rate. Returns the runs from the smallest size, prints what else was run.
+
+    Raises UserError if a run fails.
+    """
+    data, jobs = prepare(out, args.source), args.jobs or (1 if torch.cuda.is_available() else 2)
+    sizes = sorted({Rung('plain', *size, args.tokens_per_parameter) for size in args.sizes}, key=lambda r: r.flops)
+    trials = {recipe: [sizes[0]._replace(recipe=recipe, rate=rate) for rate in args.rates] for recipe in args.recipes}
+    if len(args.rates) > 1:
+        train_all([rung for rungs in trials.values() for rung in rungs], data, out, jobs)
+    best = {recipe: min(rungs, key=lambda rung: rung.loss(out) or math.inf) for recipe, rungs in trials.items()}
+    ladders = {recipe: [rung._replace(recipe=recipe, rate=best[recipe].rate) for rung in sizes] for recipe in best}
+    seeds = {recipe: [rung._replace(seed=SEED + i) for i in range(args.seeds)] for recipe, rung in best.items()}
+    train_all([rung for rungs in (*ladders.values(), *seeds.values()) for rung in rungs], data, out, jobs)
+    for recipe in args.recipes if len(args.rates) > 1 else ():
+        tried = zip(args.rates, losses_of(trials[recipe], out))
+        print(f'{recipe}, smallest size, loss by peak learning rate:', ', '.join(f'{a:g}: {b:.4f}' for a, b in tried))
+    for recipe in args.recipes if args.seeds > 1 else ():
+        repeated = losses_of(seeds[recipe], out)
+        print(f'{recipe}, smallest size, loss by seed:', ', '.join(f'{loss:.4f}' for loss in repeated))
+    return ladders
+
+
 def main(args: argparse.Namespace) -> None:
-    """Trains the sizes, prints the table, and draws the losses. Raises UserError if a run has failed."""
+    """Trains the sizes, prints the tables, and draws the losses. Raises UserError if a run has failed."""
     out = args.out.expanduser().resolve()  # the shell does not expand the ~ in --out=~/x
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'--out: {out} cannot be made: {e.strerror}; name a folder that can be written') from None
-    rungs = sorted({Rung(width, layers, args.tokens_per_parameter) for width, layers in args.sizes},
-                   key=lambda rung: rung.flops)
     try:
-        train_all(rungs, prepare(out), out, args.jobs or (1 if torch.cuda.is_available() else 2))
+        ladders = train_ladders(args, out)
     except KeyboardInterrupt:
         print('stopped; run the same command again to continue', file=sys.stderr)
         sys.exit(EXIT_STOPPED)
-    losses = []
-    for rung in rungs:
-        if (loss := rung.loss(out)) is None:  # the run was killed after its last save
-            raise UserError(f'{rung.name}: the run ended without its last evaluation; delete '
-                            f'{out}/checkpoints/{rung.name} and {out}/runs/{rung.name}, then run this command again')
-        losses.append(loss)
-    print(table(rungs, losses))
+    losses = {recipe: losses_of(rungs, out) for recipe, rungs in ladders.items()}
+    for recipe, rungs in ladders.items():
+        print(*[f'{recipe}, {RECIPES[recipe]}'] * (len(ladders) > 1), table(rungs, losses[recipe]), sep='\n')
+    if len(ladders) == 2:
+        flops = [[rung.flops for rung in rungs] for rungs in ladders.values()]
+        print(comparison([*ladders], flops, [*losses.values()]))
     plot_loss.main(plot_loss.parse_args([
-        *(str(out / 'runs' / rung.name) for rung in rungs), '--out', str(out / 'loss-curve.png'), '--theme', 'both',
-        '--x', 'flops', '--y', 'train', '--log', '--smooth', str(SMOOTH), '--envelope']))
+        *(str(out / 'runs' / rung.name) for rungs in ladders.values() for rung in rungs), '--out',
+        str(out / 'loss-curve.png'), '--theme', 'both', '--x', 'flops', '--y', 'train', '--log', '--smooth',
+        str(SMOOTH), '--envelope']))
 
 
 if __name__ == '__main__':

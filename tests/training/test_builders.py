@@ -81,9 +81,9 @@ def test_optimizer_state_loads_from_composers_class_and_back():
 
 
 def test_builders_by_name():
-    params = [torch.nn.Parameter(torch.zeros(2))]
-    assert type(optimizers.build_optimizer(OptimizerConfig(lr=1e-3), params)).__name__ == 'DecoupledAdamW'
-    adamw = optimizers.build_optimizer(OptimizerConfig(name='adamw', lr=1e-3, weight_decay=0.1), params)
+    model = torch.nn.Linear(1, 1)
+    assert type(optimizers.build_optimizer(OptimizerConfig(lr=1e-3), model)).__name__ == 'DecoupledAdamW'
+    adamw = optimizers.build_optimizer(OptimizerConfig(name='adamw', lr=1e-3, weight_decay=0.1), model)
     assert type(adamw).__name__ == 'AdamW' and isinstance(adamw, torch.optim.AdamW)
     assert adamw.defaults['weight_decay'] == 0.1 and adamw.defaults['betas'] == (0.9, 0.95)
     names = {'cosine_with_warmup': 'CosineAnnealingWithWarmupScheduler', 'constant_with_warmup': 'ConstantWithWarmupScheduler',
