@@ -437,7 +437,8 @@ def test_worked_example(mds_root, tmp_path):
     assert len(re.findall('^ModelConfig = .*$', old, re.MULTILINE)) == 1
     (tmp_path / 'src/config/schema.py').write_text(re.sub('^ModelConfig = .*\n', lambda _: schema, old, flags=re.MULTILINE))
     (tmp_path / 'src/parallel_gpt.py').write_text(model)
-    (tmp_path / 'src/model_registry.py').write_text(registry)
+    with (tmp_path / 'src/model_registry.py').open('a') as file:
+        file.write(f'\n{registry}')
     done = warm.run([str(SCRIPTS / 'composer'), 'main.py', QUICKSTART, 'model.name=parallel_gpt', *tiny(mds_root)],
                           cwd=tmp_path, env=clean_env(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr

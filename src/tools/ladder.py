@@ -11,6 +11,7 @@ continues.
 # ruff: noqa: E402
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -29,7 +30,7 @@ from src.common import program
 from src.common.errors import UserError, positive_int
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = ['64x1', '64x2', '96x2', '128x3', '160x4']
+SIZES = ['64x1', '64x2', '96x2', '128x2', '128x4']
 RECIPES = {'plain': 'yamls/quickstart.yaml', 'modern': 'yamls/modern_gpt/quickstart.yaml'}
 HEAD_DIM, VOCAB, SEQ_LEN, BATCH = 32, 1024, 128, 16
 WARMUP, SAVES, SMOOTH, RATE, SEED = 100, 10, 50, 4e-3, 17
@@ -62,13 +63,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--tokens_per_parameter', type=positive_float, default=20.0, metavar='N',
         help='length of each training; default: %(default)g')
     add('--jobs', type=positive_int, metavar='N', help='number of runs at a time; default: 1 on a GPU, else 2')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.recipes, args.sizes = [*dict.fromkeys(args.recipes)], [*dict.fromkeys(args.sizes)]
+    if len(args.recipes) == 2 and len(args.sizes) < 3:
+        raise UserError(f'--recipes: two need at least three --sizes to compare, and there are {len(args.sizes)}')
+    if args.source != 'sample':
+        args.source = str(Path(args.source).expanduser().resolve())
+    return args
 
 
 if __name__ == '__main__':
     program.check_early(lambda: parse_args(sys.argv[1:]))  # before the imports below, which take seconds
 
-import numpy as np
 import torch
 
 from src.causal_lm import ComposerCausalLM
@@ -78,6 +84,7 @@ from src.common.progress import progress
 from src.config.load import load, to_plain
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.ranks.stop import EXIT_STOPPED
+from src.sizing.power_law import fit, flops_for
 from src.tools import plot_loss
 from src.tools.run_logs import EVAL, read_run
 
@@ -146,34 +153,7 @@ def meta_model(recipe: str, d_model: int, n_layers: int) -> ComposerCausalLM:
     return COMPOSER_MODEL_REGISTRY[cfg['name']]({**cfg, 'max_seq_len': SEQ_LEN, 'device': 'meta'})
 
 
-# ---------------------------------------------------------------- the power law
-class Law(NamedTuple):
-    """`loss = floor + scale * flops ** -exponent`."""
-
-    floor: float
-    scale: float
-    exponent: float
-
-    def loss(self, flops: float) -> float:
-        return self.floor + self.scale * flops ** -self.exponent
-
-
-def fit(flops: Sequence[float], losses: Sequence[float]) -> Law:
-    """Fits the law of Henighan et al. 2020 (https://arxiv.org/abs/2010.14701) to the losses of compute-optimal runs.
-
-    Tries 1000 floors from 0 to the lowest loss. For each, fits a line to the logarithms of FLOPs and of loss above the
-    floor, and keeps the law nearest to the losses. Three constants need three points, and more to predict anything.
-    """
-    x, y = np.log(flops), np.asarray(losses)
-
-    def law(floor: float) -> tuple[float, Law]:
-        slope, intercept = np.polyfit(x, np.log(y - floor), 1)
-        error = np.square(np.log(floor + np.exp(intercept + slope * x)) - np.log(y)).sum()
-        return float(error), Law(float(floor), float(np.exp(intercept)), -float(slope))
-
-    return min(map(law, np.linspace(0, y.min(), 1000, endpoint=False)))[1]
-
-
+# ---------------------------------------------------------------- the tables
 def table(rungs: Sequence[Rung], losses: Sequence[float]) -> str:
     """A row for each size with its loss and, from the fourth on, the loss that smaller sizes predict; then the law."""
     lines = [f'{"width x layers":>14} {"parameters":>11} {"tokens":>12} {"FLOPs":>9} {"loss":>7}   '
@@ -191,13 +171,6 @@ def table(rungs: Sequence[Rung], losses: Sequence[float]) -> str:
         lines.append(f'loss = {law.floor:.3f} + {law.scale * 1e12 ** -law.exponent:.3f} * (FLOPs / 1e12) ** '
                      f'-{law.exponent:.4f}; at ten times the FLOPs of the largest {law.loss(10 * flops[-1]):.3f}')
     return '\n'.join(lines)
-
-
-def flops_for(loss: float, flops: Sequence[float], losses: Sequence[float]) -> float:
-    """The FLOPs that reach a loss, on the line through the two nearest of these runs, in logarithms."""
-    x, y = np.log(losses)[::-1], np.log(flops)[::-1]  # losses rise
-    i = int(np.clip(np.searchsorted(x, math.log(loss)), 1, len(x) - 1))
-    return float(np.exp(y[i - 1] + (math.log(loss) - x[i - 1]) * (y[i] - y[i - 1]) / (x[i] - x[i - 1])))
 
 
 def comparison(names: Sequence[str], flops: Sequence[Sequence[float]], losses: Sequence[Sequence[float]]) -> str:
@@ -219,6 +192,11 @@ def prepare(out: Path, source: str) -> Path:
                                '--concat_tokens', str(SEQ_LEN + 1), '--out_root', str(data)], cwd=ROOT).returncode
         if code:
             raise UserError(f'{data}: convert_c4.py ended with exit code {code}; see its message above')
+    made = json.loads((data / 'train' / 'manifest.json').read_text('utf-8'))
+    if made['source'] != source:
+        raise UserError(f'--source: {source}, but {data} holds text of {made["source"]}; delete it, or set '
+                        'another --out')
+    print(f'text: {source}, {made["text_bytes"] / 1e6:.1f} MB, {made["tokens"]:,} tokens to train on')
     return data
 
 
@@ -284,10 +262,10 @@ def train_ladders(args: argparse.Namespace, out: Path) -> dict[str, list[Rung]]:
     ladders = {recipe: [rung._replace(recipe=recipe, rate=best[recipe].rate) for rung in sizes] for recipe in best}
     seeds = {recipe: [rung._replace(seed=SEED + i) for i in range(args.seeds)] for recipe, rung in best.items()}
     train_all([rung for rungs in (*ladders.values(), *seeds.values()) for rung in rungs], data, out, jobs)
-    for recipe in args.recipes if len(args.rates) > 1 else ():
+    for recipe in trials if len(args.rates) > 1 else ():
         tried = zip(args.rates, losses_of(trials[recipe], out))
         print(f'{recipe}, smallest size, loss by peak learning rate:', ', '.join(f'{a:g}: {b:.4f}' for a, b in tried))
-    for recipe in args.recipes if args.seeds > 1 else ():
+    for recipe in seeds if args.seeds > 1 else ():
         repeated = losses_of(seeds[recipe], out)
         print(f'{recipe}, smallest size, loss by seed:', ', '.join(f'{loss:.4f}' for loss in repeated))
     return ladders
@@ -311,10 +289,14 @@ def main(args: argparse.Namespace) -> None:
     if len(ladders) == 2:
         flops = [[rung.flops for rung in rungs] for rungs in ladders.values()]
         print(comparison([*ladders], flops, [*losses.values()]))
-    plot_loss.main(plot_loss.parse_args([
-        *(str(out / 'runs' / rung.name) for rungs in ladders.values() for rung in rungs), '--out',
-        str(out / 'loss-curve.png'), '--theme', 'both', '--x', 'flops', '--y', 'train', '--log', '--smooth',
-        str(SMOOTH), '--envelope']))
+    paths = {recipe: [str(out / 'runs' / rung.name) for rung in rungs] for recipe, rungs in ladders.items()}
+    if len(ladders) == 1:
+        plot_loss.main(plot_loss.parse_args([
+            *paths[args.recipes[0]], '--out', str(out / 'loss-curve.png'), '--theme', 'both', '--x', 'flops', '--y',
+            'train', '--log', '--smooth', str(SMOOTH), '--envelope']))
+        return
+    runs = {recipe: plot_loss.read_runs(paths[recipe]) for recipe in ladders}
+    print(*plot_loss.save(lambda: plot_loss.draw_ladders(runs, SMOOTH), out / 'loss-curve.png', 'both'), sep='\n')
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ Lines are training losses, dots are evaluations.
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
+from src.sizing.power_law import fit, flops_for
 from src.tools.run_logs import EVAL, TRAIN, UNIGRAM, Run, read_run
 
 matplotlib.use('Agg')
@@ -142,6 +144,33 @@ def draw(runs: list[Run], x: str = 'tokens', y: str = 'both', log: bool = False,
     return figure
 
 
+def draw_ladders(ladders: dict[str, list[Run]], smooth: int) -> Figure:
+    """Draws the runs of two recipes against FLOPs: training losses, the last evaluations, and a power law of each.
+
+    `smooth` is a number of batches. An arrow leads from the last evaluation of the first recipe to the FLOPs with which
+    the second one reaches that loss.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    points = {}
+    for i, (name, runs) in enumerate(ladders.items()):
+        curves = [curve(run, 'flops', smooth) for run in runs]
+        for c in curves:
+            axes.plot(c.x, c.smooth, color=f'C{i}', lw=0.8, alpha=0.5)
+        points[name] = flops, losses = [c.eval_x[-1] for c in curves], [c.eval_loss[-1] for c in curves]
+        x = np.geomspace(min(flops), max(flops))
+        axes.plot(x, fit(flops, losses).loss(x), color=f'C{i}', lw=1.2, ls='--')
+        axes.plot(flops, losses, 'o', color=f'C{i}', ms=6, mec=plt.rcParams['axes.facecolor'], label=name)
+    (first_flops, first_losses), second = points.values()
+    for x, loss in zip(first_flops, first_losses):
+        needed = flops_for(loss, *second)
+        axes.annotate(f'{x / needed:.1f}x', (needed, loss), (x, loss), fontsize='small', va='center',
+                      arrowprops={'arrowstyle': '->', 'color': plt.rcParams['text.color']})
+    losses = [*first_losses, *second[1]]
+    axes.set_ylim(0.97 * min(losses), 1.2 * max(losses))
+    _finish(axes, 'flops', log=True)
+    return figure
+
+
 def _draw_training(axes: Any, c: Curve, label: str, color: str, with_raw: bool) -> None:
     if with_raw:
         axes.plot(c.x, c.raw, color=color, lw=0.6, alpha=0.4)
@@ -184,19 +213,26 @@ def read_runs(paths: list[str]) -> list[Run]:
     return [run if count[run.name] == 1 else run._replace(name=str(run.place)) for run in runs.values()]
 
 
-def main(args: argparse.Namespace) -> None:
-    """Draws the picture, writes it, and prints its file and runs."""
-    runs, out = read_runs(args.runs), args.out
-    for theme in ('light', 'dark') if args.theme == 'both' else (args.theme,):
-        file = out.with_name(f'{out.stem}-{theme}{out.suffix}') if args.theme == 'both' else out
-        with plt.style.context('dark_background' if theme == 'dark' else 'default'):
-            figure = draw(runs, args.x, args.y, args.log, args.smooth, args.envelope)
+def save(draw_figure: Callable[[], Figure], out: Path, theme: str) -> list[Path]:
+    """Draws a figure in one theme, or in both, and writes its files. Raises UserError if one cannot be written."""
+    files = []
+    for name in ('light', 'dark') if theme == 'both' else (theme,):
+        files.append(out.with_name(f'{out.stem}-{name}{out.suffix}') if theme == 'both' else out)
+        with plt.style.context('dark_background' if name == 'dark' else 'default'):
+            figure = draw_figure()
             try:
-                figure.savefig(file, dpi=150)
+                figure.savefig(files[-1], dpi=150)
             except OSError as e:
-                raise UserError(f'--out: {file} cannot be written: {e.strerror}') from None
+                raise UserError(f'--out: {files[-1]} cannot be written: {e.strerror}') from None
             finally:
                 plt.close(figure)
+    return files
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draws the picture, writes it, and prints its file and runs."""
+    runs = read_runs(args.runs)
+    for file in save(lambda: draw(runs, args.x, args.y, args.log, args.smooth, args.envelope), args.out, args.theme):
         print(f'{file}: loss of {", ".join(run.name for run in runs)}')
 
 
