@@ -106,8 +106,7 @@ class MosaicGPT(nn.Module):
 
     def __init__(self, cfg: Union[GPTConfig, Mapping[str, Any]]):
         super().__init__()
-        self.cfg: Any = parse(self.config_class, cfg)
-        cfg = self.cfg
+        self.cfg: Any = (cfg := parse(self.config_class, cfg))
         if error := heads_error(cfg):
             raise UserError(error)
         self.transformer = self.build_layers(cfg)

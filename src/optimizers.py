@@ -27,13 +27,13 @@ def _fuse(optimizer: Any) -> None:
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the next step does nothing where its tensor `found_inf` is 1: fused Adam and AdamW, here and in torch.
+    """Whether the next step does nothing where its tensor `found_inf` is 1: Muon, and fused Adam, here and in torch.
 
     False for other classes: torch's fused SGD makes its momentum in a step that it skips, and a class of your own, also
     one that is derived from these, may do more in its `step`.
     """
-    is_known = type(optimizer) in (AdamW, DecoupledAdamW, torch.optim.Adam, torch.optim.AdamW)
-    return is_known and all(group.get('fused') for group in optimizer.param_groups)
+    is_known = type(optimizer) in (AdamW, DecoupledAdamW, Muon, torch.optim.Adam, torch.optim.AdamW)
+    return is_known and all(group.get('fused') or 'rows' in group for group in optimizer.param_groups)
 
 
 class AdamW(torch.optim.AdamW):
@@ -130,6 +130,8 @@ class Muon(AdamW):
     with FSDP version 2.
     """
 
+    found_inf: Optional[Tensor] = None  # 1: the step changes nothing; see `skips_on_device`
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's expects a step count of each parameter
 
@@ -150,6 +152,9 @@ class Muon(AdamW):
         params: Any = [p for p in group['params'] if p.grad is not None]  # None: the batch was not finite
         mesh = params[0].device_mesh.get_group() if params and isinstance(params[0], DTensor) else None
         at_a_time = dist.get_world_size(mesh) if mesh else 1
+        lr = group['lr']
+        if self.found_inf is not None:  # in fp64, where a product with 1 is exact
+            lr = lr * (1 - self.found_inf.double())
         for start in range(0, len(params), at_a_time):
             batch = params[start:start + at_a_time]
             local = [p.to_local() if mesh else p for p in batch]
@@ -158,10 +163,10 @@ class Muon(AdamW):
                 updates = sharded_update(momenta, [p.shape for p in batch], group['rows'], mesh)
             else:
                 updates = [scaled_update(momentum, group['rows']) for momentum in momenta]
-            decay = group['lr'] * group['weight_decay']
+            decay = lr * group['weight_decay']
             for p, update in zip(local, updates, strict=True):
-                p.mul_(1 - decay * (p * update > 0) if group['cautious'] else 1 - decay)
-                p.add_(update, alpha=-group['lr'])
+                p.mul_(1 - decay * (p * update > 0).to(p.dtype) if group['cautious'] else 1 - decay)
+                p.sub_(update.mul_(lr))
 
     def _momentum(self, p: Any, factor: float) -> Tensor:
         """Adds the gradient to the momentum. Returns the step that it will lead to (Nesterov), this rank's rows."""
@@ -170,6 +175,8 @@ class Muon(AdamW):
         momentum, grad = self.state[p]['momentum_buffer'], p.grad
         if isinstance(p, DTensor):
             momentum, grad = momentum.to_local(), grad.to_local()
+        if self.found_inf is not None:
+            grad = momentum.where(self.found_inf > 0, grad)  # leaves the momentum as it is
         momentum.lerp_(grad, 1 - factor)
         return grad.lerp(momentum, factor)
 
@@ -252,8 +259,9 @@ class OptimizerSettings(Callback):
     def before_load(self, state: State, logger: Logger) -> None:
         groups = state.optimizers[0].param_groups
         # Only keys that are settings: others may be state of the optimizer. `initial_lr` is the peak learning rate and
-        # `lr` follows from it. The optimizer sets `fused` at each step.
-        keys = {'initial_lr', *OptimizerConfig.model_fields} - {'lr', 'fused'}
+        # `lr` follows from it. The optimizer sets `fused` at each step. `rows` follows from the model, and torch drops
+        # an empty tuple when it loads a full checkpoint into shards.
+        keys = {'initial_lr', 'rows', *OptimizerConfig.model_fields} - {'lr', 'fused'}
         self._settings = [{key: value for key, value in group.items() if key in keys} for group in groups]
 
     def after_load(self, state: State, logger: Logger) -> None:

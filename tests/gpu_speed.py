@@ -27,7 +27,8 @@ from src.tools.stopwatch import milliseconds_of
 
 
 def run(size: str, microbatch: int, microbatches: int, *overrides: str) -> list[str]:
-    return [f'yamls/mosaic_gpt/{size}.yaml', f'global_train_batch_size={microbatches * microbatch}',
+    path = size if '/' in size else f'mosaic_gpt/{size}'
+    return [f'yamls/{path}.yaml', f'global_train_batch_size={microbatches * microbatch}',
             f'device_train_microbatch_size={microbatch}', *overrides]
 
 
@@ -43,6 +44,10 @@ ROWS = {
     '1b': run('1b', 8, 8, *BLOCK, WHOLE),
     '1b fp8': run('1b', 8, 8, *BLOCK, WHOLE, 'model.linear_impl=fp8'),
     '3b': run('3b', 4, 8, *BLOCK, WHOLE),
+    '125m modern': run('modern_gpt/125m', 32, 8, *BLOCK),
+    '125m modern AdamW': run('modern_gpt/125m', 32, 8, *BLOCK, 'optimizer.name=adamw', 'fsdp_config.version=1'),
+    '760m modern': run('modern_gpt/760m', 8, 16, *BLOCK),
+    '1b modern': run('modern_gpt/1b', 8, 8, *BLOCK, WHOLE),
     '1b checkpointed': run('1b', 16, 4, *BLOCK),
     '125m off': run('125m', 32, 2, *OFF),
     '350m off': run('350m', 32, 2, *OFF),

@@ -11,7 +11,6 @@ the parameters, FLOPs, losses by rate, and the distance to the whole recipe in n
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,10 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from src import modern_gpt, optimizers
+from src.common.flops import train_flops_per_token
 from src.config.load import load
 from src.modern_gpt import GroupedQueryAttention, ModernGPT
 from src.mosaic_gpt import MosaicGPT
-from src.tools.ladder import Rung, parse_size
+from src.tools.ladder import SEQ_LEN, Rung, parse_size
 
 Patch = Callable[[ExitStack], Any]
 
@@ -97,7 +97,7 @@ ROWS: dict[str, tuple[list[str], Patch]] = {
     'no norm of queries and keys': ([], drop_qk_norm),
     'LayerNorm for RMSNorm': ([], patch(torch.nn, 'RMSNorm', layer_norm)),
     'GELU for SwiGLU': ([], patch(modern_gpt, 'SwiGLU', GELUMLP)),
-    'small weights for zeros': ([], patch(ModernGPT, 'residual_std', MosaicGPT.residual_std)),
+    'small weights for zeros': ([], patch(ModernGPT, 'residual_std', staticmethod(MosaicGPT.residual_std))),
     'fused matrices whole in Muon': ([], keep_matrices_whole),
     'weight decay 0.1': (['optimizer.weight_decay=0.1'], lambda stack: None),
     'cautious weight decay 0.1': (['optimizer.weight_decay=0.1', 'optimizer.cautious=true'], lambda stack: None),
@@ -109,11 +109,11 @@ PLAIN = {'plain': [], 'plain with Muon': ['optimizer.name=muon'], 'plain with Mu
 
 def train(rung: Rung, data: Path, overrides: list[str], change: Patch) -> tuple[float, Any]:
     """The loss of the last evaluation, and the model."""
+    arguments = rung.arguments(data, Path('.'))  # its length is that of the whole recipe, so before the change
     with ExitStack() as stack:
         change(stack)
-        saves = stack.enter_context(tempfile.TemporaryDirectory())
-        trainer = main.main(load([*rung.arguments(data, Path(saves)), 'save_folder=null', 'autoresume=false',
-                                  'loggers.tensorboard=false', 'log_to_console=false', *overrides]))
+        trainer = main.main(load([*arguments, 'save_folder=null', 'autoresume=false', 'loggers.tensorboard=false',
+                                  'log_to_console=false', *overrides]))
         loss = float(trainer.state.eval_metrics['eval']['LanguageCrossEntropy'].compute())
         trainer.close()
         return loss, trainer.state.model
@@ -137,5 +137,6 @@ if __name__ == '__main__':
         best = min(losses.values())
         whole = best if name == 'modern' else whole
         distance = '' if whole is None else f'{best - whole:+.4f}'
-        print(f'| {name} | {model.n_params:,} | {rung.flops:.2e} | '
+        flops = rung.tokens * train_flops_per_token(model.n_params, model.n_layers, model.d_model, SEQ_LEN)
+        print(f'| {name} | {model.n_params:,} | {flops:.2e} | '
               f'{", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())} | {distance} |', flush=True)

@@ -62,9 +62,10 @@ plugins.CALLBACKS['samples'] = Samples
 def record(trainer: Trainer) -> dict[str, Any]:
     """Losses, learning rates, samples and final weights of a run with `loggers.memory` and `callbacks.samples`."""
     data = next((d.data for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)), {})
+    optimizer = type(trainer.state.optimizers[0]).__name__
     weights = get_model_state_dict(trainer.state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {'losses': {int(t.batch): float(v) for t, v in data.get('loss/train/total', [])},
-            'lrs': {int(t.batch): float(v) for t, v in data.get('lr-DecoupledAdamW/group0', [])},
+            'lrs': {int(t.batch): float(v) for t, v in data.get(f'lr-{optimizer}/group0', [])},
             'batches': next((cb.batches for cb in trainer.state.callbacks if isinstance(cb, Samples)), []),
             'unigram': next((cb.entropy for cb in trainer.state.callbacks if isinstance(cb, UnigramBaseline)), None),
             'weights': {k: v.clone() for k, v in weights.items()},

@@ -120,7 +120,8 @@ class NoWaits(Callback):
             state.loss = state.loss * math.nan
 
 
-@pytest.mark.parametrize('overrides', [[], ['optimizer.name=adamw', 'device_train_microbatch_size=5']], ids=['one', 'several'])
+@pytest.mark.parametrize('overrides', [[], ['optimizer.name=adamw', 'device_train_microbatch_size=5'], ['optimizer.name=muon']],
+                         ids=['one', 'several', 'muon'])
 def test_a_step_waits_for_nothing(mds_root, monkeypatch, tmp_path, overrides):
     """Neither the kit nor Composer reads from the GPU, also where a batch is skipped. Loggers read at the console's interval."""
     monkeypatch.setitem(plugins.CALLBACKS, 'no_waits', NoWaits)

@@ -24,6 +24,7 @@ log = logging.getLogger('src')
 # Keys of section `model` that change what the model computes, but not the shapes of its weights
 KEYS_WITHOUT_SHAPE = {
     'mosaic_gpt': ('n_heads', 'mlp_act'),
+    'modern_gpt': ('rope_theta', 'norm_eps', 'logit_softcap', 'tie_embeddings'),
     'hf_causal_lm': ('n_head', 'num_heads', 'num_attention_heads', 'activation_function', 'hidden_act')}
 
 
@@ -59,11 +60,12 @@ def check_model(manifest: Optional[Manifest], model: Mapping[str, Any], setting:
     if name == 'hf_causal_lm':
         from transformers import CONFIG_MAPPING  # imported here because the import takes seconds
 
-        prefix, current, saved = 'model.config_overrides.', current['config_overrides'], saved['config_overrides']
+        prefix, saved = 'model.config_overrides.', saved['config_overrides']
+        current = {key: value for key, value in current['config_overrides'].items() if value is not None}
         if saved.get('model_type') in CONFIG_MAPPING:  # a manifest leaves out values that are the defaults of the class
             saved = CONFIG_MAPPING[saved['model_type']]().to_dict() | saved
     for key in KEYS_WITHOUT_SHAPE[name]:
-        if current.get(key) is not None and saved.get(key, current[key]) != current[key]:
+        if key in current and saved.get(key, current[key]) != current[key]:
             raise UserError(f'{setting}: the checkpoint has {prefix}{key} {saved[key]!r}, and the config has '
                             f'{current[key]!r}. The weights would fit, but compute something else; set section model '
                             'as in the run that saved them')

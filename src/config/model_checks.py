@@ -113,15 +113,17 @@ def _version_1_errors(c: Config, f: FSDPConfig) -> Iterator[str]:
 
 
 def _version_2_errors(c: Config, f: FSDPConfig, has_gpu: bool) -> Iterator[str]:
-    version = 'FSDP version 2' if f.version == 2 else 'FSDP version 2 (the only one on CPUs)'
+    is_muon = c.optimizer.name == 'muon'
+    only = 'with muon' if is_muon else '' if f.version == 2 else 'on CPUs'
+    version = f'FSDP version 2 (the only one {only})' if only else 'FSDP version 2'
+    other = '' if is_muon else ', or on GPUs fsdp_config.version=1'
     if f.sharding_strategy == 'HYBRID_SHARD':
-        yield (f"fsdp_config.sharding_strategy: {version} has no 'HYBRID_SHARD'; set FULL_SHARD, or on GPUs "
-               'fsdp_config.version=1')
+        yield f"fsdp_config.sharding_strategy: {version} has no 'HYBRID_SHARD'; set FULL_SHARD{other}"
     elif f.data_parallel_replicate_degree or f.data_parallel_shard_degree != -1:
         yield (f'fsdp_config.data_parallel_shard_degree and data_parallel_replicate_degree: {version} always shards '
-               'over all devices; remove both keys, or set fsdp_config.version=1 on GPUs')
+               f'over all devices; remove both keys{other}')
     if c.device_train_microbatch_size == 'auto' and has_gpu:
-        yield f"device_train_microbatch_size: {version} has no 'auto'; set a number, or fsdp_config.version=1"
+        yield f"device_train_microbatch_size: {version} has no 'auto'; set a number{other}"
     if f.load_monolith_rank0_only:
         yield f'fsdp_config.load_monolith_rank0_only: {version} cannot do this; set false'
     if fsdp_version(f, has_gpu) == 0 and (f.activation_checkpointing or f.activation_cpu_offload):

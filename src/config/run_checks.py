@@ -11,6 +11,9 @@ from src.config.derived import device_batch_size, run_name
 from src.config.schema import TIME, Config
 
 SAME_ON_ALL_RANKS = ('run_name', 'world_size', 'local_world_size')
+OWN_SETTINGS = {  # no other optimizer or schedule has these
+    ('optimizer', 'muon'): ('momentum', 'cautious'),
+    ('scheduler', 'warmup_stable_decay'): ('cooldown', 'cooldown_shape')}
 FIELDS_OF_NAMES = {  # the words that may stand in braces in these settings
     'save_folder': SAME_ON_ALL_RANKS, 'loggers.file.filename': (*SAME_ON_ALL_RANKS, 'rank', 'local_rank', 'node_rank')}
 
@@ -30,6 +33,9 @@ def schedule_errors(c: Config, packed: bool) -> Iterator[str]:
                f'unit; set t_warmup (and t_max) in {unit}, or as a fraction such as 0.02dur')
     else:
         yield from _scheduler_errors(c, {unit: 1, 'dur': run})
+    if c.scheduler.name == 'warmup_stable_decay' and c.scheduler.t_max != '1dur':
+        yield (f"scheduler.t_max: {c.scheduler.t_max!r} has no effect with scheduler.name 'warmup_stable_decay', whose "
+               'cool-down ends with the run; remove t_max')
     for key in ('max_duration', 'eval_interval', 'save_interval'):
         amount = TIME.match(getattr(c, key))
         if amount and not float(amount[1]):
@@ -40,7 +46,7 @@ def check_warmup(c: Config, epoch: Optional[int]) -> None:
     """Compares the scheduler's times with the run where one is in epochs and the other in batches.
 
     `epoch` is the number of batches in an epoch; None where the training loader has no length. Raises UserError where
-    the warm-up is not shorter than the run, or t_max is shorter.
+    the warm-up is not shorter than the run or ends after the cool-down begins, or t_max is shorter than the run.
     """
     for error in _scheduler_errors(c, {'ba': 1, 'ep': math.nan if epoch is None else epoch}):
         raise UserError(error)
@@ -54,6 +60,10 @@ def _scheduler_errors(c: Config, units: Mapping[str, float]) -> Iterator[str]:
         yield (f'scheduler.t_warmup: {c.scheduler.t_warmup!r} is not shorter than the run (max_duration '
                f'{c.max_duration!r}); the run would end before the learning rate reaches its peak; set a shorter '
                'warm-up, such as scheduler.t_warmup=0.1dur')
+    elif c.scheduler.name == 'warmup_stable_decay' and round(warmup / run + c.scheduler.cooldown, 9) > 1:
+        yield (f'scheduler.t_warmup: {c.scheduler.t_warmup!r} ends after the cool-down begins, the last '
+               f'{c.scheduler.cooldown} of max_duration {c.max_duration!r}; set a shorter warm-up, such as '
+               'scheduler.t_warmup=0.1dur, or a smaller scheduler.cooldown')
     if t_max < run:
         yield (f'scheduler.t_max: {c.scheduler.t_max!r} must be at least max_duration {c.max_duration!r}; set '
                'scheduler.t_max=1dur')
@@ -74,10 +84,23 @@ def machine_errors(c: Config, world_size: int, has_gpu: bool) -> Iterator[str]:
         yield str(e)
     if len(c.optimizer.betas) != 2 or not all(0 <= b < 1 for b in c.optimizer.betas):
         yield f'optimizer.betas: {c.optimizer.betas} must be two numbers, each at least 0 and below 1'
+    yield from _unused_errors(c)
     yield from _plugin_errors(c, has_gpu)
     if c.load_weights_only and c.load_path is None:
         yield 'load_weights_only: true has no effect without load_path; set load_path too'
     yield from _saving_errors(c)
+
+
+def _unused_errors(c: Config) -> Iterator[str]:
+    """Settings of one optimizer or schedule, where the config has another."""
+    for (name, owner), keys in OWN_SETTINGS.items():
+        section = getattr(c, name)
+        for key in keys if section.name != owner else ():
+            value, default = getattr(section, key), type(section).model_fields[key].default
+            if value != default:
+                shown = str(value).lower() if isinstance(value, bool) else repr(value)
+                yield (f'{name}.{key}: {shown} works only with {name}.name={owner}, but that is {section.name!r}; set '
+                       f'{name}.name={owner}, or remove {key}')
 
 
 def _plugin_errors(c: Config, has_gpu: bool) -> Iterator[str]:

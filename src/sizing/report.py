@@ -69,9 +69,9 @@ def rows(e: Estimate, price: Optional[float]) -> list[Row]:
         Row('hours', hours, f'FLOPs / (devices x a peak of {big(e.peak)} FLOP/s x an MFU of {e.mfu:g}) / 3600; the MFU '
             'is assumed (--mfu)', '' if e.peak else f'; src/common/flops.py has no peak of {e.card.name} for precision '
             f'{c.precision}', 'hours'),
-        Row('checkpoint', gigabytes(e.checkpoint_bytes), f'{4 + e.optimizer_bytes / e.n_params:.3g} bytes x N: weights '
-            'in fp32 and the state of the optimizer; a sharded checkpoint holds the tied embedding twice',
-            checkpoints(e), 'checkpoint'),
+        Row('checkpoint', gigabytes(e.checkpoint_bytes), 'fp32 weights, 4 bytes x N, and the state of the '
+            'optimizer; a sharded checkpoint holds the tied embedding twice',
+            f'; here {e.checkpoint_bytes / e.n_params:.3g} bytes x N{checkpoints(e)}', 'checkpoint'),
         Row('data', gigabytes(e.data_bytes), f'tokens x {e.token_bytes} bytes, as packed tokens; C4 has '
             f'{big(C4_TOKENS)} tokens ({gigabytes(C4_TOKENS * e.token_bytes)}), and longer runs read them again',
             column='data')]
@@ -142,15 +142,16 @@ def report(e: Estimate, price: Optional[float] = None) -> str:
 
 
 def overview(estimates: dict[str, Estimate], price: Optional[float] = None) -> str:
-    """A table with a line for each run, and a legend with the formula of each column."""
-    columns = [row for row in rows(next(iter(estimates.values())), price) if row.column]
-    lines = [['run', *(row.column for row in columns)]]
-    lines += [[name, *(row.cell or row.figure for row in rows(e, price) if row.column)]
-              for name, e in estimates.items()]
+    """A table with a line for each run, and a legend: the formula of each column, or all of them where runs differ."""
+    runs = {name: [row for row in rows(e, price) if row.column] for name, e in estimates.items()}
+    columns = list(zip(*runs.values()))
+    lines = [['run', *(column[0].column for column in columns)]]
+    lines += [[name, *(row.cell or row.figure for row in run)] for name, run in runs.items()]
     first, *widths = (max(map(len, cells)) for cells in zip(*lines))
     table = [f'| {" | ".join([line[0].ljust(first), *map(str.rjust, line[1:], widths)])} |' for line in lines]
     table.insert(1, f'|{"|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in widths)])}|')
-    legend = [f'{row.column:12}{row.formula}' for row in columns if row.formula]
+    legend = [f'{column[0].column:12}{formula}' for column in columns
+              for formula in dict.fromkeys(row.formula for row in column) if formula]
     if not all(e.fits for e in estimates.values()):
         legend.append('!           does not fit; estimate this YAML alone to see what to set')
     return '\n'.join([*table, '', *legend])

@@ -34,8 +34,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--sweep', action='append', default=[], metavar='key=a,b,c',
         help='time a run for each value; give it several times for all combinations')
     add('--against', action='append', choices=['hf', 'bare'], default=[], help='also time another loop, step by '
-        "step in turn. hf: Hugging Face GPT-2 of the same shape in a bare PyTorch loop; bare: the kit's model in that "
-        'loop, which shows the cost of the Trainer. May be given twice')
+        "step in turn. hf: Hugging Face's GPT-2 or Qwen3 of the same shape in a bare PyTorch loop; bare: the kit's "
+        'model in that loop, which shows the cost of the Trainer. May be given twice')
     add('--profile', action='store_true', help='profile a few more steps: writes a Chrome trace and a table')
     add('--out', type=Path, default=Path('benchmark'), metavar='PATH',
         help='writes PATH.json and PATH.md; default: %(default)s')
@@ -90,7 +90,6 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from main import main as train
-from src.attention import CausalAttention
 from src.common.flops import peak_flops, train_flops_per_token
 from src.config.schema import Config, HFCausalLMConfig
 from src.hf_causal_lm import build_hf_config
@@ -218,7 +217,7 @@ def describe(args: argparse.Namespace, overrides: list[str], trainer: Any, c: Co
     mfu, mfu_causal = (peak and rate / devices / peak * train_flops_per_token(
         model.n_params, model.n_layers, model.d_model, seq_len, causal) for causal in (False, True))
     hf = getattr(getattr(model.model, 'hf', None), 'config', None)
-    kernels = {m.kernel for m in model.modules() if isinstance(m, CausalAttention)}
+    kernels = {m.kernel for m in model.modules() if isinstance(getattr(m, 'kernel', None), str)}
     launcher = ['python'] if devices == 1 else ['composer', '-n', str(dist.get_local_world_size())]
     return {
         'yaml': args.yaml, 'overrides': overrides,

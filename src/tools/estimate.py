@@ -1,9 +1,9 @@
 """Estimates how many GPUs a run needs, and for how long: memory, FLOPs, hours, cost, bytes on disk.
 
-    python src/tools/estimate.py [YAML] [key=value ...] [--gpu h200] [--gpus N]
+    python src/tools/estimate.py [YAML or folder] [key=value ...] [--gpu h200] [--gpus N]
 
-No GPU is needed: the program traces one step of the model on tensors without data. Without a YAML it prints a table of
-all runs in `yamls/mosaic_gpt`.
+No GPU is needed: the program traces one step of the model on tensors without data. For a folder it prints a table of
+all YAMLs in the folder, the smallest model first.
 """
 # ruff: noqa: E402
 
@@ -27,7 +27,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """Reads the arguments. Raises UserError if a number is out of its range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('yaml', nargs='?', metavar='YAML', help='default: all in yamls/mosaic_gpt, as a table')
+    add('yaml', nargs='?', metavar='YAML', help='a YAML, or a folder of YAMLs for a table; default: yamls/mosaic_gpt')
     add('overrides', nargs='*', metavar='key=value', help='settings, as for main.py')
     add('--gpu', default='a100-40gb', choices=CARDS, metavar='NAME', help=f'{", ".join(CARDS)}; default: %(default)s')
     add('--gpus', type=positive_int, metavar='N', help='GPUs over all nodes; default: the fewest on which the run fits')
@@ -47,7 +47,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def check_arguments() -> None:
     """Finds mistakes on the command line and in its YAML. Raises UserError."""
     args = parse_args(sys.argv[1:])
-    if args.yaml:
+    if args.yaml and not Path(args.yaml).is_dir():
         check_without_torch(config.load([args.yaml, *args.overrides]), plugins.REGISTRIES, args.gpus or 1, gpu=[True])
 
 
@@ -68,17 +68,20 @@ def estimate_of(yaml: str, args: argparse.Namespace) -> Estimate:
 
 
 def main(args: argparse.Namespace) -> list[Estimate]:
-    """Prints a report of one YAML, or a table of all. Raises UserError if a config has a mistake."""
-    if args.yaml:
+    """Prints a report of one YAML, or a table of all in a folder. Raises UserError if a config has a mistake."""
+    folder = Path(args.yaml or YAMLS)
+    if args.yaml and not folder.is_dir():
         e = estimate_of(args.yaml, args)
         print(f'{args.yaml} on {args.gpu}\n\n{report(e, args.price)}')
         return [e]
     estimates = {}
-    for path in sorted(YAMLS.glob('*.yaml')):
+    for path in sorted(folder.glob('*.yaml')):
         try:
             estimates[path.stem] = estimate_of(str(path), args)
         except UserError as error:
             raise UserError(f'{path.name}: {error}') from None
+    if not estimates:
+        raise UserError(f'{folder}: this folder has no YAML; name a file, or a folder such as yamls/mosaic_gpt')
     estimates = dict(sorted(estimates.items(), key=lambda item: item[1].n_params))
     print(overview(estimates, args.price))
     return list(estimates.values())

@@ -2,8 +2,9 @@
 
     python src/tools/export_hf.py CHECKPOINT OUT [--dtype bfloat16] [--tokenizer NAME] [--yaml YAML key=value ...]
 
-A MosaicGPT becomes a GPT-2 that computes the same; `hf_causal_lm` models keep their architecture. The manifest beside
-a checkpoint tells the number of heads, the activation and the tokenizer. Give `--yaml` for a checkpoint without one.
+A MosaicGPT becomes a GPT-2 that computes the same, a ModernGPT a Qwen3; `hf_causal_lm` models keep their architecture.
+The manifest beside a checkpoint tells the settings of the model and the tokenizer. Give `--yaml` for a checkpoint
+without one.
 """
 # ruff: noqa: E402
 
@@ -11,6 +12,8 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -126,27 +129,39 @@ def check_out(out: str) -> None:
     """Raises UserError if OUT is not a new or empty folder on a disk."""
     path = Path(out)
     if '://' in out:
-        raise UserError(f'OUT: {out} is not on a disk; export to a folder on a disk, then copy it to the object store')
+        raise UserError(f'OUT: {out} is not on a disk; name a folder on a disk, then copy it to the object store')
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f'OUT: {out} already exists; name a new or an empty folder, or move this one away')
 
 
-def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
-    """Writes the folder completely or not at all. Raises UserError if the disk is full or not writable."""
+@contextmanager
+def new_folder(out: str) -> Iterator[Path]:
+    """Yields a folder that becomes OUT at the end of the `with` block; after an error, nothing is left.
+
+    Raises UserError if the disk is full or not writable.
+    """
     path = Path(os.path.realpath(out))
     part = path.with_name(f'.{path.name}.part')
-    shutil.rmtree(part, ignore_errors=True)  # the rest of a killed export
+    shutil.rmtree(part, ignore_errors=True)  # the rest of a killed program
     try:
         part.mkdir(parents=True)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        for file in filter(Path.is_file, part.iterdir()):
-            shutil.copymode(part / 'config.json', file)  # safetensors makes its files readable for their owner only
+        yield part
         os.replace(part, path)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and 'inline_container' not in str(e):  # else torch.save, on a full disk
+            raise
         raise UserError(f'OUT: {out} cannot be written: {first_line(e)}; name a folder on a disk with space') from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write(model: PreTrainedModel, tokenizer: Tokenizer, out: str) -> None:
+    """Writes the folder completely or not at all. Raises UserError if the disk is full or not writable."""
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file in filter(Path.is_file, folder.iterdir()):
+            shutil.copymode(folder / 'config.json', file)  # safetensors makes its files readable for their owner only
 
 
 def main(args: argparse.Namespace) -> None:

@@ -58,7 +58,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help=f'default: {" ".join(SIZES)}')
     add('--recipes', nargs='+', choices=list(RECIPES), default=['plain'], help='default: plain')
     add('--rates', nargs='+', type=positive_float, default=[RATE], metavar='RATE', help=f'default: {RATE:g}')
-    add('--seeds', type=positive_int, default=1, metavar='N', help='of the smallest size; default: %(default)s')
+    add('--seeds', type=positive_int, default=1, metavar='N', help='of the size in the middle; default: %(default)s')
     add('--source', default='sample', metavar='sample|FOLDER', help='text, as for convert_c4.py; default: %(default)s')
     add('--tokens_per_parameter', type=positive_float, default=20.0, metavar='N',
         help='length of each training; default: %(default)g')
@@ -254,20 +254,22 @@ def train_ladders(args: argparse.Namespace, out: Path) -> dict[str, list[Rung]]:
     Raises UserError if a run fails.
     """
     data, jobs = prepare(out, args.source), args.jobs or (1 if torch.cuda.is_available() else 2)
-    sizes = sorted({Rung('plain', *size, args.tokens_per_parameter) for size in args.sizes}, key=lambda r: r.flops)
+    sizes = [Rung('plain', width, layers, args.tokens_per_parameter) for width, layers in args.sizes]
+    sizes.sort(key=lambda rung: rung.flops)
     trials = {recipe: [sizes[0]._replace(recipe=recipe, rate=rate) for rate in args.rates] for recipe in args.recipes}
     if len(args.rates) > 1:
         train_all([rung for rungs in trials.values() for rung in rungs], data, out, jobs)
     best = {recipe: min(rungs, key=lambda rung: rung.loss(out) or math.inf) for recipe, rungs in trials.items()}
     ladders = {recipe: [rung._replace(recipe=recipe, rate=best[recipe].rate) for rung in sizes] for recipe in best}
-    seeds = {recipe: [rung._replace(seed=SEED + i) for i in range(args.seeds)] for recipe, rung in best.items()}
+    seeds = {recipe: [rungs[len(rungs) // 2]._replace(seed=SEED + i) for i in range(args.seeds)]
+             for recipe, rungs in ladders.items()}
     train_all([rung for rungs in (*ladders.values(), *seeds.values()) for rung in rungs], data, out, jobs)
     for recipe in trials if len(args.rates) > 1 else ():
         tried = zip(args.rates, losses_of(trials[recipe], out))
         print(f'{recipe}, smallest size, loss by peak learning rate:', ', '.join(f'{a:g}: {b:.4f}' for a, b in tried))
     for recipe in seeds if args.seeds > 1 else ():
         repeated = losses_of(seeds[recipe], out)
-        print(f'{recipe}, smallest size, loss by seed:', ', '.join(f'{loss:.4f}' for loss in repeated))
+        print(f'{recipe}, size in the middle, loss by seed:', ', '.join(f'{loss:.4f}' for loss in repeated))
     return ladders
 
 

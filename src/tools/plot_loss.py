@@ -163,10 +163,12 @@ def draw_ladders(ladders: dict[str, list[Run]], smooth: int) -> Figure:
     (first_flops, first_losses), second = points.values()
     for x, loss in zip(first_flops, first_losses):
         needed = flops_for(loss, *second)
-        axes.annotate(f'{x / needed:.1f}x', (needed, loss), (x, loss), fontsize='small', va='center',
-                      arrowprops={'arrowstyle': '->', 'color': plt.rcParams['text.color']})
+        arrow = {'arrowstyle': '->', 'color': plt.rcParams['text.color']}
+        axes.annotate('', (needed, loss), (x, loss), arrowprops=arrow)
+        axes.annotate(f'{x / needed:.1f} times', (x, loss), (8, 0), textcoords='offset points', fontsize='small',
+                      va='center')
     losses = [*first_losses, *second[1]]
-    axes.set_ylim(0.97 * min(losses), 1.2 * max(losses))
+    axes.set(xlim=(min(first_flops) / 10, None), ylim=(0.97 * min(losses), 1.2 * max(losses)))
     _finish(axes, 'flops', log=True)
     return figure
 

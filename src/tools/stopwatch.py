@@ -11,13 +11,13 @@ from composer.core import Callback, Event, Precision, State, get_precision_conte
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
-from src.checkpoints.hf_layout import gpt2_config
+from src.checkpoints.hf_layout import twin_config
 from src.common.errors import UserError
 from src.common.progress import progress
 from src.config.derived import compile_scope, resolve_precision
-from src.config.schema import Config, MosaicGPTConfig
+from src.config.schema import Config, ModernGPTConfig, MosaicGPTConfig
 from src.loader.batch_form import split_batch
 from src.model_registry import COMPOSER_MODEL_REGISTRY
 
@@ -138,7 +138,7 @@ class Stopwatch(Callback):
 
 
 class BareLoop:
-    """A plain PyTorch training loop: microbatches, gradient clipping, fused AdamW.
+    """A plain PyTorch training loop: microbatches, gradient clipping, and fused AdamW whatever the run's optimizer.
 
     `loss` is called with the model and a microbatch, a mapping as the loader returns it. Microbatch, precision and
     learning rate are those of the run.
@@ -171,21 +171,21 @@ def hf_loss(model: Any, part: Any) -> torch.Tensor:
 
 
 def build_baselines(names: list[str], c: Config) -> dict[str, BareLoop]:
-    """Builds the loops to compare with. `bare` trains the run's model, `hf` Hugging Face's GPT-2 of the same shape.
+    """Builds the loops to compare with. `bare` trains the run's model, `hf` Hugging Face's GPT-2 or Qwen3 of its shape.
 
     Where the run is compiled, torch.compile compiles the whole model of each loop with its defaults: `backend`, `mode`
-    and `options` of `compile_config` do not apply. Raises UserError if the run uses a feature that the loop or GPT-2
-    does not have.
+    and `options` of `compile_config` do not apply. Raises UserError if the run uses a feature that the loop or the
+    model of Hugging Face does not have.
     """
     rivals, m = {}, c.model
     if names and (dist.get_world_size() > 1 or c.device_train_microbatch_size == 'auto' or c.fsdp_config):
         raise UserError('--against: a bare loop needs one device, fsdp_config=null, and a number for '
                         'device_train_microbatch_size')
     if 'hf' in names:
-        if type(m) is not MosaicGPTConfig or m.attn_within_document:
-            raise UserError('--against hf: only mosaic_gpt without attn_within_document has an equal model in '
-                            'Hugging Face; use --against bare')
-        rivals['hf'] = BareLoop(GPT2LMHeadModel(gpt2_config(m, use_cache=False)), hf_loss, c)
+        if (type(m) is not MosaicGPTConfig and type(m) is not ModernGPTConfig) or m.attn_within_document:
+            raise UserError('--against hf: only mosaic_gpt and modern_gpt without attn_within_document have an equal '
+                            'model in Hugging Face; use --against bare')
+        rivals['hf'] = BareLoop(AutoModelForCausalLM.from_config(twin_config(m, use_cache=False)), hf_loss, c)
     if 'bare' in names:
         model = COMPOSER_MODEL_REGISTRY[m.name](m.model_copy(update={'device': 'cpu'}) if hasattr(m, 'device') else m)
         rivals['bare'] = BareLoop(model, lambda model, part: model(part)['loss'], c)

@@ -23,7 +23,7 @@ from src.callbacks.metrics import SpeedMonitor
 from src.common.errors import UserError
 from src.config import load as config
 from src.data_c4 import StreamingC4, build_c4_dataloader
-from src.optimizers import DecoupledAdamW, skips_on_device
+from src.optimizers import DecoupledAdamW, Muon, skips_on_device
 from src.training import data, plugins
 
 NAN = float('nan')
@@ -41,6 +41,12 @@ def fused(model: Any) -> torch.optim.Optimizer:
 
 def kits(model: Any) -> torch.optim.Optimizer:
     return DecoupledAdamW(model.parameters(), lr=0.1, weight_decay=0.01)
+
+
+def muon(model: Any) -> torch.optim.Optimizer:
+    weight, bias = model.parameters()
+    matrices = {'params': [weight], 'rows': (), 'momentum': 0.9, 'cautious': True}
+    return Muon([matrices, {'params': [bias]}], lr=0.1, weight_decay=0.01)
 
 
 def one_by_one(model: Any) -> torch.optim.Optimizer:
@@ -72,7 +78,7 @@ def states(build: Any, bad: dict[int, float], guard: NonFiniteGuard, **options: 
     return snapshots.seen
 
 
-@pytest.mark.parametrize('build', [fused, kits, one_by_one, mine])
+@pytest.mark.parametrize('build', [fused, kits, muon, one_by_one, mine])
 def test_skipping_on_the_device_equals_skipping_on_the_host(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for is_late in (False, True):
@@ -89,9 +95,10 @@ def test_only_known_optimizers_skip_on_the_device() -> None:
     model = Line()
     assert skips_on_device(fused(model)) and not skips_on_device(one_by_one(model)) and not skips_on_device(mine(model))
     assert not skips_on_device(NoClosure(model.parameters(), lr=0.1, fused=True))
-    optimizer = kits(model)
-    optimizer.step(lambda: model(next(iter(batches(1)))).sum().backward())
-    assert skips_on_device(optimizer)
+    for optimizer in (kits(model), muon(model)):
+        assert not skips_on_device(optimizer), 'before its first step'
+        optimizer.step(lambda: model(next(iter(batches(1)))).sum().backward())
+        assert skips_on_device(optimizer)
 
 
 def test_a_first_batch_that_is_bad_leaves_the_weights_and_counts_no_step(late: None) -> None:

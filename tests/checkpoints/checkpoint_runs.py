@@ -11,6 +11,7 @@ from src.common.errors import UserError
 
 QUICKSTART = 'yamls/quickstart.yaml'
 SHARDED = ('fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded')
+MUON = ('optimizer.name=muon', 'scheduler.name=warmup_stable_decay')
 
 
 def refusal(run: Callable[..., Any], *args: Any) -> str:

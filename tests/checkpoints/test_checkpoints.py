@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_runs import QUICKSTART, SHARDED, MakesFolder, refusal
+from checkpoint_runs import MUON, QUICKSTART, SHARDED, MakesFolder, refusal
 from launch import tiny
 from runs import train
 
@@ -241,15 +241,17 @@ def test_each_write_of_a_save_that_fails_is_said(mds_root, tmp_path, monkeypatch
 KINDS = {
     'truncate': [],
     'dropout': ['model.resid_pdrop=0.1', 'model.attn_pdrop=0.1'],
+    'muon': [*MUON, 'optimizer.weight_decay=0.1'],
     'workers': ['train_loader.num_workers=2', 'train_loader.persistent_workers=true'],
     'concat': ['train_loader.dataset.group_method=concat', 'model.resid_pdrop=0.1'],
     'tokens': ['global_train_batch_size=24', 'device_train_microbatch_size=24'],
     'tokens over epochs': ['global_train_batch_size=96', 'device_train_microbatch_size=96', 'model.resid_pdrop=0.1'],
 }
+FAST = ('muon', 'workers', 'tokens over epochs')
 
 
-@pytest.mark.parametrize('kind', ['workers', 'tokens over epochs', *(
-    pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ('workers', 'tokens over epochs'))])
+@pytest.mark.parametrize('kind', [*FAST, *(
+    pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FAST)])
 def test_a_run_that_stopped_twice_equals_one_that_did_not(kind, mds_root, tokens_root, tmp_path):
     """500 sequences of tokens are 5 batches of 96: batch 5 ends an epoch, batch 8 is inside the next."""
     root = tokens_root if kind.startswith('tokens') else mds_root

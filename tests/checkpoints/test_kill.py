@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_runs import MUON
 from launch import ROOT, SCRIPTS, Popen, clean_env, free_port, tiny
 
 from src.checkpoints.manifest import list_manifests
@@ -89,9 +90,11 @@ def assert_same_state(got: dict, want: dict) -> None:
     """Checks that weights, optimizer and position in the data are the same, bit for bit."""
     for name, weight in want['model'].items():
         assert torch.equal(got['model'][name], weight), name
-    for name, values in want['optimizers']['DecoupledAdamW']['state'].items():
+    [(optimizer, kept)] = want['optimizers'].items()
+    assert kept['param_groups'] == got['optimizers'][optimizer]['param_groups']
+    for name, values in kept['state'].items():
         for key, value in values.items():
-            assert torch.equal(got['optimizers']['DecoupledAdamW']['state'][name][key], value), (name, key)
+            assert torch.equal(got['optimizers'][optimizer]['state'][name][key], value), (name, key)
     assert got['dataset_state'] == want['dataset_state']
     for key in ('epoch', 'batch', 'sample', 'token'):
         assert got['timestamp']['Timestamp'][key] == want['timestamp']['Timestamp'][key]
@@ -175,7 +178,7 @@ def test_8_kills_with_data_and_checkpoints_on_a_failing_s3(tokens_root, tmp_path
                'AWS_DEFAULT_REGION': 'us-east-1', 'TMPDIR': str(tmp_path)}
         remote = ['data_remote=s3://bucket/data', f'data_local={tmp_path}/cache', f'tokenizer_name={tokens_root}/tokenizer',
                   'save_folder=s3://bucket/runs/{run_name}', 'train_loader.dataset.download_retry=5']
-        argv = [*tiny(tokens_root, *ARGV), *remote]
+        argv = [*tiny(tokens_root, *ARGV, *MUON), *remote]
 
         def saved() -> int:
             keys[:] = [o['Key'] for page in s3.get_paginator('list_objects_v2').paginate(Bucket='bucket', Prefix='runs/one/')
@@ -199,6 +202,6 @@ def test_8_kills_with_data_and_checkpoints_on_a_failing_s3(tokens_root, tmp_path
         last = next(key for key in keys if key.endswith(f'-ba{BATCHES}-rank0.pt'))
         s3.download_file('bucket', last, str(tmp_path / Path(last).name))
         assert counts['failed'] > 0.05 * counts['requests']
-    finish(start(1, *tiny(tokens_root, *ARGV), f'save_folder={tmp_path}/whole', FEW_SAVES))
+    finish(start(1, *tiny(tokens_root, *ARGV, *MUON), f'save_folder={tmp_path}/whole', FEW_SAVES))
     assert_same_state(state_of(tmp_path), state_of(tmp_path / 'whole'))
     assert not list(tmp_path.glob('checkpoints-*')), 'no file of an unfinished upload is left'

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpoint_runs import SHARDED
+from checkpoint_runs import MUON, SHARDED
 from composer.core import Callback, State
 from composer.loggers import Logger
 from launch import ROOT, tiny
@@ -29,13 +29,15 @@ NO_EVALUATION = ('eval_loader=null', 'callbacks.unigram_baseline=false')
 
 
 class Groups(Callback):
-    """Records the parameter group that each batch is trained with."""
+    """Records the first parameter group that each batch is trained with, and the settings of all groups at the end."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        self.seen.append({key: value for key, value in state.optimizers[0].param_groups[0].items() if key != 'params'})
+        self.all = [{key: value for key, value in group.items() if key != 'params'}
+                    for group in state.optimizers[0].param_groups]
+        self.seen.append(self.all[0])
 
 
 class Run:
@@ -50,6 +52,7 @@ class Run:
                                 callbacks=[groups, samples])
         trainer.close()
         self.said, self.groups, self.batches = '\n'.join(said), groups.seen, samples.batches
+        self.last_groups = groups.all
         self.unigram = next((cb.entropy for cb in trainer.state.callbacks if isinstance(cb, UnigramBaseline)), None)
         self.rates = [group['lr'] for group in self.groups]
 
@@ -80,6 +83,22 @@ def test_the_optimizers_settings_of_the_config_take_effect(run, tmp_path, shardi
         assert (group['initial_lr'], group['betas'], group['eps'], group['weight_decay']) == (1e-5, (0.8, 0.9), 1e-6, 0.1)
     assert (f'changed since the checkpoint: optimizer.lr {peak} → 1e-05, optimizer.betas [0.9, 0.95] → [0.8, 0.9], '
             'optimizer.eps 1e-08 → 1e-06, optimizer.weight_decay 0.0 → 0.1') in less.said
+
+
+@pytest.mark.parametrize('sharding', [(), SHARDED[:1], SHARDED], ids=['full', 'full of shards', 'sharded'])
+def test_muons_settings_take_effect_in_their_groups_and_the_parts_of_matrices_stay(run, tmp_path, sharding):
+    every = (*MUON, 'scheduler.t_warmup=4ba', *sharding)
+    whole = run(*every, f'save_folder={tmp_path}')
+    assert [group.get('rows') for group in whole.last_groups] == [(16, 16, 16), (), None]
+    load = [*every, f'load_path={next(path for path in tmp_path.glob("ep0-ba4*") if path.suffix != ".json")}']
+    again = run(*load)
+    assert again.groups == whole.groups[4:] and again.last_groups == whole.last_groups and 'changed' not in again.said
+    changed = run(*load, 'optimizer.lr=1e-5', 'optimizer.momentum=0.8', 'optimizer.weight_decay=0.1', 'optimizer.cautious=true')
+    for group, old in zip(changed.last_groups, whole.last_groups, strict=True):
+        assert group['lr'] == pytest.approx(old['lr'] * 1e-5 / old['initial_lr'], rel=1e-9)
+        own = {'momentum': 0.8, 'cautious': True} if 'rows' in group else {}
+        assert group == old | own | {'initial_lr': 1e-5, 'weight_decay': 0.1, 'lr': group['lr']}
+    assert 'optimizer.momentum 0.95 → 0.8' in changed.said and 'optimizer.cautious False → True' in changed.said
 
 
 def test_settings_of_an_own_optimizer_take_effect_and_what_its_groups_keep_stays(monkeypatch):

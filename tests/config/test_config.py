@@ -24,6 +24,7 @@ from src.training.sharding import build_parallelism
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
+WSD = 'scheduler.name=warmup_stable_decay'
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +43,15 @@ BAD = [
     (['model.n_layerz=3'], ['model.n_layerz', "did you mean 'n_layers'"]),
     (['train_loader.dataset.shufle=true'], ['train_loader.dataset.shufle', "did you mean 'shuffle'"]),
     (['train_loader.dataset.predownlod=3'], ['train_loader.dataset.predownlod', "did you mean 'predownload'"]),
-    (['optimizer.learning_rate=1'], ['optimizer.learning_rate', 'known: betas, eps, fused, lr']),
+    (['optimizer.learning_rate=1'], ['optimizer.learning_rate', 'known: betas, cautious, eps, fused, lr, momentum']),
     (['optimizer.lr=fast'], ["optimizer.lr: 'fast' must be a number"]),
     (['optimizer.lr=-1'], ['optimizer.lr: -1 must be greater than 0']),
-    (['optimizer.name=adam'], ["optimizer.name: 'adam' must be 'decoupled_adamw' or 'adamw'"]),
+    (['optimizer.name=adam'], ["optimizer.name: 'adam' must be 'decoupled_adamw', 'adamw' or 'muon'"]),
     (['optimizer.betas=[0.9]'], ['optimizer.betas: [0.9] must be two numbers']),
+    (['optimizer.momentum=0.9', 'optimizer.cautious=true'],
+     ['2 mistakes', "optimizer.momentum: 0.9 works only with optimizer.name=muon, but that is 'decoupled_adamw'; set optimizer.name=muon,"
+      ' or remove momentum', 'optimizer.cautious: true works only with optimizer.name=muon']),
+    (['optimizer.name=muon', 'optimizer.momentum=1'], ['optimizer.momentum: 1 must be less than 1']),
     (['scheduler.name=cosine'], ["scheduler.name: 'cosine' must be 'cosine_with_warmup'"]),
     (['scheduler.t_warmup=100'], ["scheduler.t_warmup: '100' must be a time: a whole number with a unit, as in 100ba"]),
     (['scheduler.t_warmup=100 batches'], ["'100 batches' must be a time", '100ba']),
@@ -57,7 +62,7 @@ BAD = [
     (['model.n_heads=5'], ['model.n_heads: 5 does not divide model.d_model 128', '1, 2, 4, 8']),
     (['model.max_seq_len=64'], ['128 is above model.max_seq_len 64; set model.max_seq_len=128, or train_loader.dataset.'
                                 'max_seq_len=64', 'eval_loader.dataset.max_seq_len: 128 is above']),
-    (['model.name=gpt5'], ["model: name must be 'mosaic_gpt' or 'hf_causal_lm', not 'gpt5'"]),
+    (['model.name=gpt5'], ["model: name must be 'mosaic_gpt' or 'modern_gpt' or 'hf_causal_lm', not 'gpt5'"]),
     (['model.attn_impl=xformers'], ["model.attn_impl: 'xformers' must be 'torch', 'sdpa', 'flash' or 'auto'"]),
     (['model.attn_impl=flash'], ["model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto"]),
     (['model.attn_within_document=true', 'eval_loader.dataset.sequence_ids=false'],
@@ -113,7 +118,7 @@ BAD = [
     (['load_weights_only=true'], ['load_weights_only: true has no effect without load_path']),
     (['optimizer=null'], ['optimizer: missing; it has no default']),
     (['model=null'], ['model: missing; it has no default']),
-    (['model={}'], ["model: name must be 'mosaic_gpt' or 'hf_causal_lm', not null"]),
+    (['model={}'], ["model: name must be 'mosaic_gpt' or 'modern_gpt' or 'hf_causal_lm', not null"]),
     (['model=[1,2]'], ['override model=...: the config has a section with keys there and the override a list']),
     (['callbacks=[speed_monitor]'], ['override callbacks=...']),
     (['callbacks.speed_monitor=5'], ['1 mistake', 'callbacks.speed_monitor: must be a section with keys, {} for']),
@@ -145,6 +150,16 @@ BAD = [
     (['loggers.wandb.project=#3'], ["override loggers.wandb.project=...: YAML reads '#' as the start of a comment"]),
     (['train_loader=null'], ['train_loader: missing; it has no default']),
     (['scheduler.t_max=2ba'], ["scheduler.t_max: '2ba' must be at least max_duration '1200ba'"]),
+    (['scheduler.cooldown=0.5', 'scheduler.cooldown_shape=1-sqrt'],
+     ['2 mistakes', "scheduler.cooldown: 0.5 works only with scheduler.name=warmup_stable_decay, but that is 'cosine_with_warmup'",
+      "scheduler.cooldown_shape: '1-sqrt' works only with", 'or remove cooldown_shape']),
+    ([WSD, 'scheduler.cooldown=0'], ['scheduler.cooldown: 0 must be greater than 0']),
+    ([WSD, 'scheduler.t_max=1200ba'],
+     ['1 mistake', "scheduler.t_max: '1200ba' has no effect with scheduler.name 'warmup_stable_decay', whose", 'remove t_max']),
+    ([WSD, 'scheduler.t_warmup=721ba'],
+     ['1 mistake', "scheduler.t_warmup: '721ba' ends after the cool-down begins, the last 0.4 of max_duration '1200ba'; set a shorter"]),
+    ([WSD, 'scheduler.t_warmup=0.61dur'], ['1 mistake', "scheduler.t_warmup: '0.61dur' ends after the cool-down begins"]),
+    ([WSD, 'scheduler.t_warmup=1dur'], ['1 mistake', "scheduler.t_warmup: '1dur' is not shorter than the run"]),
     (['scheduler.t_max=2tok'], ['must have the same unit', 't_max']),
     (['console_log_interval=0ba'], ["console_log_interval: '0ba' must be a number of batches or epochs above 0"]),
     (['seed=99999999999'], ['seed: 99999999999 must be less than or equal to 4294967295']),
@@ -313,6 +328,16 @@ def test_a_warm_up_in_epochs_is_held_against_a_run_in_batches():
     check_warmup(c, None)
     with pytest.raises(UserError, match=r"scheduler.t_warmup: '1ep' is not shorter than the run \(max_duration '100ba'\)"):
         check_warmup(c, 100)
+
+
+def test_a_warm_up_may_end_where_the_cool_down_begins():
+    for warmup, *more in (('0.6dur',), ('720ba',), ('0ba', 'scheduler.cooldown=1'), ('0.9dur', 'scheduler.cooldown=0.1')):
+        check(WSD, f'scheduler.t_warmup={warmup}', *more)
+    c = check(WSD, 'scheduler.t_warmup=1ep', 'max_duration=100ba', 'train_loader.dataset.group_method=truncate')
+    check_warmup(c, 60)
+    check_warmup(c, None)
+    with pytest.raises(UserError, match="scheduler.t_warmup: '1ep' ends after the cool-down begins, the last 0.4 of max_duration"):
+        check_warmup(c, 61)
 
 
 @pytest.mark.parametrize('t_max, run, epoch', [('10ba', '2ep', 6), ('1ep', '20ba', 19)])
@@ -542,7 +567,7 @@ ON_GPUS = [
     (['fsdp_config.version=2', 'fsdp_config.sharding_strategy=HYBRID_SHARD'],
      "fsdp_config.sharding_strategy: FSDP version 2 has no 'HYBRID_SHARD'; set FULL_SHARD, or on GPUs fsdp_config.version=1"),
     (['fsdp_config.version=2', 'device_train_microbatch_size=auto'],
-     "device_train_microbatch_size: FSDP version 2 has no 'auto'; set a number, or fsdp_config.version=1"),
+     "device_train_microbatch_size: FSDP version 2 has no 'auto'; set a number, or on GPUs fsdp_config.version=1"),
     (['fsdp_config.reduce_every_microbatch=false'], 'reduce_every_microbatch: false would sum the gradients in low precision'),
     (['fsdp_config.reduce_every_microbatch=false', 'device_train_microbatch_size=auto', 'fsdp_config.mixed_precision=FULL'],
      "fsdp_config.reduce_every_microbatch: false needs a number in device_train_microbatch_size, but that is 'auto'"),
@@ -579,6 +604,23 @@ def test_fsdp_version_follows_the_device():
         else:
             assert built is None if want == 0 else isinstance(built['fsdp'], ComposerFSDPConfig)
     assert fsdp_version(None, True) == 0
+
+
+@pytest.mark.parametrize('has_gpu', [False, True], ids=['CPU', 'GPU'])
+def test_muon_takes_fsdp_version_2_and_is_not_told_to_take_another(has_gpu):
+    muon = 'optimizer.name=muon'
+    assert check(muon, has_gpu=has_gpu).fsdp_config is None
+    assert check(muon, 'fsdp_config={}', has_gpu=has_gpu).fsdp_config.version == 2
+    refused = {
+        'fsdp_config.version=1': "optimizer.name: 'muon' needs whole matrices, which fsdp_config.version 1 flattens; set "
+                                 r'fsdp_config.version=2 \(also what null means with muon\)',
+        'fsdp_config.sharding_strategy=HYBRID_SHARD': r"\(the only one with muon\) has no 'HYBRID_SHARD'; set FULL_SHARD",
+        'fsdp_config.data_parallel_replicate_degree=2': 'always shards over all devices; remove both keys'}
+    if has_gpu:
+        refused['fsdp_config={} device_train_microbatch_size=auto'] = "muon.* has no 'auto'; set a number"
+    for settings, message in refused.items():
+        with pytest.raises(UserError, match=f'^1 mistake.*\n.*{message}$'):
+            check(muon, *settings.split(), has_gpu=has_gpu)
 
 
 def test_text_packed_on_the_fly_needs_canonical_nodes_that_fit():

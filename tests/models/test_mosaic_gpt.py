@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composer.core.data_spec import _default_split_batch
+from gpt_batches import LENGTHS, VOCAB, batch, documents_of, gradients, hf_inputs, packed_batch, perturb
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -22,7 +23,7 @@ from src.causal_lm import next_token_targets
 from src.common.errors import UserError
 from src.mosaic_gpt import ComposerMosaicGPT, GPTBlock, MosaicGPT
 
-TINY = dict(d_model=48, n_heads=4, n_layers=3, max_seq_len=32, vocab_size=211, init_std=0.08, attn_impl='torch')
+TINY = dict(d_model=48, n_heads=4, n_layers=3, max_seq_len=32, vocab_size=VOCAB, init_std=0.08, attn_impl='torch')
 
 
 def hf_twin(model: MosaicGPT) -> GPT2LMHeadModel:
@@ -48,29 +49,7 @@ def hf_twin(model: MosaicGPT) -> GPT2LMHeadModel:
 
 
 def perturbed(**overrides) -> MosaicGPT:
-    """A model whose biases and LayerNorms are not at their initial 0 and 1, where mistakes would hide."""
-    model = MosaicGPT(TINY | overrides)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
-
-
-def batch(padding: str, seq_len: int, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(0, TINY['vocab_size'], (rows, seq_len), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(rows, seq_len, dtype=torch.bool)
-    for row in range(rows):
-        n = 3 * row
-        if padding == 'right' and n:
-            mask[row, -n:] = False
-        if padding == 'left':
-            mask[row, :n] = False
-    return ids, mask
-
-
-def hf_inputs(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {'input_ids': ids, 'attention_mask': mask.long(), 'position_ids': (mask.long().cumsum(1) - 1).clamp(min=0)}
+    return perturb(MosaicGPT(TINY | overrides))
 
 
 @pytest.mark.parametrize('seq_len', [32, 17])
@@ -153,31 +132,6 @@ def test_labels_one_longer_train_the_last_position_as_well():
 
 
 # ---------------------------------------------------------------- documents
-
-LENGTHS = [[20], [5, 1, 14], [1, 1, 9, 9], [13, 7]]  # of the documents of each row
-
-
-def packed_batch(lengths: list[list[int]] = LENGTHS) -> dict[str, torch.Tensor]:
-    """Rows of several documents, as the loader makes them: the first token of a row's later documents is no target."""
-    torch.manual_seed(4)
-    ids = torch.randint(0, TINY['vocab_size'], (len(lengths), sum(lengths[0])))
-    sequence_id = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
-    labels = ids.clone()
-    labels[:, 1:][sequence_id.diff(dim=1) != 0] = -100
-    return {'input_ids': ids, 'labels': labels, 'sequence_id': sequence_id}
-
-
-def documents_of(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The token ids of each document, row by row."""
-    lengths = [numbers.bincount().tolist() for numbers in batch['sequence_id']]
-    return [document for ids, row in zip(batch['input_ids'], lengths) for document in ids.split(row)]
-
-
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
-
 
 @pytest.mark.parametrize('attn_impl', ['torch', 'sdpa'])
 def test_a_packed_row_gives_what_its_documents_alone_give(attn_impl):

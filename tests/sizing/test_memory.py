@@ -138,16 +138,18 @@ def allocated_peak(c: Config, microbatch: int) -> int:
     for _ in range(5):
         profiler: Any = profile(profile_memory=True)
         with profiler:
-            model, _ = two_steps(c, microbatch, False)
+            model, optimizer = two_steps(c, microbatch, False)
         sums = list(accumulate(e.nbytes() for e in profiler.kineto_results.events() if e.name() == '[memory]'))
-        kept = sum((1 + 3 * p.requires_grad) * p.nbytes for p in model.parameters())
+        kept = sum((1 + p.requires_grad) * p.nbytes for p in model.parameters())
+        kept += sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim())
         if sums[-1] >= kept:  # otherwise the profiler lost events on a busy machine
             return max(sums)
     raise AssertionError('the profiler loses events')
 
 
-def small(d_model: int, n_layers: int, vocab_size: int, seq_len: int, microbatch: int, accum: int, *overrides: str) -> Config:
-    return parsed('quickstart', 'tokenizer_name=none', f'model.d_model={d_model}', f'model.n_layers={n_layers}',
+def small(d_model: int, n_layers: int, vocab_size: int, seq_len: int, microbatch: int, accum: int, *overrides: str,
+          yaml: str = 'quickstart') -> Config:
+    return parsed(yaml, 'tokenizer_name=none', f'model.d_model={d_model}', f'model.n_layers={n_layers}',
                   f'model.vocab_size={vocab_size}', f'max_seq_len={seq_len}', f'global_train_batch_size={microbatch * accum}',
                   *overrides)
 
@@ -161,14 +163,17 @@ CPU = {  # d_model, layers, vocab, seq, microbatch, accumulation
 }
 
 
-@pytest.mark.parametrize('case', CPU)
-def test_fp32_on_a_cpu_as_its_allocator_counts(case):
-    c = small(*CPU[case])
+@pytest.mark.parametrize('yaml, case', [*(('quickstart', case) for case in CPU),
+                                        *(('modern_gpt/quickstart', case) for case in CPU if 'dropout' not in case)])
+def test_fp32_on_a_cpu_as_its_allocator_counts(yaml, case):
+    c = small(*CPU[case], *(['model.n_kv_heads=2'] if 'modern' in yaml else []), yaml=yaml)
     assert predict(c, 1, False, CPU[case][4]).total == pytest.approx(allocated_peak(c, CPU[case][4]), rel=0.01)
 
 
-def test_what_stays_is_exact():
-    c = small(64, 2, 512, 64, 1, 1)
+@pytest.mark.parametrize('optimizer', ['decoupled_adamw', 'muon'])
+@pytest.mark.parametrize('yaml', ['quickstart', 'modern_gpt/quickstart'])
+def test_what_stays_is_exact(yaml, optimizer):
+    c = small(64, 2, 512, 64, 1, 1, f'optimizer.name={optimizer}', yaml=yaml)
     model, optimizer = two_steps(c, 1, amp=False)
     step = moments(c, 1, False, 1)[-1]
     assert step.weights == sum(p.nbytes for p in model.parameters())
@@ -349,7 +354,7 @@ def live_peak(c: Config, world_size: int, microbatch: int, patch: pytest.MonkeyP
 
     patch.setattr(ShardingPropagator, '_propagate_tensor_meta_non_cached', uncounted)
     update: dict[str, Any] = {'global_train_batch_size': c.global_train_batch_size // world_size}
-    if c.model.name == 'mosaic_gpt' and c.model.attn_impl == 'flash':
+    if getattr(c.model, 'attn_impl', None) == 'flash':
         # PyTorch's FlashAttention for CPUs saves the same tensors for the backward pass
         update['model'] = c.model.model_copy(update={'attn_impl': 'sdpa', 'device': 'cpu', 'vocab_multiple': 64})
     with ExitStack() as stack:
@@ -381,10 +386,13 @@ GPU = {  # YAML, devices, accumulation, overrides; the microbatch is the YAML's
     '70b PURE': ('mosaic_gpt/70b', 256, 1, FEW),
     '1b light, FSDP1': ('mosaic_gpt/1b', 64, 1, *LIGHT, 'device_train_microbatch_size=1'),
     '1b light, FSDP2': ('mosaic_gpt/1b', 64, 2, *LIGHT, V2, 'device_train_microbatch_size=1'),
+    'modern 125m': ('modern_gpt/125m', 8, 1, 'model.n_layers=3'),
+    'modern 1b': ('modern_gpt/1b', 64, 2, FEW),
+    'modern 7b': ('modern_gpt/7b', 64, 1, FEW, 'device_train_microbatch_size=1'),
     'GPT-2 of Hugging Face': ('hf_causal_lm/gpt2-small', 1, 1, 'model.pretrained_model_name_or_path=null',
                               'model.config_overrides.model_type=gpt2', 'model.config_overrides.n_layer=4', 'fsdp_config=null'),
 }
-QUICK = ('350m kept', '3b checkpointed')
+QUICK = ('350m kept', '3b checkpointed', 'modern 125m')
 
 
 def compare_with_fsdp(yaml: str, world_size: int, accum: int, processes: Callable[[int], None], patch: pytest.MonkeyPatch,
@@ -405,10 +413,12 @@ def test_mixed_precision_as_fsdp_has_it(case, processes, without_data):
     compare_with_fsdp(yaml, world_size, accum, processes, without_data, *overrides)
 
 
+@pytest.mark.parametrize('yaml', ['quickstart', 'modern_gpt/quickstart'])
 @pytest.mark.parametrize('world_size', [1, 4])
-def test_checkpointed_and_sharded_on_cpus(world_size, processes, without_data):
+def test_checkpointed_and_sharded_on_cpus(yaml, world_size, processes, without_data):
     processes(world_size)
-    c = small(128, 4, 512, 256, 4, world_size, 'fsdp_config.activation_checkpointing=true', 'model.loss_chunk_tokens=128')
+    c = small(128, 4, 512, 256, 4, world_size, 'fsdp_config.activation_checkpointing=true', 'model.loss_chunk_tokens=128',
+              yaml=yaml)
     assert predict(c, world_size, False, 4).total == pytest.approx(live_peak(c, world_size, 4, without_data, False), rel=0.03)
 
 

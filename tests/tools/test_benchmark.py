@@ -175,8 +175,18 @@ def test_rivals_are_the_same_model(tmp_path: Path) -> None:
     assert record['peak_memory'] is None, 'it would be theirs too'
     with pytest.raises(UserError, match='--against: a bare loop needs one device'):
         run(tmp_path / 'out', '--against', 'bare', 'fsdp_config.sharding_strategy=FULL_SHARD')
-    with pytest.raises(UserError, match='--against hf: only mosaic_gpt without attn_within_document'):
+    with pytest.raises(UserError, match='--against hf: only mosaic_gpt and modern_gpt without attn_within_document'):
         run(tmp_path / 'out', '--against', 'hf', 'model.attn_within_document=true')
+
+
+def test_the_rival_of_a_modern_gpt_is_a_qwen3(tmp_path: Path) -> None:
+    modern = ['yamls/modern_gpt/quickstart.yaml', *SMALL, 'model.n_kv_heads=1']
+    argv = [*modern, '--steps', '1', '--warmup', '1', '--out', str(tmp_path / 'out'), '--against', 'hf', '--against', 'bare']
+    [record] = benchmark.main(benchmark.parse_args(argv))
+    assert record['attention'] == 'sdpa (PyTorch)' and set(record['against']) == {'hf', 'bare'}
+    hf = build_baselines(['hf'], check(config.load(modern), REGISTRIES, 1, False))['hf'].model
+    assert (hf.config.model_type, hf.config.num_key_value_heads, hf.config._attn_implementation) == ('qwen3', 1, 'sdpa')
+    assert sum(p.numel() for p in hf.parameters()) == record['parameters'] == 300 * 16 + 2 * (3 * 16**2 + 3 * 16 * 128 + 48) + 16
 
 
 def test_mfu_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 from launch import ROOT, tiny
@@ -20,13 +19,14 @@ from src.sizing.memory import moments, predict
 from src.tools import estimate as program
 
 NAMES = ('125m', '350m', '760m', '1b', '3b', '7b', '13b', '30b', '70b')
+MODERN = NAMES[:6]
 SOME = [name if name == '125m' else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 FEW = 'model.n_layers=4'  # tracing takes time for each block, and for each chunk of the loss
 SHORT = 'model.loss_chunk_tokens=65536'
 
 
-def parsed(name: str, *overrides: str) -> Config:
-    return check(config.load([str(ROOT / f'yamls/mosaic_gpt/{name}.yaml'), *overrides]), {}, 1, True)
+def parsed(name: str, *overrides: str, family: str = 'mosaic_gpt') -> Config:
+    return check(config.load([str(ROOT / f'yamls/{family}/{name}.yaml'), *overrides]), {}, 1, True)
 
 
 def sized(name: str, card: str = 'a100-40gb', *overrides: str, **kwargs) -> Estimate:
@@ -155,6 +155,15 @@ def test_the_rule_of_thumb_is_what_stays_from_step_to_step(name):
     assert moments(parsed(name, f'fsdp_config.mixed_precision={other}'), n, True, e.microbatch)[-1] == stays
 
 
+@pytest.mark.parametrize('name', SOME[:len(MODERN)])
+def test_a_modern_run_keeps_less_and_fits_on_the_devices_of_its_namesake(name):
+    e = estimate(parsed(name, family='modern_gpt'), CARDS['a100-40gb'])
+    stays = moments(e.c, e.devices, True, e.microbatch)[-1]
+    assert 12 < e.devices * (stays.weights + stays.gradients + stays.optimizer) / e.n_params < 13.3
+    row = next(row for row in rows(readme_table()) if row[0] == name)
+    assert e.fits and [str(e.devices), str(e.microbatch)] == row[2:4]
+
+
 @pytest.mark.slow
 def test_the_rules_own_example():
     """A GPT-13B needs 8 x A100-40GB or 4 x A100-80GB; with a microbatch of 1 the prediction agrees."""
@@ -166,15 +175,16 @@ def test_the_rules_own_example():
 # ---------------------------------------------------------------- bytes on disks
 
 
-@pytest.mark.parametrize('kind', ['full', 'sharded'])
+@pytest.mark.parametrize('kind', ['full', 'sharded', 'muon'])
 def test_a_checkpoint_is_as_large_as_it_says(kind, mds_root, tmp_path):
     argv = tiny(mds_root, 'max_duration=1ba', 'scheduler.t_warmup=0.1dur', 'eval_loader=null', 'model.d_model=128',
                 'model.n_layers=4', 'log_to_console=false', 'model.vocab_size=4096', f'save_folder={tmp_path}', 'run_name=a')
-    sharded = ['fsdp_config={}', 'fsdp_config.state_dict_type=sharded'] if kind == 'sharded' else []
-    cfg = config.load([str(ROOT / 'yamls/quickstart.yaml'), *argv, *sharded])
+    more = {'full': [], 'sharded': ['fsdp_config={}', 'fsdp_config.state_dict_type=sharded'], 'muon': ['optimizer.name=muon']}
+    cfg = config.load([str(ROOT / 'yamls/quickstart.yaml'), *argv, *more[kind]])
     main.main(cfg).close()
     e = estimate(check(cfg, {}, 1, True), CARDS['l4'])
-    assert e.n_params > 1e6 and e.checkpoint_bytes == 12 * e.n_params + (4 * 4096 * 128 if sharded else 0)
+    more_numbers = {'sharded': 4096 * 128, 'muon': -4 * 12 * 128**2}.get(kind, 0)  # the embedding again; one moment less
+    assert e.n_params > 1e6 and e.checkpoint_bytes == 12 * e.n_params + 4 * more_numbers
     size = sum(p.stat().st_size for p in tmp_path.rglob('*') if p.is_file())
     assert e.checkpoint_bytes < size < 1.04 * e.checkpoint_bytes  # with names, and padding of small tensors
 
@@ -216,6 +226,26 @@ def test_a_row_of_the_table():
     assert all(re.search(rf'^{name}  ', legend, re.MULTILINE) for name in head[1:] if name != 'micro')
 
 
+def test_a_folder_is_a_table_whose_legend_holds_for_each_run(tmp_path, capsys):
+    for file, family, vocab_size in (('a', 'mosaic_gpt', 70000), ('b', 'modern_gpt', 50257)):
+        text = (ROOT / f'yamls/{family}/125m.yaml').read_text()
+        text = re.sub(r'n_layers: \d+', 'n_layers: 1', text).replace('vocab_size: 50257', f'vocab_size: {vocab_size}')
+        (tmp_path / f'{file}.yaml').write_text(text)
+    modern, mosaic = run(tmp_path, SHORT, 'max_seq_len=256')
+    out = capsys.readouterr().out
+    table, legend = out.split('\n\n')
+    matrices, rest = 4 * 768**2 + 3 * 768 * 2048, (50257 + 3) * 768 + 2 * 64  # three RMSNorms, and two of heads
+    assert modern.n_params == matrices + rest and modern.checkpoint_bytes == 8 * matrices + 12 * rest
+    assert mosaic.checkpoint_bytes == 12 * mosaic.n_params
+    head, *lines = rows(table)
+    assert [(line[0], line[head.index('checkpoint')]) for line in lines] == [
+        (name, sizing_report.gigabytes(e.checkpoint_bytes)) for name, e in (('b', modern), ('a', mosaic))]  # by size
+    assert re.findall(r'^checkpoint +(.*?);', legend, re.MULTILINE) == ['fp32 weights, 4 bytes x N, and the state of the optimizer']
+    assert re.findall(r'^data +tokens x (\d) bytes', legend, re.MULTILINE) == ['2', '4']
+    assert len(legend.splitlines()) == len(head) - 1  # without `run` and `micro`, and with two lines for `data`
+    assert f'; here {modern.checkpoint_bytes / modern.n_params:.3g} bytes x N' in sizing_report.report(modern)
+
+
 @pytest.mark.slow
 def test_the_table_of_all_is_in_the_readme(capsys):
     run()
@@ -251,7 +281,8 @@ def test_settings_without_a_yaml_are_for_all(monkeypatch):
     'one of all': (['--gpus', '512'], '125m.yaml: .*\n.*256 does not divide by 512 devices'),
     'key': (['yamls/mosaic_gpt/7b.yaml', 'model.d_modle=3'], 'model.d_modle: no such key'),
     'yaml': (['yamls/mosaic_gpt/8b.yaml'], 'no such file. Did you mean'),
-}.values(), ids=['mfu', 'no mfu', 'price', 'gpus', 'one of all', 'key', 'yaml'])
+    'empty folder': (['tests'], '^tests: this folder has no YAML; name a file'),
+}.values(), ids=['mfu', 'no mfu', 'price', 'gpus', 'one of all', 'key', 'yaml', 'empty folder'])
 def test_mistakes(argv, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
@@ -272,4 +303,5 @@ def test_a_mistake_is_one_message(monkeypatch):
 
 
 def test_every_yaml_is_there():
-    assert sorted(NAMES) == sorted(p.stem for p in Path(ROOT, 'yamls/mosaic_gpt').glob('*.yaml'))
+    for folder, names in (('mosaic_gpt', NAMES), ('modern_gpt', (*MODERN, 'quickstart'))):
+        assert sorted(names) == sorted(p.stem for p in (ROOT / 'yamls' / folder).glob('*.yaml'))

@@ -19,7 +19,7 @@ from src.config import load as config
 from src.mosaic_gpt import MosaicGPT
 from src.ranks import program
 from src.tools import evaluate
-from src.tools.bits_per_byte import bytes_per_token
+from src.tools.evaluate import bytes_per_token
 
 QUICKSTART = str(ROOT / 'yamls/quickstart.yaml')
 SHARDED = ['fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded']

@@ -17,16 +17,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.checkpoints import weights
-from src.checkpoints.hf_layout import GPT2_KEYS, TRAINING_ONLY_KEYS, gpt2_config, hf_model
+from src.checkpoints.hf_layout import TRAINING_ONLY_KEYS, hf_model, twin_config, twin_of
 from src.common.encoding import encode_documents
 from src.common.errors import UserError
-from src.config.schema import MosaicGPTConfig
+from src.config.schema import GPTConfig, ModernGPTConfig, MosaicGPTConfig
 from src.hf_causal_lm import ComposerHFCausalLM
-from src.mosaic_gpt import ComposerMosaicGPT, MosaicGPT
+from src.model_registry import COMPOSER_MODEL_REGISTRY
 from src.tokenizer import HFTokenizer
 from src.tools import export_hf
 
-QUICKSTART, GPT2 = 'yamls/quickstart.yaml', 'yamls/hf_causal_lm/gpt2-small.yaml'
+QUICKSTART, MODERN, GPT2 = 'yamls/quickstart.yaml', 'yamls/modern_gpt/quickstart.yaml', 'yamls/hf_causal_lm/gpt2-small.yaml'
 EVERY = ('run_name=one', 'eval_loader=null', 'max_duration=4ba', 'scheduler.t_warmup=1ba')
 SHARDED = ('fsdp_config.sharding_strategy=FULL_SHARD', 'fsdp_config.state_dict_type=sharded')
 PADDED = 'model.vocab_size=576'  # the tokenizer has 512 tokens
@@ -78,10 +78,11 @@ def exported(full, tmp_path_factory):
 
 
 def kit_logits(state: dict[str, torch.Tensor], ids: torch.Tensor, **model: Any) -> torch.Tensor:
-    kit = MosaicGPT({'d_model': 16, 'n_heads': 2, 'n_layers': 2, 'max_seq_len': 32, 'vocab_size': 512, **model})
-    kit.load_state_dict({name.removeprefix('model.'): value for name, value in state.items()})
+    model = {'name': 'mosaic_gpt', 'd_model': 16, 'n_heads': 2, 'n_layers': 2, 'max_seq_len': 32, 'vocab_size': 512, **model}
+    kit = COMPOSER_MODEL_REGISTRY[model['name']](model).eval()
+    kit.load_state_dict(state)
     with torch.no_grad():
-        return kit.eval()(ids)
+        return kit.model(ids)
 
 
 IDS = torch.randint(512, (3, 32), generator=torch.Generator().manual_seed(0))
@@ -227,11 +228,34 @@ def test_a_sharded_checkpoint_of_two_ranks(mds_root, tmp_path):
     assert difference(tmp_path / 'out', state) < 1e-5
 
 
+@pytest.mark.slow
+def test_a_modern_gpt_becomes_a_qwen3(mds_root, tmp_path, capsys):
+    model = ['model.n_kv_heads=1', 'model.vocab_size=576', 'model.tie_embeddings=false']
+    state = train(MODERN, *tiny(mds_root, *EVERY, *model, f'save_folder={tmp_path}/ck'))['weights']
+    export(tmp_path / 'ck', tmp_path / 'out')
+    assert 'qwen3, ' in capsys.readouterr().out
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['architectures'] == ['Qwen3ForCausalLM'] and 'auto_map' not in config
+    modern = {'name': 'modern_gpt', 'vocab_size': 576, 'tie_embeddings': False}
+    assert difference(tmp_path / 'out', state, n_kv_heads=1, **modern) < 1e-5
+    yaml = ['--yaml', MODERN, *tiny(mds_root, *EVERY, *model)]
+    assert 'has model.rope_theta 10000.0, and the config has 500.0' in refused(
+        tmp_path / 'ck', tmp_path / 'none', *yaml, 'model.rope_theta=500.0')
+    (tmp_path / 'ck' / 'ep0-ba4.json').rename(tmp_path / 'moved.json')
+    said = refused(tmp_path / 'ck' / 'ep0-ba4-rank0.pt', tmp_path / 'none', *yaml, 'model.n_kv_heads=2')
+    assert said.startswith('--yaml: the weights do not fit') and '_proj.weight of shape ' in said
+
+
+MODERN_SHAPE = {'name': 'modern_gpt', 'n_kv_heads': 2, 'd_hidden': 40}
+
+
 @pytest.mark.parametrize('settings', [{}, {'mlp_act': 'gelu_tanh', 'mlp_ratio': 2}, {'attn_within_document': True, 'n_heads': 1},
-                                      {'attn_impl': 'torch', 'n_layers': 1, 'resid_pdrop': 0.5, 'attn_pdrop': 0.5}], ids=str)
+                                      {'attn_impl': 'torch', 'n_layers': 1, 'resid_pdrop': 0.5, 'attn_pdrop': 0.5},
+                                      MODERN_SHAPE, MODERN_SHAPE | {'tie_embeddings': False, 'rope_theta': 100.0},
+                                      MODERN_SHAPE | {'head_dim': 6, 'norm_eps': 0.1}], ids=str)
 def test_every_setting_computes_the_same(settings):
     cfg = {'name': 'mosaic_gpt', 'd_model': 16, 'n_heads': 4, 'n_layers': 2, 'max_seq_len': 32, 'vocab_size': 512, **settings}
-    composer = ComposerMosaicGPT(cfg).eval()
+    composer = COMPOSER_MODEL_REGISTRY[cfg['name']](cfg).eval()
     generator = torch.Generator().manual_seed(1)
     for p in composer.parameters():  # initial biases of 0 and LayerNorms of 1 would hide a mistake
         p.data.normal_(0.3, 0.3, generator=generator)
@@ -240,16 +264,26 @@ def test_every_setting_computes_the_same(settings):
     assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
 
 
-def test_a_setting_that_gpt2_lacks_is_named():
-    assert set(MosaicGPTConfig.model_fields) == GPT2_KEYS | TRAINING_ONLY_KEYS, 'a new setting: can GPT-2 express it?'
+class LaterMosaic(MosaicGPTConfig):
+    position: Literal['learned', 'rotary'] = 'learned'
 
-    class Later(MosaicGPTConfig):
-        position: Literal['learned', 'rotary'] = 'learned'
 
-    shape = {'d_model': 16, 'n_heads': 4, 'n_layers': 2, 'max_seq_len': 32, 'vocab_size': 512}
-    assert gpt2_config(Later(**shape)).n_embd == 16
-    with pytest.raises(UserError, match=r"^model.position: 'rotary' cannot be exported, because GPT-2 has only 'learned'"):
-        gpt2_config(Later(**shape, position='rotary'))
+class LaterModern(ModernGPTConfig):
+    name: Literal['modern_gpt'] = 'modern_gpt'
+    position: Literal['rotary', 'learned'] = 'rotary'
+
+
+@pytest.mark.parametrize('cls, setting, message', [
+    (LaterMosaic, {'position': 'rotary'}, "position: 'rotary' cannot be exported, because GPT-2 has only 'learned'"),
+    (LaterModern, {'position': 'learned'}, "position: 'learned' cannot be exported, because Qwen3 has only 'rotary'"),
+    (LaterModern, {'logit_softcap': 30.0}, 'logit_softcap: 30.0 cannot be exported, because Qwen3 has only None')])
+def test_a_setting_that_the_twin_lacks_is_named(cls, setting, message):
+    cfg: GPTConfig = cls(d_model=16, n_heads=4, n_layers=2, max_seq_len=32, vocab_size=512)
+    known = {'name', 'position', 'logit_softcap', *twin_of(cfg).keys} | TRAINING_ONLY_KEYS
+    assert set(cls.model_fields) <= known, 'a new setting: can the twin express it?'
+    assert twin_config(cfg).hidden_size == 16
+    with pytest.raises(UserError, match=f'^model.{message}'):
+        twin_config(cfg.model_copy(update=setting))
 
 
 # ---------------------------------------------------------------- other architectures, and training on
@@ -361,7 +395,7 @@ def test_out_is_never_overwritten_and_whole_or_absent(full, tmp_path, monkeypatc
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'precious').touch()
     assert refused(checkpoint, tmp_path / 'mine').startswith(f'OUT: {tmp_path / "mine"} already exists')
-    assert refused(checkpoint, 's3://bucket/out').startswith('OUT: s3://bucket/out is not on a disk; export to')
+    assert refused(checkpoint, 's3://bucket/out').startswith('OUT: s3://bucket/out is not on a disk; name a folder')
 
     def full_disk(*_, **__):
         raise OSError(28, 'No space left on device')
@@ -389,5 +423,5 @@ def test_a_tokenizer_that_has_moved(full, mds_root, tmp_path):
 
 
 def test_a_model_of_ones_own_is_named(full):
-    with pytest.raises(UserError, match="model.name: 'parallel_gpt'; only mosaic_gpt, hf_causal_lm can be exported"):
+    with pytest.raises(UserError, match="model.name: 'parallel_gpt'; only mosaic_gpt, modern_gpt, hf_causal_lm can be exported"):
         hf_model({'name': 'parallel_gpt'}, {}, 'x')

@@ -140,10 +140,11 @@ def test_several_are_printed_one_after_another(folder, loaded, capsys):
         f'[{i}] {prompt}{loaded[1].decode(ids)}\n' for i, (prompt, ids) in enumerate(zip(PROMPTS, texts), 1))
 
 
-def test_a_checkpoint_and_its_export_say_the_same(mds_root, tmp_path, capsys):
+@pytest.mark.parametrize('yaml, model', [('yamls/quickstart.yaml', []), ('yamls/modern_gpt/quickstart.yaml', ['model.n_kv_heads=1'])])
+def test_a_checkpoint_and_its_export_say_the_same(yaml, model, mds_root, tmp_path, capsys):
     from src.tools import export_hf
-    train('yamls/quickstart.yaml', *tiny(mds_root, 'max_duration=2ba', 'scheduler.t_warmup=1ba', 'eval_loader=null',
-                                         'run_name=one', f'save_folder={tmp_path}/ck'))
+    train(yaml, *tiny(mds_root, 'max_duration=2ba', 'scheduler.t_warmup=1ba', 'eval_loader=null', *model,
+                      'run_name=one', f'save_folder={tmp_path}/ck'))
     capsys.readouterr()
     export_hf.main(export_hf.parse_args([f'{tmp_path}/ck', f'{tmp_path}/out']))
     capsys.readouterr()

@@ -35,9 +35,10 @@ def done(*command: str, **env: str) -> str:
 
 
 @pytest.mark.slow
-def test_lm_eval_finds_what_a_plain_loop_finds(mds_root, tmp_path):
-    trainer = main.main(config.load([str(ROOT / 'yamls/quickstart.yaml'), *tiny(
-        mds_root, 'max_seq_len=512', 'eval_loader=null', 'callbacks.unigram_baseline=false', 'log_to_console=false',
+@pytest.mark.parametrize('yaml, own', [('yamls/quickstart.yaml', []), ('yamls/modern_gpt/quickstart.yaml', ['model.n_kv_heads=1'])])
+def test_lm_eval_finds_what_a_plain_loop_finds(yaml, own, mds_root, tmp_path):
+    trainer = main.main(config.load([str(ROOT / yaml), *tiny(
+        mds_root, *own, 'max_seq_len=512', 'eval_loader=null', 'callbacks.unigram_baseline=false', 'log_to_console=false',
         f'save_folder={tmp_path}/saves')]))
     trainer.close()
     model = trainer.state.model.model.eval()  # the kit's model, not the exported one

@@ -11,7 +11,7 @@ import composer.callbacks
 import composer.optim
 import pytest
 import torch
-from composer.core import Callback, State, Timestamp
+from composer.core import Callback, State, Time, Timestamp
 from composer.loggers import InMemoryLogger, Logger
 from launch import ROOT, tiny
 
@@ -87,9 +87,35 @@ def test_builders_by_name():
     assert type(adamw).__name__ == 'AdamW' and isinstance(adamw, torch.optim.AdamW)
     assert adamw.defaults['weight_decay'] == 0.1 and adamw.defaults['betas'] == (0.9, 0.95)
     names = {'cosine_with_warmup': 'CosineAnnealingWithWarmupScheduler', 'constant_with_warmup': 'ConstantWithWarmupScheduler',
-             'linear_decay_with_warmup': 'LinearWithWarmupScheduler'}
+             'linear_decay_with_warmup': 'LinearWithWarmupScheduler', 'warmup_stable_decay': 'WarmupStableDecay'}
     for name, cls in names.items():
         assert type(optimizers.build_scheduler(SchedulerConfig(name=name, t_warmup='10ba'))).__name__ == cls
+
+
+@pytest.mark.parametrize('alpha_f', [0.0, 0.1])
+@pytest.mark.parametrize('shape', ['linear', '1-sqrt'])
+@pytest.mark.parametrize(('run', 'warmup'), [('40ba', '8ba'), ('40ba', '0.2dur'), ('4000tok', '800tok'), ('80sp', '16sp'),
+                                             ('4ep', '0.2dur'), ('4ep', '8ba'), ('40ba', '1ep')])
+def test_the_rate_warms_up_stays_and_cools_down(run: str, warmup: str, shape: Any, alpha_f: float) -> None:
+    n_warmup = 10 if warmup == '1ep' else 8  # of 40 batches, in epochs of 10 batches
+    schedule = optimizers.build_scheduler(SchedulerConfig(name='warmup_stable_decay', t_warmup=warmup, alpha_f=alpha_f,
+                                                          cooldown=0.4, cooldown_shape=shape))
+    for n in range(41):
+        state: Any = SimpleNamespace(max_duration=Time.from_timestring(run), dataloader_len=Time.from_timestring('10ba'),
+                                     timestamp=Timestamp(epoch=n // 10, batch=n, sample=2 * n, token=100 * n))
+        part = max(0, n - 24) / 16  # of the cool-down
+        want = 1 - (1 - alpha_f) * (part if shape == 'linear' else part ** 0.5)
+        assert schedule(state) == pytest.approx(n / n_warmup if n < n_warmup else want, abs=1e-7), n
+
+
+def test_a_run_goes_on_from_before_its_cool_down_as_a_longer_run(mds_root: Path, tmp_path: Path) -> None:
+    every = ['scheduler.name=warmup_stable_decay', 'scheduler.cooldown=0.5', 'run_name=one', 'save_interval=10ba',
+             'save_num_checkpoints_to_keep=-1']
+    straight = trained(mds_root, *every, 'max_duration=40ba')
+    short = trained(mds_root, *every, 'max_duration=20ba', f'save_folder={tmp_path}')
+    assert short[:13] == straight[:13] and short[13] != straight[13], 'its 13th update is the first below the peak'
+    rest = trained(mds_root, *every, 'max_duration=40ba', f'load_path={tmp_path}/ep0-ba10-rank0.pt')
+    assert len(rest) == 30 and rest == straight[10:]
 
 
 @pytest.mark.parametrize('name', list(plugins.CALLBACKS))

@@ -71,6 +71,7 @@ def test_without_a_mistake_the_program_goes_on_to_torch(no_libraries: str) -> No
 @pytest.mark.parametrize('mistakes', [
     ['optimzer.lr=1'], ['model.d_model=abc', 'max_duration=5', 'callbacks.lr_moniter={}'], ['model.n_heads=3'],
     ['loggers.file=true', 'save_interval=0ba', 'algorithms.emma={}'], ['eval_samples=0', 'scheduler.t_warmup=9999ba'],
+    ['optimizer.momentum=0.9', 'optimizer.cautious=true', 'scheduler.cooldown=0.5'],
     ['model.name=gpt'], ['optimizer.betas=[0.9]', 'load_weights_only=true', 'optimizer.eps=x'],
 ], ids=' '.join)
 def test_the_message_is_that_of_the_whole_check(mistakes: list[str]) -> None:
