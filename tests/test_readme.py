@@ -184,8 +184,6 @@ CHECKED = {
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained=true max_seq_len=1024 optimizer.lr=3e-5 '
     'max_duration=500ba run_name=tuned-gpt2 save_folder=checkpoints/{run_name}':
         'needs GPUs, the hub: test_export_hf.py::test_fine_tuning_begins_with_the_loss_of_the_checkpoint',
-    'composer main.py yamls/hf_causal_lm/gpt2-small.yaml':
-        'needs GPUs, the hub: test_yamls.py::test_shrunk_yaml_trains_two_steps',
     'composer main.py yamls/hf_causal_lm/gpt2-small.yaml model.pretrained_model_name_or_path=./my-gpt2 model.pretrained=true '
     'max_seq_len=1024':
         'needs GPUs: test_causal_lm.py::test_hf_pretrained_weights_load_from_a_folder',
