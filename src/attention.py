@@ -71,7 +71,7 @@ class CausalAttention(nn.Module):
 class Documents:
     """The document boundaries of a batch, in the formats that attention kernels need.
 
-    Each form is computed once and kept, for all layers and for recomputed activations. `MosaicGPT` has them computed
+    Each form is computed once and kept, for all layers and for recomputed activations. The model has them computed
     before the first block, so that all blocks run the same code. This is a plain class, because FSDP copies tuples and
     dataclasses for every block: the copies would compute each form again.
 
@@ -178,7 +178,7 @@ def flash_kernel(head_dim: int, within_document: bool = False, choice: str = 'au
     major, minor = torch.cuda.get_device_capability()
     if major < 8 or head_dim > 256 or head_dim % 8:
         raise UserError("model.attn_impl: 'flash' needs an Ampere or newer GPU and a head dimension "
-                        '(d_model / n_heads) that is a multiple of 8 up to 256; here: compute capability '
+                        '(head_dim, or d_model / n_heads) that is a multiple of 8 up to 256; here: compute capability '
                         f'{major}.{minor}, head dimension {head_dim}; set model.attn_impl=sdpa')
     cudnn_fits = head_dim <= 128 and not within_document and torch.backends.cudnn.is_available()
     if choice == 'auto' and cudnn_fits and major >= 9:

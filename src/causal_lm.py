@@ -223,8 +223,8 @@ class ComposerCausalLM(ComposerModel):
         if ('sequence_id' in batch) != self.attn_within_document:
             does, has = ('within', 'no') if self.attn_within_document else ('across', 'a')
             raise UserError(f'dataset.sequence_ids: the model attends {does} documents, and the batch has {has} '
-                            'sequence_id; set it to the value of model.attn_within_document (only mosaic_gpt has this '
-                            'setting)')
+                            'sequence_id; set it to the value of model.attn_within_document (Hugging Face models lack '
+                            'this setting)')
         batch = move_padding_right(batch)
         input_ids, targets = next_token_targets(batch)
         documents = {'sequence_id': batch['sequence_id']} if self.attn_within_document else {}

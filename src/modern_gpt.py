@@ -12,7 +12,7 @@ weight; `checkpoints/hf_layout.py` converts both ways. The model takes everythin
 | biases             | in each layer            | none                                                             |
 | out_proj, mlp_down | small random weights     | zeros, so that each block begins as the identity                 |
 
-Muon trains it best: see `optimizers.py`.
+Its YAMLs train it by Muon: see `optimizers.py`.
 """
 
 from collections.abc import Mapping

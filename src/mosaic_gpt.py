@@ -121,7 +121,7 @@ class MosaicGPT(nn.Module):
         self.loss_of_logits = LossOfLogits()
         self.tie_weights()
         self.prepares: dict[str, Any] = {module.kernel: module.prepare for module in self.blocks.modules()
-                                         if hasattr(module, 'kernel')}
+                                         if hasattr(module, 'prepare')}
         for kernel in sorted(self.prepares):
             log.info('attention: %s (attn_impl: %s)', kernel, cfg.attn_impl)
         self.initialiser = Initialiser(self, cfg, self.residual_std(cfg))

@@ -169,7 +169,7 @@ class Muon(AdamW):
                 p.sub_(update.mul_(lr))
 
     def _momentum(self, p: Any, factor: float) -> Tensor:
-        """Adds the gradient to the momentum. Returns the step that it will lead to (Nesterov), this rank's rows."""
+        """Adds the gradient to the momentum. Returns this rank's rows of Nesterov's mean of the two."""
         if 'momentum_buffer' not in self.state[p]:
             self.state[p]['momentum_buffer'] = torch.zeros_like(p)
         momentum, grad = self.state[p]['momentum_buffer'], p.grad

@@ -179,6 +179,21 @@ def test_every_way_to_hold_the_model_gives_the_losses_of_a_cpu(mds_root, on_cpu,
     assert got['batches'] == on_cpu['batches']
 
 
+@pytest.fixture(scope='module')
+def modern_on_cpu(mds_root, tmp_path_factory):
+    argv = ['yamls/modern_gpt/quickstart.yaml', *tiny(mds_root, 'eval_loader=null', 'model.n_kv_heads=1')]
+    return ranks(1, {'modern': argv}, tmp_path_factory.mktemp('modern'))['modern']
+
+
+@pytest.mark.parametrize('precision, rel', [('fp32', 1e-3), ('amp_bf16', 1e-2)])
+@pytest.mark.parametrize('held', ['plain', 'fsdp2', 'fsdp2 compiled', 'fsdp2 from meta', 'fsdp2 checkpointed'])
+def test_the_modern_model_with_muon_gives_the_losses_of_a_cpu(mds_root, modern_on_cpu, held, precision, rel):
+    overrides = [f'precision={precision}', 'model.n_kv_heads=1', 'eval_loader=null', *HELD[held]]
+    got = train('yamls/modern_gpt/quickstart.yaml', *tiny(mds_root, *overrides))
+    assert got['losses'] == pytest.approx(modern_on_cpu['losses'], rel=rel)
+    assert got['batches'] == modern_on_cpu['batches']
+
+
 WITHIN = ['model.attn_within_document=true', 'train_loader.dataset.group_method=concat', 'eval_loader=null', 'max_duration=6ba']
 
 

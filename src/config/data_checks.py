@@ -59,7 +59,7 @@ def _loader_errors(c: Config, name: str, loader: LoaderConfig) -> Iterator[str]:
 def _document_errors(c: Config, name: str, data: DatasetConfig) -> Iterator[str]:
     within = getattr(c.model, 'attn_within_document', None)  # None: the model has no such setting
     if within is None and data.sequence_ids:
-        yield (f'{name}.dataset.sequence_ids: true works only with model.name: mosaic_gpt; {c.model.name!r} would '
+        yield (f'{name}.dataset.sequence_ids: true works only with mosaic_gpt and modern_gpt; {c.model.name!r} would '
                f'attend across documents; set {name}.dataset.sequence_ids=false')
     elif within is not None and within != data.sequence_ids:
         yield (f'model.attn_within_document: {str(within).lower()} does not go with {name}.dataset.sequence_ids '

@@ -66,7 +66,9 @@ def _layer_errors(c: Config, model: GPTConfig) -> Iterator[str]:
     """Shapes that fp8 cannot compute, and settings that would have no effect."""
     lengths = {f'{name}.dataset.max_seq_len': loader.dataset.max_seq_len for name, loader in loader_sections(c).items()}
     if isinstance(model, ModernGPTConfig):
-        lengths['model.d_hidden'] = modern_shape(model).d_hidden
+        head_dim, n_kv_heads, lengths['model.d_hidden'] = modern_shape(model)
+        lengths['model.n_heads * head_dim'] = model.n_heads * head_dim
+        lengths['(model.n_heads + 2 * n_kv_heads) * head_dim'] = (model.n_heads + 2 * n_kv_heads) * head_dim
     uneven = [f'{key} is {n}' for key, n in {'model.d_model': model.d_model, **lengths}.items() if n % 16]
     if model.linear_impl == 'fp8' and uneven:
         yield (f"model.linear_impl: 'fp8' needs multiples of 16, but {' and '.join(uneven)}; change the value, or set "
@@ -75,6 +77,11 @@ def _layer_errors(c: Config, model: GPTConfig) -> Iterator[str]:
     if model.loss_impl == 'plain' and chunk != GPTConfig.model_fields['loss_chunk_tokens'].default:
         yield (f"model.loss_chunk_tokens: {chunk} works only with model.loss_impl=chunked, but that is 'plain'; remove "
                'loss_chunk_tokens, or set model.loss_impl=chunked')
+    capped = isinstance(model, ModernGPTConfig) and model.logit_softcap is not None
+    for key in ('loss_impl', 'loss_chunk_tokens', 'vocab_multiple') if capped else ():
+        if getattr(model, key) != GPTConfig.model_fields[key].default:
+            yield (f'model.{key}: {getattr(model, key)!r} has no effect with model.logit_softcap, whose loss holds all '
+                   f'logits; remove {key}, or set model.logit_softcap=null')
     every, f = model.activation_checkpointing_every, c.fsdp_config
     if every > 1 and not (f and (f.activation_checkpointing or f.activation_cpu_offload)):
         yield (f'model.activation_checkpointing_every: {every} has no effect without activation checkpointing; set '

@@ -213,7 +213,7 @@ class SchedulerConfig(Section):
 class FSDPConfig(Section):
     """`fsdp_config:`, with Composer's keys. Composer's own class would accept any key without a message."""
 
-    version: Literal[1, 2, None] = None  # null: 1 on GPUs, 2 on CPUs, where FSDP1 cannot run
+    version: Literal[1, 2, None] = None  # null: 1 on GPUs; 2 on CPUs and with muon
     sharding_strategy: Literal['FULL_SHARD', 'SHARD_GRAD_OP', 'NO_SHARD', 'HYBRID_SHARD'] = 'FULL_SHARD'
     mixed_precision: Literal['DEFAULT', 'PURE', 'FULL'] = 'DEFAULT'
     activation_checkpointing: bool = False

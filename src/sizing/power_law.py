@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from src.common.errors import UserError
+
 
 class Law(NamedTuple):
     """`loss = floor + scale * flops ** -exponent`."""
@@ -36,7 +38,17 @@ def fit(flops: Sequence[float], losses: Sequence[float]) -> Law:
 
 
 def flops_for(loss: float, flops: Sequence[float], losses: Sequence[float]) -> float:
-    """The FLOPs that reach a loss, on the line through the two nearest of these runs, in logarithms."""
-    x, y = np.log(losses)[::-1], np.log(flops)[::-1]  # losses rise
+    """The FLOPs that reach a loss, on the line through the two nearest of these runs, in logarithms.
+
+    Runs whose loss a cheaper run has reached do not count. Raises UserError where fewer than two are left.
+    """
+    best: list[tuple[float, float]] = []  # logarithms of loss and FLOPs; the loss falls
+    for x, y in sorted(zip(flops, losses)):
+        if not best or math.log(y) < best[0][0]:
+            best.insert(0, (math.log(y), math.log(x)))
+    if len(best) < 2:
+        raise UserError('--recipes: no larger run has a lower loss, so FLOPs cannot be compared; train longer: '
+                        '--tokens_per_parameter')
+    x, y = np.array(best).T
     i = int(np.clip(np.searchsorted(x, math.log(loss)), 1, len(x) - 1))
     return float(np.exp(y[i - 1] + (math.log(loss) - x[i - 1]) * (y[i] - y[i - 1]) / (x[i] - x[i - 1])))

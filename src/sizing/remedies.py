@@ -18,12 +18,12 @@ class Remedy(NamedTuple):
     @property
     def shown(self) -> str:
         """The value as a YAML writes it."""
-        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
+        return {True: 'true', False: 'false', None: 'null'}.get(self.value, str(self.value))
 
     def applied(self, c: Config) -> Config:
         """The config with this setting."""
         section, name = self.key.split('.')
-        part = getattr(c, section) or FSDPConfig()
+        part = getattr(c, section) or FSDPConfig(version=2 if c.optimizer.name == 'muon' else None)
         return c.model_copy(update={section: part.model_copy(update={name: self.value})})
 
 
@@ -36,7 +36,9 @@ FSDP = (
 
 def remedies(c: Config) -> Iterator[Remedy]:
     """The settings that this config can still change, the cheapest first. Try a smaller microbatch before them."""
-    if getattr(c.model, 'loss_impl', None) == 'plain':
+    if getattr(c.model, 'logit_softcap', None):
+        yield Remedy('model.logit_softcap', None, ', which needs all logits')
+    elif getattr(c.model, 'loss_impl', None) == 'plain':
         yield Remedy('model.loss_impl', 'chunked', ', which never holds all logits')
     elif getattr(c.model, 'loss_chunk_tokens', 0) > SMALL_CHUNK:
         yield Remedy('model.loss_chunk_tokens', SMALL_CHUNK)

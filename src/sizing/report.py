@@ -142,7 +142,7 @@ def report(e: Estimate, price: Optional[float] = None) -> str:
 
 
 def overview(estimates: dict[str, Estimate], price: Optional[float] = None) -> str:
-    """A table with a line for each run, and a legend: the formula of each column, or all of them where runs differ."""
+    """A table with a line for each run, and a legend with the formulas of each column."""
     runs = {name: [row for row in rows(e, price) if row.column] for name, e in estimates.items()}
     columns = list(zip(*runs.values()))
     lines = [['run', *(column[0].column for column in columns)]]

@@ -67,6 +67,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.recipes, args.sizes = [*dict.fromkeys(args.recipes)], [*dict.fromkeys(args.sizes)]
     if len(args.recipes) == 2 and len(args.sizes) < 3:
         raise UserError(f'--recipes: two need at least three --sizes to compare, and there are {len(args.sizes)}')
+    if args.source in ('', 'hub'):
+        raise UserError(f'--source: {args.source!r} is no folder of text; name one, or sample')
     if args.source != 'sample':
         args.source = str(Path(args.source).expanduser().resolve())
     return args
@@ -101,7 +103,7 @@ class Rung(NamedTuple):
 
     @property
     def shape(self) -> list[str]:
-        return [RECIPES[self.recipe], f'max_seq_len={SEQ_LEN}', f'model.vocab_size={VOCAB}',
+        return [str(ROOT / RECIPES[self.recipe]), f'max_seq_len={SEQ_LEN}', f'model.vocab_size={VOCAB}',
                 f'model.d_model={self.d_model}', f'model.n_layers={self.n_layers}',
                 f'model.n_heads={self.d_model // HEAD_DIM}',
                 *[f'model.n_kv_heads={self.d_model // HEAD_DIM}'] * (self.recipe == 'modern')]
@@ -194,8 +196,8 @@ def prepare(out: Path, source: str) -> Path:
             raise UserError(f'{data}: convert_c4.py ended with exit code {code}; see its message above')
     made = json.loads((data / 'train' / 'manifest.json').read_text('utf-8'))
     if made['source'] != source:
-        raise UserError(f'--source: {source}, but {data} holds text of {made["source"]}; delete it, or set '
-                        'another --out')
+        raise UserError(f'--source: {source}, but {data} holds text of {made["source"]}, on which the runs beside it '
+                        f'were trained; delete {out}, or set another --out')
     print(f'text: {source}, {made["text_bytes"] / 1e6:.1f} MB, {made["tokens"]:,} tokens to train on')
     return data
 
@@ -228,7 +230,8 @@ def train_all(rungs: Sequence[Rung], data: Path, out: Path, jobs: int) -> None:
                 if code:
                     log = out / f'{rung.name}.log'
                     end = '\n'.join(log.read_text('utf-8', errors='replace').splitlines()[-12:])
-                    raise UserError(f'{rung.name}: main.py ended with exit code {code}; {log} ends with\n{end}')
+                    raise UserError(f'{rung.name}: main.py ended with exit code {code}; if the loss diverged, leave '
+                                    f'its rate out of --rates. {log} ends with\n{end}')
                 bar.update()
     finally:
         bar.close()

@@ -94,7 +94,8 @@ def summary(trainer: Trainer, c: Config, checkpoint: Optional[str], seconds: flo
                   for callback in state.callbacks if isinstance(callback, UnigramBaseline) and callback.entropy]
     train_seconds = state.timestamp.total_wct.total_seconds()
     lines.append(f'  throughput     {tokens / max(train_seconds, 1e-9):,.0f} tokens/s in training')
+    family = 'modern_gpt' if c.model.name == 'modern_gpt' else 'mosaic_gpt'
     lines += [f'  checkpoint     {checkpoint or "none (to save checkpoints, set save_folder)"}',
               'next: train longer (max_duration=...), use your own data (python convert_c4.py --help),',
-              '      or train a larger model (composer main.py yamls/mosaic_gpt/125m.yaml)', '=' * 72]
+              f'      or train a larger model (composer main.py yamls/{family}/125m.yaml)', '=' * 72]
     return '\n'.join(lines)

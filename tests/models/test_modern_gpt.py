@@ -163,11 +163,24 @@ def test_impossible_shapes_are_refused(settings, message):
         ModernGPT(TINY | settings)
 
 
-def test_8_bits_need_a_width_of_the_mlp_that_they_can_compute():
-    def checked(*overrides: str) -> None:
-        yaml = str(ROOT / 'yamls/modern_gpt/quickstart.yaml')
-        check(config.load([yaml, 'model.linear_impl=fp8', *overrides]), plugins.REGISTRIES, world_size=1, has_gpu=True)
+def checked(*overrides: str) -> None:
+    yaml = str(ROOT / 'yamls/modern_gpt/quickstart.yaml')
+    check(config.load([yaml, *overrides]), plugins.REGISTRIES, world_size=1, has_gpu=True)
 
-    checked('model.d_hidden=208')
-    with pytest.raises(UserError, match="model.linear_impl: 'fp8' needs multiples of 16, but model.d_hidden is 200; change"):
-        checked('model.d_hidden=200')
+
+@pytest.mark.parametrize('fits, wrong, named', [
+    (['model.d_hidden=208'], ['model.d_hidden=200'], 'model.d_hidden is 200'),
+    (['model.head_dim=12'], ['model.head_dim=10'], r'model.n_heads \* head_dim is 40 and \(.*\) \* head_dim is 120'),
+    (['model.n_kv_heads=2', 'model.head_dim=16'], ['model.n_kv_heads=1', 'model.head_dim=20'],
+     r'\(model.n_heads \+ 2 \* n_kv_heads\) \* head_dim is 120')], ids=str)
+def test_8_bits_need_widths_that_they_can_compute(fits, wrong, named):
+    checked('model.linear_impl=fp8', *fits)
+    with pytest.raises(UserError, match=f"model.linear_impl: 'fp8' needs multiples of 16, but {named}; change the value"):
+        checked('model.linear_impl=fp8', *wrong)
+
+
+@pytest.mark.parametrize('override', ['loss_impl=plain', 'loss_chunk_tokens=1024', 'vocab_multiple=128'])
+def test_a_capped_head_refuses_what_it_does_not_use(override):
+    checked(f'model.{override}')
+    with pytest.raises(UserError, match=f'model.{override.split("=")[0]}: .* has no effect with model.logit_softcap, whose loss'):
+        checked(f'model.{override}', 'model.logit_softcap=30.0')

@@ -37,7 +37,8 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('size', ladder.SIZES)
 @pytest.mark.parametrize('recipe', ladder.RECIPES)
-def test_a_size_has_the_parameters_that_it_says(recipe, size, tmp_path):
+def test_a_size_has_the_parameters_that_it_says(recipe, size, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rung = Rung(recipe, *ladder.parse_size(size), 20, rate=8e-3, seed=3)
     cfg = config.load(rung.arguments(tmp_path, tmp_path))
     c = Config.model_validate(config.to_plain(cfg))
@@ -97,8 +98,22 @@ def test_data_of_another_source_are_not_trained_on(tmp_path):
         (tmp_path / 'data' / split).mkdir(parents=True)
         (tmp_path / 'data' / split / 'manifest.json').write_text('{"source": "sample", "text_bytes": 5, "tokens": 1}')
     assert ladder.prepare(tmp_path, 'sample') == tmp_path / 'data'
-    with pytest.raises(UserError, match=f'--source: /my/text, but {tmp_path}/data holds text of sample; delete it, or set'):
+    with pytest.raises(UserError, match=f'--source: /my/text, but {tmp_path}/data holds text of sample, on .*; delete {tmp_path}, or set'):
         ladder.prepare(tmp_path, '/my/text')
+
+
+@pytest.mark.parametrize('source', ['', 'hub'])
+def test_a_source_that_is_no_folder_is_refused(source):
+    with pytest.raises(UserError, match=f"--source: '{source}' is no folder of text; name one, or sample"):
+        ladder.parse_args([f'--source={source}'])
+
+
+def test_a_loss_that_no_cheaper_run_reached_counts():
+    flops, losses = [1e13, 1e12, 2e12, 5e12], [3.0, 4.0, 4.2, 3.5]  # out of order, and one is worse than a cheaper one
+    assert flops_for(3.5, flops, losses) == pytest.approx(5e12) and flops_for(4.0, flops, losses) == pytest.approx(1e12)
+    assert 1e12 < flops_for(3.9, flops, losses) < 5e12
+    with pytest.raises(UserError, match='--recipes: no larger run has a lower loss, so FLOPs cannot be compared; train longer'):
+        flops_for(4.0, [1e12, 1e13], [4.0, 4.0])
 
 
 def test_two_recipes_need_three_sizes():
