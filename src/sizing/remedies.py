@@ -18,7 +18,7 @@ class Remedy(NamedTuple):
     @property
     def shown(self) -> str:
         """The value as a YAML writes it."""
-        return {True: 'true', False: 'false', None: 'null'}.get(self.value, str(self.value))
+        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
 
     def applied(self, c: Config) -> Config:
         """The config with this setting."""
@@ -36,11 +36,10 @@ FSDP = (
 
 def remedies(c: Config) -> Iterator[Remedy]:
     """The settings that this config can still change, the cheapest first. Try a smaller microbatch before them."""
-    if getattr(c.model, 'logit_softcap', None):
-        yield Remedy('model.logit_softcap', None, ', which needs all logits')
-    elif getattr(c.model, 'loss_impl', None) == 'plain':
+    has_chunks = getattr(c.model, 'logit_softcap', None) is None  # a cap needs all logits
+    if getattr(c.model, 'loss_impl', None) == 'plain':
         yield Remedy('model.loss_impl', 'chunked', ', which never holds all logits')
-    elif getattr(c.model, 'loss_chunk_tokens', 0) > SMALL_CHUNK:
+    elif has_chunks and getattr(c.model, 'loss_chunk_tokens', 0) > SMALL_CHUNK:
         yield Remedy('model.loss_chunk_tokens', SMALL_CHUNK)
     for remedy in FSDP:
         name = remedy.key.split('.')[1]
