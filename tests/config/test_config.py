@@ -354,7 +354,7 @@ def test_sizes_of_a_hugging_face_model_are_above_zero():
     yaml = str(ROOT / 'yamls/hf_causal_lm/gpt2-small.yaml')
     with pytest.raises(UserError, match='2 mistakes.*\n.*overrides.n_embd: 0 must be greater than 0\n.*n_layer: -1'):
         check('model.config_overrides.n_embd=0', 'model.config_overrides.n_layer=-1', yaml=yaml)
-    with pytest.raises(UserError, match="train_loader.dataset.sequence_ids: true works only with model.name: mosaic_gpt"):
+    with pytest.raises(UserError, match="train_loader.dataset.sequence_ids: true works only with mosaic_gpt and modern_gpt"):
         check('train_loader.dataset.sequence_ids=true', yaml=yaml)
 
 
