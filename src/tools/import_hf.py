@@ -103,7 +103,7 @@ def command(cfg: GPTConfig, tokenizer: str, out: str) -> str:
     return shlex.join(['composer', 'main.py', yaml,
                        *(f'model.{key}={str(value).lower()}' for key, value in changed.items()),
                        f'tokenizer_name={tokenizer}', f'max_seq_len={min(cfg.max_seq_len, SAMPLE_TOKENS)}',
-                       f'load_path={out}', 'load_weights_only=true', 'optimizer.lr=3e-5'])
+                       'optimizer.lr=3e-5', f'load_path={out}', 'load_weights_only=true'])
 
 
 def main(args: argparse.Namespace) -> None:

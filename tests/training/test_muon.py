@@ -9,6 +9,7 @@ import pytest
 import torch
 from launch import ROOT, tiny
 from torch import Tensor, distributed, multiprocessing, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import main
 from src.common.errors import UserError
@@ -179,7 +180,7 @@ def test_a_step_computes_the_loss_of_its_closure_and_skips_matrices_without_grad
 
 
 @pytest.mark.parametrize('cautious', [False, True], ids=['decay', 'cautious'])
-def test_found_inf_skips_the_step_without_a_look_at_it(cautious: bool) -> None:
+def test_found_inf_skips_the_step(cautious: bool) -> None:
     """Also in the first step. A step that is not skipped is the same to the bit as one without `found_inf`."""
     (plain, expected), (model, optimizer) = (built('modern_gpt', weight_decay=0.5, cautious=cautious) for _ in range(2))
     for step in range(5):
@@ -201,6 +202,17 @@ def test_found_inf_skips_the_step_without_a_look_at_it(cautious: bool) -> None:
     for p, q in zip(model.parameters(), plain.parameters()):
         assert torch.equal(p, q)
         assert all(torch.equal(value, expected.state[q][key]) for key, value in optimizer.state[p].items())
+
+
+def test_a_step_reads_no_number_on_the_host() -> None:
+    with FakeTensorMode():  # has no numbers, and raises where one is read
+        weight = nn.Parameter(torch.ones(4, 3))
+        weight.grad = torch.ones(4, 3)
+        optimizer = Muon([{'params': [weight], 'rows': (2, 2), 'momentum': 0.9, 'cautious': True}], lr=0.1)
+        optimizer.found_inf = torch.zeros(())
+        with pytest.raises(DataDependentOutputException):
+            bool(optimizer.found_inf)
+        optimizer.step()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch.optim.Muon came with torch 2.9')
