@@ -85,8 +85,8 @@ def test_the_optimizers_settings_of_the_config_take_effect(run, tmp_path, shardi
             'optimizer.eps 1e-08 → 1e-06, optimizer.weight_decay 0.0 → 0.1') in less.said
 
 
-@pytest.mark.parametrize('sharding', [pytest.param((), id='full', marks=pytest.mark.slow), pytest.param(SHARDED[:1], id='full of shards'),
-                                      pytest.param(SHARDED, id='sharded')])
+@pytest.mark.parametrize('sharding', [pytest.param((), marks=pytest.mark.slow), SHARDED[:1], SHARDED],
+                         ids=['full', 'full of shards', 'sharded'])
 def test_muons_settings_take_effect_in_their_groups_and_the_parts_of_matrices_stay(run, tmp_path, sharding):
     every = (*MUON, 'scheduler.t_warmup=4ba', *sharding)
     whole = run(*every, f'save_folder={tmp_path}')
