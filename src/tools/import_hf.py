@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
         (folder / f'{NAME}.json').write_text(json.dumps(asdict(manifest), indent=1), 'utf-8')
     print(f'{args.out}: {cfg.name}, {sum(p.numel() for p in kit.parameters()):,} parameters, '
           f'{len(tokenizer.tokenizer):,} tokens; from {args.model}\n'
-          f'Train it further, with your own data_remote and an optimizer.lr below that of the YAML:\n'
+          'Train it further, with your own data_remote (3e-5 is a usual rate for more training):\n'
           f'  {command(cfg, name, args.out)}\n'
           f'max_seq_len, the tokens of a sample, may be up to {cfg.max_seq_len}.')
 
