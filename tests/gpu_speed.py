@@ -102,13 +102,13 @@ def main(args: argparse.Namespace) -> None:
     os.chdir(ROOT)
     end = time.monotonic() + 60 * args.minutes
     for name in args.names or ROWS:
-        argv = [*ROWS[name], '--steps', str(args.steps), '--warmup', '3']
+        argv = [*ROWS[name], '--steps', str(args.steps), '--warmup', '3', *args.more]
         if time.monotonic() > end:
             print(f'not run: {name}')
             continue
         sys.argv = ['src/tools/benchmark.py', *argv]  # the command of the row
         try:
-            benchmark.main(benchmark.parse_args([*argv, '--out', str(args.out), '--append', *args.more]))
+            benchmark.main(benchmark.parse_args([*argv, '--out', str(args.out), '--append']))
         except (RuntimeError, UserError) as e:  # such as out of memory
             print(f'failed: {name}: {first_line(e)}')
 
