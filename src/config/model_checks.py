@@ -12,21 +12,25 @@ HF_SIZES = ('n_embd', 'n_layer', 'n_head', 'hidden_size', 'num_hidden_layers', '
 FLASH_NEEDS_GPU = "model.attn_impl: 'flash' needs a GPU; set model.attn_impl=auto (or sdpa)"
 
 
+def not_a_divisor(name: str, value: int, whole: str, n: int) -> str:
+    """The message for a setting that does not divide another one, with the divisors up to 128."""
+    divisors = ', '.join(str(i) for i in range(1, min(n, 128) + 1) if n % i == 0)
+    return f'model.{name}: {value} does not divide model.{whole} {n}; these do: {divisors}'
+
+
 def heads_error(model: GPTConfig) -> Optional[str]:
     """The message for numbers or sizes of heads that the model cannot have; None if there is no mistake."""
     if isinstance(model, ModernGPTConfig):
         head_dim, n_kv_heads, _ = modern_shape(model)
         if model.n_heads % n_kv_heads:
-            divisors = ', '.join(str(i) for i in range(1, model.n_heads + 1) if model.n_heads % i == 0)
-            return f'model.n_kv_heads: {n_kv_heads} does not divide model.n_heads {model.n_heads}; these do: {divisors}'
+            return not_a_divisor('n_kv_heads', n_kv_heads, 'n_heads', model.n_heads)
         if model.head_dim is not None or model.d_model % model.n_heads == 0:
             return None if head_dim % 2 == 0 else (
                 f'model.head_dim: {head_dim} (if not set, d_model / n_heads) is odd, but RoPE turns pairs of features; '
                 'set an even number')
     if model.d_model % model.n_heads == 0:
         return None
-    divisors = ', '.join(str(i) for i in range(1, min(model.d_model, 128) + 1) if model.d_model % i == 0)
-    return f'model.n_heads: {model.n_heads} does not divide model.d_model {model.d_model}; these do: {divisors}'
+    return not_a_divisor('n_heads', model.n_heads, 'd_model', model.d_model)
 
 
 def model_errors(c: Config, has_gpu: bool) -> Iterator[str]:
