@@ -79,11 +79,30 @@ def _is_mapped(path: Path) -> bool:
     return False
 
 
+def _remove_lock(path: Path) -> bool:
+    """Removes a lock file that no process holds; returns whether it did.
+
+    Jobs with another `/dev/shm`, in other containers or on other nodes, may have the same temporary folder. So this
+    process holds the lock while it removes the file: whoever waits for the lock then finds the file gone, and makes a
+    new one. Otherwise one process could hold the old file and another the new one, and both would count at once in a
+    barrier of streaming, which then waits forever.
+    """
+    try:
+        with path.open('r+b') as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(f.fileno()).st_nlink:  # another process was faster, and `path` may be a new file
+                return False
+            path.unlink()
+    except OSError:  # held, or removed meanwhile
+        return False
+    return True
+
+
 def remove_stale() -> list[str]:
     """Removes this user's blocks and lock files whose processes are gone, and returns their names.
 
     The blocks of a prefix are stale if no process has any of them open or mapped. Lock files are stale if no block has
-    their prefix. Does nothing where there is no `/dev/shm`.
+    their prefix and no process holds them. Does nothing where there is no `/dev/shm`.
     """
     if not BLOCKS.is_dir():
         return []
@@ -91,10 +110,10 @@ def remove_stale() -> list[str]:
     stale = {prefix for prefix, paths in blocks.items() if all(map(_is_unused, paths))}
     with_blocks = {name.partition('_')[0] for name in os.listdir(BLOCKS)} - stale  # also those of other users
     removed = [path for prefix in stale for path in blocks[prefix]]
-    removed += [path for prefix, paths in locks.items() if prefix not in with_blocks for path in paths]
     for path in removed:
         path.unlink(missing_ok=True)
-    return [path.name for path in removed]
+    unused = [path for prefix, paths in locks.items() if prefix not in with_blocks for path in paths]
+    return [path.name for path in [*removed, *filter(_remove_lock, unused)]]
 
 
 @contextmanager
@@ -173,4 +192,4 @@ def remove_own_locks() -> None:
     for prefix in _opened_prefixes:
         if not any(BLOCKS.glob(f'{prefix}_*')):
             for name in LOCKS:
-                Path(gettempdir(), f'{prefix}_{name}').unlink(missing_ok=True)
+                _remove_lock(Path(gettempdir(), f'{prefix}_{name}'))

@@ -24,6 +24,7 @@ import pytest
 import torch
 import warm
 from conftest import documents, leaves_no_orphans, orphans, write_mds
+from filelock import FileLock
 from launch import clean_env, free_port
 from streaming import JSONWriter, StreamingDataLoader
 from tokenizers import Tokenizer
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from src.common.errors import UserError
 from src.common.targets import get_num_tokens_in_batch
 from src.data_c4 import EvalView, StreamingC4, build_c4_dataloader
+from src.loader import shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ = 64
@@ -703,6 +705,26 @@ def test_opening_a_dataset_keeps_no_hold_on_those_of_other_jobs(open_c4):
     while second._shm_prefix_int < first._shm_prefix_int:  # a test beside this one has freed a lower prefix meanwhile
         second = open_c4()
     assert Path('/proc/self/maps').read_text().count(block) == 1  # streaming's search for a prefix alone would make it 2
+
+
+def test_lock_files_exclude_also_where_another_job_removes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers and nodes with one temporary folder: each sees lock files of the others without their shared memory."""
+    (tmp_path / 'shm').mkdir()
+    monkeypatch.setattr(shared_memory, 'BLOCKS', tmp_path / 'shm')
+    monkeypatch.setattr(shared_memory, 'gettempdir', lambda: str(tmp_path))
+    lock, counter = tmp_path / '000003_barrier_filelock', tmp_path / 'counter'
+    with FileLock(lock):
+        assert shared_memory.remove_stale() == [] and lock.exists()
+    counter.write_text('0')
+    count = ('import sys; from pathlib import Path; from filelock import FileLock\nfor _ in range(100):\n'
+             '    with FileLock(sys.argv[1], poll_interval=0.001): Path(sys.argv[2]).write_text(str(int(Path(sys.argv[2]).read_text()) + 1))')
+    others = [subprocess.Popen([sys.executable, '-c', count, str(lock), str(counter)]) for _ in range(3)]
+    n_removed = 0
+    while any(process.poll() is None for process in others):
+        n_removed += len(shared_memory.remove_stale())
+        time.sleep(0.001)
+    assert [process.returncode for process in others] == [0, 0, 0]
+    assert n_removed and counter.read_text() == '300'
 
 
 @pytest.mark.slow
