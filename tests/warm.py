@@ -104,6 +104,9 @@ def run(command: Any, timeout: float = 300, check: bool = False, **options: Any)
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
+            process.terminate()  # a launcher stops its ranks, those that hang after 30 seconds
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(40)
             process.kill()
             raise
     done = subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -158,6 +159,7 @@ def flaky_s3(share: float):
     try:
         yield f'http://127.0.0.1:{server.server_port}', counts
     finally:
+        urlopen(f'http://127.0.0.1:{server.server_port}/moto-api/reset', data=b'')  # all servers of this process share the buckets
         server.shutdown()
         thread.join()
         server.server_close()
