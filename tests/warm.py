@@ -104,10 +104,13 @@ def run(command: Any, timeout: float = 300, check: bool = False, **options: Any)
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            process.terminate()  # a launcher stops its ranks, those that hang after 30 seconds
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(40)
-            process.kill()
+            process.terminate()  # a launcher then stops its ranks: by SIGTERM, and after 30 seconds by SIGKILL
+            try:
+                process.communicate(timeout=40)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                process.kill()
             raise
     done = subprocess.CompletedProcess(command, process.returncode, out, err)
     if check:

@@ -90,10 +90,10 @@ def _remove_lock(path: Path) -> bool:
     try:
         with path.open('r+b') as f:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(f.fileno()).st_nlink:  # another process was faster, and `path` may be a new file
+            if not os.path.samestat(os.fstat(f.fileno()), path.stat()):  # another process was faster; keep the new file
                 return False
             path.unlink()
-    except OSError:  # held, or removed meanwhile
+    except OSError:  # held, removed meanwhile, or on a disk without such locks, where the file itself is the lock
         return False
     return True
 

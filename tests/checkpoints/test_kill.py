@@ -159,7 +159,7 @@ def flaky_s3(share: float):
     try:
         yield f'http://127.0.0.1:{server.server_port}', counts
     finally:
-        urlopen(f'http://127.0.0.1:{server.server_port}/moto-api/reset', data=b'')  # all servers of this process share the buckets
+        urlopen(f'http://127.0.0.1:{server.server_port}/moto-api/reset', b'', timeout=10)  # servers of one process share the buckets
         server.shutdown()
         thread.join()
         server.server_close()

@@ -707,24 +707,50 @@ def test_opening_a_dataset_keeps_no_hold_on_those_of_other_jobs(open_c4):
     assert Path('/proc/self/maps').read_text().count(block) == 1  # streaming's search for a prefix alone would make it 2
 
 
+COUNT = """
+import sys
+from pathlib import Path
+from filelock import FileLock
+
+counter = Path(sys.argv[2])
+for _ in range(100):
+    with FileLock(sys.argv[1], poll_interval=0.001):
+        counter.write_text(str(int(counter.read_text()) + 1))
+"""
+
+
 def test_lock_files_exclude_also_where_another_job_removes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Containers and nodes with one temporary folder: each sees lock files of the others without their shared memory."""
+    """Containers and nodes with one temporary folder see each other's lock files, but not each other's shared memory."""
     (tmp_path / 'shm').mkdir()
     monkeypatch.setattr(shared_memory, 'BLOCKS', tmp_path / 'shm')
     monkeypatch.setattr(shared_memory, 'gettempdir', lambda: str(tmp_path))
+    monkeypatch.setattr(shared_memory, '_opened_prefixes', {'000003'})
     lock, counter = tmp_path / '000003_barrier_filelock', tmp_path / 'counter'
     with FileLock(lock):
+        shared_memory.remove_own_locks()
         assert shared_memory.remove_stale() == [] and lock.exists()
     counter.write_text('0')
-    count = ('import sys; from pathlib import Path; from filelock import FileLock\nfor _ in range(100):\n'
-             '    with FileLock(sys.argv[1], poll_interval=0.001): Path(sys.argv[2]).write_text(str(int(Path(sys.argv[2]).read_text()) + 1))')
-    others = [subprocess.Popen([sys.executable, '-c', count, str(lock), str(counter)]) for _ in range(3)]
+    others = [subprocess.Popen([sys.executable, '-c', COUNT, str(lock), str(counter)]) for _ in range(3)]
     n_removed = 0
     while any(process.poll() is None for process in others):
         n_removed += len(shared_memory.remove_stale())
         time.sleep(0.001)
     assert [process.returncode for process in others] == [0, 0, 0]
-    assert n_removed and counter.read_text() == '300'
+    assert n_removed > 1, 'one that the other processes made'
+    assert counter.read_text() == '300'
+
+
+def test_a_new_lock_file_in_the_place_of_a_removed_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / '000003_barrier_filelock'
+    lock.touch()
+
+    def flock(file: Any, operation: int) -> None:  # another process removes the file first, and a third one makes it anew
+        lock.rename(tmp_path / 'removed')
+        lock.touch()
+
+    monkeypatch.setattr(shared_memory.fcntl, 'flock', flock)
+    assert not shared_memory._remove_lock(lock)
+    assert lock.exists()
 
 
 @pytest.mark.slow
