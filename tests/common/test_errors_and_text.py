@@ -88,7 +88,7 @@ def test_torch_starts_no_processes_for_later_where_shared_memory_is_full(monkeyp
 
 def test_every_text_file_is_read_and_written_as_utf8():
     """Without an explicit encoding, a locale such as LC_ALL=de_DE.ISO-8859-1 would decide."""
-    known = ('utf-8', 'os.open(', "'rb'", "'wb'", "'ab'", '/proc/', 'maps.read_text')
+    known = ('utf-8', 'os.open(', "'rb'", "'r+b'", "'wb'", "'ab'", '/proc/', 'maps.read_text')
     for path in [ROOT / 'main.py', ROOT / 'convert_c4.py', *ROOT.glob('src/**/*.py')]:
         for call in ast.walk(ast.parse(path.read_text('utf-8'))):
             name = ast.unparse(call.func).split('.')[-1] if isinstance(call, ast.Call) else ''
