@@ -354,9 +354,8 @@ def test_how_much_of_mfu_is_causal():
 # ---------------------------------------------------------------- the loader
 
 
-def smoke_test(*argv: str, **env: str) -> str:
-    done = warm.run([sys.executable, 'src/data_c4.py', *argv], cwd=ROOT, env=clean_env(**env), capture_output=True,
-                          text=True, timeout=120)
+def smoke_test(*argv: str) -> str:
+    done = warm.run([sys.executable, 'src/data_c4.py', *argv], cwd=ROOT, env=clean_env(), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert '90 documents in 3 shards' in done.stdout and done.stdout.count('input_ids (8, 2048)') == 5
     assert re.search(r'^90 documents, [\d,]+ tokens in .*documents/s, .*tokens/s$', done.stdout, re.MULTILINE)
@@ -379,24 +378,11 @@ def test_loader_copies_shards(mds_root, tmp_path):
 
 
 @pytest.mark.slow
-def test_loader_from_s3(mds_root, tmp_path, monkeypatch):
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'none')
-    monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'none')
-    server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
-    server.start()
-    try:
-        url = 'http://{}:{}'.format(*server.get_host_and_port())
-        s3 = boto3.client('s3', endpoint_url=url, region_name='us-east-1')
-        s3.create_bucket(Bucket='my-bucket')
-        for name in shards(mds_root / 'val'):
-            s3.upload_file(str(mds_root / 'val' / name), 'my-bucket', f'my-copy-c4/val/{name}')
-        smoke_test('s3://my-bucket/my-copy-c4', str(tmp_path / 'cache-c4'), '--tokenizer', str(mds_root / 'tokenizer'),
-                   S3_ENDPOINT_URL=url, AWS_DEFAULT_REGION='us-east-1')
-    finally:
-        server.stop()
+def test_loader_from_s3(s3, mds_root, tmp_path):
+    s3.create_bucket(Bucket='my-bucket')
+    for name in shards(mds_root / 'val'):
+        s3.upload_file(str(mds_root / 'val' / name), 'my-bucket', f'my-copy-c4/val/{name}')
+    smoke_test('s3://my-bucket/my-copy-c4', str(tmp_path / 'cache-c4'), '--tokenizer', str(mds_root / 'tokenizer'))
     assert shards(tmp_path / 'cache-c4' / 'val') == shards(mds_root / 'val')
 
 
